@@ -1,0 +1,222 @@
+"""DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
+
+This module checks the input and derives the keys; what happens to the weights of a ring is a
+`Cipher`'s: `selcrypt_jax._lossless` (the default) or `selcrypt_jax._gaussian` (the paper's).
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._lossless import LosslessCipher
+from ._masks import Ring, rings
+from ._tree import is_array, named_leaves, padded
+
+
+class Cipher(Protocol):
+    """Rewrites the weights of rings, so that the leaves keep their shapes and dtypes."""
+
+    def check(self, ring: Ring, leaf: Any) -> None:
+        """Raises ValueError where the cipher cannot protect this ring of this leaf."""
+        ...
+
+    def run(
+        self,
+        leaves: Mapping[str, Array],
+        rings: Sequence[Ring],
+        keys: PRNGKeyArray,
+        *,
+        inverse: bool,
+    ) -> dict[str, Array]:
+        """Encrypts (or, inverse, decrypts) ``rings[i]`` with ``keys[i]``.
+
+        Args:
+            leaves: name → array; it must not be changed.
+            rings: non-empty, disjoint within a leaf.
+            keys: typed keys, at least one a ring; further ones are padding.
+            inverse: whether to decrypt.
+
+        Returns:
+            name → new array, for every name in ``leaves``.
+        """
+        ...
+
+
+def encrypt(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    *,
+    cipher: Cipher | None = None,
+) -> PyTree:
+    """Encrypts what nested masks select, each ring under its own key.
+
+    Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
+    key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
+    passed through: the same objects. Works under ``jit`` (close over the masks), ``vmap`` and with
+    donation; sharded leaves give the same bits as on one device.
+
+    Args:
+        params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
+        masks: M nested masks for ``params``, see `nested_masks`.
+        keys: M typed `jax.random` keys, of any implementation; see `level_keys`. **A key must
+            never encrypt two different trees**: draw a new model id for each.
+        cipher: `LosslessCipher()` unless given.
+
+    Returns:
+        A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
+
+    Raises:
+        ValueError: masks that do not fit or are not nested, a number of keys that does not fit
+            the levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
+        TypeError: traced masks; raw integers or old-style keys.
+
+    Example:
+        >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
+        >>> keys = level_keys(secret, model_id, levels=3)
+        >>> protected = encrypt(params, masks, keys)
+        >>> basic = decrypt(protected, masks[:1], keys[:1])
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.2.
+    """
+    return _transform(params, masks, keys, cipher, inverse=False)
+
+
+def decrypt(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    *,
+    cipher: Cipher | None = None,
+) -> PyTree:
+    """Decrypts the rings that a level opens; the higher ones stay as they are.
+
+    Args:
+        params: what `encrypt` returned.
+        masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
+        keys: ``keys[:m]``.
+        cipher: as in `encrypt`.
+
+    Returns:
+        A tree of the same structure, in which rings 1..m are as before encryption: bit for bit
+        with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here
+        (a protected file does).
+
+    Raises:
+        ValueError, TypeError: as in `encrypt`.
+    """
+    return _transform(params, masks, keys, cipher, inverse=True)
+
+
+def _transform(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    cipher: Cipher | None,
+    *,
+    inverse: bool,
+) -> PyTree:
+    cipher = LosslessCipher() if cipher is None else cipher
+    tree = named_leaves(params)
+    found = rings(tree, masks)
+    _check_keys(keys, len(masks))
+    # Everything is checked before anything is computed: no half-encrypted tree, ever.
+    for ring in found:
+        _check_leaf(ring.name, tree.leaves[ring.name])
+        cipher.check(ring, tree.leaves[ring.name])
+    if not found:
+        return params
+    given = {ring.name: tree.leaves[ring.name] for ring in found}
+    leaves = {name: jnp.asarray(leaf) for name, leaf in given.items()}
+    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse)
+    return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
+
+
+def _placed(array: Array, like: Any) -> Array:
+    """Where ``like`` lies, if that is known: the compiler is free to choose another sharding."""
+    if isinstance(array, jax.core.Tracer) or not isinstance(like, jax.Array):
+        return array
+    return jax.device_put(array, like.sharding)
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    dtype = np.dtype(leaf.dtype)
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(
+            f"params {name!r}: expected floats or integers, got {dtype}, which has no cipher. "
+            "Set its mask to False."
+        )
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise ValueError(
+            f"params {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
+            "would cut to 32 bits. Set jax_enable_x64, or its mask to False."
+        )
+    if math.prod(leaf.shape) >= 2**31:
+        raise ValueError(
+            f"params {name!r}: expected fewer than 2**31 weights in a leaf, got "
+            f"{math.prod(leaf.shape)}. Split the leaf."
+        )
+
+
+def _check_keys(keys: Any, levels: int) -> None:
+    try:
+        count = len(keys)
+    except TypeError:
+        count = None
+    if count != levels:
+        actual = "a single key" if count is None and hasattr(keys, "dtype") else count
+        raise ValueError(
+            f"keys: expected {levels}, one for each of the {levels} masks, got "
+            f"{type(keys).__name__ if actual is None else actual}. For level m pass masks[:m] and "
+            "keys[:m]."
+        )
+    first: Any = None
+    for index, key in enumerate(keys):
+        if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            # Not the value: it may be a secret.
+            actual = f"an array of {key.dtype}" if is_array(key) else type(key).__name__
+            raise TypeError(
+                f"keys[{index}]: expected a typed key, got {actual}. Derive keys with "
+                "level_keys(secret, model_id, levels=M), or wrap one with jax.random.wrap_key_data."
+            )
+        if key.shape != ():
+            raise ValueError(
+                f"keys[{index}]: expected one key, got an array of keys of shape {key.shape}."
+            )
+        if index and key.dtype != first:
+            raise ValueError(
+                f"keys[{index}]: expected {first} as keys[0], got {key.dtype}. Use one "
+                "implementation for all levels."
+            )
+        first = key.dtype
+
+
+def _ring_keys(keys: Any, found: Sequence[Ring]) -> PRNGKeyArray:
+    """The key of every ring in its leaf, padded."""
+    digests = [
+        hashlib.sha256(b"selcrypt/v1/leaf\0" + ring.name.encode("utf-8", "surrogatepass")).digest()
+        for ring in found
+    ]
+    words = np.zeros((padded(len(found)), 8), np.uint32)
+    words[: len(found)] = [np.frombuffer(digest, "<u4") for digest in digests]
+    levels = np.zeros(len(words), np.int32)
+    levels[: len(found)] = [ring.level - 1 for ring in found]
+    stacked = keys if is_array(keys) else jnp.stack(list(keys))
+    return _fold_names(stacked, levels, words)
+
+
+@jax.jit
+def _fold_names(keys: PRNGKeyArray, levels: Array, words: Array) -> PRNGKeyArray:
+    # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
+    def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
+        return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
+
+    return jax.vmap(fold)(keys[levels], words)

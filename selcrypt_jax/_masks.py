@@ -1,0 +1,353 @@
+"""From scores to nested permission masks: budgets, selection, checks and counts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ._tree import NamedLeaves, is_array, listed, named_leaves
+
+Scope = Literal["leaf", "model"]
+
+
+class Levels(Protocol):
+    """How many groups each level may decrypt."""
+
+    def counts(self, groups: int) -> tuple[int, ...]:
+        """Non-decreasing counts for levels 1..M, out of ``groups``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PaperLevels:
+    """The levels of the paper's published release.
+
+    Of ``groups`` groups ``n = floor(ratio * groups) + 1`` are selected, and level m of M may
+    decrypt the ``floor((0.6 + 0.4 * m / M) * n)`` most important ones of them.
+
+    Attributes:
+        ratio: share of the groups that is encrypted, in (0, 1].
+        levels: M, the number of levels.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.3, and its published code.
+    """
+
+    ratio: float
+    levels: int = 5
+
+    def __post_init__(self) -> None:
+        _check_fractions([self.ratio])
+        if self.levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {self.levels}.")
+
+    def counts(self, groups: int) -> tuple[int, ...]:
+        """See `Levels.counts`."""
+        total = min(groups, math.floor(_exact(self.ratio) * groups) + 1)
+        return tuple(
+            math.floor((Fraction(3, 5) + Fraction(2, 5) * Fraction(m, self.levels)) * total)
+            for m in range(1, self.levels + 1)
+        )
+
+
+@dataclass(frozen=True)
+class _Fractions:
+    fractions: tuple[float, ...]
+
+    def counts(self, groups: int) -> tuple[int, ...]:
+        return tuple(math.floor(_exact(fraction) * groups) for fraction in self.fractions)
+
+
+def _exact(fraction: float) -> Fraction:
+    # What its author wrote, so that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
+    return Fraction(str(float(fraction)))
+
+
+def _check_fractions(fractions: Sequence[float]) -> None:
+    if len(fractions) == 0:
+        raise ValueError("fractions: expected one a level, got none.")
+    for index, fraction in enumerate(fractions):
+        if not 0 < fraction <= 1:  # also catches NaN
+            raise ValueError(
+                f"fractions[{index}]: expected a share of the groups in (0, 1], got {fraction!r}."
+            )
+        if index and fraction < fractions[index - 1]:
+            raise ValueError(
+                f"fractions: expected ascending shares, level by level, got {fraction!r} after "
+                f"{fractions[index - 1]!r}. Sort them."
+            )
+
+
+def nested_masks(
+    scores: PyTree, fractions: Sequence[float] | Levels, *, scope: Scope = "leaf"
+) -> tuple[PyTree, ...]:
+    """Selects the most important groups for each level.
+
+    Args:
+        scores: pytree of importance, one float a group (see `selcrypt_jax.importance`), each
+            leaf broadcastable to its parameter leaf; ``False`` for what takes no part.
+        fractions: share of the groups that level 1..M may decrypt, ascending, each in (0, 1].
+            The last one is the share that is encrypted. ``floor(fraction * groups)`` groups are
+            taken, computed exactly. Or a `Levels`, such as ``PaperLevels(0.08, levels=5)``.
+        scope: ``"leaf"``: the shares hold in every leaf (the paper); ``"model"``: over all
+            groups of the model, so that a leaf gets what its groups are worth.
+
+    Returns:
+        M pytrees of the structure of ``scores``: NumPy booleans of each score leaf's shape, and
+        ``False`` where there is no score. Mask m is contained in mask m + 1. Of equal scores the
+        lower index is taken first (over the model: by name of the leaf, then index).
+
+    Raises:
+        ValueError: fractions out of range or not ascending; a level that adds nothing to the
+            one below; a score that is NaN; no scores at all.
+        TypeError: scores that are traced (masks decide shapes, so they must be concrete).
+    """
+    if isinstance(fractions, Sequence | np.ndarray):
+        _check_fractions(fractions)
+        levels: Levels = _Fractions(tuple(float(fraction) for fraction in fractions))
+    else:
+        levels = fractions
+    if scope not in ("leaf", "model"):
+        raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+
+    tree = named_leaves(scores, "scores")
+    arrays = {
+        name: _concrete(leaf, f"scores {name!r}")
+        for name, leaf in tree.leaves.items()
+        if is_array(leaf)
+    }
+    for name, array in arrays.items():
+        if np.isnan(array).any():
+            first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
+            raise ValueError(
+                f"scores {name!r}: expected numbers, got NaN in {int(np.isnan(array).sum())} of "
+                f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights are "
+                "not finite, or the loss was not: repair them or leave the leaf out with `select`."
+            )
+    if not any(array.size for array in arrays.values()):
+        raise ValueError(
+            f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}."
+        )
+
+    ranks = _ranks(arrays, scope)
+    if scope == "leaf":
+        counts = {name: levels.counts(array.size) for name, array in arrays.items()}
+    else:
+        total = levels.counts(sum(array.size for array in arrays.values()))
+        counts = dict.fromkeys(arrays, total)
+    steps = len(next(iter(counts.values())))
+    masks = [{name: ranks[name] < counts[name][level] for name in arrays} for level in range(steps)]
+    selected = [0] + [sum(int(leaf.sum()) for leaf in mask.values()) for mask in masks]
+    for level in range(1, steps + 1):
+        if selected[level] <= selected[level - 1]:
+            below = f"level {level - 1}" if level > 1 else "no key at all"
+            raise ValueError(
+                f"fractions: level {level} selects {selected[level]} groups, no more than {below} "
+                f"({selected[level - 1]}). Expected every level to add at least one of the "
+                f"{sum(array.size for array in arrays.values())} groups: use larger or fewer "
+                "fractions, or scope='model'."
+            )
+    nothing = dict.fromkeys(tree.leaves, False)
+    return tuple(tree.rebuild(nothing | mask) for mask in masks)
+
+
+def _ranks(scores: Mapping[str, np.ndarray], scope: Scope) -> dict[str, np.ndarray]:
+    """0 for the most important group, and so on; by leaf or over all of them."""
+
+    def rank(values: np.ndarray) -> np.ndarray:
+        order = np.argsort(-values, kind="stable")
+        ranks = np.empty(len(order), np.int64)
+        ranks[order] = np.arange(len(order))
+        return ranks
+
+    if scope == "leaf":
+        return {name: rank(array.ravel()).reshape(array.shape) for name, array in scores.items()}
+    names = sorted(scores)  # not the order in the container: equal paths, equal masks
+    together = rank(np.concatenate([scores[name].ravel() for name in names]))
+    ends = np.cumsum([scores[name].size for name in names])[:-1]
+    return {
+        name: part.reshape(scores[name].shape)
+        for name, part in zip(names, np.split(together, ends), strict=True)
+    }
+
+
+def _concrete(leaf: Any, what: str) -> np.ndarray:
+    if isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+            f"{what}: expected a concrete array, got a traced one. Masks decide which shapes are "
+            "compiled: make them outside jit, vmap and grad, and close over them."
+        )
+    array = np.asarray(jax.device_get(leaf))
+    return array if array.dtype == bool else array.astype(np.float64)
+
+
+class Ring(NamedTuple):
+    """What one level adds in one leaf.
+
+    Attributes:
+        name: of the leaf.
+        level: 1..M.
+        mask: boolean, with as many axes as the leaf; true where the ring has a group.
+    """
+
+    name: str
+    level: int
+    mask: np.ndarray
+
+
+def rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
+    """Checks masks against parameters and takes them apart.
+
+    Args:
+        params: the named leaves that the masks are for.
+        masks: mask 1..M, nested. A leaf of a mask is a boolean that broadcasts against the
+            parameter leaf; a plain ``False`` or ``True`` stands for a whole leaf or subtree.
+
+    Returns:
+        The rings that select anything, by leaf, then by level.
+
+    Raises:
+        ValueError: a path that one of the trees lacks; a mask that does not broadcast, selects
+            in something that is no number array, or is not contained in the next one.
+        TypeError: traced masks, or masks that are not boolean.
+    """
+    if isinstance(masks, Mapping) or not isinstance(masks, Sequence):
+        raise TypeError(
+            f"masks: expected a sequence of one mask a level, got {type(masks).__name__}. "
+            "For a single level pass (mask,)."
+        )
+    whole = [_fit(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
+    found: list[Ring] = []
+    for name, leaf in params.leaves.items():
+        previous = np.zeros((1,) * np.ndim(leaf), bool) if is_array(leaf) else np.bool_(False)
+        for index, mask in enumerate(whole):
+            current = mask[name]
+            if current.ndim == previous.ndim:
+                lost = previous & ~current
+                if lost.any():
+                    where = tuple(int(i) for i in np.argwhere(lost)[0])
+                    raise ValueError(
+                        f"masks: {name!r}: masks[{index}] lacks group {where}, which "
+                        f"masks[{index - 1}] has. Expected nested masks: a level may decrypt all "
+                        "that the levels below may. See nested_masks."
+                    )
+                added = current & ~previous
+                if added.any():
+                    found.append(Ring(name, index + 1, added))
+            previous = current
+    return found
+
+
+def _fit(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.ndarray]:
+    """The mask by the names of ``params``, each with as many axes as its leaf."""
+    given = named_leaves(mask, what).leaves
+    result: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for name, leaf in params.leaves.items():
+        prefix = _prefix(name, given)
+        if prefix is None:
+            raise ValueError(
+                f"{what}: {name!r}: expected a mask for this leaf of params, got none. The mask "
+                f"has {listed(given)}. Masks and params must have the same paths; a plain False "
+                "leaves a leaf or a subtree out."
+            )
+        used.add(prefix)
+        result[name] = _fit_leaf(leaf, given[prefix], prefix == name, f"{what}: {name!r}")
+    extra = [name for name in given if name not in used]
+    if extra:
+        raise ValueError(
+            f"{what}: expected only paths of params, got also {listed(extra)}. Params have "
+            f"{listed(params.leaves)}. The mask comes from another tree."
+        )
+    return result
+
+
+def _prefix(name: str, given: Mapping[str, Any]) -> str | None:
+    """The name itself, or the subtree above it, that ``given`` holds."""
+    if name in given:
+        return name
+    while name:
+        name = name.rpartition("/")[0]
+        if name in given:
+            return name
+    return None
+
+
+def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
+    if not is_array(mask) and not isinstance(mask, bool):
+        if is_array(leaf):
+            raise TypeError(
+                f"{what}: expected a boolean array or a plain bool, got {type(mask).__name__}."
+            )
+        return np.bool_(False)[...]  # the params' own leaf (a function, a string) copied over
+    array = _concrete(mask, what) if is_array(mask) else np.asarray(mask)
+    if array.dtype != bool:
+        raise TypeError(
+            f"{what}: expected booleans, got {mask.dtype}. Make masks with nested_masks."
+        )
+    if not is_array(leaf):
+        if array.any():
+            raise ValueError(
+                f"{what}: expected False, since the leaf of params is no array but "
+                f"{type(leaf).__name__}, got a mask that selects it."
+            )
+        return array
+    if array.ndim == 0:
+        return array.reshape((1,) * leaf.ndim)
+    fits = array.ndim == leaf.ndim and all(
+        size in (1, full) for size, full in zip(array.shape, leaf.shape, strict=True)
+    )
+    if not exact or not fits:
+        raise ValueError(
+            f"{what}: expected a mask that broadcasts against shape {tuple(leaf.shape)}, axis by "
+            f"axis of size 1 or the leaf's, got shape {array.shape}. It comes from another tree "
+            "or another layout."
+        )
+    return array
+
+
+class LeafCount(NamedTuple):
+    """What a mask selects in a leaf.
+
+    Attributes:
+        groups: number of selected groups.
+        weights: number of weights in them.
+        total: number of weights of the leaf.
+    """
+
+    groups: int
+    weights: int
+    total: int
+
+
+def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
+    """Counts what a mask selects, leaf by leaf.
+
+    Args:
+        params: parameters.
+        mask: one mask that fits them.
+
+    Returns:
+        name → counts, for the array leaves. The share of the model that is encrypted is
+        ``sum(c.weights) / sum(c.total)`` over the leaves that one means to count.
+
+    Raises:
+        ValueError, TypeError: the mask does not fit, see `encrypt`.
+    """
+    leaves = named_leaves(params)
+    counts = {
+        name: LeafCount(0, 0, math.prod(leaf.shape))
+        for name, leaf in leaves.leaves.items()
+        if is_array(leaf)
+    }
+    for ring in rings(leaves, (mask,)):
+        shape = leaves.leaves[ring.name].shape
+        groups = int(ring.mask.sum())
+        size = math.prod(shape) // max(ring.mask.size, 1)
+        counts[ring.name] = LeafCount(groups, groups * size, math.prod(shape))
+    return counts

@@ -1,0 +1,215 @@
+"""Named leaves of any pytree, and a leaf seen as groups of weights.
+
+Everything in the package that looks at parameters goes through the *names* made here. Two trees
+fit each other when their names do, whatever their containers: a mask made from a dict fits a
+FrozenDict, an ``nnx.State`` or an Equinox module with the same paths.
+"""
+
+import math
+import re
+import sys
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+Granularity = Literal["kernel", "filter", "weight"]
+Layout = Literal["HWIO", "OIHW"]
+Selector = str | Callable[[str, Any], bool] | None
+
+
+def _component(key: Any) -> str:
+    """The plain text of one step of a JAX key path."""
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def _is_variable(node: Any) -> bool:
+    # Looked up and not imported: a tree can only hold an nnx.Variable if nnx is loaded already.
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(node, nnx.Variable)
+
+
+def _names(tree: PyTree) -> list[str]:
+    """One name a leaf, in the order of ``jax.tree.leaves``."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
+    # An nnx.Variable adds a step of its own (".value") below the name that its user gave it.
+    boxes: set[Hashable] = {path for path, node in nodes if _is_variable(node)}
+    names = []
+    for path in paths:
+        steps = [
+            _component(key)
+            for depth, key in enumerate(path)
+            if not (depth and path[:depth] in boxes)
+        ]
+        names.append("/".join(steps))
+    return names
+
+
+@dataclass(frozen=True)
+class NamedLeaves:
+    """The leaves of a pytree by name; ``rebuild`` puts others in their place.
+
+    Attributes:
+        leaves: name → leaf, in the order of ``jax.tree.leaves``. A name is the path's steps
+            joined by ``/`` (dict keys, attribute names, indices); the leaf at the root is ``""``.
+        treedef: structure of the tree.
+    """
+
+    leaves: dict[str, Any]
+    treedef: Any
+
+    def rebuild(self, leaves: dict[str, Any]) -> PyTree:
+        """A tree of the same structure; names that ``leaves`` lacks keep their own leaf."""
+        return self.treedef.unflatten(leaves.get(name, leaf) for name, leaf in self.leaves.items())
+
+
+def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
+    """Flattens ``tree`` into leaves by name.
+
+    Args:
+        tree: any pytree.
+        what: how error messages call the tree.
+
+    Returns:
+        The named leaves, in the order of ``jax.tree.leaves``.
+
+    Raises:
+        ValueError: two leaves have the same name, as ``{"a/b": x, "a": {"b": y}}`` would.
+    """
+    names = _names(tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    result: dict[str, Any] = {}
+    for position, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
+        if name in result:
+            paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+            raise ValueError(
+                f"{what}: two leaves are called {name!r}: {paths[names.index(name)]} and "
+                f"{paths[position]}. Expected one leaf a name; rename one of them, so that no "
+                "key contains the '/' that joins names."
+            )
+        result[name] = leaf
+    return NamedLeaves(result, treedef)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf has a shape and a dtype (arrays, tracers, ``jax.ShapeDtypeStruct``)."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def listed(names: Iterable[str], limit: int = 12) -> str:
+    """Names for an error message, cut after ``limit``."""
+    names = list(names)
+    text = ", ".join(repr(name) for name in names[:limit]) or "none"
+    return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def select_leaves(tree: PyTree, select: Selector = None) -> dict[str, Any]:
+    """The array leaves that take part.
+
+    Args:
+        tree: parameters.
+        select: which leaves: a regular expression searched in the name; a function
+            ``(name, leaf) -> bool``; or ``None`` for every floating-point array with at least
+            two axes (kernels of convolutions and dense layers, embeddings). Leaves that are no
+            arrays are never selected by ``None``, and are an error otherwise.
+
+    Returns:
+        name → leaf of the selected leaves.
+
+    Raises:
+        ValueError: nothing is selected, or something that is not a number array is.
+    """
+    leaves = named_leaves(tree).leaves
+    if select is None:
+        chosen = {
+            name: leaf
+            for name, leaf in leaves.items()
+            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.ndim >= 2
+        }
+        asked = "the default (floating-point arrays with two axes or more)"
+    elif isinstance(select, str):
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise ValueError(f"select={select!r} is not a regular expression: {error}") from None
+        chosen = {name: leaf for name, leaf in leaves.items() if pattern.search(name)}
+        asked = f"the regular expression {select!r}"
+    else:
+        chosen = {name: leaf for name, leaf in leaves.items() if select(name, leaf)}
+        asked = f"the function {getattr(select, '__name__', select)!r}"
+    if not chosen:
+        raise ValueError(
+            f"select: {asked} matches no leaf. There are: {listed(leaves)}. "
+            "Expected at least one; change `select`."
+        )
+    for name, leaf in chosen.items():
+        if not is_array(leaf) or not (
+            jnp.issubdtype(leaf.dtype, jnp.floating) or jnp.issubdtype(leaf.dtype, jnp.integer)
+        ):
+            actual = leaf.dtype if is_array(leaf) else type(leaf).__name__
+            raise ValueError(
+                f"{name!r}: expected an array of floats or integers, got {actual}. "
+                f"Change `select`, so that it leaves this one out."
+            )
+    return chosen
+
+
+def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
+    """The axes of a leaf that lie inside a group.
+
+    Args:
+        shape: of the leaf, with any number of spatial axes.
+        granularity: ``"kernel"``: one (input, output) pair with all its spatial weights, the
+            unit of the paper; ``"filter"``: one output channel; ``"weight"``: one element.
+            For a dense leaf a kernel is one weight; a leaf with one axis has a group an element.
+        layout: ``"HWIO"``: the last two axes are input and output (JAX); ``"OIHW"``: the first
+            two axes are output and input (PyTorch). An embedding table of one row a token is
+            ``"OIHW"`` where a filter should be a row.
+
+    Raises:
+        ValueError: unknown granularity or layout.
+    """
+    if granularity not in ("kernel", "filter", "weight"):
+        raise ValueError(
+            f"granularity: expected 'kernel', 'filter' or 'weight', got {granularity!r}."
+        )
+    if layout not in ("HWIO", "OIHW"):
+        raise ValueError(f"layout: expected 'HWIO' or 'OIHW', got {layout!r}.")
+    ndim = len(shape)
+    if granularity == "weight" or ndim < 2:
+        return ()
+    output, inputs = (ndim - 1, ndim - 2) if layout == "HWIO" else (0, 1)
+    group = {output, inputs} if granularity == "kernel" else {output}
+    return tuple(axis for axis in range(ndim) if axis not in group)
+
+
+def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
+    """Flat (C order) positions of the selected weights, ``[groups, weights in a group]``.
+
+    Args:
+        shape: of the leaf.
+        mask: boolean, broadcastable to ``shape`` with the same number of axes. An axis on which
+            the mask has size 1 and the leaf has not lies inside the group.
+
+    Returns:
+        int32 array; groups in C order of the mask, weights of a group in C order of the leaf.
+    """
+    strides = np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+    selected = np.argwhere(mask)
+    inside = [size if mask.shape[axis] == 1 and size != 1 else 1 for axis, size in enumerate(shape)]
+    offsets = np.indices(inside).reshape(len(shape), math.prod(inside)).T @ strides
+    return (selected @ strides)[:, None].astype(np.int32) + offsets[None, :].astype(np.int32)
+
+
+def padded(count: int) -> int:
+    """``count`` rounded up to a few sizes (at most a quarter more), so that few are compiled."""
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step
