@@ -1,0 +1,300 @@
+"""ChaCha20 (RFC 8439) as a ``jax.random`` implementation with 256-bit keys.
+
+A key made by ``chacha20_key`` works with everything in ``jax.random``: ``bits``, ``split``,
+``fold_in``, ``normal``, ``permutation`` and the rest. Every way to derive something from a key
+is the RFC's block function under a nonce of its own, its *domain*, so that no two of them ever
+read the same keystream:
+
+================  ======================  ==================================================
+derivation        nonce (12 ASCII bytes)  output
+================  ======================  ==================================================
+``random_bits``   ``random_bits``         the keystream from block 0, little-endian
+``split``         ``split``               child ``i`` is words ``8i .. 8i+7`` of the keystream
+``fold_in``       ``fold_in``             words ``0 .. 7`` of block number ``data``
+``seed``          ``seed``                words ``0 .. 7`` of block 0, the key being the seed
+================  ======================  ==================================================
+"""
+
+import math
+import operator
+from functools import partial, reduce
+from typing import Any
+
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from jaxtyping import UInt32
+
+_SIGMA = np.frombuffer(b"expand 32-byte k", "<u4").astype(np.uint32)  # RFC 8439, section 2.3
+_BLOCK_WORDS = 16
+_KEY_WORDS = 8
+_MAX_BLOCKS = 2**32  # the counter is one word; a block after the last would repeat block 0
+
+# A longer stream is made in pieces, because between two rounds the state of a whole piece
+# (64 bytes a block) is in memory. On a CPU half a MiB stays in a core's own cache: in one
+# piece, 16 M words take twice as long. An accelerator needs more blocks to be busy; there the
+# pieces only bound the memory.
+_CPU_CHUNK = 2**13
+_ACCELERATOR_CHUNK = 2**20
+
+_COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
+_DIAGONALS = ((0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14))
+
+
+def _domain(label: bytes) -> np.ndarray:
+    """The nonce of a derivation: its label, padded to the RFC's 12 bytes."""
+    return np.frombuffer(label.ljust(12, b"\0"), "<u4").astype(np.uint32)
+
+
+_RANDOM_BITS = _domain(b"random_bits")
+_SPLIT = _domain(b"split")
+_FOLD_IN = _domain(b"fold_in")
+_SEED = _domain(b"seed")
+
+
+def _rotate_left(x: Array, bits: int) -> Array:
+    return (x << np.uint32(bits)) | (x >> np.uint32(32 - bits))
+
+
+def _quarter_round(a: Array, b: Array, c: Array, d: Array) -> tuple[Array, ...]:
+    """RFC 8439, section 2.1; elementwise over arrays of words."""
+    a = a + b
+    d = _rotate_left(d ^ a, 16)
+    c = c + d
+    b = _rotate_left(b ^ c, 12)
+    a = a + b
+    d = _rotate_left(d ^ a, 8)
+    c = c + d
+    b = _rotate_left(b ^ c, 7)
+    return a, b, c, d
+
+
+def _double_round(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    """One round over the columns and one over the diagonals: RFC 8439, section 2.3."""
+    words = list(state)
+    for at in _COLUMNS + _DIAGONALS:
+        for i, word in zip(at, _quarter_round(*(words[i] for i in at)), strict=True):
+            words[i] = word
+    return tuple(words)
+
+
+def _check_words(name: str, words: ArrayLike, *last: int) -> Array:
+    """``words`` as an array, after a check of its dtype and its last dimension."""
+    dtype, shape = getattr(words, "dtype", type(words).__name__), np.shape(words)
+    if dtype != np.uint32 or shape[len(shape) - len(last) :] != last:
+        raise ValueError(
+            f"{name} has dtype {dtype} and shape {list(shape)} but expected uint32 "
+            f"[{', '.join(('...', *map(str, last)))}]; read bytes as little-endian words by "
+            "np.frombuffer(data, '<u4')"
+        )
+    return jnp.asarray(words)
+
+
+def _zero(*words: Array) -> Array:
+    """A zero that, in ``shard_map``, varies over the mesh axes that ``words`` vary over."""
+    return reduce(operator.or_, (word & np.uint32(0) for word in words))
+
+
+@jax.jit
+def _block(key: Array, counter: Array, nonce: Array) -> Array:
+    shape = np.broadcast_shapes(key.shape[:-1], counter.shape, nonce.shape[:-1])
+    sigma = (jnp.asarray(word) for word in _SIGMA)
+    words = (*sigma, *jnp.unstack(key, axis=-1), counter, *jnp.unstack(nonce, axis=-1))
+    start = [jnp.broadcast_to(word, shape) for word in words]
+    # A loop's carry can't start to vary over a mesh axis later. XLA removes this.
+    start = tuple(word | _zero(start[4], start[12], start[13]) for word in start)
+    # A loop, because the unrolled rounds take five times as long to compile and more to run.
+    # One double round a step: XLA fuses across two of them by computing most words twice.
+    end = lax.fori_loop(0, 10, _double_round, start)
+    return jnp.stack([x + y for x, y in zip(start, end, strict=True)], axis=-1)
+
+
+def chacha20_block(
+    key_words: ArrayLike, counter: ArrayLike, nonce_words: ArrayLike
+) -> UInt32[Array, "*batch 16"]:
+    """The ChaCha20 block function (RFC 8439, section 2.3), with its final addition.
+
+    The leading dimensions broadcast against each other.
+
+    Args:
+        key_words: uint32 ``[..., 8]``, the 32 bytes of a key as little-endian words.
+        counter: number of the block, an int in ``[0, 2**32)`` or uint32 ``[...]``.
+        nonce_words: uint32 ``[..., 3]``, the 12 bytes of a nonce as little-endian words.
+
+    Returns:
+        uint32 ``[..., 16]``: the 64 bytes of a block of keystream as little-endian words.
+
+    Raises:
+        ValueError: a dtype other than uint32, or a wrong last dimension.
+        OverflowError: an int ``counter`` outside of ``[0, 2**32)``.
+    """
+    key_words = _check_words("key_words", key_words, _KEY_WORDS)
+    nonce_words = _check_words("nonce_words", nonce_words, 3)
+    counter = np.uint32(counter) if isinstance(counter, int) else counter
+    return _block(key_words, _check_words("counter", counter), nonce_words)
+
+
+def _blocks(key: Array, nonce: Array, counter: Array, blocks: int, chunk: int) -> Array:
+    """Blocks ``counter .. counter + blocks - 1``, a chunk at a time; ``[blocks, 16]``."""
+    steps = -(-blocks // chunk)
+    if steps <= 1:
+        return _block(key, lax.iota(np.uint32, blocks) + counter, nonce)
+    # Chunks of one size, the last one moved back over the end of the one before it: at most
+    # `steps` blocks are made twice, and no second copy of the stream is needed to cut it.
+    chunk = -(-blocks // steps)
+
+    def write(step: Array, stream: Array) -> Array:
+        first = lax.convert_element_type(step, np.uint32) * np.uint32(chunk)
+        first = jnp.minimum(first, np.uint32(blocks - chunk))
+        made = _block(key, lax.iota(np.uint32, chunk) + (first + counter), nonce)
+        return lax.dynamic_update_slice(stream, made, (first, np.uint32(0)))
+
+    empty = jnp.broadcast_to(_zero(key[0], nonce[0], counter), (blocks, _BLOCK_WORDS))
+    return lax.fori_loop(0, steps, write, empty)
+
+
+def _count_blocks(words: int, counter: int) -> int:
+    """How many blocks make ``words`` words; refuses a stream past the end of the counter."""
+    blocks = -(-words // _BLOCK_WORDS)
+    if counter + blocks > _MAX_BLOCKS:
+        raise ValueError(
+            f"{words} words of ChaCha20 keystream are {blocks} blocks, but from block "
+            f"{counter} on the 32-bit counter allows {_MAX_BLOCKS - counter}; split the key "
+            "and draw a part of the words from each of its children"
+        )
+    return blocks
+
+
+@partial(jax.jit, static_argnums=3)
+def _keystream(key: Array, nonce: Array, counter: Array, words: int) -> Array:
+    make = partial(_blocks, blocks=_count_blocks(words, 0))
+    on_cpu, elsewhere = (partial(make, chunk=n) for n in (_CPU_CHUNK, _ACCELERATOR_CHUNK))
+    if words <= _CPU_CHUNK * _BLOCK_WORDS:  # one piece everywhere
+        stream = on_cpu(key, nonce, counter)
+    else:
+        stream = lax.platform_dependent(key, nonce, counter, cpu=on_cpu, default=elsewhere)
+    return stream.reshape(-1)[:words]
+
+
+def chacha20_keystream(
+    key_words: ArrayLike, nonce_words: ArrayLike, words: int, *, counter: int = 0
+) -> UInt32[Array, " words"]:
+    """The keystream of RFC 8439, section 2.4.
+
+    Args:
+        key_words: uint32 ``[8]``, the 32 bytes of a key as little-endian words. Not the data
+            of a key that ``jax.random`` also uses, unless the nonce differs from the domains
+            of this module.
+        nonce_words: uint32 ``[3]``, the 12 bytes of a nonce as little-endian words.
+        words: how many words (4 bytes each) to return; static.
+        counter: number of the first block; static.
+
+    Returns:
+        uint32 ``[words]``: the keystream as little-endian words.
+
+    Raises:
+        ValueError: a wrong shape or dtype, or a stream past block ``2**32 - 1``, where the
+            keystream would repeat. Nothing is computed before.
+    """
+    key_words = _check_words("key_words", key_words, _KEY_WORDS)
+    nonce_words = _check_words("nonce_words", nonce_words, 3)
+    if key_words.ndim != 1 or nonce_words.ndim != 1:
+        raise ValueError("expected one key and one nonce; use jax.vmap for a batch of them")
+    if words < 0 or not 0 <= counter < _MAX_BLOCKS:
+        raise ValueError(f"expected words >= 0, not {words}, and counter < 2**32, not {counter}")
+    _count_blocks(words, counter)
+    return _keystream(key_words, nonce_words, np.uint32(counter), words)
+
+
+# Jitted, so that a call outside of jit is one dispatch and its constants are no transfers.
+@partial(jax.jit, static_argnums=(1, 2))
+def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
+    dtype = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}.get(bit_width)
+    if dtype is None or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"ChaCha20 makes 8, 16, 32 or (with jax_enable_x64) 64 random bits, not {bit_width}"
+        )
+    size = math.prod(shape)
+    words = _keystream(key, _RANDOM_BITS, np.uint32(0), -(-size * bit_width // 32))
+    # Shifts and not a bit cast: that they are little-endian doesn't depend on the platform.
+    if bit_width == 64:
+        low, high = (lax.convert_element_type(words[i::2], dtype) for i in (0, 1))
+        words = low | (high << np.uint64(32))
+    elif bit_width < 32:
+        shifts = lax.broadcasted_iota(np.uint32, (1, 32 // bit_width), 1) * np.uint32(bit_width)
+        words = lax.convert_element_type(words[:, None] >> shifts, dtype).reshape(-1)[:size]
+    return words.reshape(shape)
+
+
+@partial(jax.jit, static_argnums=1)
+def _split(key: Array, shape: tuple[int, ...]) -> Array:
+    words = _keystream(key, _SPLIT, np.uint32(0), math.prod(shape) * _KEY_WORDS)
+    return words.reshape(*shape, _KEY_WORDS)
+
+
+@jax.jit
+def _fold_in(key: Array, data: Array) -> Array:
+    # jax.random.fold_in has made a uint32 of the data (and refused an int that isn't one).
+    counter = lax.convert_element_type(data, np.uint32)
+    return _block(key, counter, _FOLD_IN)[:_KEY_WORDS]
+
+
+@jax.jit
+def _seed(seed: Array) -> Array:
+    # Sign-extended to two words, so that jax_enable_x64 doesn't change what a seed means.
+    if seed.dtype.itemsize < 4:
+        seed = lax.convert_element_type(seed, np.int32)
+    half = np.asarray(16, seed.dtype)
+    parts = (seed, (seed >> half) >> half)  # no shift by all the bits of an int32
+    words = jnp.stack([lax.convert_element_type(part, np.uint32) for part in parts])
+    key = jnp.concatenate([words, jnp.zeros(_KEY_WORDS - 2, np.uint32)])
+    return _block(key, np.uint32(0), _SEED)[:_KEY_WORDS]
+
+
+# Once, here: JAX takes two implementations for the same one only if their functions are.
+chacha20_impl: Any = jax.extend.random.define_prng_impl(
+    key_shape=(_KEY_WORDS,),
+    seed=_seed,
+    split=_split,
+    random_bits=_random_bits,
+    fold_in=_fold_in,
+    name="selcrypt_chacha20",
+    tag="chacha20",
+)
+"""ChaCha20 for ``jax.random``. Make keys with ``chacha20_key``.
+
+``jax.random.key(seed, impl=chacha20_impl)`` works too but is for tests only: such a key has at
+most 64 bits of entropy, and 32 without ``jax_enable_x64`` (then -1 and ``2**32 - 1`` are the
+same seed, because JAX cuts the integer before this module sees it).
+
+More than ``2**32`` blocks from one key (``2**36`` words of bits, ``2**33`` children) are a
+``ValueError``. Without ``jax_enable_x64``, ``jax.random.bits(key, shape, "uint64")`` warns and
+returns uint32 words, as JAX does for its own implementations.
+"""
+
+
+def chacha20_key(secret: bytes) -> Array:
+    """A typed ``jax.random`` key from 32 secret bytes.
+
+    The key is exactly these bytes. JAX shows them in the ``repr`` of a key: don't log it.
+
+    Args:
+        secret: 32 bytes from a cryptographic source (``secrets.token_bytes(32)``, a key
+            derivation function).
+
+    Returns:
+        A scalar key array of the implementation ``chacha20_impl``.
+
+    Raises:
+        TypeError: ``secret`` is not ``bytes``.
+        ValueError: ``secret`` is not 32 bytes long.
+    """
+    if not isinstance(secret, bytes):
+        raise TypeError(f"secret has type {type(secret).__name__} but expected bytes")
+    if len(secret) != 4 * _KEY_WORDS:
+        raise ValueError(f"secret has {len(secret)} bytes but expected {4 * _KEY_WORDS}")
+    words = jax.device_put(np.frombuffer(secret, "<u4").astype(np.uint32))
+    return jax.random.wrap_key_data(words, impl=chacha20_impl)

@@ -1,0 +1,68 @@
+"""The hard-concrete distribution: gates in [0, 1] that are exactly 0 or 1 with some probability.
+
+References:
+    Louizos, Welling, Kingma, Learning sparse neural networks through L0 regularization,
+    ICLR 2018, equations 10 to 12.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+BETA = 2 / 3
+GAMMA = -0.1
+ZETA = 1.1
+
+
+def hard_concrete(
+    log_alpha: Float[Array, "*groups"],
+    *,
+    key: PRNGKeyArray | None,
+    beta: float = BETA,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Float[Array, "*groups"]:
+    """Samples gates ``z = clip(s·(ζ − γ) + γ, 0, 1)``, ``s = σ((logit u + log α) / β)``.
+
+    Args:
+        log_alpha: location; gates are open where it is large.
+        key: of the noise ``u``; ``None`` for the median gate, ``u = ½``, as the paper's release.
+        beta: temperature β.
+        gamma: γ < 0, lower end of the stretched interval.
+        zeta: ζ > 1, upper end of the stretched interval.
+
+    Returns:
+        Gates in [0, 1], with the shape and dtype of ``log_alpha``.
+    """
+    noise = jnp.zeros_like(log_alpha)
+    if key is not None:
+        # A uniform sample of exactly 0 or 1 would have an infinite logit.
+        tiny = float(jnp.finfo(log_alpha.dtype).eps)
+        u = jax.random.uniform(key, log_alpha.shape, log_alpha.dtype, minval=tiny, maxval=1 - tiny)
+        u = jnp.clip(u, tiny, 1 - tiny)
+        noise = jnp.log(u) - jnp.log1p(-u)
+    s = jax.nn.sigmoid((noise + log_alpha) / beta)
+    return jnp.clip(s * (zeta - gamma) + gamma, 0, 1)
+
+
+def probability_open(
+    log_alpha: Float[Array, "*groups"],
+    *,
+    beta: float = BETA,
+    gamma: float = GAMMA,
+    zeta: float = ZETA,
+) -> Float[Array, "*groups"]:
+    """``P(z ≠ 0) = σ(log α − β·log(−γ/ζ))``.
+
+    Args:
+        log_alpha: location.
+        beta: temperature β.
+        gamma: γ < 0.
+        zeta: ζ > 1.
+
+    Returns:
+        Probabilities, with the shape and dtype of ``log_alpha``.
+    """
+    return jax.nn.sigmoid(log_alpha - beta * math.log(-gamma / zeta))

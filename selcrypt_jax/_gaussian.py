@@ -1,0 +1,130 @@
+"""The paper's Gaussian cipher, to reproduce its figures. Not lossless: see `GaussianCipher`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.special import ndtr, ndtri
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from ._masks import Ring, rings
+from ._tree import group_positions, named_leaves
+
+# How far outside the range of w + r its bounds lie. Any closer, and a weight at the edge becomes
+# an infinite quantile; a part in 10⁵ still leaves quantiles of ±4.4 σ.
+_MARGIN = 1e-5
+
+
+class GaussianStats(NamedTuple):
+    """The side data of a ring in a leaf that decryption needs.
+
+    Attributes:
+        mean: μ of the leaf.
+        std: σ of the leaf.
+        low: h, just below the range of w + r.
+        high: f, just above it.
+    """
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GaussianCipher:
+    """``c = μ + σ·Φ⁻¹((w + r − h) / (f − h))`` with ``r`` uniform in [0, 1) from the key.
+
+    The encrypted weights look like draws from a normal distribution with the leaf's mean and
+    deviation. The inverse ``w = Φ((c − μ)/σ)·(f − h) + h − r`` is exact only to rounding (about
+    1e-6 in float32, so use wider weights than bfloat16 with it), and the rounding depends on the
+    device. Use `LosslessCipher` for anything but reproducing the paper.
+
+    Attributes:
+        stats: side data by (leaf name, level). Make it with `fit`, and keep it: decryption needs
+            it, and whoever has it knows the range of the selected weights.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, equations 9 to 12.
+    """
+
+    stats: Mapping[tuple[str, int], GaussianStats]
+
+    @classmethod
+    def fit(cls, params: PyTree, masks: Sequence[PyTree]) -> "GaussianCipher":
+        """Takes the side data from the weights that are to be encrypted.
+
+        Args:
+            params: concrete parameters.
+            masks: as for `encrypt`.
+
+        Raises:
+            ValueError: masks that do not fit; a leaf that is constant, not finite or no float.
+        """
+        tree = named_leaves(params)
+        stats = {}
+        for ring in rings(tree, masks):
+            leaf = np.asarray(jax.device_get(tree.leaves[ring.name]))
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"params {ring.name!r}: expected floats for the Gaussian cipher, got "
+                    f"{leaf.dtype}. Use LosslessCipher()."
+                )
+            values = leaf.astype(np.float64)
+            selected = values.ravel()[group_positions(leaf.shape, ring.mask)]
+            mean, std = float(values.mean()), float(values.std())
+            if not (math.isfinite(std) and std > 0):
+                raise ValueError(
+                    f"params {ring.name!r}: expected finite weights that differ, got a standard "
+                    f"deviation of {std}. Use LosslessCipher()."
+                )
+            stats[ring.name, ring.level] = GaussianStats(
+                mean, std, float(selected.min()) - _MARGIN, float(selected.max()) + 1 + _MARGIN
+            )
+        return cls(stats)
+
+    def check(self, ring: Ring, leaf: Any) -> None:
+        """Refuses rings that `fit` has not seen."""
+        if (ring.name, ring.level) not in self.stats:
+            raise ValueError(
+                f"params {ring.name!r}, ring {ring.level}: the Gaussian cipher has no side data "
+                "for it. Make it with GaussianCipher.fit(params, masks), with these masks."
+            )
+
+    def run(
+        self,
+        leaves: Mapping[str, Array],
+        rings: Sequence[Ring],
+        keys: PRNGKeyArray,
+        *,
+        inverse: bool,
+    ) -> dict[str, Array]:
+        """See `Cipher.run`."""
+        result = dict(leaves)
+        for index, ring in enumerate(rings):
+            leaf = result[ring.name]
+            positions = group_positions(leaf.shape, ring.mask).ravel()
+            stats = np.array(self.stats[ring.name, ring.level], np.float32)
+            result[ring.name] = _rewrite(leaf, positions, keys[index], stats, inverse)
+        return result
+
+
+def _rewrite_leaf(
+    leaf: Array, positions: Array, key: PRNGKeyArray, stats: Array, inverse: bool
+) -> Array:
+    mean, std, low, high = stats
+    flat = leaf.reshape(-1)
+    values = flat[positions].astype(jnp.float32)
+    r = jax.random.uniform(key, values.shape)
+    if inverse:
+        values = ndtr((values - mean) / std) * (high - low) + low - r
+    else:
+        values = mean + std * ndtri((values + r - low) / (high - low))
+    return flat.at[positions].set(values.astype(leaf.dtype)).reshape(leaf.shape)
+
+
+_rewrite = jax.jit(_rewrite_leaf, static_argnames="inverse")

@@ -1,0 +1,372 @@
+"""PSS, probabilistic selection strategy: importance learned by gates on a frozen network.
+
+Every group of weights gets a hard-concrete gate. Only the gates' ``log α`` are learned, over all
+leaves together (or leaf by leaf); the importance of a group is its ``log α``.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from ._gates import BETA, hard_concrete, probability_open
+from ._importance import LossFn, batch_count
+from ._tree import (
+    Granularity,
+    Layout,
+    Selector,
+    inner_axes,
+    is_array,
+    named_leaves,
+    select_leaves,
+)
+
+
+@dataclass(frozen=True)
+class PSSConfig:
+    """How importance is learned.
+
+    Attributes:
+        objective: ``"keep"`` (the paper): gates say what stays, the rest is zero; what must stay
+            open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
+            noise like the leaf's weights; what breaks the network is important.
+        steps: gradient steps; in each leaf, if `layerwise`.
+        penalty: λ, the price of an open gate in units of the (log) loss.
+        optimizer: any optax transformation; Adam with rate 0.1 if ``None``.
+        initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
+            almost all closed (−3.5) for ``"break"``.
+        cap: for ``"break"``: the loss at which the network counts as broken. Without one,
+            thousands of kernels that are worthless alone are opened together. By default four
+            times the loss with everything selected replaced by noise.
+        sampled: draw gates (the text of the paper), or take the median gate (its release).
+        layerwise: one leaf at a time, the others' gates at rest (the release), or all together.
+        clamp: bounds of log α.
+        beta: temperature of the gates.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.1. Its release:
+        ``PSSConfig("keep", steps=..., penalty=1e-4, initial_log_alpha=1.0, sampled=False,
+        layerwise=True, optimizer=optax.sgd(0.1, momentum=0.9, nesterov=True))``, 130 epochs.
+    """
+
+    objective: Literal["keep", "break"] = "break"
+    steps: int = 100
+    penalty: float = 2e-3
+    optimizer: optax.GradientTransformation | None = None
+    initial_log_alpha: float | None = None
+    cap: float | None = None
+    sampled: bool = True
+    layerwise: bool = False
+    clamp: tuple[float, float] = (math.log(0.01), math.log(100))
+    beta: float = BETA
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("keep", "break"):
+            raise ValueError(f"objective: expected 'keep' or 'break', got {self.objective!r}.")
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}.")
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap: expected a positive loss, got {self.cap}.")
+
+    @property
+    def start(self) -> float:
+        """The log α that gates start from."""
+        if self.initial_log_alpha is not None:
+            return self.initial_log_alpha
+        return 2.5 if self.objective == "keep" else -3.5
+
+
+class PSSState(NamedTuple):
+    """Everything that learning needs to go on: a pytree, to be saved and restored as such.
+
+    Attributes:
+        log_alpha: name → log α of the leaf's groups.
+        opt_state: of the optimiser.
+        step: number of steps taken.
+        key: the noise of step t comes from ``fold_in(key, t)``, so that a resumed run equals a
+            straight one.
+        cap: log of the loss at which the network counts as broken.
+    """
+
+    log_alpha: dict[str, Float[Array, "..."]]
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    cap: Float[Array, ""]
+
+
+class PSSMetrics(NamedTuple):
+    """What happened in each step, ``[steps]``.
+
+    Attributes:
+        loss: task loss with the gates in place.
+        open: expected number of open gates.
+    """
+
+    loss: Float[Array, " steps"]
+    open: Float[Array, " steps"]
+
+
+class PSSLearner(NamedTuple):
+    """Pure functions that learn importance, in the manner of an optax transformation.
+
+    Attributes:
+        init: ``(params, batches, key=...) -> PSSState``.
+        run: ``(params, batches, state, steps) -> (PSSState, PSSMetrics)``, jitted; batch t modulo
+            their number is used in step t.
+        scores: ``(state) -> scores``, a pytree of the structure of params.
+        steps: how many steps the configuration asks for in all.
+    """
+
+    init: Callable[..., PSSState]
+    run: Callable[[PyTree, PyTree, PSSState, int], tuple[PSSState, PSSMetrics]]
+    scores: Callable[[PSSState], PyTree]
+    steps: int
+
+
+def pss_learner(
+    loss_fn: LossFn,
+    params: PyTree,
+    *,
+    config: PSSConfig = PSSConfig(),
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PSSLearner:
+    """Makes the functions that `pss` is a loop over; use them to checkpoint or to stop early.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar``, positive; params frozen and trained.
+        params: pytree; only its structure and shapes are kept.
+        config: see `PSSConfig`.
+        select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
+            ``None`` for floats with two axes or more.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        layout: ``"HWIO"`` or ``"OIHW"``.
+
+    Raises:
+        ValueError: nothing is selected, or a leaf without gradients is.
+    """
+    tree = named_leaves(params)
+    passive = {name: leaf for name, leaf in tree.leaves.items() if not is_array(leaf)}
+    axes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, leaf in select_leaves(params, select).items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"params {name!r}: expected floats, which have gradients, got {leaf.dtype}. "
+                "Leave it out with `select`, or use importance.l2 or importance.random."
+            )
+        axes[name] = inner_axes(leaf.shape, granularity, layout)
+        shapes[name] = tuple(1 if i in axes[name] else n for i, n in enumerate(leaf.shape))
+    names = list(shapes)
+    optimizer = optax.adam(0.1) if config.optimizer is None else config.optimizer
+    at_rest = 1.0 if config.objective == "keep" else 0.0
+
+    def arrays(params: PyTree) -> dict[str, Array]:
+        leaves = named_leaves(params).leaves
+        return {name: leaf for name, leaf in leaves.items() if name not in passive}
+
+    def task_loss(leaves: dict[str, Array], changed: dict[str, Array], batch: Any) -> Array:
+        return loss_fn(tree.rebuild(leaves | changed | passive), batch).astype(jnp.float32)
+
+    def noise(leaf: Array, key: PRNGKeyArray) -> Array:
+        wide = leaf.astype(jnp.float32)
+        return wide.mean() + wide.std() * jax.random.normal(key, leaf.shape)
+
+    def gated(leaf: Array, gate: Array, key: PRNGKeyArray) -> Array:
+        wide = leaf.astype(jnp.float32)
+        if config.objective == "keep":
+            return (wide * gate).astype(leaf.dtype)
+        return (wide + gate * (noise(leaf, key) - wide)).astype(leaf.dtype)
+
+    def leaf_keys(key: PRNGKeyArray) -> dict[str, PRNGKeyArray]:
+        words = [hashlib.sha256(name.encode()).digest()[:4] for name in names]
+        return {
+            name: jax.random.fold_in(key, np.frombuffer(word, "<u4")[0])
+            for name, word in zip(names, words, strict=True)
+        }
+
+    @jax.jit
+    def rest_and_broken(leaves: dict[str, Array], batch: Any, key: PRNGKeyArray) -> Array:
+        everything = {name: noise(leaves[name], k) for name, k in leaf_keys(key).items()}
+        everything = {name: leaf.astype(leaves[name].dtype) for name, leaf in everything.items()}
+        return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
+
+    def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
+        leaves = arrays(params)
+        for name in names:
+            if not bool(jnp.isfinite(leaves[name]).all()):
+                raise ValueError(
+                    f"params {name!r}: expected finite weights, got NaN or Inf. Nothing can be "
+                    "learned from such a network: go back to its last good checkpoint."
+                )
+        batch_count(batches)
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        rest, broken = rest_and_broken(leaves, first, jax.random.fold_in(key, 2**32 - 1))
+        if not bool(jnp.isfinite(rest)) or (config.objective == "break" and not rest > 0):
+            raise ValueError(
+                f"loss_fn: expected a finite, positive loss of the untouched network, got "
+                f"{float(rest)} on the first batch."
+            )
+        # Noise may also make a loss overflow; then the network is broken well before.
+        cap = config.cap or 4 * float(jnp.where(jnp.isfinite(broken), broken, 100 * rest))
+        log_alpha = {name: jnp.full(shape, config.start) for name, shape in shapes.items()}
+        # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
+        return PSSState(
+            log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
+        )
+
+    def objective(
+        log_alpha: dict[str, Array],
+        leaves: dict[str, Array],
+        batch: Any,
+        key: PRNGKeyArray,
+        cap: Array,
+        active: dict[str, Array],
+    ) -> tuple[Array, tuple[Array, Array]]:
+        changed, price = {}, jnp.float32(0)
+        for name, leaf_key in leaf_keys(key).items():
+            gate_key, noise_key = jax.random.split(leaf_key)
+            gate = hard_concrete(
+                log_alpha[name], key=gate_key if config.sampled else None, beta=config.beta
+            )
+            gate = jnp.where(active[name], gate, at_rest)
+            changed[name] = gated(leaves[name], gate, noise_key)
+            open_ = probability_open(log_alpha[name], beta=config.beta).sum()
+            price += jnp.where(active[name], open_, 0)
+        loss = task_loss(leaves, changed, batch)
+        if config.objective == "keep":
+            target = loss
+        else:
+            # Logarithm: what breaks a network multiplies its loss, group by group.
+            target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), cap)
+        return target + config.penalty * price, (loss, price)
+
+    def step(
+        leaves: dict[str, Array], batches: PyTree, state: PSSState, _: None
+    ) -> tuple[PSSState, tuple[Array, Array]]:
+        count = batch_count(batches)
+        batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
+        opt_state = state.opt_state
+        active = {name: jnp.bool_(True) for name in names}
+        if config.layerwise:
+            turn = state.step // config.steps
+            active = {name: turn == index for index, name in enumerate(names)}
+            fresh = optimizer.init(state.log_alpha)
+            first = state.step % config.steps == 0
+            opt_state = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, opt_state)
+        gradients, (loss, price) = jax.grad(objective, has_aux=True)(
+            state.log_alpha,
+            leaves,
+            batch,
+            jax.random.fold_in(state.key, state.step),
+            state.cap,
+            active,
+        )
+        updates, opt_state = optimizer.update(gradients, opt_state, state.log_alpha)
+        # Momentum left over from a leaf's turn must not go on moving it.
+        moved = {
+            name: jnp.clip(
+                state.log_alpha[name] + jnp.where(active[name], updates[name], 0), *config.clamp
+            )
+            for name in names
+        }
+        return state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1), (
+            loss,
+            price,
+        )
+
+    def scores(state: PSSState) -> PyTree:
+        nothing: dict[str, Any] = dict.fromkeys(tree.leaves, False)
+        return tree.rebuild(nothing | state.log_alpha)
+
+    def scan(
+        leaves: dict[str, Array], batches: PyTree, state: PSSState, steps: int
+    ) -> tuple[PSSState, PSSMetrics]:
+        state, history = lax.scan(
+            lambda state, x: step(leaves, batches, state, x), state, None, length=steps
+        )
+        return state, PSSMetrics(*history)
+
+    jitted = jax.jit(scan, static_argnums=3)
+
+    def run(
+        params: PyTree, batches: PyTree, state: PSSState, steps: int
+    ) -> tuple[PSSState, PSSMetrics]:
+        return jitted(arrays(params), batches, state, steps)
+
+    total = config.steps * (len(names) if config.layerwise else 1)
+    return PSSLearner(init, run, scores, total)
+
+
+def pss(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    key: PRNGKeyArray,
+    config: PSSConfig = PSSConfig(),
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+    progress: Callable[[PSSState, PSSMetrics], None] | None = None,
+) -> PyTree:
+    """Learns which groups of weights matter, for a frozen, trained network.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar``, positive.
+        params: pytree; not changed.
+        batches: pytree of arrays ``[batches, ...]``; batch t modulo their number in step t.
+        key: typed key for gates and noise.
+        config: see `PSSConfig`.
+        select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
+            ``None`` for floats with two axes or more.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        layout: ``"HWIO"`` or ``"OIHW"``.
+        progress: called now and then (on CPUs after each step) with the state and the metrics
+            of the steps since the last call.
+
+    Returns:
+        Scores (log α, one float a group), a pytree of the structure of ``params`` with ``False``
+        for the leaves that take no part; for `nested_masks`.
+
+    Raises:
+        ValueError: nothing selected; weights or a loss that are not finite, with the step.
+
+    Example:
+        >>> scores = pss(loss_fn, params, batches, key=jax.random.key(0))
+        >>> masks = nested_masks(scores, [0.02, 0.05, 0.08], scope="model")
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.1, equations 3 to 8.
+    """
+    learner = pss_learner(
+        loss_fn, params, config=config, select=select, granularity=granularity, layout=layout
+    )
+    state = learner.init(params, batches, key=key)
+    # A divisor of the steps, so that all calls are of one length and compile once. Not on CPUs:
+    # inside of loops, XLA's CPU backend does not rewrite the gradients of convolutions into its
+    # fast form (40 times slower), while a scan of one step is no loop.
+    most = 1 if jax.default_backend() == "cpu" else max(learner.steps // 20, 1)
+    chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
+    for _ in range(learner.steps // chunk):
+        state, metrics = learner.run(params, batches, state, chunk)
+        finite = np.isfinite(np.asarray(metrics.loss))
+        if not finite.all():
+            raise ValueError(
+                f"loss_fn: expected a finite loss, got {np.asarray(metrics.loss)[~finite][0]} at "
+                f"step {int(state.step) - chunk + int((~finite).argmax())}. Lower the optimiser's "
+                "rate, or set config.cap."
+            )
+        if progress is not None:
+            progress(state, metrics)
+    return learner.scores(state)

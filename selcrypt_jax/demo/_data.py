@@ -1,0 +1,99 @@
+"""Data that is installed with the packages: digits of scikit-learn, photographs of scikit-image."""
+
+from typing import NamedTuple
+
+import numpy as np
+import skimage.color
+import skimage.data
+import skimage.transform
+import skimage.util
+import sklearn.datasets
+from jaxtyping import Float, Int
+
+TRAIN_PHOTOGRAPHS = (
+    "astronaut",
+    "brick",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "moon",
+    "rocket",
+    "stereo_motorcycle",
+)
+# Never trained on.
+TEST_PHOTOGRAPHS = ("camera", "chelsea")
+
+
+class Digits(NamedTuple):
+    """Images ``[n, 32, 32, 1]`` in [0, 1] and their labels ``[n]``."""
+
+    images: Float[np.ndarray, "n 32 32 1"]
+    labels: Int[np.ndarray, " n"]
+
+
+def digits(seed: int) -> tuple[Digits, Digits]:
+    """The 1,797 handwritten digits of scikit-learn, scaled from 8×8 to 32×32.
+
+    Args:
+        seed: of the split.
+
+    Returns:
+        Four fifths to train on, one fifth to test on.
+    """
+    data = sklearn.datasets.load_digits()
+    order = np.random.default_rng(seed).permutation(len(data.images))
+    images = skimage.transform.resize(
+        data.images[order] / 16, (len(order), 32, 32), order=1
+    ).astype(np.float32)[..., None]
+    labels = data.target[order].astype(np.int32)
+    split = len(order) * 4 // 5
+    return Digits(images[:split], labels[:split]), Digits(images[split:], labels[split:])
+
+
+def _photograph(name: str) -> Float[np.ndarray, "h w"]:
+    image = getattr(skimage.data, name)()
+    image = image[0] if isinstance(image, tuple) else image
+    grey = skimage.color.rgb2gray(image) if image.ndim == 3 else skimage.util.img_as_float(image)
+    return grey.astype(np.float32)
+
+
+def training_patches(count: int, size: int, seed: int) -> Float[np.ndarray, "n s s 1"]:
+    """Random grey patches of the training photographs, flipped and turned at random.
+
+    Photographs much larger than 512 pixels are halved, so that a patch shows about as much of
+    the scene everywhere.
+
+    Args:
+        count: number of patches.
+        size: their side in pixels.
+        seed: of the draw.
+
+    Returns:
+        Patches in [0, 1].
+    """
+    rng = np.random.default_rng(seed)
+    photographs = []
+    for name in TRAIN_PHOTOGRAPHS:
+        image = _photograph(name)
+        if max(image.shape) > 700:
+            image = skimage.transform.rescale(image, 0.5, anti_aliasing=True).astype(np.float32)
+        photographs.append(image)
+    patches = np.empty((count, size, size, 1), np.float32)
+    for patch in patches:
+        image = photographs[rng.integers(len(photographs))]
+        top, left = (rng.integers(side - size + 1) for side in image.shape)
+        crop = np.rot90(image[top : top + size, left : left + size], rng.integers(4))
+        patch[..., 0] = crop[:, ::-1] if rng.integers(2) else crop
+    return patches
+
+
+def test_photographs(size: int) -> Float[np.ndarray, "n s s 1"]:
+    """Centre crops of the test photographs, in [0, 1]; ``camera`` first."""
+    crops = []
+    for name in TEST_PHOTOGRAPHS:
+        image = _photograph(name)
+        top, left = ((side - size) // 2 for side in image.shape)
+        crops.append(image[top : top + size, left : left + size, None])
+    return np.stack(crops)

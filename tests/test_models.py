@@ -1,0 +1,569 @@
+import itertools
+import os
+import pathlib
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import safetensors.numpy
+from flax import nnx
+from jax import lax
+
+from selcrypt_jax.models import VGG19, Conv3x3, DnCNN, conv3x3, from_torch, to_torch
+
+DATA = pathlib.Path(os.environ.get("SELCRYPT_DATA", "."))
+SMALL = 1 / 32  # VGG19 of 2, 4, 8 and 16 channels
+
+
+def normal(seed, shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def small_vgg(**options):
+    return VGG19(width=SMALL, rngs=nnx.Rngs(0), **options)
+
+
+def small_dncnn(**options):
+    return DnCNN(**{"depth": 5, "width": 6, "rngs": nnx.Rngs(0)} | options)
+
+
+def shapes(model, kind=nnx.Param):
+    flat = nnx.to_flat_state(nnx.state(model, kind))
+    return {"/".join(map(str, path)): variable.shape for path, variable in flat}
+
+
+# The convolution ----------------------------------------------------------------------------
+
+
+def lax_conv(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+SIZES = [(1, 1), (2, 2), (3, 3), (4, 4), (7, 7), (1, 2), (2, 1), (1, 5), (2, 4), (1, 9), (0, 0)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_convolution_and_its_gradients_are_those_of_lax(size):
+    x, kernel, weight = normal(0, (3, *size, 5)), normal(1, (3, 3, 5, 4)), normal(2, (3, *size, 4))
+
+    def everything(conv):
+        def loss(x, kernel):
+            y = conv(x, kernel)
+            return jnp.sum(y * weight), y
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(x, kernel)
+
+    (_, y), gradients = everything(conv3x3)
+    (_, expected_y), expected_gradients = everything(lax_conv)
+    chex.assert_trees_all_close((y, gradients), (expected_y, expected_gradients), atol=3e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_convolution_under_vmap_over_inputs_and_kernels(size):
+    x, kernel = normal(0, (2, 3, size, size, 5)), normal(1, (2, 3, 3, 5, 4))
+    expected = np.stack([lax_conv(*pair) for pair in zip(x, kernel, strict=True)])
+    np.testing.assert_allclose(jax.vmap(conv3x3)(x, kernel), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "convolutions"), [(1, 0), (2, 0), (3, 1), (32, 1)])
+def test_small_maps_need_no_xla_convolution(size, convolutions):
+    text = str(jax.make_jaxpr(conv3x3)(jnp.zeros((2, size, size, 3)), jnp.zeros((3, 3, 3, 4))))
+    assert text.count("conv_general_dilated[") == convolutions
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_layer_adds_its_bias(size):
+    layer = Conv3x3(3, 4, rngs=nnx.Rngs(0))
+    x = jnp.ones((2, size, size, 3))
+    before = layer(x)
+    layer.bias[...] = jnp.arange(4.0)
+    expected = jnp.broadcast_to(jnp.arange(4.0), before.shape)
+    np.testing.assert_allclose(layer(x) - before, expected, atol=1e-6)
+    assert shapes(layer) == {"kernel": (3, 3, 3, 4), "bias": (4,)}
+    assert shapes(Conv3x3(3, 4, use_bias=False, rngs=nnx.Rngs(0))) == {"kernel": (3, 3, 3, 4)}
+
+
+def test_layer_starts_with_he_variance():
+    kernel = Conv3x3(32, 64, rngs=nnx.Rngs(0)).kernel[...]
+    assert np.var(kernel) == pytest.approx(2 / (9 * 32), rel=0.03)
+
+
+# Structure ----------------------------------------------------------------------------------
+
+
+def abstract(build):
+    """Shapes of a network without its memory."""
+    return shapes(nnx.eval_shape(build))
+
+
+def conv_weights(named):
+    return [np.prod(shape) for name, shape in named.items() if re.search("conv.*kernel", name)]
+
+
+def test_vgg19_of_the_paper():
+    named = abstract(lambda: VGG19(rngs=nnx.Rngs(0)))
+    # Simonyan and Zisserman, table 1, column E.
+    stages = [3, 64, 64, 128, 128, 256, 256, 256, 256, *[512] * 8]
+    expected = {}
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(stages)):
+        expected |= {
+            f"convs/{index}/kernel": (3, 3, inputs, outputs),
+            f"convs/{index}/bias": (outputs,),
+            f"norms/{index}/scale": (outputs,),
+            f"norms/{index}/bias": (outputs,),
+        }
+    for index, outputs in enumerate((512, 512, 10)):
+        expected |= {f"head/{index}/kernel": (512, outputs), f"head/{index}/bias": (outputs,)}
+    assert named == expected
+    assert len(conv_weights(named)) == 16
+    assert sum(conv_weights(named)) == 20_018_880
+    without = abstract(lambda: VGG19(batch_norm=False, rngs=nnx.Rngs(0)))
+    assert without == {name: shape for name, shape in expected.items() if "norms" not in name}
+
+
+def test_dncnn_of_the_paper():
+    named = abstract(lambda: DnCNN(channels=3, rngs=nnx.Rngs(0)))
+    expected = {f"convs/{index}/kernel": (3, 3, 64, 64) for index in range(1, 16)}
+    expected |= {"convs/0/kernel": (3, 3, 3, 64), "convs/16/kernel": (3, 3, 64, 3)}
+    for index in range(1, 16):
+        expected |= {f"norms/{index}/scale": (64,), f"norms/{index}/bias": (64,)}
+    assert named == expected
+    assert len(conv_weights(named)) == 17
+    assert sum(conv_weights(named)) == 556_416
+    without = abstract(lambda: DnCNN(channels=3, batch_norm=False, rngs=nnx.Rngs(0)))
+    assert not [name for name in without if name.startswith("norms")]
+    assert len([name for name in without if name.endswith("bias")]) == 17
+
+
+def test_width_is_rounded_and_at_least_one():
+    named = abstract(lambda: VGG19(width=0.01, classes=7, in_channels=1, rngs=nnx.Rngs(0)))
+    assert named["convs/0/kernel"] == (3, 3, 1, 1)
+    assert named["convs/4/kernel"] == (3, 3, 1, 3)  # 2.56
+    assert named["head/0/kernel"] == (5, 5)
+    assert named["head/2/kernel"] == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VGG19(width=0.0, rngs=nnx.Rngs(0)), "expected width > 0, got 0.0"),
+        (lambda: VGG19(width=float("nan"), rngs=nnx.Rngs(0)), "expected width > 0, got nan"),
+        (lambda: VGG19(dropout=1.0, rngs=nnx.Rngs(0)), "expected 0 <= dropout < 1, got 1.0"),
+        (lambda: VGG19(classes=0, rngs=nnx.Rngs(0)), "classes=0"),
+        (lambda: DnCNN(depth=1, rngs=nnx.Rngs(0)), "expected depth >= 2.*got depth=1"),
+        (lambda: DnCNN(channels=0, rngs=nnx.Rngs(0)), "channels=0"),
+        (lambda: DnCNN(eps=0.0, rngs=nnx.Rngs(0)), "eps=0.0"),
+    ],
+)
+def test_options_out_of_range(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@nnx.jit
+def denoise(model, images):
+    return model(images)
+
+
+# Images -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 500), (41, 41), (2, 2), (5, 3), (1, 8)])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_dncnn_keeps_any_image_size(size, mode):
+    model = small_dncnn(depth=3)
+    getattr(model, mode)()
+    denoised = denoise(model, normal(0, (1, *size, 1)))
+    chex.assert_shape(denoised, (1, *size, 1))
+    chex.assert_tree_all_finite(denoised)
+
+
+def test_dncnn_subtracts_the_noise():
+    model = small_dncnn(channels=3)
+    model.eval()
+    images = jnp.asarray(normal(0, (2, 9, 8, 3)))
+    noise = model.estimate_noise(images)
+    assert np.any(noise)
+    np.testing.assert_array_equal(model(images), images - noise)
+
+
+@pytest.mark.parametrize(
+    ("channels", "shape", "message"),
+    [
+        (
+            1,
+            (1, 8, 8, 3),
+            r"\[N, H, W, 1\] \(grey\), got shape \(1, 8, 8, 3\): 3 channels \(colour",
+        ),
+        (3, (1, 8, 8, 1), r"\(colour\), got shape .*: 1 channels \(grey\)"),
+        (3, (1, 8, 8, 4), r"4 channels \(colour with alpha\)"),
+        (3, (1, 3, 8, 8), r"8 channels .*channels come last"),
+        (1, (8, 8), r"a batch of images \[N, H, W, 1\], got shape \(8, 8\)"),
+    ],
+)
+def test_wrong_channels_are_told_in_words(channels, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small_dncnn(channels=channels)(jnp.zeros(shape))
+
+
+def test_integer_pixels_are_refused():
+    with pytest.raises(TypeError, match=r"dtype float32, as the weights, got uint8.*\[0, 1\]"):
+        small_dncnn()(jnp.zeros((1, 8, 8, 1), jnp.uint8))
+    with pytest.raises(TypeError, match=r"got float16"):
+        small_vgg()(jnp.zeros((1, 32, 32, 3), jnp.float16))
+
+
+@pytest.mark.parametrize("size", [(28, 28), (64, 64), (32, 64)])
+def test_vgg19_needs_32_by_32(size):
+    message = rf"32×32 pixels, \[N, 32, 32, 3\], got shape \(2, {size[0]}, {size[1]}, 3\)"
+    with pytest.raises(ValueError, match=message):
+        small_vgg()(jnp.zeros((2, *size, 3)))
+    with pytest.raises(ValueError, match="1 channels"):
+        small_vgg()(jnp.zeros((2, 32, 32, 1)))
+
+
+# Training and evaluation mode ---------------------------------------------------------------
+
+
+def test_dropout_is_on_in_training_only():
+    # Without BatchNorm dropout is all that training mode changes.
+    model = small_vgg(batch_norm=False)
+    images = jnp.asarray(normal(0, (2, 32, 32, 3)))
+    assert not np.array_equal(model(images), model(images))
+    model.eval()
+    logits = model(images)
+    assert np.array_equal(logits, model(images))
+    view = nnx.view(model, deterministic=False)
+    assert not np.array_equal(view(images), logits)
+    assert np.array_equal(model(images), logits)
+
+
+def test_batch_norm_updates_its_statistics_in_training_only():
+    model = small_dncnn()
+    images = jnp.asarray(normal(0, (4, 8, 8, 1)))
+    first = nnx.relu(lax_conv(images, model.convs[0].kernel[...]))
+    inputs = np.asarray(lax_conv(first, model.convs[1].kernel[...]), np.float64)
+    model.eval()
+    model(images)
+    assert np.array_equal(model.norms[1].mean[...], np.zeros(6))
+    model.train()
+    model(images)
+    # torch's momentum of 0.1, from means of 0 and variances of 1.
+    np.testing.assert_allclose(
+        model.norms[1].mean[...], 0.1 * inputs.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        model.norms[1].var[...], 0.9 + 0.1 * inputs.var((0, 1, 2)), rtol=1e-4
+    )
+    assert set(shapes(model, nnx.BatchStat)) == {
+        f"norms/{index}/{name}" for index in (1, 2, 3) for name in ("mean", "var")
+    }
+
+
+@pytest.mark.parametrize("name", ["vgg", "dncnn"])
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_loss_of_params_in_jit(name, batch_norm):
+    """The way of the training scripts: split, merge within a jitted loss, statistics out."""
+    model = (small_vgg if name == "vgg" else small_dncnn)(batch_norm=batch_norm)
+    images = jnp.asarray(normal(0, (2, 32, 32, 3 if name == "vgg" else 1)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    optimiser = optax.sgd(1e-3)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, rest, momentum):
+        def loss(params):
+            # A copy: `rest` belongs to the trace outside of the gradient.
+            merged = nnx.merge(graph, params, rest, copy=True)
+            output = merged(images)
+            return jnp.mean(output**2), nnx.state(merged, nnx.Not(nnx.Param))
+
+        (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, momentum = optimiser.update(gradient, momentum, params)
+        return optax.apply_updates(params, updates), rest, momentum, value, gradient
+
+    new, new_rest, momentum, value, gradient = step(params, rest, optimiser.init(params))
+    new, new_rest, _, _, _ = step(new, new_rest, momentum)
+    chex.assert_tree_all_finite((value, nnx.to_pure_dict(gradient), nnx.to_pure_dict(new)))
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    assert jax.tree.structure(new_rest) == jax.tree.structure(rest)
+    kernels = [
+        (path, variable) for path, variable in nnx.to_flat_state(gradient) if path[-1] == "kernel"
+    ]
+    assert all(np.any(variable[...]) for _, variable in kernels), "a kernel gets no gradient"
+    view = nnx.merge(graph, new, new_rest)
+    view.eval()
+    chex.assert_tree_all_finite(nnx.jit(lambda model, x: model(x))(view, images))
+
+
+# PyTorch ------------------------------------------------------------------------------------
+
+
+def torch_checkpoint(layers, prefix=""):
+    """Random tensors under the names of an ``nn.Sequential``: (place, kind, inputs, outputs)."""
+    tensors = {}
+    for seed, (name, kind, inputs, outputs) in enumerate(layers):
+        rng = np.random.default_rng(seed)
+        kind_shape = {"conv": (outputs, inputs, 3, 3), "dense": (outputs, inputs)}
+        shape = kind_shape.get(kind, (outputs,))
+        fan = np.prod(shape[1:], dtype=int)
+        tensors[f"{name}.weight"] = rng.normal(0, fan**-0.5, shape)
+        if kind != "conv without bias":
+            tensors[f"{name}.bias"] = rng.normal(0, 0.3, outputs)
+        if kind == "norm":
+            tensors[f"{name}.weight"] = rng.uniform(0.5, 1.5, outputs)
+            tensors[f"{name}.running_mean"] = rng.normal(0, 0.3, outputs)
+            tensors[f"{name}.running_var"] = rng.uniform(0.5, 1.5, outputs)
+            tensors[f"{name}.num_batches_tracked"] = np.array(7)
+    cast = {k: v if v.dtype == np.int64 else v.astype(np.float32) for k, v in tensors.items()}
+    return {prefix + name: tensor for name, tensor in cast.items()}
+
+
+def vgg_layers(widths, hidden, batch_norm):
+    # torchvision's vgg19 and vgg19_bn, with the paper's head.
+    plan = "AA-BB-CCCC-DDDD-DDDD-"
+    width = dict(zip("ABCD", widths, strict=True))
+    layers, place, inputs = [], 0, 3
+    for letter in plan:
+        if letter == "-":
+            place += 1
+            continue
+        layers.append((f"features.{place}", "conv", inputs, width[letter]))
+        if batch_norm:
+            layers.append((f"features.{place + 1}", "norm", None, width[letter]))
+        place += 3 if batch_norm else 2
+        inputs = width[letter]
+    sizes = (inputs, hidden, hidden, 10)
+    return layers + [
+        (f"classifier.{place}", "dense", sizes[index], sizes[index + 1])
+        for index, place in enumerate((1, 4, 6))
+    ]
+
+
+def numpy_conv(x, weight, bias=0.0):
+    """Channels first, float64, one tap after the other."""
+    _, _, h, w = x.shape
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    y = sum(
+        np.einsum("nihw,oi->nohw", padded[:, :, a : a + h, b : b + w], weight[:, :, a, b])
+        for a in range(3)
+        for b in range(3)
+    )
+    return y + np.reshape(bias, (1, -1, 1, 1))
+
+
+def numpy_norm(x, tensors, name, eps):
+    column = {
+        key: tensors[f"{name}.{key}"].reshape(1, -1, 1, 1)
+        for key in ("weight", "bias", "running_mean", "running_var")
+    }
+    scaled = (x - column["running_mean"]) / np.sqrt(column["running_var"] + eps)
+    return scaled * column["weight"] + column["bias"]
+
+
+def numpy_vgg(tensors, x, batch_norm):
+    place = 0
+    for convolutions in (2, 2, 4, 4, 4):
+        for _ in range(convolutions):
+            name = f"features.{place}"
+            x = numpy_conv(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+            if batch_norm:
+                place += 1
+                x = numpy_norm(x, tensors, f"features.{place}", 1e-5)
+            x = np.maximum(x, 0)
+            place += 2
+        x = np.maximum(x[:, :, ::2], x[:, :, 1::2])
+        x = np.maximum(x[..., ::2], x[..., 1::2])
+        place += 1
+    x = x.reshape(len(x), -1)
+    for place in (1, 4, 6):
+        x = x @ tensors[f"classifier.{place}.weight"].T + tensors[f"classifier.{place}.bias"]
+        x = np.maximum(x, 0) if place < 6 else x
+    return x
+
+
+def dncnn_layers(depth, width, channels):
+    inner = [
+        layer
+        for index in range(1, depth - 1)
+        for layer in (
+            (f"dncnn.{3 * index - 1}", "conv without bias", width, width),
+            (f"dncnn.{3 * index}", "norm", None, width),
+        )
+    ]
+    return [
+        ("dncnn.0", "conv without bias", channels, width),
+        *inner,
+        (f"dncnn.{3 * depth - 4}", "conv without bias", width, channels),
+    ]
+
+
+def dncnn_checkpoint(depth, width, channels, prefix=""):
+    kinds = dncnn_layers(depth, width, channels)
+    full = torch_checkpoint(
+        [(n, "conv" if k.startswith("conv") else k, i, o) for n, k, i, o in kinds]
+    )
+    biases = {f"{n}.bias" for n, k, _, _ in kinds if k.startswith("conv")}
+    return {prefix + name: tensor for name, tensor in full.items() if name not in biases}
+
+
+def numpy_dncnn(tensors, x, depth, eps):
+    y = np.maximum(numpy_conv(x, tensors["dncnn.0.weight"]), 0)
+    for index in range(1, depth - 1):
+        y = numpy_conv(y, tensors[f"dncnn.{3 * index - 1}.weight"])
+        y = np.maximum(numpy_norm(y, tensors, f"dncnn.{3 * index}", eps), 0)
+    return x - numpy_conv(y, tensors[f"dncnn.{3 * depth - 4}.weight"])
+
+
+def in_float64(tensors):
+    return {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
+
+
+def loaded(model, tensors):
+    nnx.update(model, from_torch(model, tensors))
+    model.eval()
+    return model
+
+
+def without_counters(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "num_batches" not in name}
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_vgg19_from_torch_equals_numpy_channels_first(batch_norm, prefix):
+    # 16 channels before dense layers of 16 and 16: a forgotten transpose would fit.
+    plain = torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm))
+    tensors = {prefix + name: tensor for name, tensor in plain.items()}
+    model = loaded(small_vgg(batch_norm=batch_norm), tensors)
+    images = normal(9, (2, 32, 32, 3))
+    expected = numpy_vgg(in_float64(plain), images.transpose(0, 3, 1, 2), batch_norm)
+    np.testing.assert_allclose(jax.jit(model)(images), expected, atol=1e-5)
+    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
+        without_counters(plain)
+    )
+
+
+@pytest.mark.parametrize("eps", [1e-4, 0.1])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_dncnn_from_torch_equals_numpy_channels_first(eps, prefix):
+    plain = dncnn_checkpoint(5, 6, 3)
+    model = small_dncnn(channels=3, eps=eps)
+    loaded(model, {prefix + name: tensor for name, tensor in plain.items()})
+    images = normal(9, (2, 7, 9, 3))
+    expected = numpy_dncnn(in_float64(plain), images.transpose(0, 3, 1, 2), 5, eps)
+    np.testing.assert_allclose(model(images), expected.transpose(0, 2, 3, 1), atol=1e-5)
+    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
+        without_counters(plain)
+    )
+
+
+def test_import_leaves_the_model_and_gives_its_tree():
+    model = small_dncnn()
+    before = nnx.clone(nnx.state(model))
+    state = from_torch(model, dncnn_checkpoint(5, 6, 1))
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(before))
+    own = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    assert jax.tree.structure(state) == jax.tree.structure(own)
+    # The statistics are told apart from the weights.
+    assert {
+        kind: len(jax.tree.leaves(nnx.filter_state(state, kind)))
+        for kind in (nnx.Param, nnx.BatchStat)
+    } == {nnx.Param: 11, nnx.BatchStat: 6}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_half_precision_becomes_float32_and_goes_back(dtype):
+    half = {
+        name: tensor.astype(dtype)
+        for name, tensor in without_counters(dncnn_checkpoint(5, 6, 1)).items()
+    }
+    exported = to_torch(loaded(small_dncnn(), half))
+    assert {tensor.dtype for tensor in exported.values()} == {np.dtype(np.float32)}
+    assert all(exported[name].astype(dtype).tobytes() == half[name].tobytes() for name in half)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("dncnn.3.running_var"),
+            r"dncnn\.3\.running_var: expected shape \(6,\), got no such tensor",
+        ),
+        (
+            lambda t: t.update({"dncnn.0.bias": np.zeros(6, np.float32)}),
+            r"dncnn\.0\.bias: expected no such tensor, got shape \(6,\)",
+        ),
+        (
+            lambda t: t.update({"dncnn.0.weight": t["dncnn.0.weight"].transpose(2, 3, 1, 0)}),
+            r"dncnn\.0\.weight: expected shape \(6, 1, 3, 3\), got \(3, 3, 1, 6\)",
+        ),
+        (
+            lambda t: t.update({"dncnn.3.bias": np.zeros(6, np.int8)}),
+            r"dncnn\.3\.bias: expected floats, got int8",
+        ),
+        (
+            lambda t: t.update({"module.dncnn.3.bias": t["dncnn.3.bias"]}),
+            r"dncnn\.3\.bias: expected once, got it with and without 'module\.'",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit(change, message):
+    tensors = dncnn_checkpoint(5, 6, 1)
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        from_torch(small_dncnn(), tensors)
+
+
+def test_many_problems_are_listed_briefly():
+    with pytest.raises(ValueError, match=r"expected shape \(64, 64, 3, 3\).*") as caught:
+        from_torch(nnx.eval_shape(lambda: DnCNN(rngs=nnx.Rngs(0))), dncnn_checkpoint(5, 6, 1))
+    assert len(str(caught.value).splitlines()) == 23
+
+
+def test_other_models_are_refused():
+    with pytest.raises(TypeError, match="expected VGG19 or DnCNN, got Linear"):
+        to_torch(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+
+
+# Trained weights ----------------------------------------------------------------------------
+
+needs_data = pytest.mark.skipif("SELCRYPT_DATA" not in os.environ, reason="SELCRYPT_DATA is unset")
+
+
+def psnr(clean, image):
+    return -10 * np.log10(np.mean((clean - np.clip(image, 0, 1)) ** 2))
+
+
+@pytest.mark.data
+@needs_data
+def test_the_papers_colour_weights_denoise_as_in_its_release():
+    folder = DATA / "dncnn_color_paper"
+    model = DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
+    loaded(model, safetensors.numpy.load_file(folder / "dncnn_color_sigma50.safetensors"))
+    with np.load(folder / "crops_sigma50.npz") as crops:
+        clean, noisy = crops["clean_bgr_uint8"] / np.float32(255), crops["noisy_bgr"]
+    denoised = denoise(model, noisy)
+    figures = [psnr(*pair) for pair in zip(clean, denoised, strict=True)]
+    # What the release's own code gives for the same inputs: release_reference.json.
+    np.testing.assert_allclose(figures, [27.8396, 39.5913, 27.0273, 25.5270], atol=0.01)
+
+
+@pytest.mark.data
+@needs_data
+def test_grey_weights_denoise():
+    import skimage.io
+
+    model = DnCNN(channels=1, rngs=nnx.Rngs(0))
+    loaded(model, safetensors.numpy.load_file(DATA / "dncnn_gray/dncnn_s25.safetensors"))
+    clean = skimage.io.imread(DATA / "dncnn_gray/set12/01.png")[64:192, 64:192] / np.float32(255)
+    noisy = clean + np.float32(25 / 255) * normal(0, clean.shape)
+    denoised = jax.jit(model)(noisy[None, ..., None])[0, ..., 0]
+    assert psnr(clean, noisy) < 21
+    assert psnr(clean, denoised) > 28
