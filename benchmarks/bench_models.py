@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -25,7 +26,7 @@ def lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     )
 
 
-def median_ms(function: Callable, *arguments: jax.Array, repeats: int) -> float:
+def median_ms(function: Callable, *arguments: Any, repeats: int) -> float:
     """Median time of a call that is already compiled."""
     jax.block_until_ready(function(*arguments))
     times = []

@@ -238,8 +238,7 @@ def _split(key: Array, shape: tuple[int, ...]) -> Array:
 @jax.jit
 def _fold_in(key: Array, data: Array) -> Array:
     # jax.random.fold_in has made a uint32 of the data (and refused an int that isn't one).
-    counter = lax.convert_element_type(data, np.uint32)
-    return _block(key, counter, _FOLD_IN)[:_KEY_WORDS]
+    return _block(key, lax.convert_element_type(data, np.uint32), _FOLD_IN)[:_KEY_WORDS]
 
 
 @jax.jit

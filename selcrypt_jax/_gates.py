@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float
 
 BETA = 2 / 3
 GAMMA = -0.1
@@ -19,7 +19,7 @@ ZETA = 1.1
 def hard_concrete(
     log_alpha: Float[Array, "*groups"],
     *,
-    key: PRNGKeyArray | None,
+    uniform: Float[Array, "*groups"] | None,
     beta: float = BETA,
     gamma: float = GAMMA,
     zeta: float = ZETA,
@@ -28,7 +28,8 @@ def hard_concrete(
 
     Args:
         log_alpha: location; gates are open where it is large.
-        key: of the noise ``u``; ``None`` for the median gate, ``u = ½``, as the paper's release.
+        uniform: the noise ``u``, uniform in [0, 1); ``None`` for the median gate, ``u = ½``, as
+            in the paper's release.
         beta: temperature β.
         gamma: γ < 0, lower end of the stretched interval.
         zeta: ζ > 1, upper end of the stretched interval.
@@ -37,11 +38,10 @@ def hard_concrete(
         Gates in [0, 1], with the shape and dtype of ``log_alpha``.
     """
     noise = jnp.zeros_like(log_alpha)
-    if key is not None:
-        # A uniform sample of exactly 0 or 1 would have an infinite logit.
+    if uniform is not None:
+        # Samplers return 0, and rounding 1, whose logits are infinite.
         tiny = float(jnp.finfo(log_alpha.dtype).eps)
-        u = jax.random.uniform(key, log_alpha.shape, log_alpha.dtype, minval=tiny, maxval=1 - tiny)
-        u = jnp.clip(u, tiny, 1 - tiny)
+        u = jnp.clip(uniform.astype(log_alpha.dtype), tiny, 1 - tiny)
         noise = jnp.log(u) - jnp.log1p(-u)
     s = jax.nn.sigmoid((noise + log_alpha) / beta)
     return jnp.clip(s * (zeta - gamma) + gamma, 0, 1)

@@ -51,8 +51,8 @@ def _numbers(name: str, leaf: Array) -> Array:
             f"params {name!r}: expected floats or signed integers, got {leaf.dtype}, whose values "
             "may be packed codes. Use importance.random, or leave the leaf out with `select`."
         )
-    wide = jnp.promote_types(leaf.dtype, jnp.float32)
-    return jnp.asarray(leaf).astype(wide)
+    narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
+    return jnp.asarray(leaf).astype(jnp.float32 if narrow else leaf.dtype)
 
 
 def random(

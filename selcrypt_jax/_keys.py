@@ -13,7 +13,7 @@ id is random and new for each protection, so that no keystream is ever used twic
 import hmac
 import os
 import unicodedata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
@@ -51,6 +51,10 @@ class _Bytes:
         return hmac.compare_digest(self._value, other._value)
 
     __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __reduce__(self) -> NoReturn:
+        # A pickle is the easiest way to leave a secret in a cache or a checkpoint.
+        raise TypeError(f"cannot pickle {type(self).__name__}: write bytes(...) where it belongs")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"

@@ -22,7 +22,7 @@ def conv3x3(
     Returns:
         Output, [N, H, W, O].
     """
-    n, h, w, i = x.shape
+    _, h, w, i = x.shape
     o = kernel.shape[-1]
     if h == w == 1:
         # All other taps meet nothing but padding.
@@ -33,8 +33,7 @@ def conv3x3(
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, a : a + h, b : b + w] for a in range(3) for b in range(3)]
         # The order of the patch is that of the kernel's axes: the reshape copies no weights.
-        patches = jnp.concatenate(shifted, axis=-1).reshape(n * h * w, 9 * i)
-        return (patches @ kernel.reshape(9 * i, o)).reshape(n, h, w, o)
+        return jnp.concatenate(shifted, axis=-1) @ kernel.reshape(9 * i, o)
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )

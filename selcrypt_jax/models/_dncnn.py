@@ -15,8 +15,9 @@ class DnCNN(nnx.Module):
     Parameters are ``convs/0/kernel`` ... ``convs/16/kernel`` and ``norms/1/scale`` ...
     ``norms/15/bias`` (running statistics: ``mean``, ``var``), for 17 layers: the norm of a
     convolution has its index, and the first and the last one have none. Convolutions have no
-    bias, but for ``first_bias``, unless there is no BatchNorm: then all of them have one. As every NNX module it starts in training mode:
-    ``model.eval()`` makes BatchNorm use its running statistics, ``model.train()`` goes back.
+    bias, but for ``first_bias``, unless there is no BatchNorm: then all of them have one. As
+    every NNX module it starts in training mode: ``model.eval()`` makes
+    BatchNorm use its running statistics, ``model.train()`` goes back.
 
     Args:
         depth: number of convolutions, at least 2.

@@ -1,0 +1,255 @@
+"""Gates and learned importance, on a network whose important weights are known."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import selcrypt_jax as sj
+
+KEY = jax.random.key(0)
+
+
+def uniform(*shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).random(shape, np.float32))
+
+
+# ---------------------------------------------------------------------------------------- gates
+
+
+def test_probability_open_is_the_share_of_sampled_gates_that_are_not_zero():
+    log_alpha = jnp.linspace(-4, 4, 9)
+    gates = sj.hard_concrete(jnp.tile(log_alpha, (20_000, 1)), uniform=uniform(20_000, 9))
+    share = np.mean(np.asarray(gates) > 0, axis=0)
+    np.testing.assert_allclose(share, sj.probability_open(log_alpha), atol=0.015)
+
+
+def test_gates_are_closed_and_open_with_some_probability():
+    gates = np.asarray(sj.hard_concrete(jnp.zeros(20_000), uniform=uniform(20_000)))
+    assert gates.min() == 0
+    assert gates.max() == 1
+    # At log α = 0 the stretched interval is symmetric: P(z = 0) = P(z = 1) = 1 − P(z ≠ 0).
+    closed = 1 - 1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1)))
+    assert np.mean(gates == 0) == pytest.approx(closed, abs=0.01)
+    assert np.mean(gates == 1) == pytest.approx(closed, abs=0.01)
+
+
+def test_median_gate():
+    # u = ½ has logit 0: s = σ(log α / β).
+    log_alpha = np.array([-3.0, -1.0, 0.0, 0.5, 3.0], np.float32)
+    s = 1 / (1 + np.exp(-log_alpha / (2 / 3)))
+    np.testing.assert_allclose(
+        sj.hard_concrete(jnp.asarray(log_alpha), uniform=None),
+        np.clip(s * 1.2 - 0.1, 0, 1),
+        rtol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("beta", [2 / 3, 1e-4])
+def test_gates_and_gradients_stay_finite(dtype, beta):
+    log_alpha = jnp.array([-80, -1, 0, 1, 80], dtype)
+    noise = uniform(500, 5).at[0].set(0).at[1].set(1).astype(dtype)
+
+    def total(log_alpha):
+        gates = sj.hard_concrete(jnp.tile(log_alpha, (500, 1)), uniform=noise, beta=beta)
+        return (gates.sum() + sj.probability_open(log_alpha, beta=beta).sum()).astype("float32")
+
+    value, gradient = jax.value_and_grad(total)(log_alpha)
+    assert jnp.isfinite(value)
+    assert jnp.isfinite(gradient).all()
+
+
+# ------------------------------------------------------------------------------------------ PSS
+
+IMPORTANT = {"a": [(0, 3), (5, 1)], "b": [(2, 2)]}
+
+
+def known_network() -> dict:
+    """Two leaves of tiny weights with three that matter."""
+    rng = np.random.default_rng(0)
+    params = {
+        "a": rng.normal(0, 0.01, (8, 6)).astype(np.float32),
+        "b": rng.normal(0, 0.01, (8, 4)).astype(np.float32),
+        "act": jnp.tanh,
+        "name": "known",
+    }
+    for leaf, places in IMPORTANT.items():
+        for place in places:
+            params[leaf][place] = 1.0
+    return params
+
+
+def loss_fn(params, x):
+    true = known_network()
+    a = params["act"](x @ params["a"]) - params["act"](x @ true["a"])
+    b = params["act"](x @ params["b"]) - params["act"](x @ true["b"])
+    # Like a trained network's loss: small, not zero.
+    return 1e-3 + jnp.mean(jnp.sum(a**2, -1) + jnp.sum(b**2, -1))
+
+
+BATCHES = np.random.default_rng(1).standard_normal((4, 64, 8)).astype(np.float32)
+
+CONFIGS = {
+    "break": sj.PSSConfig("break", steps=120, cap=100.0),
+    "break, layer by layer": sj.PSSConfig("break", steps=120, cap=100.0, layerwise=True),
+    "keep": sj.PSSConfig("keep", steps=120, penalty=1e-2),
+    "keep, median gates": sj.PSSConfig("keep", steps=120, penalty=1e-2, sampled=False),
+    "keep, as the release": sj.PSSConfig(
+        "keep",
+        steps=120,
+        penalty=2e-2,
+        initial_log_alpha=1.0,
+        sampled=False,
+        layerwise=True,
+        optimizer=optax.sgd(1.0, momentum=0.9, nesterov=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_finds_the_weights_that_matter(name):
+    params = known_network()
+    scores = sj.pss(loss_fn, params, BATCHES, key=KEY, config=CONFIGS[name])
+    assert scores["act"] is False
+    assert scores["name"] is False
+    for leaf, places in IMPORTANT.items():
+        score = np.asarray(scores[leaf])
+        assert score.shape == params[leaf].shape
+        assert (score >= math.log(0.01) - 1e-6).all()
+        assert (score <= math.log(100) + 1e-6).all()
+        top = np.argsort(-score.ravel())[: len(places)]
+        found = {tuple(int(i) for i in np.unravel_index(i, score.shape)) for i in top}
+        assert found == set(places)
+
+
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_resumed_run_equals_a_straight_one(layerwise):
+    config = sj.PSSConfig(steps=6, layerwise=layerwise, cap=100.0)
+    params = known_network()
+    learner = sj.pss_learner(loss_fn, params, config=config)
+    assert learner.steps == (12 if layerwise else 6)
+    straight, whole = learner.run(
+        params, BATCHES, learner.init(params, BATCHES, key=KEY), learner.steps
+    )
+    state, parts = learner.init(params, BATCHES, key=KEY), []
+    for steps in (1, learner.steps - 4, 3):
+        # Through the host, as a checkpoint would go.
+        data = jax.random.key_data(state.key)
+        saved = jax.tree.map(np.asarray, state._replace(key=data))
+        state = saved._replace(key=jax.random.wrap_key_data(saved.key))
+        state, metrics = learner.run(params, BATCHES, state, steps)
+        parts.append(metrics)
+    for leaf in IMPORTANT:
+        np.testing.assert_array_equal(state.log_alpha[leaf], straight.log_alpha[leaf])
+    np.testing.assert_array_equal(np.concatenate([part.loss for part in parts]), whole.loss)
+
+
+def test_layerwise_moves_one_leaf_at_a_time():
+    config = sj.PSSConfig(steps=5, layerwise=True, cap=100.0)
+    params = known_network()
+    learner = sj.pss_learner(loss_fn, params, config=config)
+    start = learner.init(params, BATCHES, key=KEY)
+    first, _ = learner.run(params, BATCHES, start, 5)
+    second, _ = learner.run(params, BATCHES, first, 5)
+    np.testing.assert_array_equal(first.log_alpha["b"], start.log_alpha["b"])
+    assert (first.log_alpha["a"] != start.log_alpha["a"]).all()
+    np.testing.assert_array_equal(second.log_alpha["a"], first.log_alpha["a"])
+    assert (second.log_alpha["b"] != start.log_alpha["b"]).all()
+
+
+def test_key_decides_the_noise_and_nothing_else_does():
+    def scores(seed, **settings):
+        config = sj.PSSConfig(steps=3, cap=100.0, **settings)
+        key = jax.random.key(seed)
+        return sj.pss(loss_fn, known_network(), BATCHES, key=key, config=config)["a"]
+
+    np.testing.assert_array_equal(scores(0), scores(0))
+    assert (scores(0) != scores(1)).any()
+    kept = {"objective": "keep", "sampled": False}
+    np.testing.assert_array_equal(scores(0, **kept), scores(1, **kept))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "shape"), [("kernel", (1, 1, 2, 3)), ("filter", (1, 1, 1, 3))]
+)
+def test_groups_share_a_gate(granularity, shape):
+    kernel = np.random.default_rng(0).standard_normal((3, 3, 2, 3)).astype(np.float32)
+
+    def loss(params, x):
+        return 1e-3 + jnp.mean((params["conv"] - kernel) ** 2 * x)
+
+    config = sj.PSSConfig(steps=2)
+    scores = sj.pss(
+        loss,
+        {"conv": kernel},
+        np.ones((1, 1), np.float32).reshape(1),
+        key=KEY,
+        config=config,
+        granularity=granularity,
+    )
+    assert scores["conv"].shape == shape
+
+
+def test_progress_sees_every_step():
+    seen = []
+    config = sj.PSSConfig(steps=7)
+    sj.pss(
+        loss_fn,
+        known_network(),
+        BATCHES,
+        key=KEY,
+        config=config,
+        progress=lambda state, metrics: seen.append((int(state.step), len(metrics.loss))),
+    )
+    assert seen[-1][0] == 7
+    assert sum(steps for _, steps in seen) == 7
+
+
+def with_weight(value):
+    params = known_network()
+    params["b"][0, 0] = value
+    return params
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: sj.pss(loss_fn, with_weight(np.nan), BATCHES, key=KEY),
+            "params 'b': expected finite weights, got NaN or Inf",
+        ),
+        (
+            lambda: sj.pss(lambda p, x: -jnp.mean(x**2), known_network(), BATCHES, key=KEY),
+            "loss_fn: expected a finite, positive loss of the untouched network, got -",
+        ),
+        (
+            lambda: sj.pss(lambda p, x: jnp.nan * x.sum(), known_network(), BATCHES, key=KEY),
+            "loss_fn: expected a finite, positive loss",
+        ),
+        (
+            lambda: sj.pss(loss_fn, known_network(), BATCHES, key=KEY, select="conv"),
+            "'conv' matches no leaf. There are: 'a'",
+        ),
+        (lambda: sj.pss(loss_fn, known_network(), (), key=KEY), "batches: expected arrays"),
+        (lambda: sj.PSSConfig("drop"), "objective: expected 'keep' or 'break', got 'drop'"),
+        (lambda: sj.PSSConfig(steps=0), "steps: expected at least 1"),
+        (lambda: sj.PSSConfig(cap=-1.0), "cap: expected a positive loss"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_loss_that_becomes_infinite_is_named_with_its_step():
+    def loss(params, x):
+        broken = jnp.abs(params["a"][0, 3] - 1) > 1e-6
+        return jnp.where(broken, jnp.inf, 1.0) + 0 * params["b"].sum() + x.sum() * 0
+
+    config = sj.PSSConfig("keep", steps=50, sampled=True, initial_log_alpha=0.0)
+    with pytest.raises(ValueError, match=r"expected a finite loss, got inf at step \d+"):
+        sj.pss(loss, known_network(), BATCHES, key=KEY, config=config)
