@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from selcrypt_jax._chacha import chacha20_key
+from selcrypt_jax import chacha20_key
 
 
 def bits(words: int) -> Callable[[Array], Array]:

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from ._lossless import LosslessCipher
+from ._lossless import LosslessCipher, key_by_key
 from ._masks import Ring, rings
 from ._tree import is_array, named_leaves, padded
 
@@ -135,20 +136,24 @@ def _transform(
     if not found:
         return params
     given = {ring.name: tree.leaves[ring.name] for ring in found}
-    leaves = {name: jnp.asarray(leaf) for name, leaf in given.items()}
+    leaves = {
+        name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        for name, leaf in given.items()
+    }
     changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse)
     return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
 
 
 def _placed(array: Array, like: Any) -> Array:
     """Where ``like`` lies, if that is known: the compiler is free to choose another sharding."""
-    if isinstance(array, jax.core.Tracer) or not isinstance(like, jax.Array):
+    # An array that is free to go anywhere has to stay so.
+    if isinstance(array, Tracer) or not isinstance(like, jax.Array) or not like.committed:
         return array
     return jax.device_put(array, like.sharding)
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
-    dtype = np.dtype(leaf.dtype)
+    dtype = leaf.dtype  # np.dtype() does not take the dtypes of typed keys
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"params {name!r}: expected floats or integers, got {dtype}, which has no cipher. "
@@ -179,7 +184,10 @@ def _check_keys(keys: Any, levels: int) -> None:
             "keys[:m]."
         )
     first: Any = None
-    for index, key in enumerate(keys):
+    # An array of keys is looked at as a whole: JAX cannot take one apart that a jitted function
+    # closes over.
+    whole = is_array(keys)
+    for index, key in enumerate([keys] if whole else keys):
         if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             # Not the value: it may be a secret.
             actual = f"an array of {key.dtype}" if is_array(key) else type(key).__name__
@@ -187,9 +195,10 @@ def _check_keys(keys: Any, levels: int) -> None:
                 f"keys[{index}]: expected a typed key, got {actual}. Derive keys with "
                 "level_keys(secret, model_id, levels=M), or wrap one with jax.random.wrap_key_data."
             )
-        if key.shape != ():
+        shape = key.shape[1:] if whole else key.shape
+        if shape != ():
             raise ValueError(
-                f"keys[{index}]: expected one key, got an array of keys of shape {key.shape}."
+                f"keys[{index}]: expected one key, got an array of keys of shape {shape}."
             )
         if index and key.dtype != first:
             raise ValueError(
@@ -209,8 +218,12 @@ def _ring_keys(keys: Any, found: Sequence[Ring]) -> PRNGKeyArray:
     words[: len(found)] = [np.frombuffer(digest, "<u4") for digest in digests]
     levels = np.zeros(len(words), np.int32)
     levels[: len(found)] = [ring.level - 1 for ring in found]
-    stacked = keys if is_array(keys) else jnp.stack(list(keys))
-    return _fold_names(stacked, levels, words)
+    if is_array(keys):
+        stacked = keys
+    else:  # by their data, since for JAX's checker of key reuse stacking keys uses them up
+        data = jnp.stack([jax.random.key_data(key) for key in keys])
+        stacked = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys[0]))
+    return _fold_names(stacked, *jax.device_put((levels, words)))
 
 
 @jax.jit
@@ -219,4 +232,4 @@ def _fold_names(keys: PRNGKeyArray, levels: Array, words: Array) -> PRNGKeyArray
     def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
         return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
 
-    return jax.vmap(fold)(keys[levels], words)
+    return jax.vmap(key_by_key(fold, keys))(keys[levels], words)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ._masks import Ring, rings
-from ._tree import group_positions, named_leaves
+from ._tree import group_positions, named_leaves, without_explicit_axes
 
 # How far outside the range of w + r its bounds lie. Any closer, and a weight at the edge becomes
 # an infinite quantile; a part in 10⁵ still leaves quantiles of ±4.4 σ.
@@ -109,17 +110,24 @@ class GaussianCipher:
             leaf = result[ring.name]
             positions = group_positions(leaf.shape, ring.mask).ravel()
             stats = np.array(self.stats[ring.name, ring.level], np.float32)
-            result[ring.name] = _rewrite(leaf, positions, keys[index], stats, inverse)
+            tables = jax.device_put((positions, stats, np.int32(index)))
+            result[ring.name] = _rewrite(leaf, keys, *tables, inverse=inverse)
         return result
 
 
 def _rewrite_leaf(
-    leaf: Array, positions: Array, key: PRNGKeyArray, stats: Array, inverse: bool
+    leaf: Array,
+    keys: PRNGKeyArray,
+    positions: Array,
+    stats: Array,
+    index: Array,
+    *,
+    inverse: bool,
 ) -> Array:
     mean, std, low, high = stats
     flat = leaf.reshape(-1)
     values = flat[positions].astype(jnp.float32)
-    r = jax.random.uniform(key, values.shape)
+    r = jax.random.uniform(keys[index], values.shape, jnp.float32)
     if inverse:
         values = ndtr((values - mean) / std) * (high - low) + low - r
     else:
@@ -127,4 +135,6 @@ def _rewrite_leaf(
     return flat.at[positions].set(values.astype(leaf.dtype)).reshape(leaf.shape)
 
 
-_rewrite = jax.jit(_rewrite_leaf, static_argnames="inverse")
+@partial(jax.jit, static_argnames="inverse")
+def _rewrite(leaf: Array, *rest: Array, inverse: bool) -> Array:
+    return without_explicit_axes(partial(_rewrite_leaf, inverse=inverse), leaf)(leaf, *rest)

@@ -27,10 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray
 
 from ._masks import Ring
-from ._tree import group_positions, padded
+from ._tree import group_positions, padded, without_explicit_axes
 
 BLOCK = 1024
 _INDEX_BITS = 10
@@ -133,18 +134,22 @@ class LosslessCipher:
             for plan in batch:
                 leaf = result[plan.name]
                 # From its second ring on, the array is ours to overwrite.
-                ours = plan.name in started and not isinstance(leaf, jax.core.Tracer)
+                ours = plan.name in started and not isinstance(leaf, Tracer)
                 started.add(plan.name)
-                result[plan.name] = (_rewrite_in_place if ours else _rewrite)(
-                    leaf,
-                    plan.positions,
-                    None if permutations is None else permutations[plan.ring],
-                    masks.get(plan.ring),
-                    np.int32(plan.units),
-                    np.int32(plan.weights // plan.units),
-                    fine=plan.fine,
-                    inverse=inverse,
-                )
+                sizes = np.int32(plan.units), np.int32(plan.weights // plan.units)
+                positions, units, size = jax.device_put((plan.positions, *sizes))
+                # Bits are moved, nothing is computed: a NaN in the leaf is not ours to report.
+                with jax.debug_nans(False), jax.debug_infs(False):
+                    result[plan.name] = (_rewrite_in_place if ours else _rewrite)(
+                        leaf,
+                        positions,
+                        None if permutations is None else permutations[plan.ring],
+                        masks.get(plan.ring),
+                        units,
+                        size,
+                        fine=plan.fine,
+                        inverse=inverse,
+                    )
         return result
 
     def _plan(self, index: int, ring: Ring, leaf: Array) -> "_Plan":
@@ -229,12 +234,13 @@ def _tables(
         ring[here] = plan.ring
         block[here] = np.arange(size)
         length[here] = np.maximum(-(-(count - np.arange(size)) // blocks), 0)
+    ring, block, length = jax.device_put((ring, block, length))
     if kind == "permutation":
         table = _permutation_blocks(keys, ring, block, length)
     else:
         table = _mask_blocks(keys, ring, block, dtype=_unsigned(wanted[0].dtype.itemsize))
     return {
-        plan.ring: _rows(table, np.int32(end - size), size)
+        plan.ring: _rows(table, jax.device_put(np.int32(end - size)), size)
         for plan, size, end in zip(wanted, rows, ends, strict=True)
     }
 
@@ -244,35 +250,46 @@ def _rows(table: Array, start: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(table, start, size)
 
 
-def _map_blocks(block: Callable[..., Array], *columns: Array) -> Array:
+def key_by_key(draw: Callable[..., Any], keys: PRNGKeyArray) -> Callable[..., Any]:
+    """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
+
+    XLA's generator draws for a batch of keys from the first one alone, so that its bits would
+    depend on which other rings are in the batch: it takes one key after the other.
+    """
+    if jax.random.key_impl(keys) in ("rbg", "unsafe_rbg"):
+        return jax.custom_batching.sequential_vmap(draw)
+    return draw
+
+
+def _map_blocks(
+    block: Callable[..., Array], keys: PRNGKeyArray, ring: Array, *columns: Array
+) -> Array:
+    block = key_by_key(block, keys)
     # A few blocks at a time: their state stays in the cache, and memory is bounded.
-    return lax.map(lambda row: block(*row), columns, batch_size=64)
+    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=64)
 
 
 @jax.jit
 def _permutation_blocks(keys: PRNGKeyArray, ring: Array, block: Array, length: Array) -> Array:
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, _PERMUTATION))(keys)
-    index = jnp.arange(BLOCK, dtype=jnp.uint32)
-
-    def permutation(ring: Array, block: Array, length: Array) -> Array:
-        key = jax.random.fold_in(keys[ring], block)
+    def permutation(key: PRNGKeyArray, block: Array, length: Array) -> Array:
+        index = jnp.arange(BLOCK, dtype=jnp.uint32)
+        key = jax.random.fold_in(jax.random.fold_in(key, _PERMUTATION), block)
         bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> _INDEX_BITS
         # What lies behind the end of a short block sorts last and so stays there.
         bits = jnp.where(index < length.astype(jnp.uint32), bits, jnp.uint32(2**22 - 1))
         order = lax.sort(bits << _INDEX_BITS | index, is_stable=False)
         return (order & (BLOCK - 1)).astype(jnp.uint16)
 
-    return _map_blocks(permutation, ring, block, length)
+    return _map_blocks(permutation, keys, ring, block, length)
 
 
 @partial(jax.jit, static_argnames="dtype")
 def _mask_blocks(keys: PRNGKeyArray, ring: Array, block: Array, *, dtype: Any) -> Array:
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, _MASK))(keys)
+    def words(key: PRNGKeyArray, block: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, _MASK), block)
+        return jax.random.bits(key, (BLOCK,), dtype)
 
-    def words(ring: Array, block: Array) -> Array:
-        return jax.random.bits(jax.random.fold_in(keys[ring], block), (BLOCK,), dtype)
-
-    return _map_blocks(words, ring, block)
+    return _map_blocks(words, keys, ring, block)
 
 
 def _rewrite_leaf(
@@ -307,7 +324,12 @@ def _rewrite_leaf(
     return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
 
 
-_rewrite = jax.jit(_rewrite_leaf, static_argnames=("fine", "inverse"))
+def _rewrite_sharded(leaf: Array, *tables: Array | None, fine: int, inverse: bool) -> Array:
+    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse)
+    return without_explicit_axes(rewrite, leaf)(leaf, *tables)
+
+
+_rewrite = jax.jit(_rewrite_sharded, static_argnames=("fine", "inverse"))
 _rewrite_in_place = jax.jit(
-    _rewrite_leaf, static_argnames=("fine", "inverse"), donate_argnames="leaf"
+    _rewrite_sharded, static_argnames=("fine", "inverse"), donate_argnames="leaf"
 )

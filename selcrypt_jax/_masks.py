@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._tree import NamedLeaves, is_array, listed, named_leaves
@@ -105,13 +106,19 @@ def nested_masks(
     Raises:
         ValueError: fractions out of range or not ascending; a level that adds nothing to the
             one below; a score that is NaN; no scores at all.
-        TypeError: scores that are traced (masks decide shapes, so they must be concrete).
+        TypeError: scores that are traced (masks decide shapes, so they must be concrete), or
+            that are no arrays of numbers.
     """
-    if isinstance(fractions, Sequence | np.ndarray):
+    if isinstance(fractions, Sequence | np.ndarray | jax.Array):
         _check_fractions(fractions)
         levels: Levels = _Fractions(tuple(float(fraction) for fraction in fractions))
-    else:
+    elif hasattr(fractions, "counts"):
         levels = fractions
+    else:
+        raise TypeError(
+            f"fractions: expected one share a level or Levels such as PaperLevels(0.08), got "
+            f"{type(fractions).__name__}. For a single level pass [fraction]."
+        )
     if scope not in ("leaf", "model"):
         raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
 
@@ -121,6 +128,17 @@ def nested_masks(
         for name, leaf in tree.leaves.items()
         if is_array(leaf)
     }
+    for name, leaf in tree.leaves.items():
+        array = arrays.get(name)
+        kind = type(leaf).__name__ if array is None else f"an array of {array.dtype}"
+        number = isinstance(leaf, int | float) and leaf is not False
+        if number or (array is not None and array.dtype == bool):
+            raise TypeError(
+                f"scores {name!r}: expected an array of numbers, or False for no part, got "
+                f"{kind}. Pass scores, as importance.l2(params) returns them, not masks."
+            )
+    # Exact for every float of up to 64 bits, and knows how to sort.
+    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
     for name, array in arrays.items():
         if np.isnan(array).any():
             first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
@@ -177,13 +195,12 @@ def _ranks(scores: Mapping[str, np.ndarray], scope: Scope) -> dict[str, np.ndarr
 
 
 def _concrete(leaf: Any, what: str) -> np.ndarray:
-    if isinstance(leaf, jax.core.Tracer):
+    if isinstance(leaf, Tracer):
         raise TypeError(
             f"{what}: expected a concrete array, got a traced one. Masks decide which shapes are "
             "compiled: make them outside jit, vmap and grad, and close over them."
         )
-    array = np.asarray(jax.device_get(leaf))
-    return array if array.dtype == bool else array.astype(np.float64)
+    return np.asarray(jax.device_get(leaf))
 
 
 class Ring(NamedTuple):
@@ -237,7 +254,7 @@ def rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
                         "that the levels below may. See nested_masks."
                     )
                 added = current & ~previous
-                if added.any():
+                if added.any() and math.prod(leaf.shape):  # nothing to hide in an empty leaf
                     found.append(Ring(name, index + 1, added))
             previous = current
     return found
@@ -284,11 +301,11 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
             raise TypeError(
                 f"{what}: expected a boolean array or a plain bool, got {type(mask).__name__}."
             )
-        return np.bool_(False)[...]  # the params' own leaf (a function, a string) copied over
+        return np.asarray(False)  # the params' own leaf (a function, a string) copied over
     array = _concrete(mask, what) if is_array(mask) else np.asarray(mask)
     if array.dtype != bool:
         raise TypeError(
-            f"{what}: expected booleans, got {mask.dtype}. Make masks with nested_masks."
+            f"{what}: expected booleans, got {array.dtype}. Make masks with nested_masks."
         )
     if not is_array(leaf):
         if array.any():

@@ -7,6 +7,7 @@ leaves together (or leaf by leaf); the importance of a group is its ``log α``.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -58,7 +59,7 @@ class PSSConfig:
 
     objective: Literal["keep", "break"] = "break"
     steps: int = 100
-    penalty: float = 2e-3
+    penalty: float = 1e-2
     optimizer: optax.GradientTransformation | None = None
     initial_log_alpha: float | None = None
     cap: float | None = None
@@ -261,8 +262,8 @@ def pss_learner(
         return target + config.penalty * price, (loss, price)
 
     def step(
-        leaves: dict[str, Array], batches: PyTree, state: PSSState, _: None
-    ) -> tuple[PSSState, tuple[Array, Array]]:
+        leaves: dict[str, Array], batches: PyTree, state: PSSState
+    ) -> tuple[PSSState, PSSMetrics]:
         count = batch_count(batches)
         batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
         opt_state = state.opt_state
@@ -283,6 +284,7 @@ def pss_learner(
         )
         # optax itself mixes dtypes; whoever runs JAX in strict mode means their own code.
         with jax.numpy_dtype_promotion("standard"):
+            updates: Any
             updates, opt_state = optimizer.update(gradients, opt_state, state.log_alpha)
         # Momentum left over from a leaf's turn must not go on moving it.
         moved = {
@@ -291,29 +293,38 @@ def pss_learner(
             )
             for name in names
         }
-        return state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1), (
-            loss,
-            price,
-        )
+        state = state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1)
+        return state, PSSMetrics(loss, price)
 
     def scores(state: PSSState) -> PyTree:
         nothing: dict[str, Any] = dict.fromkeys(tree.leaves, False)
         return tree.rebuild(nothing | state.log_alpha)
 
+    @jax.jit
+    def one_step(
+        leaves: dict[str, Array], batches: PyTree, state: PSSState
+    ) -> tuple[PSSState, PSSMetrics]:
+        return step(leaves, batches, state)
+
+    @partial(jax.jit, static_argnums=3)
     def scan(
         leaves: dict[str, Array], batches: PyTree, state: PSSState, steps: int
     ) -> tuple[PSSState, PSSMetrics]:
-        state, history = lax.scan(
-            lambda state, x: step(leaves, batches, state, x), state, None, length=steps
-        )
-        return state, PSSMetrics(*history)
-
-    jitted = jax.jit(scan, static_argnums=3)
+        return lax.scan(lambda state, _: step(leaves, batches, state), state, None, length=steps)
 
     def run(
         params: PyTree, batches: PyTree, state: PSSState, steps: int
     ) -> tuple[PSSState, PSSMetrics]:
-        return jitted(arrays(params), batches, state, steps)
+        leaves = arrays(params)
+        if jax.default_backend() != "cpu":
+            return scan(leaves, batches, state, steps)
+        # Inside of loops, XLA's CPU backend does not rewrite the gradients of convolutions into
+        # its fast form: they take 10 to 40 times as long there.
+        history = []
+        for _ in range(steps):
+            state, metrics = one_step(leaves, batches, state)
+            history.append(metrics)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
 
     total = config.steps * (len(names) if config.layerwise else 1)
     return PSSLearner(init, run, scores, total)
@@ -343,8 +354,8 @@ def pss(
             ``None`` for floats with two axes or more.
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
         layout: ``"HWIO"`` or ``"OIHW"``.
-        progress: called now and then (on CPUs after each step) with the state and the metrics
-            of the steps since the last call.
+        progress: called now and then with the state and the metrics of the steps since
+            the last call.
 
     Returns:
         Scores (log α, one float a group), a pytree of the structure of ``params`` with ``False``
@@ -364,10 +375,8 @@ def pss(
         loss_fn, params, config=config, select=select, granularity=granularity, layout=layout
     )
     state = learner.init(params, batches, key=key)
-    # A divisor of the steps, so that all calls are of one length and compile once. Not on CPUs:
-    # inside of loops, XLA's CPU backend does not rewrite the gradients of convolutions into its
-    # fast form (40 times slower), while a scan of one step is no loop.
-    most = 1 if jax.default_backend() == "cpu" else max(learner.steps // 20, 1)
+    # A divisor of the steps, so that all calls are of one length and compile once.
+    most = max(learner.steps // 20, 1)
     chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
     for _ in range(learner.steps // chunk):
         state, metrics = learner.run(params, batches, state, chunk)

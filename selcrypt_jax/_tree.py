@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 Granularity = Literal["kernel", "filter", "weight"]
 Layout = Literal["HWIO", "OIHW"]
@@ -209,7 +209,26 @@ def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
     return (selected @ strides)[:, None].astype(np.int32) + offsets[None, :].astype(np.int32)
 
 
+def without_explicit_axes(function: Callable[..., Array], leaf: Array) -> Callable[..., Array]:
+    """``function``, whose result is like ``leaf``, where the compiler may choose how to shard.
+
+    On a mesh with explicit axes, the default of ``jax.make_mesh``, JAX refuses to flatten a
+    sharded leaf, since it cannot say in a type how the result is spread.
+    """
+    sharding = jax.typeof(leaf).sharding
+    axes = zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in axes if kind == jax.sharding.AxisType.Explicit)
+    if not explicit:
+        return function
+    wrapped: Any = jax.sharding.auto_axes(function, axes=explicit, out_sharding=sharding)
+    return wrapped
+
+
 def padded(count: int) -> int:
-    """``count`` rounded up to a few sizes (at most a quarter more), so that few are compiled."""
-    step = 1 << max(count.bit_length() - 3, 0)
-    return -(-count // step) * step
+    """``count`` rounded up to one of a few sizes, so that few are compiled.
+
+    Powers of two up to 64, where compiling costs more than the work; beyond, at most a quarter
+    more than ``count``.
+    """
+    step = 1 << max(count.bit_length() - (3 if count > 64 else 0), 0)
+    return -(-count // step) * step if count & (count - 1) else count

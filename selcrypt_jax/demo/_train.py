@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -15,6 +14,14 @@ from ..models import VGG19, DnCNN
 from ._data import digits, test_photographs, training_patches
 
 SIGMA = 25 / 255  # of the noise, for pixels in [0, 1]
+
+
+class Pictures(NamedTuple):
+    """Test photographs ``[n, h, w, 1]`` in [0, 1], and how parameters denoise them."""
+
+    clean: Float[Array, "n h w 1"]
+    noisy: Float[Array, "n h w 1"]
+    denoise: Callable[[PyTree], Float[Array, "n h w 1"]]
 
 
 class Subject(NamedTuple):
@@ -28,7 +35,7 @@ class Subject(NamedTuple):
         metric: ``params -> float`` on test data; higher is better.
         unit: of the metric.
         worthless: the metric of knowing nothing: chance, or the noisy image left as it is.
-        images: ``params -> images``, for the picture of a denoiser; ``None`` for a classifier.
+        pictures: of a denoiser; ``None`` for a classifier.
     """
 
     name: str
@@ -38,7 +45,7 @@ class Subject(NamedTuple):
     metric: Callable[[PyTree], float]
     unit: str
     worthless: float
-    images: Callable[[PyTree], Float[np.ndarray, "n h w 1"]] | None = None
+    pictures: Pictures | None = None
 
 
 ModelLoss = Callable[[Any, Any], Float[Array, ""]]
@@ -62,24 +69,26 @@ def _fit(
     # gradients of convolutions into its fast form (40 times slower).
     @partial(jax.jit, donate_argnums=0)
     def step(
-        carry: tuple[nnx.State, nnx.State, optax.OptState], key: PRNGKeyArray
-    ) -> tuple[tuple[nnx.State, nnx.State, optax.OptState], Array]:
+        carry: tuple[PyTree, PyTree, optax.OptState], key: PRNGKeyArray
+    ) -> tuple[tuple[PyTree, PyTree, optax.OptState], Array]:
         params, rest, opt_state = carry
 
         def objective(params: nnx.State) -> tuple[Array, nnx.State]:
             model = nnx.merge(graphdef, params, rest, copy=True)
             value = loss(model, sample(key))
-            return value, nnx.split(model, nnx.Param, ...)[2]
+            _, _, updated = nnx.split(model, nnx.Param, ...)
+            return value, updated
 
         (value, rest), gradients = jax.value_and_grad(objective, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, updates), rest, opt_state), value
 
-    carry = jax.tree.map(jnp.copy, (params, rest, optimizer.init(params)))
+    carry: Any = jax.tree.map(jnp.copy, (params, rest, optimizer.init(params)))
+    value = jnp.nan
     for key_of_step in jax.random.split(key, steps):
         carry, value = step(carry, key_of_step)
         advance(value)
-    if not bool(jnp.isfinite(value)):
+    if not jnp.isfinite(value):
         raise FloatingPointError(f"training: the loss became {value}; try another --seed.")
     return graphdef, carry[0], carry[1]
 
@@ -173,7 +182,7 @@ def train_dncnn(
         return jnp.square(model(noisy) - clean).mean()
 
     graphdef, params, rest = _fit(
-        model, squared_error, sample, steps=steps, rate=1e-3, key=fit, advance=advance
+        model, squared_error, sample, steps=steps, rate=2e-3, key=fit, advance=advance
     )
     graphdef, rest = _evaluating(graphdef, params, rest)
     clean = jnp.asarray(test_photographs(crop))
@@ -194,7 +203,7 @@ def train_dncnn(
         metric=lambda params: mean_psnr(denoised(params)),
         unit="dB",
         worthless=mean_psnr(noisy),
-        images=lambda params: np.asarray(denoised(params)),
+        pictures=Pictures(clean, noisy, denoised),
     )
 
 

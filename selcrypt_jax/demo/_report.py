@@ -1,0 +1,168 @@
+"""The table, the JSON file and the pictures of the demo."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.figure
+import numpy as np
+from jaxtyping import PyTree
+from rich.table import Table
+
+from ._tiers import Tiers
+from ._train import Pictures, psnr
+
+# Wong's palette, which colour-blind readers can tell apart.
+_COLOURS = {
+    "pss": "#D55E00",
+    "random": "#999999",
+    "descend": "#0072B2",
+    "ascend": "#56B4E9",
+    "mean": "#009E73",
+}
+
+
+class Result(NamedTuple):
+    """What was measured of one network, and how long it took.
+
+    Attributes:
+        title: network, data.
+        tiers: levels and strategies.
+        seconds: from the start of training to the last measurement.
+    """
+
+    title: str
+    tiers: Tiers
+    seconds: float
+
+
+def write_json(path: Path, results: dict[str, Result]) -> None:
+    """``tiers.json``: name → clean, levels, top_bit_exact, strategies, seconds and more."""
+    content = {name: _as_json(result) for name, result in results.items()}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    tiers = result.tiers
+    return {
+        "clean": tiers.clean,
+        "worthless": tiers.worthless,
+        "unit": tiers.unit,
+        "fraction": tiers.fraction,
+        "keys": tiers.keys,
+        "levels": [level._asdict() for level in tiers.levels],
+        "top_bit_exact": tiers.top_bit_exact,
+        "strategies": {
+            name: [{"fraction": share, "metric": metric} for share, metric in shares.items()]
+            for name, shares in tiers.strategies.items()
+        },
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def table(result: Result) -> Table:
+    """Levels, and the strategies at the same encrypted share, for the terminal."""
+    tiers = result.tiers
+    view = Table(
+        title=f"{result.title}: {tiers.fraction:.3%} of the convolution weights encrypted",
+        caption=f"means over {tiers.keys} keys; top level bit-exact: "
+        f"{'yes' if tiers.top_bit_exact else 'NO'}; {result.seconds:.0f} s",
+    )
+    view.add_column("level or strategy")
+    for heading in ("kernels decrypted", "share of weights", f"metric, {tiers.unit}"):
+        view.add_column(heading, justify="right")
+    for level in tiers.levels:
+        name = "level 0 (no key)" if level.level == 0 else f"level {level.level}"
+        view.add_row(name, str(level.groups), f"{level.fraction:.3%}", f"{level.metric:.2f}")
+    view.add_row("untouched", "", "", f"{tiers.clean:.2f}")
+    view.add_row(_WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.2f}", end_section=True)
+    share = min(tiers.strategies["pss"], key=lambda share: abs(share - tiers.budget))
+    for name, metrics in tiers.strategies.items():
+        view.add_row(f"no key, {name}", "", f"{share:.3%}", f"{metrics[share]:.2f}")
+    return view
+
+
+_WORTHLESS = {"%": "chance", "dB": "noisy image"}
+_METRIC = {"%": "accuracy on test digits, %", "dB": "PSNR of test photographs, dB"}
+
+
+def draw_curves(path: Path, results: dict[str, Result]) -> None:
+    """``tiers.png``: above, the metric of each level; below, strategies against the share."""
+    figure = matplotlib.figure.Figure(
+        figsize=(5.6 * len(results), 8), layout="constrained", dpi=130
+    )
+    axes = figure.subplots(2, len(results), squeeze=False)
+    for (above, below), result in zip(axes.T, results.values(), strict=True):
+        tiers = result.tiers
+        levels = [level.level for level in tiers.levels]
+        metrics = [level.metric for level in tiers.levels]
+        above.plot(levels, metrics, "o-", color=_COLOURS["pss"])
+        for level, metric in zip(levels, metrics, strict=True):
+            # Below the point where the curve comes from below, so that the label is clear of it.
+            above.annotate(
+                f"{metric:.1f}",
+                (level, metric),
+                (0, 8 if level == 0 else -8),
+                textcoords="offset points",
+                ha="center" if level else "left",
+                va="bottom" if level == 0 else "top",
+            )
+        above.set_title(
+            f"{result.title}\n{tiers.fraction:.2%} of the convolution weights encrypted"
+        )
+        above.set_xlabel("permission level (0: no key)")
+        above.set_ylabel(_METRIC[tiers.unit])
+        shares = [100 * share for share in tiers.strategies["pss"]]
+        for name, metrics_of in tiers.strategies.items():
+            label = "PSS" if name == "pss" else name
+            below.plot(shares, list(metrics_of.values()), "o-", color=_COLOURS[name], label=label)
+        below.axvline(100 * tiers.budget, color="0.8", zorder=0)
+        below.set_xscale("log")
+        below.set_xticks(shares, [f"{share:g}" for share in shares])
+        below.minorticks_off()
+        below.set_title("Without a key, by what was selected")
+        below.set_xlabel("encrypted share of the convolution weights, %")
+        below.set_ylabel(_METRIC[tiers.unit])
+        low = min(
+            tiers.worthless, *metrics, *(v for m in tiers.strategies.values() for v in m.values())
+        )
+        margin = (tiers.clean - low) * 0.12
+        for axis in (above, below):
+            axis.set_ylim(low - margin, tiers.clean + margin)
+            axis.axhline(tiers.clean, color="0.5", linestyle="--", linewidth=1, label="untouched")
+            axis.axhline(
+                tiers.worthless,
+                color="0.5",
+                linestyle=":",
+                linewidth=1.2,
+                label=_WORTHLESS[tiers.unit],
+            )
+            axis.spines[["top", "right"]].set_visible(False)
+        below.legend(frameon=False, fontsize="small")
+    figure.savefig(path)
+
+
+def draw_photographs(path: Path, pictures: Pictures, opened: list[PyTree], tiers: Tiers) -> None:
+    """``denoised.png``: one test photograph, noisy and at each level, with its PSNR.
+
+    Args:
+        path: of the file.
+        pictures: the test photographs, and how parameters denoise them.
+        opened: parameters at levels 0..5.
+        tiers: for the titles.
+    """
+    shown = [("original", pictures.clean), ("noisy", pictures.noisy)]
+    for level, params in zip(tiers.levels, opened, strict=True):
+        name = "level 0, no key" if level.level == 0 else f"level {level.level}"
+        shown.append((name, pictures.denoise(params)))
+    figure = matplotlib.figure.Figure(figsize=(11, 6.1), layout="constrained", dpi=130)
+    axes = figure.subplots(2, 4)
+    for axis, (name, images) in zip(axes.flat, shown, strict=True):
+        axis.imshow(np.asarray(images)[0, ..., 0], cmap="gray", vmin=0, vmax=1)
+        axis.set_axis_off()
+        if name == "original":
+            axis.set_title(name)
+        else:
+            quality = float(psnr(images[:1], pictures.clean[:1])[0])
+            axis.set_title(f"{name}\n{quality:.2f} dB")
+    figure.savefig(path)

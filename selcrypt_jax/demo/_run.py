@@ -1,0 +1,160 @@
+"""Runs the demo from the data to the pictures."""
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import PyTree
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from .. import PSSConfig
+from . import DemoConfig
+from ._report import Result, draw_curves, draw_photographs, table, write_json
+from ._tiers import learn, measurements, protect_and_measure
+from ._train import Subject, train_dncnn, train_vgg19
+
+
+class _Plan(NamedTuple):
+    """How much is done for one network."""
+
+    name: str
+    title: str
+    train: Callable[..., Subject]
+    settings: dict[str, Any]
+    pss: PSSConfig
+    budget: float
+    budgets: tuple[float, ...]
+    keys: int
+
+
+_FULL = (
+    _Plan(
+        name="vgg19",
+        title="VGG19, digits",
+        train=train_vgg19,
+        settings={"width": 0.25, "steps": 250},
+        pss=PSSConfig(steps=60),
+        budget=0.0005,
+        budgets=(0.00025, 0.0005, 0.001, 0.002, 0.005, 0.02, 0.08),
+        keys=3,
+    ),
+    _Plan(
+        name="dncnn",
+        title="DnCNN, photographs, σ = 25",
+        train=train_dncnn,
+        settings={"depth": 10, "width": 32, "steps": 300, "crop": 192},
+        pss=PSSConfig(steps=150),
+        budget=0.01,
+        budgets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        keys=3,
+    ),
+)
+_QUICK = (
+    _FULL[0]._replace(
+        settings={"width": 0.0625, "steps": 60},
+        pss=PSSConfig(steps=10),
+        budget=0.05,
+        budgets=(0.02, 0.05),
+        keys=1,
+    ),
+    _FULL[1]._replace(
+        settings={"depth": 4, "width": 16, "steps": 60, "crop": 96},
+        pss=PSSConfig(steps=10),
+        budget=0.05,
+        budgets=(0.02, 0.05),
+        keys=1,
+    ),
+)
+
+
+def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
+    """See `selcrypt_jax.demo.run`."""
+    console = Console() if console is None else console
+    config.out.mkdir(parents=True, exist_ok=True)
+    probe = config.out / ".selcrypt-demo"
+    probe.touch()  # better now than after minutes of work
+    probe.unlink()
+
+    plans = _QUICK if config.quick else _FULL
+    results: dict[str, Result] = {}
+    photographs: tuple[Subject, list[PyTree]] | None = None
+    columns = (
+        TextColumn("{task.description:<42}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        bars = {
+            plan.name: (
+                progress.add_task(
+                    f"{plan.title}: train", total=plan.settings["steps"], start=False
+                ),
+                progress.add_task(
+                    f"{plan.title}: learn importance", total=plan.pss.steps, start=False
+                ),
+                progress.add_task(
+                    f"{plan.title}: protect, measure",
+                    total=measurements(plan.budgets, plan.keys),
+                    start=False,
+                ),
+            )
+            for plan in plans
+        }
+        for plan in plans:
+            start = time.perf_counter()
+            train, importance, measure = bars[plan.name]
+            progress.start_task(train)
+            subject = plan.train(
+                **plan.settings,
+                seed=config.seed,
+                advance=lambda _, bar=train: progress.advance(bar),
+            )
+            progress.start_task(importance)
+            scores = learn(
+                subject,
+                plan.pss,
+                seed=config.seed,
+                advance=lambda steps, bar=importance: progress.advance(bar, steps),
+            )
+            progress.start_task(measure)
+            tiers, opened = protect_and_measure(
+                subject,
+                scores,
+                budget=plan.budget,
+                budgets=plan.budgets,
+                keys=plan.keys,
+                seed=config.seed,
+                advance=lambda bar=measure: progress.advance(bar),
+            )
+            results[plan.name] = Result(plan.title, tiers, time.perf_counter() - start)
+            if subject.pictures is not None:
+                photographs = (subject, opened)
+
+    write_json(config.out / "tiers.json", results)
+    draw_curves(config.out / "tiers.png", results)
+    if photographs is not None:
+        subject, opened = photographs
+        assert subject.pictures is not None
+        draw_photographs(
+            config.out / "denoised.png", subject.pictures, opened, results[subject.name].tiers
+        )
+    for result in results.values():
+        console.print(table(result))
+    written = ", ".join(
+        str(config.out / name) for name in ("tiers.json", "tiers.png", "denoised.png")
+    )
+    total = sum(result.seconds for result in results.values())
+    console.print(f"Wrote {written} in {total:.0f} s.", soft_wrap=True)
+    return results

@@ -1,0 +1,178 @@
+"""Protects a trained network in levels, and measures each level and each strategy."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from .. import (
+    PSSConfig,
+    Secret,
+    decrypt,
+    encrypt,
+    importance,
+    level_keys,
+    mask_counts,
+    nested_masks,
+    new_model_id,
+    pss,
+)
+from ._train import Subject
+
+SELECT = r"^convs/.*kernel$"
+STRATEGIES = ("pss", "random", "descend", "ascend", "mean")
+# What level m of 5 may decrypt, as a share of what is encrypted; the paper's 0.6 + 0.4·m/M.
+STEPS = (0.68, 0.76, 0.84, 0.92, 1.0)
+
+
+class Level(NamedTuple):
+    """One row of the table; level 0 has no key.
+
+    Attributes:
+        level: 0..5.
+        groups: kernels that the level decrypts.
+        fraction: their share of the convolution weights.
+        metric: mean over keys.
+    """
+
+    level: int
+    groups: int
+    fraction: float
+    metric: float
+
+
+class Tiers(NamedTuple):
+    """What the demo found out about one network.
+
+    Attributes:
+        clean: metric of the untouched network.
+        worthless: metric of chance, or of the noisy image.
+        unit: of the metrics.
+        budget: share of the kernels that was asked for.
+        fraction: share of the convolution weights that is encrypted.
+        levels: levels 0..5.
+        top_bit_exact: whether the top level gives every bit of the original.
+        strategies: strategy → share of the convolution weights → mean metric without a key.
+        keys: number of keys that metrics are averaged over.
+    """
+
+    clean: float
+    worthless: float
+    unit: str
+    budget: float
+    fraction: float
+    levels: tuple[Level, ...]
+    top_bit_exact: bool
+    strategies: dict[str, dict[float, float]]
+    keys: int
+
+
+def learn(
+    subject: Subject, config: PSSConfig, *, seed: int, advance: Callable[[int], None]
+) -> PyTree:
+    """Importance of the kernels of the convolutions, learned."""
+    return pss(
+        subject.loss_fn,
+        subject.params,
+        subject.batches,
+        key=jax.random.key(seed),
+        config=config,
+        select=SELECT,
+        progress=lambda _, metrics: advance(len(metrics.loss)),
+    )
+
+
+def protect_and_measure(
+    subject: Subject,
+    scores: PyTree,
+    *,
+    budget: float,
+    budgets: tuple[float, ...],
+    keys: int,
+    seed: int,
+    advance: Callable[[], None],
+) -> tuple[Tiers, list[PyTree]]:
+    """The five levels, and PSS against the paper's other strategies.
+
+    Args:
+        subject: the trained network.
+        scores: learned importance.
+        budget: share of the kernels that is encrypted.
+        budgets: shares at which strategies are compared, `budget` among them.
+        keys: metrics are means over so many protections, each under keys of its own.
+        seed: of the strategy "random".
+        advance: called after each measurement, `measurements` times.
+
+    Returns:
+        What was measured, and the parameters at levels 0..5 under the first keys.
+    """
+    masks = nested_masks(scores, [budget * step for step in STEPS], scope="model")
+    metrics = np.zeros((keys, len(masks) + 1))
+    opened: list[list[PyTree]] = []
+    for trial in range(keys):
+        # What a vendor does: a secret, a new model id, one key a level.
+        ring_keys = level_keys(Secret.generate(), new_model_id(), levels=len(masks))
+        protected = encrypt(subject.params, masks, ring_keys)
+        levels = [
+            decrypt(protected, masks[:level], ring_keys[:level]) for level in range(len(masks) + 1)
+        ]
+        for level, params in enumerate(levels):
+            metrics[trial, level] = subject.metric(params)
+            advance()
+        opened.append(levels)
+
+    rows = [Level(0, groups=0, fraction=0.0, metric=float(metrics[:, 0].mean()))]
+    for level, mask in enumerate(masks, start=1):
+        counts = [c for name, c in mask_counts(subject.params, mask).items() if is_conv(name)]
+        share = sum(c.weights for c in counts) / sum(c.total for c in counts)
+        rows.append(
+            Level(level, sum(c.groups for c in counts), share, float(metrics[:, level].mean()))
+        )
+
+    compared: dict[str, dict[float, float]] = {}
+    for strategy in STRATEGIES:
+        if strategy != "pss":
+            measure = getattr(importance, strategy)
+            extra = {"key": jax.random.key(seed)} if strategy == "random" else {}
+            scores_of = measure(subject.params, select=SELECT, **extra)
+        else:
+            scores_of = scores
+        compared[strategy] = {}
+        for share in budgets:
+            mask = nested_masks(scores_of, [share], scope="model")
+            found = []
+            for _ in range(keys):
+                ring_keys = level_keys(Secret.generate(), new_model_id(), levels=1)
+                found.append(subject.metric(encrypt(subject.params, mask, ring_keys)))
+                advance()
+            compared[strategy][share] = float(np.mean(found))
+
+    return Tiers(
+        clean=subject.metric(subject.params),
+        worthless=subject.worthless,
+        unit=subject.unit,
+        budget=budget,
+        fraction=rows[-1].fraction,
+        levels=tuple(rows),
+        top_bit_exact=all(_same_bits(subject.params, levels[-1]) for levels in opened),
+        strategies=compared,
+        keys=keys,
+    ), opened[0]
+
+
+def measurements(budgets: tuple[float, ...], keys: int) -> int:
+    """How often `protect_and_measure` calls ``advance``."""
+    return keys * (len(STEPS) + 1 + len(STRATEGIES) * len(budgets))
+
+
+def is_conv(name: str) -> bool:
+    """Whether a leaf is a kernel of a convolution."""
+    return re.search(SELECT, name) is not None
+
+
+def _same_bits(a: PyTree, b: PyTree) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)

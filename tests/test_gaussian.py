@@ -1,0 +1,93 @@
+"""The paper's cipher: near in value, normal to look at, and not without its side data."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from strategies import octets
+
+from selcrypt_jax import GaussianCipher, decrypt, encrypt, importance, nested_masks
+
+RNG = np.random.default_rng(0)
+# Heavy tails and a mean of its own, so that a normal ciphertext differs from it.
+PARAMS = {
+    "conv": (RNG.standard_t(3, (3, 3, 32, 32)) * 0.05 + 0.02).astype(np.float32),
+    "bias": np.ones(4, np.float32),
+}
+MASKS = nested_masks(importance.l2(PARAMS), [0.3, 0.6])
+KEYS = jax.random.split(jax.random.key(0), 2)
+CIPHER = GaussianCipher.fit(PARAMS, MASKS)
+SELECTED = np.broadcast_to(MASKS[1]["conv"], PARAMS["conv"].shape)
+
+
+def protect(run=lambda function: function):
+    return run(lambda params: encrypt(params, MASKS, KEYS, cipher=CIPHER))(PARAMS)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("run", [lambda function: function, jax.jit], ids=["eager", "jit"])
+def test_round_trip(run, x64):
+    with jax.enable_x64(x64):
+        protected = protect(run)
+        opened = decrypt(protected, MASKS, KEYS, cipher=CIPHER)
+        first = decrypt(protected, MASKS[:1], KEYS[:1], cipher=CIPHER)
+    assert protected["conv"].dtype == np.float32
+    assert np.abs(opened["conv"] - PARAMS["conv"]).max() < 1e-5
+    ring_2 = np.broadcast_to(MASKS[1]["conv"] & ~MASKS[0]["conv"], SELECTED.shape)
+    np.testing.assert_array_equal(first["conv"][ring_2], protected["conv"][ring_2])
+    assert np.abs(first["conv"] - PARAMS["conv"])[~ring_2].max() < 1e-5
+    np.testing.assert_array_equal(protected["conv"][~SELECTED], PARAMS["conv"][~SELECTED])
+    assert octets(protected["bias"]) == octets(PARAMS["bias"])
+
+
+def test_ciphertext_is_normal_with_the_mean_and_deviation_of_the_leaf():
+    leaf = PARAMS["conv"].astype(np.float64)
+    # Equation 9 is a normal only if (w + r − h)/(f − h) is uniform, which it is for narrow rings.
+    params = {**PARAMS, "conv": (leaf * 1e-3 + 0.02).astype(np.float32)}
+    cipher = GaussianCipher.fit(params, MASKS)
+    protected = np.asarray(encrypt(params, MASKS, KEYS, cipher=cipher)["conv"])[SELECTED]
+    mean, std = params["conv"].mean(), params["conv"].std()
+    error = std / np.sqrt(SELECTED.sum())
+    assert abs(protected.mean() - mean) < 4 * error
+    assert abs(protected.std() / std - 1) < 0.05
+    assert scipy.stats.kstest(protected, "norm", args=(mean, std)).pvalue > 0.01
+
+
+def test_wrong_key_opens_nothing():
+    opened = decrypt(protect(), MASKS, KEYS[::-1], cipher=CIPHER)
+    difference = np.abs(opened["conv"] - PARAMS["conv"])[SELECTED]
+    assert (difference < 1e-3).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [nested_masks(importance.l2(PARAMS), [0.2, 0.4, 0.6]), ({"conv": False, "bias": True},)],
+)
+def test_side_data_is_needed(masks):
+    cipher = GaussianCipher.fit(PARAMS, MASKS)
+    name, ring = ("conv", 3) if len(masks) == 3 else ("bias", 1)
+    keys = jax.random.split(jax.random.key(0), len(masks))
+    with pytest.raises(ValueError, match=rf"'{name}', ring {ring}.*no side data.*fit"):
+        encrypt(PARAMS, masks, keys, cipher=cipher)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "match"),
+    [
+        (np.ones(300, np.float32), r"'w'.*differ.*LosslessCipher"),
+        (np.array([1, np.nan] * 9, np.float32), r"'w'.*finite.*LosslessCipher"),
+        (np.arange(300, dtype=np.int32), r"'w'.*floats.*int32.*LosslessCipher"),
+    ],
+    ids=["constant", "nan", "integers"],
+)
+def test_leaves_that_it_cannot_take(leaf, match):
+    with pytest.raises(ValueError, match=match):
+        GaussianCipher.fit({"w": leaf}, (True,))
+
+
+def test_nothing_is_transferred_unasked():
+    keys, params = list(KEYS), jax.tree.map(jnp.asarray, PARAMS)
+    with jax.transfer_guard("disallow"):
+        protected = encrypt(params, MASKS, keys, cipher=CIPHER)
+    assert octets(protected["conv"]) == octets(protect()["conv"])

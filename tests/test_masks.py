@@ -1,0 +1,192 @@
+"""Budgets and nested masks against counts by hand and a NumPy oracle."""
+
+import itertools
+import math
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import FrozenDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from selcrypt_jax import LeafCount, PaperLevels, importance, mask_counts, nested_masks
+
+
+def counts(masks, name="w"):
+    return [int(mask[name].sum()) for mask in masks]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "levels", "groups", "expected"),
+    [
+        # The paper's layers: floor(0.02·4096) + 1 = 82, of which 0.68, 0.76, 0.84, 0.92 and all.
+        (0.02, 5, 4096, (55, 62, 68, 75, 82)),
+        (0.08, 1, 4096, (328,)),
+        (0.02, 5, 25, (0, 0, 0, 0, 1)),
+        (1.0, 2, 10, (8, 10)),  # not 11: there are no more
+        (0.29, 1, 100, (30,)),
+    ],
+)
+def test_levels_of_the_release(ratio, levels, groups, expected):
+    assert PaperLevels(ratio, levels).counts(groups) == expected
+
+
+@pytest.mark.parametrize(
+    ("fraction", "groups", "expected"),
+    [(0.29, 100, 29), (0.57, 100, 57), (0.07, 100, 7), (0.1, 30, 3), (1, 7, 7), (1.0, 7, 7)],
+)
+def test_a_share_is_taken_as_it_is_written(fraction, groups, expected):
+    # In binary 0.29 · 100 is 28.999999999999996.
+    assert counts(nested_masks({"w": np.arange(groups)}, [fraction])) == [expected]
+
+
+@pytest.mark.parametrize("scope", ["leaf", "model"])
+@pytest.mark.parametrize("value", [0.0, -1.5, np.inf, -np.inf])
+def test_ties_are_counted_exactly_and_taken_from_the_front(value, scope):
+    masks = nested_masks({"w": np.full((1, 1, 10, 10), value)}, [0.29, 0.5], scope=scope)
+    for mask, count in zip(masks, (29, 50), strict=True):
+        np.testing.assert_array_equal(mask["w"].ravel(), np.arange(100) < count)
+
+
+def test_signed_zeros_tie():
+    (mask,) = nested_masks({"w": np.array([-0.0, 0.0, -0.0, 0.0])}, [0.5])
+    np.testing.assert_array_equal(mask["w"], [True, True, False, False])
+
+
+def test_ties_over_the_model_do_not_depend_on_the_container():
+    scores = {name: np.ones(4) for name in ("b", "a", "c")}
+    (mask,) = nested_masks(scores, [0.5], scope="model")
+    assert counts([mask], "a") + counts([mask], "b") + counts([mask], "c") == [4, 2, 0]
+
+    class Model(eqx.Module):  # its leaves come in the order of its fields
+        c: np.ndarray
+        a: np.ndarray
+        b: np.ndarray
+
+    for other in (FrozenDict(scores), Model(**scores)):
+        (found,) = nested_masks(other, [0.5], scope="model")
+        for name in scores:
+            leaf = found[name] if isinstance(found, FrozenDict) else getattr(found, name)
+            np.testing.assert_array_equal(leaf, mask[name])
+
+
+def test_scopes():
+    scores = {"low": np.arange(10.0), "high": np.arange(100.0, 130.0), "out": False}
+    (leaf,) = nested_masks(scores, [0.2])
+    assert counts([leaf], "low") + counts([leaf], "high") == [2, 6]
+    (model,) = nested_masks(scores, [0.2], scope="model")
+    assert counts([model], "low") + counts([model], "high") == [0, 8]
+    assert leaf["out"] is False
+    assert model["out"] is False
+    (paper,) = nested_masks(scores, PaperLevels(0.2, levels=1))  # floor(2) + 1 and floor(6) + 1
+    assert counts([paper], "low") + counts([paper], "high") == [3, 7]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8", "uint8"])
+@pytest.mark.parametrize("where", [np.asarray, jnp.asarray])
+def test_scores_of_any_dtype(where, dtype):
+    values = np.array([3, 0, 100, 7, 64]).astype(jnp.dtype(dtype))
+    masks = nested_masks({"w": where(values)}, [0.4, 0.8])
+    np.testing.assert_array_equal(masks[0]["w"], [False, False, True, False, True])
+    np.testing.assert_array_equal(masks[1]["w"], [True, False, True, True, True])
+    assert all(isinstance(mask["w"], np.ndarray) and mask["w"].dtype == bool for mask in masks)
+
+
+# Few values, so that ties are the rule.
+SCORES = st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf]), min_size=1, max_size=40)
+
+
+@given(
+    scores=st.dictionaries(st.sampled_from("abcd"), SCORES, min_size=1),
+    percents=st.lists(st.integers(1, 100), min_size=1, max_size=4, unique=True).map(sorted),
+    scope=st.sampled_from(["leaf", "model"]),
+)
+def test_nested_and_exact(scores, percents, scope):
+    scores = {name: np.array(values) for name, values in scores.items()}
+    pooled = {"": [(n, i) for n in sorted(scores) for i in range(scores[n].size)]}
+    alone = {n: [(n, i) for i in range(scores[n].size)] for n in scores}
+    budgets = {}
+    for pool, groups in (pooled if scope == "model" else alone).items():
+        ranked = sorted(groups, key=lambda at: -scores[at[0]][at[1]])  # stable
+        budgets[pool] = [
+            set(ranked[: math.floor(Fraction(p, 100) * len(groups))]) for p in percents
+        ]
+    expected = [
+        set().union(*(chosen[m] for chosen in budgets.values())) for m in range(len(percents))
+    ]
+
+    fractions = [percent / 100 for percent in percents]
+    if not expected[0] or any(len(high) <= len(low) for low, high in itertools.pairwise(expected)):
+        with pytest.raises(ValueError, match=r"fractions: level \d+ selects"):
+            nested_masks(scores, fractions, scope=scope)
+        return
+    masks = nested_masks(scores, fractions, scope=scope)
+    got = [{(n, int(i)) for n in mask for i in np.flatnonzero(mask[n])} for mask in masks]
+    assert got == expected
+    assert all(low <= high for low, high in itertools.pairwise(got))
+
+
+W = {"w": np.arange(100.0)}
+NAN = np.ones((2, 3))
+NAN[1, 2] = np.nan
+BAD = {
+    "zero": (W, [0.0], ValueError, ["fractions[0]", "(0, 1]", "0.0"]),
+    "above one": (W, [0.5, 1.5], ValueError, ["fractions[1]", "(0, 1]", "1.5"]),
+    "negative": (W, [-0.1], ValueError, ["fractions[0]", "-0.1"]),
+    "nan": (W, [math.nan], ValueError, ["fractions[0]", "nan"]),
+    "unsorted": (W, [0.5, 0.2], ValueError, ["0.2", "0.5", "ascending", "Sort"]),
+    "none": (W, [], ValueError, ["fractions", "none"]),
+    "a number": (W, 0.5, TypeError, ["fractions", "float", "[fraction]"]),
+    "selects nothing": (W, [0.001], ValueError, ["level 1", "0 groups", "100 groups", "larger"]),
+    "adds nothing": (W, [0.05, 0.051], ValueError, ["level 2", "5 groups", "level 1", "fewer"]),
+    "nan score": ({"conv": {"w": NAN}}, [0.5], ValueError,
+                  ["'conv/w'", "NaN", "1 of 6", "(1, 2)", "select"]),
+    "no scores": ({"w": False, "b": False}, [0.5], ValueError, ["'b', 'w'", "at least one"]),
+    "only empty ones": ({"w": np.zeros((0, 3))}, [0.5], ValueError, ["at least one", "'w'"]),
+    "masks": ({"w": np.ones(9, bool)}, [0.5], TypeError, ["'w'", "bool", "not masks"]),
+    "a float": ({"w": np.ones(9), "b": 1.0}, [0.5], TypeError, ["'b'", "float", "False"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    scores, fractions, error, parts = BAD[case]
+    with pytest.raises(error) as caught:
+        nested_masks(scores, fractions)
+    assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_bad_levels_and_scope():
+    for ratio in (0, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"\(0, 1\]"):
+            PaperLevels(ratio)
+    with pytest.raises(ValueError, match="levels: expected at least 1, got 0"):
+        PaperLevels(0.5, levels=0)
+    with pytest.raises(ValueError, match="scope: expected 'leaf' or 'model', got 'layer'"):
+        nested_masks(W, [0.5], scope="layer")
+
+
+def test_traced_scores_are_refused():
+    with pytest.raises(TypeError, match=r"scores 'w': expected a concrete array.*outside jit"):
+        jax.jit(lambda scores: nested_masks(scores, [0.5]))({"w": jnp.arange(9.0)})
+
+
+def test_counts():
+    params = {
+        "conv": np.ones((3, 3, 8, 16)),
+        "b": np.ones(16),
+        "empty": np.ones((0, 3)),
+        "f": "relu",
+    }
+    masks = nested_masks(importance.l2({"conv": jnp.ones((3, 3, 8, 16))}), [0.25])
+    assert mask_counts(params, {**masks[0], "b": True, "empty": True, "f": False}) == {
+        "conv": LeafCount(groups=32, weights=288, total=1152),
+        "b": LeafCount(groups=1, weights=16, total=16),
+        "empty": LeafCount(groups=0, weights=0, total=0),
+    }
+    with pytest.raises(ValueError, match="'f'"):
+        mask_counts({"w": np.ones(3)}, {"w": False, "f": False})
