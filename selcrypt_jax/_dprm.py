@@ -61,14 +61,16 @@ def encrypt(
 
     Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
     key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
-    passed through: the same objects. Works under ``jit`` (close over the masks), ``vmap`` and with
-    donation; sharded leaves give the same bits as on one device.
+    passed through: the same objects. Works under ``jit`` (close over the masks, but pass keys as
+    arguments, since what is closed over is written into the program), ``vmap`` and with donation;
+    sharded leaves give the same bits as on one device.
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
         masks: M nested masks for ``params``, see `nested_masks`.
         keys: M typed `jax.random` keys, of any implementation; see `level_keys`. **A key must
-            never encrypt two different trees**: draw a new model id for each.
+            never encrypt two different trees**: draw a new model id for each. (The bits of
+            "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
         cipher: `LosslessCipher()` unless given.
 
     Returns:

@@ -9,10 +9,10 @@ so every device, every sharding and every engine gives the same bits.
 
 How π and k are made (``B`` = 1024, ``n`` units, ``b = ceil(n / B)`` blocks):
 
-- block r holds the units ``r, r + b, r + 2b, …``: spread over the whole ring, so that a block says
-  nothing about a place. The units of a block are sorted by 22 random bits, ties by position:
-  bits of ``fold_in(fold_in(key, 0), r)``, the upper 22 of 32. That a pair ties with probability
-  2⁻²² is a bias of 2⁻²³ in its order; the information in it is under 2⁻²⁵ bits a block.
+- block r holds the units ``r, r + b, r + 2b, …``: a sample spread over the whole ring. The units
+  of a block are sorted by 22 random bits, ties by position: bits of
+  ``fold_in(fold_in(key, 0), r)``, the upper 22 of 32. That a pair ties with probability 2⁻²² is
+  a bias of 2⁻²³ in its order; the information in it is under 2⁻²⁵ bits a block.
 - weight number i of the ring is masked with number ``i mod B`` of the bits of
   ``fold_in(fold_in(key, 1), i div B)``, of the width of the dtype.
 """
@@ -53,9 +53,19 @@ class LosslessCipher:
             top three (20 of float32, 4 of bfloat16, 7 of float16, none of float8), none of an
             integer's; without `permute`: sign and mantissa, and all bits of an integer.
 
-    With the defaults the signed histogram in eighths of an octave is kept exactly, and given that
-    histogram nothing else leaks. A lossless cipher in place that keeps the whole histogram can
-    only be a permutation, so this is what there is.
+    With the defaults the signed histogram in eighths of an octave is kept exactly, in every ring
+    of every leaf and in every block of up to 1,024 of its units; given that histogram nothing
+    else leaks. A lossless cipher in place that keeps the whole histogram can only be a
+    permutation, so this is what there is.
+
+    How much a ring hides depends on its size in each leaf. `check` refuses less than 128 bits,
+    masked bits included; but masked bits move a weight by less than an eighth, so what a thief
+    has to guess *roughly* is the order alone: 18 bits for one 3×3 kernel, 237 for six. Give a
+    leaf dozens of weights a ring, rather than one kernel.
+
+    Masking may turn a number into NaN or back where the largest exponent holds both (float8
+    e4m3fn), or Inf into NaN in the stream form. Encrypted weights may then not run; they
+    decrypt to the same bits all the same.
     """
 
     unit: Literal["weight", "group"] = "weight"

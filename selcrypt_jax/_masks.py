@@ -95,8 +95,9 @@ def nested_masks(
         fractions: share of the groups that level 1..M may decrypt, ascending, each in (0, 1].
             The last one is the share that is encrypted. ``floor(fraction * groups)`` groups are
             taken, computed exactly. Or a `Levels`, such as ``PaperLevels(0.08, levels=5)``.
-        scope: ``"leaf"``: the shares hold in every leaf (the paper); ``"model"``: over all
-            groups of the model, so that a leaf gets what its groups are worth.
+        scope: ``"leaf"``: the shares hold in every leaf (the paper), and a leaf of fewer than
+            ``1 / fraction`` groups gets none; ``"model"``: over all groups of the model, so that
+            a leaf gets what its groups are worth. `mask_counts` shows what each leaf got.
 
     Returns:
         M pytrees of the structure of ``scores``: NumPy booleans of each score leaf's shape, and
