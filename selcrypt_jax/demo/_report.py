@@ -108,7 +108,7 @@ def draw_curves(path: Path, results: dict[str, Result]) -> None:
                 va="bottom" if level == 0 else "top",
             )
         above.set_title(
-            f"{result.title}\n{tiers.fraction:.2%} of the convolution weights encrypted"
+            f"{result.title}\n{tiers.fraction:.3%} of the convolution weights encrypted"
         )
         above.set_xlabel("permission level (0: no key)")
         above.set_ylabel(_METRIC[tiers.unit])

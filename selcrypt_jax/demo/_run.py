@@ -8,10 +8,9 @@ from jaxtyping import PyTree
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -41,9 +40,9 @@ _FULL = (
         title="VGG19, digits",
         train=train_vgg19,
         settings={"width": 0.25, "steps": 250},
-        pss=PSSConfig(steps=60),
-        budget=0.0005,
-        budgets=(0.00025, 0.0005, 0.001, 0.002, 0.005, 0.02, 0.08),
+        pss=PSSConfig(steps=150, penalty=3e-2),
+        budget=0.00025,
+        budgets=(0.0001, 0.00025, 0.001, 0.005, 0.02, 0.08),
         keys=3,
     ),
     _Plan(
@@ -52,8 +51,8 @@ _FULL = (
         train=train_dncnn,
         settings={"depth": 10, "width": 32, "steps": 300, "crop": 192},
         pss=PSSConfig(steps=150),
-        budget=0.01,
-        budgets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08),
+        budget=0.02,
+        budgets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.08),
         keys=3,
     ),
 )
@@ -87,13 +86,10 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     results: dict[str, Result] = {}
     photographs: tuple[Subject, list[PyTree]] | None = None
     columns = (
-        TextColumn("{task.description:<42}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("elapsed"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         bars = {
