@@ -98,14 +98,17 @@ def draw_curves(path: Path, results: dict[str, Result]) -> None:
         metrics = [level.metric for level in tiers.levels]
         above.plot(levels, metrics, "o-", color=_COLOURS["pss"])
         for level, metric in zip(levels, metrics, strict=True):
-            # Below the point where the curve comes from below, so that the label is clear of it.
+            # To the lower right: there the rising curve is not. Except at its two ends.
+            offset, side = ((9, -4), "left") if level == 0 else ((4, -7), "left")
+            if level == levels[-1]:
+                offset, side = (0, -9), "center"
             above.annotate(
                 f"{metric:.1f}",
                 (level, metric),
-                (0, 8 if level == 0 else -8),
+                offset,
                 textcoords="offset points",
-                ha="center" if level else "left",
-                va="bottom" if level == 0 else "top",
+                ha=side,
+                va="top" if level else "center",
             )
         above.set_title(
             f"{result.title}\n{tiers.fraction:.3%} of the convolution weights encrypted"
