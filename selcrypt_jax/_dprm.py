@@ -7,20 +7,21 @@ This module checks the input and derives the keys; what happens to the weights o
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from ._lossless import LosslessCipher, key_by_key
 from ._masks import Ring, rings
-from ._tree import is_array, named_leaves, padded
+from ._tree import Keys, is_array, named_leaves, padded
 
 
+@runtime_checkable
 class Cipher(Protocol):
     """Rewrites the weights of rings, so that the leaves keep their shapes and dtypes."""
 
@@ -32,7 +33,7 @@ class Cipher(Protocol):
         self,
         leaves: Mapping[str, Array],
         rings: Sequence[Ring],
-        keys: PRNGKeyArray,
+        keys: Key[Array, " keys"],
         *,
         inverse: bool,
     ) -> dict[str, Array]:
@@ -53,7 +54,7 @@ class Cipher(Protocol):
 def encrypt(
     params: PyTree,
     masks: Sequence[PyTree],
-    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    keys: Keys,
     *,
     cipher: Cipher | None = None,
 ) -> PyTree:
@@ -96,7 +97,7 @@ def encrypt(
 def decrypt(
     params: PyTree,
     masks: Sequence[PyTree],
-    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    keys: Keys,
     *,
     cipher: Cipher | None = None,
 ) -> PyTree:
@@ -122,7 +123,7 @@ def decrypt(
 def _transform(
     params: PyTree,
     masks: Sequence[PyTree],
-    keys: Sequence[PRNGKeyArray] | PRNGKeyArray,
+    keys: Keys,
     cipher: Cipher | None,
     *,
     inverse: bool,
@@ -210,7 +211,7 @@ def _check_keys(keys: Any, levels: int) -> None:
         first = key.dtype
 
 
-def _ring_keys(keys: Any, found: Sequence[Ring]) -> PRNGKeyArray:
+def _ring_keys(keys: Any, found: Sequence[Ring]) -> Key[Array, " keys"]:
     """The key of every ring in its leaf, padded."""
     digests = [
         hashlib.sha256(b"selcrypt/v1/leaf\0" + ring.name.encode("utf-8", "surrogatepass")).digest()
@@ -229,7 +230,7 @@ def _ring_keys(keys: Any, found: Sequence[Ring]) -> PRNGKeyArray:
 
 
 @jax.jit
-def _fold_names(keys: PRNGKeyArray, levels: Array, words: Array) -> PRNGKeyArray:
+def _fold_names(keys: Key[Array, " levels"], levels: Array, words: Array) -> Key[Array, " keys"]:
     # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
     def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
         return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import ndtr, ndtri
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, Key, PyTree
 
 from ._masks import Ring, rings
 from ._tree import group_positions, named_leaves, without_explicit_axes
@@ -100,7 +100,7 @@ class GaussianCipher:
         self,
         leaves: Mapping[str, Array],
         rings: Sequence[Ring],
-        keys: PRNGKeyArray,
+        keys: Key[Array, " keys"],
         *,
         inverse: bool,
     ) -> dict[str, Array]:
@@ -117,7 +117,7 @@ class GaussianCipher:
 
 def _rewrite_leaf(
     leaf: Array,
-    keys: PRNGKeyArray,
+    keys: Key[Array, " keys"],
     positions: Array,
     stats: Array,
     index: Array,

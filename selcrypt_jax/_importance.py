@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._tree import (
+    AnyArray,
     Granularity,
     Layout,
     Selector,
@@ -28,7 +29,7 @@ LossFn = Callable[[PyTree, Any], Float[Array, ""]]
 
 
 def _by_leaf(
-    score: Callable[[str, Array, tuple[int, ...]], Array],
+    score: Callable[[str, AnyArray, tuple[int, ...]], Array],
     params: PyTree,
     select: Selector,
     granularity: Granularity,
@@ -43,7 +44,7 @@ def _by_leaf(
     return tree.rebuild(scores)
 
 
-def _numbers(name: str, leaf: Array) -> Array:
+def _numbers(name: str, leaf: AnyArray) -> Array:
     """The leaf as floats, wide enough to add up."""
     if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
         # Packed low-bit weights come as unsigned bytes; their value says nothing.
@@ -80,7 +81,7 @@ def random(
         ValueError: `select` matches nothing, or something that is no array of numbers.
     """
 
-    def score(name: str, leaf: Array, axes: tuple[int, ...]) -> Array:
+    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
         word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
         shape = [1 if axis in axes else size for axis, size in enumerate(leaf.shape)]
         return jax.random.uniform(jax.random.fold_in(key, word), shape)
@@ -143,7 +144,7 @@ def mean(
         Tian, Zhou, Duan, CVPR 2021, section 4 ("mean").
     """
 
-    def score(name: str, leaf: Array, axes: tuple[int, ...]) -> Array:
+    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
         size = jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
         return -jnp.abs(size - size.mean())
 
@@ -199,7 +200,7 @@ def taylor(
         Molchanov et al., Importance estimation for neural network pruning, CVPR 2019.
     """
 
-    def score(leaf: Array, gradient: Array, axes: tuple[int, ...]) -> Array:
+    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
         return jnp.abs((leaf * gradient).sum(axes, keepdims=True))
 
     return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)
@@ -222,7 +223,7 @@ def fisher(
         Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
     """
 
-    def score(leaf: Array, gradient: Array, axes: tuple[int, ...]) -> Array:
+    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
         return jnp.square(leaf * gradient).sum(axes, keepdims=True)
 
     return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Key, PRNGKeyArray
 
 from ._masks import Ring
 from ._tree import group_positions, padded, without_explicit_axes
@@ -131,7 +131,7 @@ class LosslessCipher:
         self,
         leaves: Mapping[str, Array],
         rings: Sequence[Ring],
-        keys: PRNGKeyArray,
+        keys: Key[Array, " keys"],
         *,
         inverse: bool,
     ) -> dict[str, Array]:
@@ -223,7 +223,7 @@ def _unsigned(itemsize: int) -> Any:
 
 
 def _tables(
-    plans: Sequence[_Plan], keys: PRNGKeyArray, kind: Literal["permutation", "mask"]
+    plans: Sequence[_Plan], keys: Key[Array, " keys"], kind: Literal["permutation", "mask"]
 ) -> dict[int, Array]:
     """Ring → its blocks of a permutation or of mask words, ``[padded blocks, BLOCK]``.
 
@@ -260,7 +260,7 @@ def _rows(table: Array, start: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(table, start, size)
 
 
-def key_by_key(draw: Callable[..., Any], keys: PRNGKeyArray) -> Callable[..., Any]:
+def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[..., Any]:
     """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
 
     XLA's generator draws for a batch of keys from the first one alone, so that its bits would
@@ -272,7 +272,7 @@ def key_by_key(draw: Callable[..., Any], keys: PRNGKeyArray) -> Callable[..., An
 
 
 def _map_blocks(
-    block: Callable[..., Array], keys: PRNGKeyArray, ring: Array, *columns: Array
+    block: Callable[..., Array], keys: Key[Array, " keys"], ring: Array, *columns: Array
 ) -> Array:
     block = key_by_key(block, keys)
     # A few blocks at a time: their state stays in the cache, and memory is bounded.
@@ -280,7 +280,9 @@ def _map_blocks(
 
 
 @jax.jit
-def _permutation_blocks(keys: PRNGKeyArray, ring: Array, block: Array, length: Array) -> Array:
+def _permutation_blocks(
+    keys: Key[Array, " keys"], ring: Array, block: Array, length: Array
+) -> Array:
     def permutation(key: PRNGKeyArray, block: Array, length: Array) -> Array:
         index = jnp.arange(BLOCK, dtype=jnp.uint32)
         key = jax.random.fold_in(jax.random.fold_in(key, _PERMUTATION), block)
@@ -294,7 +296,7 @@ def _permutation_blocks(keys: PRNGKeyArray, ring: Array, block: Array, length: A
 
 
 @partial(jax.jit, static_argnames="dtype")
-def _mask_blocks(keys: PRNGKeyArray, ring: Array, block: Array, *, dtype: Any) -> Array:
+def _mask_blocks(keys: Key[Array, " keys"], ring: Array, block: Array, *, dtype: Any) -> Array:
     def words(key: PRNGKeyArray, block: Array) -> Array:
         key = jax.random.fold_in(jax.random.fold_in(key, _MASK), block)
         return jax.random.bits(key, (BLOCK,), dtype)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from ._tree import NamedLeaves, is_array, listed, named_leaves
 Scope = Literal["leaf", "model"]
 
 
+@runtime_checkable
 class Levels(Protocol):
     """How many groups each level may decrypt."""
 
@@ -113,7 +114,7 @@ def nested_masks(
     if isinstance(fractions, Sequence | np.ndarray | jax.Array):
         _check_fractions(fractions)
         levels: Levels = _Fractions(tuple(float(fraction) for fraction in fractions))
-    elif hasattr(fractions, "counts"):
+    elif isinstance(fractions, Levels):
         levels = fractions
     else:
         raise TypeError(

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from ._gates import BETA, hard_concrete, probability_open
 from ._importance import LossFn, batch_count
 from ._tree import (
+    AnyArray,
     Granularity,
     Layout,
     Selector,
@@ -171,11 +172,11 @@ def pss_learner(
     optimizer = optax.adam(0.1) if config.optimizer is None else config.optimizer
     at_rest = 1.0 if config.objective == "keep" else 0.0
 
-    def arrays(params: PyTree) -> dict[str, Array]:
+    def arrays(params: PyTree) -> dict[str, AnyArray]:
         leaves = named_leaves(params).leaves
         return {name: leaf for name, leaf in leaves.items() if name not in passive}
 
-    def task_loss(leaves: dict[str, Array], changed: dict[str, Array], batch: Any) -> Array:
+    def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
         return loss_fn(tree.rebuild(leaves | changed | passive), batch).astype(jnp.float32)
 
     # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
@@ -187,7 +188,7 @@ def pss_learner(
         parts = jnp.split(sample(key, (int(ends[-1]),)), ends[:-1])
         return {n: part.reshape(shapes[n]) for n, part in zip(order, parts, strict=True)}
 
-    def noise(leaves: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+    def noise(leaves: dict[str, AnyArray], key: PRNGKeyArray) -> dict[str, AnyArray]:
         """Normal, with the mean and the deviation of each leaf."""
         normal = draw(jax.random.normal, key, {name: leaves[name].shape for name in names})
         wide = {name: leaves[name].astype(jnp.float32) for name in names}
@@ -205,7 +206,7 @@ def pss_learner(
         }
 
     @jax.jit
-    def rest_and_broken(leaves: dict[str, Array], batch: Any, key: PRNGKeyArray) -> Array:
+    def rest_and_broken(leaves: dict[str, AnyArray], batch: Any, key: PRNGKeyArray) -> Array:
         everything = {
             name: leaf.astype(leaves[name].dtype) for name, leaf in noise(leaves, key).items()
         }
@@ -237,7 +238,7 @@ def pss_learner(
 
     def objective(
         log_alpha: dict[str, Array],
-        leaves: dict[str, Array],
+        leaves: dict[str, AnyArray],
         batch: Any,
         key: PRNGKeyArray,
         cap: Array,
@@ -262,7 +263,7 @@ def pss_learner(
         return target + config.penalty * price, (loss, price)
 
     def step(
-        leaves: dict[str, Array], batches: PyTree, state: PSSState
+        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
     ) -> tuple[PSSState, PSSMetrics]:
         count = batch_count(batches)
         batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
@@ -302,13 +303,13 @@ def pss_learner(
 
     @jax.jit
     def one_step(
-        leaves: dict[str, Array], batches: PyTree, state: PSSState
+        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
     ) -> tuple[PSSState, PSSMetrics]:
         return step(leaves, batches, state)
 
     @partial(jax.jit, static_argnums=3)
     def scan(
-        leaves: dict[str, Array], batches: PyTree, state: PSSState, steps: int
+        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState, steps: int
     ) -> tuple[PSSState, PSSMetrics]:
         return lax.scan(lambda state, _: step(leaves, batches, state), state, None, length=steps)
 

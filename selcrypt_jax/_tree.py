@@ -15,11 +15,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Key, PyTree
 
 Granularity = Literal["kernel", "filter", "weight"]
 Layout = Literal["HWIO", "OIHW"]
 Selector = str | Callable[[str, Any], bool] | None
+AnyArray = Array | np.ndarray
+# One typed key a level, or ring: a sequence of them, or an array.
+Keys = Sequence[Key[Array, ""]] | Key[Array, " keys"]
 
 
 def _component(key: Any) -> str:

@@ -1,0 +1,173 @@
+"""Trains DnCNN on a folder of images and writes the best weights as safetensors.
+
+Example::
+
+    python train/dncnn.py --images photographs/ --test set12/ --out dncnn_s25.safetensors
+
+Metrics go to standard output, one JSON object a line. Needs Pillow (the extra ``train``).
+
+References:
+    Zhang et al., Beyond a Gaussian denoiser: residual learning of deep CNN for image denoising,
+    IEEE TIP 2017.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from PIL import Image
+from safetensors.numpy import save_file
+
+from selcrypt_jax.models import DnCNN, to_torch
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train, on what, for how long."""
+
+    images: Path
+    """Folder of images to train on."""
+
+    test: Path
+    """Folder of images to measure PSNR on; never trained on."""
+
+    out: Path
+    """The .safetensors file to write, in PyTorch's names and layout."""
+
+    sigma: float = 25.0
+    """Standard deviation of the noise, for pixels in 0..255."""
+
+    depth: int = 17
+    """Number of convolutions."""
+
+    width: int = 64
+    """Channels between them."""
+
+    colour: bool = False
+    """RGB instead of grey."""
+
+    steps: int = 20_000
+    """Gradient steps."""
+
+    batch: int = 64
+    """Patches in a step."""
+
+    patch: int = 40
+    """Side of a patch, in pixels."""
+
+    rate: float = 1e-3
+    """Highest learning rate; it warms up over a twentieth of the steps and falls to zero."""
+
+    every: int = 500
+    """Steps between two measurements."""
+
+    seed: int = 0
+    """Seed of weights, patches and noise."""
+
+
+def read_images(folder: Path, colour: bool, smallest: int) -> list[np.ndarray]:
+    """All images of a folder, ``[H, W, C]`` floats in [0, 1], in the order of their names."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    images = []
+    for path in paths:
+        with Image.open(path) as file:
+            pixels = np.asarray(file.convert("RGB" if colour else "L"), np.float32) / 255
+        images.append(pixels if colour else pixels[..., None])
+        if min(pixels.shape[:2]) < smallest:
+            raise SystemExit(
+                f"{path}: expected at least {smallest}×{smallest} pixels, got "
+                f"{pixels.shape[1]}×{pixels.shape[0]}. Use a smaller --patch, or leave it out."
+            )
+    if not images:
+        raise SystemExit(f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}), got none.")
+    return images
+
+
+def random_patches(
+    images: list[np.ndarray], count: int, size: int, rng: np.random.Generator
+) -> np.ndarray:
+    """``[count, size, size, C]``, flipped and turned at random."""
+    patches = []
+    for _ in range(count):
+        image = images[rng.integers(len(images))]
+        top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
+        patch = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
+        patches.append(patch[:, ::-1] if rng.integers(2) else patch)
+    return np.stack(patches)
+
+
+def main(config: Config) -> None:
+    """Trains; see `Config`."""
+    images = read_images(config.images, config.colour, config.patch)
+    tests = read_images(config.test, config.colour, 1)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    sigma = config.sigma / 255
+    weights, noise = jax.random.split(jax.random.key(config.seed))
+    model = DnCNN(
+        config.depth, config.width, channels=3 if config.colour else 1, rngs=nnx.Rngs(weights)
+    )
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, config.rate, config.steps // 20, config.steps
+    )
+    optimizer = optax.adam(schedule)
+
+    # Not in a scan: XLA's CPU backend is slow at the gradients of convolutions inside of loops.
+    @partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, clean: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
+        params, rest, state = carry
+        noisy = clean + sigma * jax.random.normal(key, clean.shape)
+
+        def loss(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graph, params, rest, copy=True)
+            error = jnp.square(model(noisy) - clean).mean()
+            _, _, updated = nnx.split(model, nnx.Param, ...)
+            return error, updated
+
+        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), rest, state), value
+
+    denoise = nnx.jit(lambda model, noisy: model(noisy))
+
+    def measure(params: Any, rest: Any) -> float:
+        model = nnx.merge(graph, params, rest, copy=True)
+        model.eval()
+        quality = []
+        for index, clean in enumerate(tests):
+            key = jax.random.fold_in(noise, index)
+            output = denoise(model, clean[None] + sigma * jax.random.normal(key, (1, *clean.shape)))
+            quality.append(-10 * float(jnp.log10(jnp.square(output[0] - clean).mean())))
+        return float(np.mean(quality))
+
+    rng = np.random.default_rng(config.seed)
+    carry: Any = jax.tree.map(jnp.copy, (params, rest, optimizer.init(params)))
+    best = -np.inf
+    for number in range(1, config.steps + 1):
+        patches = random_patches(images, config.batch, config.patch, rng)
+        carry, loss = step(carry, jnp.asarray(patches), jax.random.fold_in(noise, 2**31 + number))
+        if number % config.every and number != config.steps:
+            continue
+        psnr = measure(carry[0], carry[1])
+        print(json.dumps({"step": number, "loss": float(loss), "psnr": psnr}), flush=True)
+        if not np.isfinite(float(loss)):
+            raise SystemExit(f"step {number}: the loss is {float(loss)}. Lower --rate.")
+        if psnr > best:
+            best = psnr
+            trained = nnx.merge(graph, carry[0], carry[1], copy=True)
+            metadata = {"psnr": f"{psnr:.3f}", "sigma": f"{config.sigma:g}", "step": str(number)}
+            save_file(to_torch(trained), config.out, metadata)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
