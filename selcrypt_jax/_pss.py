@@ -146,7 +146,7 @@ def pss_learner(
 
     Args:
         loss_fn: ``(params, batch) -> scalar``, positive; params frozen and trained.
-        params: pytree; only its structure and shapes are kept.
+        params: pytree, for its structure and shapes; what `init` and `run` are given is used.
         config: see `PSSConfig`.
         select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
             ``None`` for floats with two axes or more.
@@ -228,8 +228,10 @@ def pss_learner(
                 f"loss_fn: expected a finite, positive loss of the untouched network, got "
                 f"{float(rest)} on the first batch."
             )
-        # Noise may also make a loss overflow; then the network is broken well before.
-        cap = config.cap or 4 * float(jnp.where(jnp.isfinite(broken), broken, 100 * rest))
+        cap = math.inf
+        if config.objective == "break":
+            # Noise may also make a loss overflow; then the network is broken well before.
+            cap = config.cap or 4 * float(jnp.where(jnp.isfinite(broken), broken, 100 * rest))
         log_alpha = {name: jnp.full(shape, config.start) for name, shape in shapes.items()}
         # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
         return PSSState(
@@ -316,6 +318,8 @@ def pss_learner(
     def run(
         params: PyTree, batches: PyTree, state: PSSState, steps: int
     ) -> tuple[PSSState, PSSMetrics]:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}.")
         leaves = arrays(params)
         if jax.default_backend() != "cpu":
             return scan(leaves, batches, state, steps)

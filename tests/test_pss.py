@@ -163,6 +163,14 @@ def test_layerwise_moves_one_leaf_at_a_time():
     assert (second.log_alpha["b"] != start.log_alpha["b"]).all()
 
 
+def test_keep_takes_a_loss_that_may_be_negative():
+    config = sj.PSSConfig("keep", steps=1)
+    scores = sj.pss(
+        lambda params, x: loss_fn(params, x) - 5, known_network(), BATCHES, key=KEY, config=config
+    )
+    assert np.isfinite(scores["a"]).all()
+
+
 @pytest.mark.parametrize("sampled", [False, True])
 def test_key_decides_the_noise_and_nothing_else_does(sampled):
     config = sj.PSSConfig("keep", steps=3, sampled=sampled)
