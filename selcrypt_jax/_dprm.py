@@ -63,8 +63,9 @@ def encrypt(
     Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
     key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
     passed through: the same objects. Works under ``jit`` (close over the masks, but pass keys as
-    arguments, since what is closed over is written into the program), ``vmap`` and with donation;
-    sharded leaves give the same bits as on one device.
+    arguments, since what is closed over is written into the program), under ``vmap`` over params
+    *and* keys (over params alone it would use a key twice) and with donation; sharded leaves give
+    the same bits as on one device.
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
@@ -111,8 +112,7 @@ def decrypt(
 
     Returns:
         A tree of the same structure, in which rings 1..m are as before encryption: bit for bit
-        with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here
-        (a protected file does).
+        with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here.
 
     Raises:
         ValueError, TypeError: as in `encrypt`.
@@ -131,7 +131,19 @@ def _transform(
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
     found = rings(tree, masks)
+    if isinstance(cipher, type) or not isinstance(cipher, Cipher):
+        raise TypeError(
+            "cipher: expected an object with check and run, such as LosslessCipher(), got "
+            f"{cipher!r}."
+        )
     _check_keys(keys, len(masks))
+    if masks and not inverse:
+        _check_keys_differ(keys)
+    if not masks and not inverse:
+        raise ValueError(
+            "masks: expected one mask a level, got none. The result would be plaintext. Make masks "
+            "with nested_masks."
+        )
     # Everything is checked before anything is computed: no half-encrypted tree, ever.
     for ring in found:
         _check_leaf(ring.name, tree.leaves[ring.name])
@@ -156,11 +168,20 @@ def _placed(array: Array, like: Any) -> Array:
 
 
 def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise ValueError(
+            f"params {name!r}: expected a JAX or NumPy array, got {type(leaf).__name__}."
+        )
     dtype = leaf.dtype  # np.dtype() does not take the dtypes of typed keys
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"params {name!r}: expected floats or integers, got {dtype}, which has no cipher. "
             "Set its mask to False."
+        )
+    if not dtype.isnative:
+        raise ValueError(
+            f"params {name!r}: expected native byte order, got {dtype.str}. Convert it: "
+            "leaf.astype(leaf.dtype.newbyteorder('='))."
         )
     if dtype != jax.dtypes.canonicalize_dtype(dtype):
         raise ValueError(
@@ -184,7 +205,7 @@ def _check_keys(keys: Any, levels: int) -> None:
         raise ValueError(
             f"keys: expected {levels}, one for each of the {levels} masks, got "
             f"{type(keys).__name__ if actual is None else actual}. For level m pass masks[:m] and "
-            "keys[:m]."
+            "keys[:m]; of a LevelKey, ring_keys(level_key)."
         )
     first: Any = None
     # An array of keys is looked at as a whole: JAX cannot take one apart that a jitted function
@@ -209,6 +230,21 @@ def _check_keys(keys: Any, levels: int) -> None:
                 "implementation for all levels."
             )
         first = key.dtype
+
+
+def _check_keys_differ(keys: Any) -> None:
+    """With one key for two rings, a lower level would open a higher one."""
+    data = [jax.random.key_data(key) for key in ([keys] if is_array(keys) else keys)]
+    if any(isinstance(words, Tracer) for words in data):
+        return  # nothing to look at under jit
+    words_of = np.concatenate([np.atleast_2d(words) for words in jax.device_get(data)])
+    seen = [words.tobytes() for words in words_of]
+    for index, words in enumerate(seen):
+        if words in seen[:index]:
+            raise ValueError(
+                f"keys[{index}]: expected a key of its own for each level, got keys"
+                f"[{seen.index(words)}] again. Derive them with level_keys."
+            )
 
 
 def _ring_keys(keys: Any, found: Sequence[Ring]) -> Key[Array, " keys"]:

@@ -40,10 +40,13 @@ class GaussianStats(NamedTuple):
 class GaussianCipher:
     """``c = μ + σ·Φ⁻¹((w + r − h) / (f − h))`` with ``r`` uniform in [0, 1) from the key.
 
+    It hides weights of a range well below 1, as those of networks are: ``r`` is added to ``w``, so
+    weights much larger than 1 keep their order.
+
     The encrypted weights look like draws from a normal distribution with the leaf's mean and
-    deviation. The inverse ``w = Φ((c − μ)/σ)·(f − h) + h − r`` is exact only to rounding (about
-    1e-6 in float32, so use wider weights than bfloat16 with it), and the rounding depends on the
-    device. Use `LosslessCipher` for anything but reproducing the paper.
+    deviation. The inverse ``w = Φ((c − μ)/σ)·(f − h) + h − r`` is exact only to rounding
+    (about 1e-6 absolute in float32; bfloat16 is too coarse for it), and the rounding depends on
+    the device. Use `LosslessCipher` for anything but reproducing the paper.
 
     Attributes:
         stats: side data by (leaf name, level). Make it with `fit`, and keep it: decryption needs

@@ -6,6 +6,7 @@ for the leaves that take no part. Higher is more important. They run under ``jit
 """
 
 import hashlib
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from ._tree import (
     Layout,
     Selector,
     inner_axes,
+    is_array,
     listed,
     named_leaves,
     select_leaves,
@@ -69,7 +71,7 @@ def random(
     Args:
         params: pytree of arrays.
         key: typed `jax.random` key; one is derived for each leaf from its name.
-        select: which leaves take part, see the package documentation: a regular expression, a
+        select: which leaves take part: a regular expression searched in the leaf's name, a
             function ``(name, leaf) -> bool``, or ``None`` for floats with two axes or more.
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``.
         layout: ``"HWIO"`` (JAX) or ``"OIHW"`` (PyTorch).
@@ -248,23 +250,33 @@ def _by_gradient(
         )
     count = batch_count(batches)
 
-    def one(batch: Any) -> dict[str, Array]:
-        gradients = jax.grad(lambda leaves: loss_fn(tree.rebuild(leaves), batch))(chosen)
+    arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+
+    # Weights come as arguments, since what is closed over becomes part of the program; and one
+    # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
+    @jax.jit
+    def add(total: dict[str, Array], arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
+        def loss(chosen: dict[str, AnyArray]) -> Array:
+            return loss_fn(tree.rebuild(arrays | chosen), batch)
+
+        gradients = jax.grad(loss)({name: arrays[name] for name in chosen})
         return {
-            name: score(
-                _numbers(name, leaf),
+            name: total[name]
+            + score(
+                _numbers(name, arrays[name]),
                 _numbers(name, gradients[name]),
-                inner_axes(leaf.shape, granularity, layout),
+                inner_axes(arrays[name].shape, granularity, layout),
             )
-            for name, leaf in chosen.items()
+            for name in chosen
         }
 
-    def step(total: dict[str, Array], batch: Any) -> tuple[dict[str, Array], None]:
-        return jax.tree.map(jnp.add, total, one(batch)), None
-
-    first = jax.eval_shape(one, jax.tree.map(lambda leaf: leaf[0], batches))
-    zero = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), first)
-    total = jax.jit(lambda batches: jax.lax.scan(step, zero, batches)[0])(batches)
+    total = {}
+    for name, leaf in chosen.items():
+        axes = inner_axes(leaf.shape, granularity, layout)
+        shape = [1 if axis in axes else size for axis, size in enumerate(leaf.shape)]
+        total[name] = jnp.zeros(shape, _numbers(name, leaf).dtype)
+    for index in range(count):
+        total = add(total, arrays, jax.tree.map(operator.itemgetter(index), batches))
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
 
 

@@ -11,6 +11,7 @@ id is random and new for each protection, so that no keystream is ever used twic
 """
 
 import hmac
+import operator
 import os
 import unicodedata
 from typing import TYPE_CHECKING, NoReturn
@@ -112,6 +113,8 @@ class Secret(_Bytes):
             raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}.")
         if not passphrase.strip():
             raise ValueError("passphrase: expected some text, got an empty one.")
+        if not isinstance(salt, bytes):
+            raise TypeError(f"salt: expected random bytes, got {type(salt).__name__}.")
         if len(salt) < _SALT_BYTES:
             raise ValueError(
                 f"salt: expected at least {_SALT_BYTES} random bytes, got {len(salt)}. "
@@ -135,6 +138,9 @@ def new_model_id() -> bytes:
 class LevelKey(_Bytes):
     """What opens levels 1..`level` of one protected model: what a customer is given.
 
+    To store one, keep ``bytes(key)``, ``key.level`` and ``key.model_id``; to read it, give them to
+    this class.
+
     Args:
         value: 32 bytes, K_level of the chain.
         level: 1..M.
@@ -148,6 +154,7 @@ class LevelKey(_Bytes):
 
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
+        level = operator.index(level)
         if level < 1:
             raise ValueError(f"level: expected at least 1, got {level}. Level 0 needs no key.")
         self.level = level
@@ -199,6 +206,7 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
             does not exist.
     """
     secret = secret if isinstance(secret, Secret) else Secret(secret)
+    level, levels = operator.index(level), operator.index(levels)
     if not 1 <= levels <= _MAX_LEVELS:
         raise ValueError(f"levels: expected 1..{_MAX_LEVELS}, got {levels}.")
     if not 1 <= level <= levels:
@@ -219,6 +227,10 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
     """
     from ._chacha import chacha20_key
 
+    if not isinstance(key, LevelKey):
+        raise TypeError(
+            f"key: expected a LevelKey, got {type(key).__name__}. Make one with level_key."
+        )
     return tuple(chacha20_key(key.lower(level).cipher_key()) for level in range(1, key.level + 1))
 
 

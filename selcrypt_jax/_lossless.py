@@ -1,6 +1,7 @@
 """The lossless cipher: bits that carry the distribution are moved about, the others masked.
 
-On the bit patterns of a ring's weights, in a leaf, in a fixed order::
+On the bit patterns of a ring's weights in a leaf, in C order (with ``unit="group"``: group by
+group, in C order of the mask)::
 
     c = π(x) XOR (k AND F)          x = π⁻¹(c XOR (k AND F))
 
@@ -18,6 +19,7 @@ How π and k are made (``B`` = 1024, ``n`` units, ``b = ceil(n / B)`` blocks):
 """
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +65,9 @@ class LosslessCipher:
     has to guess *roughly* is the order alone: 18 bits for one 3×3 kernel, 237 for six. Give a
     leaf dozens of weights a ring, rather than one kernel.
 
+    Equal weights cannot hide among each other: of an int8 leaf of zeros nothing changes, and a
+    BatchNorm scale of ones stays within an eighth of one. The size check does not see values.
+
     Masking may turn a number into NaN or back where the largest exponent holds both (float8
     e4m3fn), or Inf into NaN in the stream form. Encrypted weights may then not run; they
     decrypt to the same bits all the same.
@@ -75,7 +80,7 @@ class LosslessCipher:
     def __post_init__(self) -> None:
         if self.unit not in ("weight", "group"):
             raise ValueError(f"unit: expected 'weight' or 'group', got {self.unit!r}.")
-        if self.fine_bits is not None and self.fine_bits < 0:
+        if self.fine_bits is not None and operator.index(self.fine_bits) < 0:
             raise ValueError(f"fine_bits: expected at least 0, got {self.fine_bits}.")
 
     def fine_mask(self, dtype: Any) -> int:
@@ -118,6 +123,13 @@ class LosslessCipher:
         weights = groups * (math.prod(leaf.shape) // ring.mask.size)
         units = groups if self.unit == "group" else weights
         arrangements = _arrangements(units) if self.permute else 0.0
+        if not arrangements and not fine & _coarse_mask(leaf.dtype):
+            raise ValueError(
+                f"{what}: expected a cipher that changes more than fine bits, got {self}, which "
+                f"has {units} {self.unit} to permute and masks none of sign, exponent and top "
+                "three mantissa bits: every weight would stay within an eighth. Use unit='weight' "
+                "or a mask with more groups, or leave fine_bits out."
+            )
         hiding = arrangements + weights * fine.bit_count()
         if hiding < _MINIMUM_HIDING:
             raise ValueError(
@@ -164,6 +176,8 @@ class LosslessCipher:
 
     def _plan(self, index: int, ring: Ring, leaf: Array) -> "_Plan":
         positions = group_positions(leaf.shape, ring.mask)
+        if self.unit == "weight":  # so that only the set matters, not the shape of its mask
+            positions.ravel().sort()
         units = len(positions) if self.unit == "group" else positions.size
         room = np.full(BLOCK * padded(_blocks(positions.size)), leaf.size, np.int32)
         room[: positions.size] = positions.ravel()
@@ -186,6 +200,14 @@ class _Plan(NamedTuple):
     weights: int
     fine: int
     dtype: Any
+
+
+def _coarse_mask(dtype: Any) -> int:
+    """The bits that say roughly what a weight is: all but the low mantissa bits of a float."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return (1 << jnp.iinfo(dtype).bits) - 1
+    info = jnp.finfo(dtype)
+    return (1 << info.bits) - (1 << max(info.nmant - 3, 0))
 
 
 def _blocks(count: int) -> int:

@@ -1,6 +1,7 @@
 """From scores to nested permission masks: budgets, selection, checks and counts."""
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -45,7 +46,7 @@ class PaperLevels:
 
     def __post_init__(self) -> None:
         _check_fractions([self.ratio])
-        if self.levels < 1:
+        if operator.index(self.levels) < 1:
             raise ValueError(f"levels: expected at least 1, got {self.levels}.")
 
     def counts(self, groups: int) -> tuple[int, ...]:
@@ -59,21 +60,28 @@ class PaperLevels:
 
 @dataclass(frozen=True)
 class _Fractions:
-    fractions: tuple[float, ...]
+    fractions: tuple[Fraction, ...]
 
     def counts(self, groups: int) -> tuple[int, ...]:
-        return tuple(math.floor(_exact(fraction) * groups) for fraction in self.fractions)
+        return tuple(math.floor(fraction * groups) for fraction in self.fractions)
 
 
 def _exact(fraction: float) -> Fraction:
     # What its author wrote, so that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
-    return Fraction(str(float(fraction)))
+    # str() of a NumPy or JAX scalar is in its own precision, so np.float32(0.29) is 0.29 too.
+    return Fraction(str(fraction))
 
 
 def _check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) == 0:
         raise ValueError("fractions: expected one a level, got none.")
     for index, fraction in enumerate(fractions):
+        number = isinstance(fraction, int | float | np.number | Fraction) or np.ndim(fraction) == 0
+        if isinstance(fraction, str | bool) or not number:
+            raise TypeError(
+                f"fractions[{index}]: expected a number in (0, 1], got "
+                f"{type(fraction).__name__}. Pass one share a level, such as [0.02, 0.08]."
+            )
         if not 0 < fraction <= 1:  # also catches NaN
             raise ValueError(
                 f"fractions[{index}]: expected a share of the groups in (0, 1], got {fraction!r}."
@@ -111,9 +119,10 @@ def nested_masks(
         TypeError: scores that are traced (masks decide shapes, so they must be concrete), or
             that are no arrays of numbers.
     """
-    if isinstance(fractions, Sequence | np.ndarray | jax.Array):
+    if isinstance(fractions, Sequence | np.ndarray | jax.Array) and not isinstance(fractions, str):
+        fractions = list(fractions)
         _check_fractions(fractions)
-        levels: Levels = _Fractions(tuple(float(fraction) for fraction in fractions))
+        levels: Levels = _Fractions(tuple(map(_exact, fractions)))
     elif isinstance(fractions, Levels):
         levels = fractions
     else:
@@ -321,7 +330,13 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
     fits = array.ndim == leaf.ndim and all(
         size in (1, full) for size, full in zip(array.shape, leaf.shape, strict=True)
     )
-    if not exact or not fits:
+    if not exact:
+        raise ValueError(
+            f"{what}: expected a mask for this leaf, got an array of shape {array.shape} for the "
+            "whole subtree above it. Only a plain True or False stands for a subtree. For a "
+            "single level pass (mask,)."
+        )
+    if not fits:
         raise ValueError(
             f"{what}: expected a mask that broadcasts against shape {tuple(leaf.shape)}, axis by "
             f"axis of size 1 or the leaf's, got shape {array.shape}. It comes from another tree "

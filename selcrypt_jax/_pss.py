@@ -5,6 +5,7 @@ leaves together (or leaf by leaf); the importance of a group is its ``log α``.
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -41,7 +42,8 @@ class PSSConfig:
             noise like the leaf's weights; what breaks the network is important.
         steps: gradient steps; in each leaf, if `layerwise`.
         penalty: λ, the price of an open gate in units of the (log) loss.
-        optimizer: any optax transformation; Adam with rate 0.1 if ``None``.
+        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``); Adam
+            with rate 0.1 if ``None``.
         initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
             almost all closed (−3.5) for ``"break"``.
         cap: for ``"break"``: the loss at which the network counts as broken. Without one,
@@ -72,8 +74,24 @@ class PSSConfig:
     def __post_init__(self) -> None:
         if self.objective not in ("keep", "break"):
             raise ValueError(f"objective: expected 'keep' or 'break', got {self.objective!r}.")
-        if self.steps < 1:
+        if operator.index(self.steps) < 1:
             raise ValueError(f"steps: expected at least 1, got {self.steps}.")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty: expected at least 0, got {self.penalty}.")
+        if not self.beta > 0:
+            raise ValueError(f"beta: expected more than 0, got {self.beta}.")
+        low, high = self.clamp
+        if not low <= self.start <= high:
+            raise ValueError(
+                f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
+            )
+        if self.optimizer is not None and not isinstance(
+            self.optimizer, optax.GradientTransformation
+        ):
+            raise TypeError(
+                f"optimizer: expected an optax transformation, such as optax.adam(0.1), got "
+                f"{type(self.optimizer).__name__}."
+            )
         if self.cap is not None and not self.cap > 0:
             raise ValueError(f"cap: expected a positive loss, got {self.cap}.")
 
@@ -177,7 +195,13 @@ def pss_learner(
         return {name: leaf for name, leaf in leaves.items() if name not in passive}
 
     def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
-        return loss_fn(tree.rebuild(leaves | changed | passive), batch).astype(jnp.float32)
+        loss = loss_fn(tree.rebuild(leaves | changed | passive), batch)
+        if not is_array(loss) or loss.shape != ():
+            actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__
+            raise TypeError(
+                f"loss_fn: expected a scalar array, got {actual}. Return the loss alone."
+            )
+        return loss.astype(jnp.float32)
 
     # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
     def draw(
@@ -231,7 +255,8 @@ def pss_learner(
         cap = math.inf
         if config.objective == "break":
             # Noise may also make a loss overflow; then the network is broken well before.
-            cap = config.cap or 4 * float(jnp.where(jnp.isfinite(broken), broken, 100 * rest))
+            broken = jnp.where(jnp.isfinite(broken), broken, 100 * rest)
+            cap = config.cap or 4 * float(jnp.maximum(broken, rest))
         log_alpha = {name: jnp.full(shape, config.start) for name, shape in shapes.items()}
         # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
         return PSSState(
@@ -303,11 +328,7 @@ def pss_learner(
         nothing: dict[str, Any] = dict.fromkeys(tree.leaves, False)
         return tree.rebuild(nothing | state.log_alpha)
 
-    @jax.jit
-    def one_step(
-        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
-    ) -> tuple[PSSState, PSSMetrics]:
-        return step(leaves, batches, state)
+    one_step = jax.jit(step)
 
     @partial(jax.jit, static_argnums=3)
     def scan(
@@ -385,12 +406,13 @@ def pss(
     chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
     for _ in range(learner.steps // chunk):
         state, metrics = learner.run(params, batches, state, chunk)
-        finite = np.isfinite(np.asarray(metrics.loss))
-        if not finite.all():
+        loss = np.asarray(metrics.loss)
+        bad = ~np.isfinite(loss) | ((loss < 0) if config.objective == "break" else False)
+        if bad.any():
             raise ValueError(
-                f"loss_fn: expected a finite loss, got {np.asarray(metrics.loss)[~finite][0]} at "
-                f"step {int(state.step) - chunk + int((~finite).argmax())}. Lower the optimiser's "
-                "rate, or set config.cap."
+                f"loss_fn: expected a finite loss, got {loss[bad][0]} at step "
+                f"{int(state.step) - chunk + int(bad.argmax())}. Lower the optimiser's rate; for "
+                "the objective 'break', use a loss that cannot become negative."
             )
         if progress is not None:
             progress(state, metrics)

@@ -104,7 +104,8 @@ def oracle_ring(name, leaf, ring, key, draws, *, unit="weight", permute=True, fi
 
     group = np.broadcast_to(np.arange(ring.size).reshape(ring.shape), leaf.shape).ravel()
     positions = np.flatnonzero(np.broadcast_to(ring, leaf.shape))
-    positions = positions[np.argsort(group[positions], kind="stable")]
+    if unit == "group":
+        positions = positions[np.argsort(group[positions], kind="stable")]
     flat = bits(leaf).ravel().copy()
     x = flat[positions].reshape(ring.sum() if unit == "group" else len(positions), -1)
 
@@ -393,7 +394,7 @@ def test_every_leaf_ring_and_key_has_a_keystream_of_its_own():
     for seed in range(3):
         result = encrypt(zeros, masks, make_keys(2, seed=seed), cipher=stream)
         seen += [octets(leaf[half]) for leaf in result.values() for half in (low, ~low)]
-    same = encrypt(zeros, masks, [jax.random.key(5)] * 2, cipher=stream)
+    same = encrypt(zeros, masks, jax.random.split(jax.random.key(5)), cipher=stream)
     assert octets(same["a"]) != octets(same["b"])
     words = np.concatenate([np.frombuffer(part, np.uint32) for part in seen])
     assert len(set(words.tolist())) > len(words) - 5  # 1800 words: a birthday is improbable
@@ -696,3 +697,62 @@ def test_abstract_leaves():
     assert jax.tree.map(lambda s: (s.shape, s.dtype), result) == jax.tree.map(
         lambda s: (s.shape, s.dtype), shapes
     )
+
+
+def test_a_mask_in_another_form_is_the_same_mask():
+    leaf = weights(3, 3, 12, 10)
+    mask = np.asarray(nested_masks(importance.l2({"w": leaf}), [0.3])[0]["w"])
+    protected = encrypt({"w": leaf}, ({"w": mask},), make_keys(1))
+    wide = np.broadcast_to(mask, leaf.shape)
+    assert_same(decrypt(protected, ({"w": wide},), make_keys(1)), {"w": leaf})
+
+
+@pytest.mark.parametrize(
+    ("cipher", "mask"),
+    [
+        (LosslessCipher(unit="group"), True),
+        (LosslessCipher(permute=False, fine_bits=20), True),
+        (LosslessCipher(permute=False, fine_bits=1), True),
+    ],
+)
+def test_a_cipher_that_leaves_all_coarse_bits_in_place(cipher, mask):
+    with pytest.raises(ValueError, match=r"'w'.*changes more than fine bits.*within an eighth"):
+        encrypt({"w": weights(3, 3, 16, 16)}, ({"w": mask},), make_keys(1), cipher=cipher)
+
+
+def test_one_key_for_two_levels():
+    leaf = weights(30, 30)
+    masks = nested_masks(importance.l2({"w": leaf}), [0.5, 1.0])
+    key = jax.random.key(0)
+    for keys in ((key, key), jnp.stack([key, key])):
+        with pytest.raises(ValueError, match=r"keys\[1\]: expected a key of its own"):
+            encrypt({"w": leaf}, masks, keys)
+
+
+def test_no_masks_at_all():
+    with pytest.raises(ValueError, match="expected one mask a level, got none"):
+        encrypt({"w": weights(3, 3)}, (), ())
+
+
+def test_an_array_for_a_subtree_is_told_apart():
+    params = [weights(30, 30), weights(30, 30)]
+    (mask,) = nested_masks(importance.l2(params), [0.5])
+    with pytest.raises(ValueError, match=r"whole subtree.*single level pass \(mask,\)"):
+        encrypt(params, mask, make_keys(2))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "message"),
+    [
+        (np.ones((20, 20), ">f4"), "'w': expected native byte order, got >f4"),
+        (jax.ShapeDtypeStruct((20, 20), "float32"), "'w': expected a JAX or NumPy array"),
+    ],
+)
+def test_arrays_that_are_none(leaf, message):
+    with pytest.raises(ValueError, match=message):
+        encrypt({"w": leaf}, (True,), make_keys(1))
+
+
+def test_a_cipher_is_an_object():
+    with pytest.raises(TypeError, match="cipher: expected an object with check and run"):
+        encrypt({"w": weights(20, 20)}, (True,), make_keys(1), cipher=LosslessCipher)

@@ -119,6 +119,9 @@ def test_empty_passphrase(passphrase):
         (lambda: sj.level_keys(SECRET, MODEL, levels=0), ValueError, r"levels: expected 1\.\."),
         (lambda: sj.level_key(SECRET, MODEL, level=0, levels=2), ValueError, "needs no key"),
         (lambda: sj.level_key(SECRET, MODEL, level=3, levels=2), ValueError, r"1\.\.2, got 3"),
+        (lambda: sj.level_key(SECRET, MODEL, level=1, levels=3.0), TypeError, "integer"),
+        (lambda: sj.ring_keys(sj.Secret(SECRET)), TypeError, "expected a LevelKey, got Secret"),
+        (lambda: sj.Secret.from_passphrase("hunter2", None), TypeError, "salt: expected random"),
         (lambda: sj.LevelKey(bytes(32), level=0, model_id=MODEL), ValueError, "needs no key"),
     ],
 )

@@ -190,3 +190,16 @@ def test_counts():
     }
     with pytest.raises(ValueError, match="'f'"):
         mask_counts({"w": np.ones(3)}, {"w": False, "f": False})
+
+
+def test_shares_in_single_precision_are_what_they_were_written_as():
+    scores = {"k": np.arange(100.0)}
+    for shares in (np.array([0.29], np.float32), jnp.array([0.29]), [np.float64(0.29)], [0.29]):
+        (mask,) = nested_masks(scores, shares)
+        assert mask["k"].sum() == 29
+
+
+@pytest.mark.parametrize("shares", ["0.1", ["0.1"], [True], np.ones((1, 2))])
+def test_shares_that_are_no_numbers(shares):
+    with pytest.raises(TypeError, match="fractions"):
+        nested_masks({"k": np.arange(100.0)}, shares)

@@ -251,6 +251,18 @@ def with_weight(value):
         (lambda: sj.PSSConfig("drop"), "objective: expected 'keep' or 'break', got 'drop'"),
         (lambda: sj.PSSConfig(steps=0), "steps: expected at least 1"),
         (lambda: sj.PSSConfig(cap=-1.0), "cap: expected a positive loss"),
+        (lambda: sj.PSSConfig(penalty=math.nan), "penalty: expected at least 0"),
+        (lambda: sj.PSSConfig(clamp=(1, -1)), "clamp: expected bounds about the start"),
+        (
+            lambda: sj.pss(
+                # Fine at first, negative for the other batches.
+                lambda p, x: loss_fn(p, x) - jnp.where(x[0, 0] == BATCHES[0, 0, 0], 0.0, 1e3),
+                known_network(),
+                BATCHES,
+                key=KEY,
+            ),
+            "expected a finite loss, got -.* at step 1.*cannot become negative",
+        ),
     ],
 )
 def test_bad_input(call, message):
@@ -266,3 +278,23 @@ def test_a_loss_that_becomes_infinite_is_named_with_its_step():
     config = sj.PSSConfig("keep", steps=50, sampled=True, initial_log_alpha=0.0)
     with pytest.raises(ValueError, match=r"expected a finite loss, got inf at step \d+"):
         sj.pss(loss, known_network(), BATCHES, key=KEY, config=config)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sj.PSSConfig(optimizer=3), "optimizer: expected an optax transformation"),
+        (lambda: sj.PSSConfig(steps=2.5), "integer"),
+        (
+            lambda: sj.pss(lambda p, x: (loss_fn(p, x), 0), known_network(), BATCHES, key=KEY),
+            "loss_fn: expected a scalar array, got tuple",
+        ),
+        (
+            lambda: sj.pss(lambda p, x: loss_fn(p, x)[None], known_network(), BATCHES, key=KEY),
+            r"loss_fn: expected a scalar array, got shape \(1,\)",
+        ),
+    ],
+)
+def test_bad_types(call, message):
+    with pytest.raises(TypeError, match=message):
+        call()

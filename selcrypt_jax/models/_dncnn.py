@@ -5,8 +5,8 @@ import itertools
 from flax import nnx
 from jaxtyping import Array, Float
 
-from selcrypt_jax.models._conv import Conv3x3
-from selcrypt_jax.models._images import checked_images
+from ._conv import Conv3x3
+from ._images import checked_images
 
 
 class DnCNN(nnx.Module):

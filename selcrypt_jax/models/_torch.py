@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from selcrypt_jax.models._dncnn import DnCNN
-from selcrypt_jax.models._vgg import POOLED, VGG19
+from ._dncnn import DnCNN
+from ._vgg import POOLED, VGG19
 
 _Path = tuple[str | int, ...]
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from selcrypt_jax.models._conv import Conv3x3
-from selcrypt_jax.models._images import checked_images
+from ._conv import Conv3x3
+from ._images import checked_images
 
 WIDTHS = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
 HEAD_WIDTH = 512
