@@ -294,13 +294,3 @@ def batch_count(batches: PyTree) -> int:
             "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
         )
     return int(next(iter(sizes.values())))  # pyright: ignore[reportArgumentType]
-
-
-def scores_by_name(scores: PyTree) -> dict[str, Array]:
-    """Name → scores of the leaves that take part.
-
-    Args:
-        scores: what any importance function returns.
-    """
-    leaves = named_leaves(scores, "scores").leaves
-    return {name: leaf for name, leaf in leaves.items() if leaf is not False}
