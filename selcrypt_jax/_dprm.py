@@ -17,7 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 from ._lossless import LosslessCipher, key_by_key
-from ._masks import Ring, rings
+from ._masks import Ring, split_rings
 from ._tree import Keys, is_array, named_leaves, padded
 
 
@@ -130,20 +130,20 @@ def _transform(
 ) -> PyTree:
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
-    found = rings(tree, masks)
+    found = split_rings(tree, masks)
     if isinstance(cipher, type) or not isinstance(cipher, Cipher):
         raise TypeError(
             "cipher: expected an object with check and run, such as LosslessCipher(), got "
             f"{cipher!r}."
         )
     _check_keys(keys, len(masks))
-    if masks and not inverse:
+    if not inverse:
+        if not masks:
+            raise ValueError(
+                "masks: expected one mask a level, got none. The result would be plaintext. Make "
+                "masks with nested_masks."
+            )
         _check_keys_differ(keys)
-    if not masks and not inverse:
-        raise ValueError(
-            "masks: expected one mask a level, got none. The result would be plaintext. Make masks "
-            "with nested_masks."
-        )
     # Everything is checked before anything is computed: no half-encrypted tree, ever.
     for ring in found:
         _check_leaf(ring.name, tree.leaves[ring.name])

@@ -12,7 +12,7 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Key, PyTree
 
-from ._masks import Ring, rings
+from ._masks import Ring, split_rings
 from ._tree import group_positions, named_leaves, without_explicit_axes
 
 # How far outside the range of w + r its bounds lie. Any closer, and a weight at the edge becomes
@@ -71,7 +71,7 @@ class GaussianCipher:
         """
         tree = named_leaves(params)
         stats = {}
-        for ring in rings(tree, masks):
+        for ring in split_rings(tree, masks):
             leaf = np.asarray(jax.device_get(tree.leaves[ring.name]))
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise ValueError(

@@ -20,10 +20,11 @@ from ._tree import (
     Granularity,
     Layout,
     Selector,
+    group_shape,
     inner_axes,
     is_array,
-    listed,
     named_leaves,
+    select_differentiable,
     select_leaves,
 )
 
@@ -38,12 +39,11 @@ def _by_leaf(
     layout: Layout,
 ) -> PyTree:
     """Scores by name, leaf and its axes inside a group, put where the leaves were."""
-    tree = named_leaves(params)
-    scores: dict[str, Any] = dict.fromkeys(tree.leaves, False)
-    for name, leaf in select_leaves(params, select).items():
-        axes = inner_axes(leaf.shape, granularity, layout)
-        scores[name] = score(name, leaf, axes).astype(jnp.float32)
-    return tree.rebuild(scores)
+    scores = {
+        name: score(name, leaf, inner_axes(leaf.shape, granularity, layout)).astype(jnp.float32)
+        for name, leaf in select_leaves(params, select).items()
+    }
+    return named_leaves(params).rebuild_only(scores)
 
 
 def _numbers(name: str, leaf: AnyArray) -> Array:
@@ -85,7 +85,7 @@ def random(
 
     def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
         word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
-        shape = [1 if axis in axes else size for axis, size in enumerate(leaf.shape)]
+        shape = group_shape(leaf.shape, granularity, layout)
         return jax.random.uniform(jax.random.fold_in(key, word), shape)
 
     return _by_leaf(score, params, select, granularity, layout)
@@ -241,15 +241,8 @@ def _by_gradient(
     layout: Layout,
 ) -> PyTree:
     tree = named_leaves(params)
-    chosen = select_leaves(params, select)
-    whole = [name for name, leaf in chosen.items() if jnp.issubdtype(leaf.dtype, jnp.integer)]
-    if whole:
-        raise ValueError(
-            f"params: expected floats, which have gradients, got integers in {listed(whole)}. "
-            "Leave them out with `select`, or use l2 or random."
-        )
+    chosen = select_differentiable(params, select)
     count = batch_count(batches)
-
     arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
 
     # Weights come as arguments, since what is closed over becomes part of the program; and one
@@ -270,11 +263,10 @@ def _by_gradient(
             for name in chosen
         }
 
-    total = {}
-    for name, leaf in chosen.items():
-        axes = inner_axes(leaf.shape, granularity, layout)
-        shape = [1 if axis in axes else size for axis, size in enumerate(leaf.shape)]
-        total[name] = jnp.zeros(shape, _numbers(name, leaf).dtype)
+    total = {
+        name: jnp.zeros(group_shape(leaf.shape, granularity, layout), _numbers(name, leaf).dtype)
+        for name, leaf in chosen.items()
+    }
     for index in range(count):
         total = add(total, arrays, jax.tree.map(operator.itemgetter(index), batches))
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)

@@ -39,6 +39,7 @@ BLOCK = 1024
 _INDEX_BITS = 10
 _PERMUTATION, _MASK = 0, 1  # domains of the key of a ring in a leaf
 _MINIMUM_HIDING = 128  # bits
+_COARSE_MANTISSA = 3  # top mantissa bits that are moved and not masked: eighths of an octave
 _AT_ONCE = 1 << 14  # blocks whose keystream is held in memory together: 16 M weights
 
 
@@ -95,7 +96,7 @@ class LosslessCipher:
             width, mantissa = info.bits, info.nmant
             signed = float(info.min) < 0
             stream = (1 << mantissa) - 1 | (signed << (width - 1))
-            default, most = max(mantissa - 3, 0), mantissa
+            default, most = max(mantissa - _COARSE_MANTISSA, 0), mantissa
         else:
             width = jnp.iinfo(dtype).bits
             stream = (1 << width) - 1
@@ -176,9 +177,9 @@ class LosslessCipher:
 
     def _plan(self, index: int, ring: Ring, leaf: Array) -> "_Plan":
         positions = group_positions(leaf.shape, ring.mask)
-        if self.unit == "weight":  # so that only the set matters, not the shape of its mask
-            positions.ravel().sort()
-        units = len(positions) if self.unit == "group" else positions.size
+        if self.unit == "weight":  # in C order: only the set matters, not the shape of its mask
+            positions = np.sort(positions, axis=None)
+        units = len(positions)
         room = np.full(BLOCK * padded(_blocks(positions.size)), leaf.size, np.int32)
         room[: positions.size] = positions.ravel()
         return _Plan(
@@ -207,7 +208,7 @@ def _coarse_mask(dtype: Any) -> int:
     if not jnp.issubdtype(dtype, jnp.floating):
         return (1 << jnp.iinfo(dtype).bits) - 1
     info = jnp.finfo(dtype)
-    return (1 << info.bits) - (1 << max(info.nmant - 3, 0))
+    return (1 << info.bits) - (1 << max(info.nmant - _COARSE_MANTISSA, 0))
 
 
 def _blocks(count: int) -> int:

@@ -76,8 +76,7 @@ def _check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) == 0:
         raise ValueError("fractions: expected one a level, got none.")
     for index, fraction in enumerate(fractions):
-        number = isinstance(fraction, int | float | np.number | Fraction) or np.ndim(fraction) == 0
-        if isinstance(fraction, str | bool) or not number:
+        if isinstance(fraction, str | bool) or np.ndim(fraction):
             raise TypeError(
                 f"fractions[{index}]: expected a number in (0, 1], got "
                 f"{type(fraction).__name__}. Pass one share a level, such as [0.02, 0.08]."
@@ -181,8 +180,7 @@ def nested_masks(
                 f"{sum(array.size for array in arrays.values())} groups: use larger or fewer "
                 "fractions, or scope='model'."
             )
-    nothing = dict.fromkeys(tree.leaves, False)
-    return tuple(tree.rebuild(nothing | mask) for mask in masks)
+    return tuple(tree.rebuild_only(mask) for mask in masks)
 
 
 def _ranks(scores: Mapping[str, np.ndarray], scope: Scope) -> dict[str, np.ndarray]:
@@ -228,7 +226,7 @@ class Ring(NamedTuple):
     mask: np.ndarray
 
 
-def rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
+def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
     """Checks masks against parameters and takes them apart.
 
     Args:
@@ -252,22 +250,22 @@ def rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
     whole = [_fit(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
     found: list[Ring] = []
     for name, leaf in params.leaves.items():
-        previous = np.zeros((1,) * np.ndim(leaf), bool) if is_array(leaf) else np.bool_(False)
+        if not is_array(leaf):
+            continue  # its masks are False: _fit has seen to that
+        previous = np.zeros((1,) * leaf.ndim, bool)
         for index, mask in enumerate(whole):
-            current = mask[name]
-            if current.ndim == previous.ndim:
-                lost = previous & ~current
-                if lost.any():
-                    where = tuple(int(i) for i in np.argwhere(lost)[0])
-                    raise ValueError(
-                        f"masks: {name!r}: masks[{index}] lacks group {where}, which "
-                        f"masks[{index - 1}] has. Expected nested masks: a level may decrypt all "
-                        "that the levels below may. See nested_masks."
-                    )
-                added = current & ~previous
-                if added.any() and math.prod(leaf.shape):  # nothing to hide in an empty leaf
-                    found.append(Ring(name, index + 1, added))
-            previous = current
+            lost = previous & ~mask[name]
+            if lost.any():
+                where = tuple(int(i) for i in np.argwhere(lost)[0])
+                raise ValueError(
+                    f"masks: {name!r}: masks[{index}] lacks group {where}, which "
+                    f"masks[{index - 1}] has. Expected nested masks: a level may decrypt all "
+                    "that the levels below may. See nested_masks."
+                )
+            added = mask[name] & ~previous
+            if added.any() and math.prod(leaf.shape):  # nothing to hide in an empty leaf
+                found.append(Ring(name, index + 1, added))
+            previous = mask[name]
     return found
 
 
@@ -379,7 +377,7 @@ def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
         for name, leaf in leaves.leaves.items()
         if is_array(leaf)
     }
-    for ring in rings(leaves, (mask,)):
+    for ring in split_rings(leaves, (mask,)):
         shape = leaves.leaves[ring.name].shape
         groups = int(ring.mask.sum())
         size = math.prod(shape) // max(ring.mask.size, 1)

@@ -25,10 +25,10 @@ from ._tree import (
     Granularity,
     Layout,
     Selector,
-    inner_axes,
+    group_shape,
     is_array,
     named_leaves,
-    select_leaves,
+    select_differentiable,
 )
 
 
@@ -176,16 +176,10 @@ def pss_learner(
     """
     tree = named_leaves(params)
     passive = {name: leaf for name, leaf in tree.leaves.items() if not is_array(leaf)}
-    axes: dict[str, tuple[int, ...]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, leaf in select_leaves(params, select).items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"params {name!r}: expected floats, which have gradients, got {leaf.dtype}. "
-                "Leave it out with `select`, or use importance.l2 or importance.random."
-            )
-        axes[name] = inner_axes(leaf.shape, granularity, layout)
-        shapes[name] = tuple(1 if i in axes[name] else n for i, n in enumerate(leaf.shape))
+    shapes = {
+        name: group_shape(leaf.shape, granularity, layout)
+        for name, leaf in select_differentiable(params, select).items()
+    }
     names = list(shapes)
     optimizer = optax.adam(0.1) if config.optimizer is None else config.optimizer
     at_rest = 1.0 if config.objective == "keep" else 0.0
@@ -325,8 +319,7 @@ def pss_learner(
         return state, PSSMetrics(loss, price)
 
     def scores(state: PSSState) -> PyTree:
-        nothing: dict[str, Any] = dict.fromkeys(tree.leaves, False)
-        return tree.rebuild(nothing | state.log_alpha)
+        return tree.rebuild_only(state.log_alpha)
 
     one_step = jax.jit(step)
 

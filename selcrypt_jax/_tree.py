@@ -8,7 +8,7 @@ FrozenDict, an ``nnx.State`` or an Equinox module with the same paths.
 import math
 import re
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,9 +69,13 @@ class NamedLeaves:
     leaves: dict[str, Any]
     treedef: Any
 
-    def rebuild(self, leaves: dict[str, Any]) -> PyTree:
+    def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
         """A tree of the same structure; names that ``leaves`` lacks keep their own leaf."""
         return self.treedef.unflatten(leaves.get(name, leaf) for name, leaf in self.leaves.items())
+
+    def rebuild_only(self, leaves: Mapping[str, Any]) -> PyTree:
+        """As `rebuild`, but ``False``, "no part in this", where ``leaves`` lacks a name."""
+        return self.treedef.unflatten(leaves.get(name, False) for name in self.leaves)
 
 
 def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
@@ -165,6 +169,22 @@ def select_leaves(tree: PyTree, select: Selector = None) -> dict[str, Any]:
     return chosen
 
 
+def select_differentiable(tree: PyTree, select: Selector = None) -> dict[str, Any]:
+    """As `select_leaves`, for what needs gradients.
+
+    Raises:
+        ValueError: nothing is selected, or something that is not a floating-point array is.
+    """
+    chosen = select_leaves(tree, select)
+    whole = [name for name, leaf in chosen.items() if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    if whole:
+        raise ValueError(
+            f"params: expected floats, which have gradients, got integers in {listed(whole)}. "
+            "Leave them out with `select`, or use importance.l2 or importance.random."
+        )
+    return chosen
+
+
 def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
     """The axes of a leaf that lie inside a group.
 
@@ -192,6 +212,15 @@ def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -
     output, inputs = (ndim - 1, ndim - 2) if layout == "HWIO" else (0, 1)
     group = {output, inputs} if granularity == "kernel" else {output}
     return tuple(axis for axis in range(ndim) if axis not in group)
+
+
+def group_shape(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
+    """The shape of a leaf's scores: its own, with size 1 on the axes inside a group.
+
+    Arguments and errors as in `inner_axes`.
+    """
+    inside = inner_axes(shape, granularity, layout)
+    return tuple(1 if axis in inside else size for axis, size in enumerate(shape))
 
 
 def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:

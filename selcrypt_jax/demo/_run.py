@@ -17,8 +17,8 @@ from rich.progress import (
 from .. import PSSConfig
 from . import DemoConfig
 from ._report import Result, draw_curves, draw_photographs, table, write_json
-from ._tiers import learn, measurements, protect_and_measure
-from ._train import Subject, train_dncnn, train_vgg19
+from ._tiers import Tiers, learn, measurements, protect_and_measure
+from ._train import Pictures, Subject, train_dncnn, train_vgg19
 
 
 class _Plan(NamedTuple):
@@ -84,7 +84,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
 
     plans = _QUICK if config.quick else _FULL
     results: dict[str, Result] = {}
-    photographs: tuple[Subject, list[PyTree]] | None = None
+    photographs: tuple[Pictures, list[PyTree], Tiers] | None = None
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -136,16 +136,12 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
             )
             results[plan.name] = Result(plan.title, tiers, time.perf_counter() - start)
             if subject.pictures is not None:
-                photographs = (subject, opened)
+                photographs = (subject.pictures, opened, tiers)
 
     write_json(config.out / "tiers.json", results)
     draw_curves(config.out / "tiers.png", results)
     if photographs is not None:
-        subject, opened = photographs
-        assert subject.pictures is not None
-        draw_photographs(
-            config.out / "denoised.png", subject.pictures, opened, results[subject.name].tiers
-        )
+        draw_photographs(config.out / "denoised.png", *photographs)
     for result in results.values():
         console.print(table(result))
     written = ", ".join(

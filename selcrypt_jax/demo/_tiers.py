@@ -111,7 +111,8 @@ def protect_and_measure(
     """
     masks = nested_masks(scores, [budget * step for step in STEPS], scope="model")
     metrics = np.zeros((keys, len(masks) + 1))
-    opened: list[list[PyTree]] = []
+    opened: list[PyTree] = []
+    exact = True
     for trial in range(keys):
         # What a vendor does: a secret, a new model id, one key a level.
         ring_keys = level_keys(Secret.generate(), new_model_id(), levels=len(masks))
@@ -122,7 +123,8 @@ def protect_and_measure(
         for level, params in enumerate(levels):
             metrics[trial, level] = subject.metric(params)
             advance()
-        opened.append(levels)
+        opened = opened or levels
+        exact = exact and _same_bits(subject.params, levels[-1])
 
     rows = [Level(0, groups=0, fraction=0.0, metric=float(metrics[:, 0].mean()))]
     for level, mask in enumerate(masks, start=1):
@@ -157,10 +159,10 @@ def protect_and_measure(
         budget=budget,
         fraction=rows[-1].fraction,
         levels=tuple(rows),
-        top_bit_exact=all(_same_bits(subject.params, levels[-1]) for levels in opened),
+        top_bit_exact=exact,
         strategies=compared,
         keys=keys,
-    ), opened[0]
+    ), opened
 
 
 def measurements(budgets: tuple[float, ...], keys: int) -> int:
