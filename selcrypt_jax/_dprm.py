@@ -16,8 +16,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
-from ._lossless import LosslessCipher, key_by_key
-from ._masks import Ring, split_rings
+from ._groups import Ring
+from ._lossless import LosslessCipher
+from ._lossless_jax import key_by_key
+from ._masks import split_rings
 from ._tree import Keys, is_array, named_leaves, padded
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from jax.scipy.special import ndtr, ndtri
 from jaxtyping import Array, Key, PyTree
 
-from ._masks import Ring, split_rings
-from ._tree import group_positions, named_leaves, without_explicit_axes
+from ._groups import Ring, group_positions
+from ._masks import split_rings
+from ._tree import named_leaves, without_explicit_axes
 
 # How far outside the range of w + r its bounds lie. Any closer, and a weight at the edge becomes
 # an infinite quantile; a part in 10⁵ still leaves quantiles of ±4.4 σ.

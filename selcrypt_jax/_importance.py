@@ -15,18 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ._tree import (
-    AnyArray,
-    Granularity,
-    Layout,
-    Selector,
-    group_shape,
-    inner_axes,
-    is_array,
-    named_leaves,
-    select_differentiable,
-    select_leaves,
-)
+from ._groups import Granularity, Layout, group_shape, inner_axes
+from ._tree import AnyArray, Selector, is_array, named_leaves, select_differentiable, select_leaves
 
 LossFn = Callable[[PyTree, Any], Float[Array, ""]]
 

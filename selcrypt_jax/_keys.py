@@ -5,6 +5,7 @@
     K_M     = HKDF-SHA256(secret, salt = model id, info = "selcrypt/v1/top" ‖ M)
     K_{m-1} = HKDF-SHA256(K_m, info = "selcrypt/v1/down")
     cipher key of ring m = HKDF-SHA256(K_m, info = "selcrypt/v1/cipher")
+    seal key of level m  = HKDF-SHA256(K_m, info = "selcrypt/v1/seal")
 
 M is a 32-bit little-endian number. A level key gives all lower ones and no higher one. The model
 id is random and new for each protection, so that no keystream is ever used twice.
@@ -179,6 +180,10 @@ class LevelKey(_Bytes):
     def cipher_key(self) -> bytes:
         """The 32 bytes that encrypt ring `level`."""
         return _hkdf(bytes(self), b"cipher")
+
+    def seal_key(self) -> bytes:
+        """The 32 bytes that seal the positions of ring `level` in a file."""
+        return _hkdf(bytes(self), b"seal")
 
     def __eq__(self, other: object) -> bool:
         same = super().__eq__(other)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
+from ._groups import Ring
 from ._tree import NamedLeaves, is_array, listed, named_leaves
 
 Scope = Literal["leaf", "model"]
@@ -210,20 +211,6 @@ def _concrete(leaf: Any, what: str) -> np.ndarray:
             "compiled: make them outside jit, vmap and grad, and close over them."
         )
     return np.asarray(jax.device_get(leaf))
-
-
-class Ring(NamedTuple):
-    """What one level adds in one leaf.
-
-    Attributes:
-        name: of the leaf.
-        level: 1..M.
-        mask: boolean, with as many axes as the leaf; true where the ring has a group.
-    """
-
-    name: str
-    level: int
-    mask: np.ndarray
 
 
 def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:

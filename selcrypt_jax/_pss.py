@@ -19,17 +19,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._gates import BETA, hard_concrete, probability_open
+from ._groups import Granularity, Layout, group_shape
 from ._importance import LossFn, batch_count
-from ._tree import (
-    AnyArray,
-    Granularity,
-    Layout,
-    Selector,
-    group_shape,
-    is_array,
-    named_leaves,
-    select_differentiable,
-)
+from ._tree import AnyArray, Selector, is_array, named_leaves, select_differentiable
 
 
 @dataclass(frozen=True)

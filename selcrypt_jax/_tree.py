@@ -1,24 +1,21 @@
-"""Named leaves of any pytree, and a leaf seen as groups of weights.
+"""Named leaves of any pytree.
 
 Everything in the package that looks at parameters goes through the *names* made here. Two trees
 fit each other when their names do, whatever their containers: a mask made from a dict fits a
 FrozenDict, an ``nnx.State`` or an Equinox module with the same paths.
 """
 
-import math
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PyTree
 
-Granularity = Literal["kernel", "filter", "weight"]
-Layout = Literal["HWIO", "OIHW"]
 Selector = str | Callable[[str, Any], bool] | None
 AnyArray = Array | np.ndarray
 # One typed key a level, or ring: a sequence of them, or an array.
@@ -183,62 +180,6 @@ def select_differentiable(tree: PyTree, select: Selector = None) -> dict[str, An
             "Leave them out with `select`, or use importance.l2 or importance.random."
         )
     return chosen
-
-
-def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
-    """The axes of a leaf that lie inside a group.
-
-    Args:
-        shape: of the leaf, with any number of spatial axes.
-        granularity: ``"kernel"``: one (input, output) pair with all its spatial weights, the
-            unit of the paper; ``"filter"``: one output channel; ``"weight"``: one element.
-            For a dense leaf a kernel is one weight; a leaf with one axis has a group an element.
-        layout: ``"HWIO"``: the last two axes are input and output (JAX); ``"OIHW"``: the first
-            two axes are output and input (PyTorch). An embedding table of one row a token is
-            ``"OIHW"`` where a filter should be a row.
-
-    Raises:
-        ValueError: unknown granularity or layout.
-    """
-    if granularity not in ("kernel", "filter", "weight"):
-        raise ValueError(
-            f"granularity: expected 'kernel', 'filter' or 'weight', got {granularity!r}."
-        )
-    if layout not in ("HWIO", "OIHW"):
-        raise ValueError(f"layout: expected 'HWIO' or 'OIHW', got {layout!r}.")
-    ndim = len(shape)
-    if granularity == "weight" or ndim < 2:
-        return ()
-    output, inputs = (ndim - 1, ndim - 2) if layout == "HWIO" else (0, 1)
-    group = {output, inputs} if granularity == "kernel" else {output}
-    return tuple(axis for axis in range(ndim) if axis not in group)
-
-
-def group_shape(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
-    """The shape of a leaf's scores: its own, with size 1 on the axes inside a group.
-
-    Arguments and errors as in `inner_axes`.
-    """
-    inside = inner_axes(shape, granularity, layout)
-    return tuple(1 if axis in inside else size for axis, size in enumerate(shape))
-
-
-def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
-    """Flat (C order) positions of the selected weights, ``[groups, weights in a group]``.
-
-    Args:
-        shape: of the leaf.
-        mask: boolean, broadcastable to ``shape`` with the same number of axes. An axis on which
-            the mask has size 1 and the leaf has not lies inside the group.
-
-    Returns:
-        int32 array; groups in C order of the mask, weights of a group in C order of the leaf.
-    """
-    strides = np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
-    selected = np.argwhere(mask)
-    inside = [size if mask.shape[axis] == 1 and size != 1 else 1 for axis, size in enumerate(shape)]
-    offsets = np.indices(inside).reshape(len(shape), math.prod(inside)).T @ strides
-    return (selected @ strides)[:, None].astype(np.int32) + offsets[None, :].astype(np.int32)
 
 
 def without_explicit_axes(function: Callable[..., Array], leaf: Array) -> Callable[..., Array]:

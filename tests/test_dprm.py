@@ -24,7 +24,7 @@ from selcrypt_jax import (
     LosslessCipher,
     PaperLevels,
     Secret,
-    _lossless,
+    _lossless_jax,
     chacha20_impl,
     chacha20_key,
     decrypt,
@@ -200,7 +200,7 @@ def test_how_many_blocks_are_drawn_together_changes_nothing(monkeypatch):
     params = {f"w{i}": weights(1153, seed=i) for i in range(5)}
     masks, keys = (dict.fromkeys(params, True),), make_keys(1)
     expected = encrypt(params, masks, keys)
-    monkeypatch.setattr(_lossless, "_AT_ONCE", 3)
+    monkeypatch.setattr(_lossless_jax, "_AT_ONCE", 3)
     assert_same(encrypt(params, masks, keys), expected)
     assert_same(decrypt(expected, masks, keys), jax.tree.map(jnp.asarray, params))
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import assert_same
 
-from selcrypt_jax import _tree
+from selcrypt_jax import _groups, _tree
 
 
 class Pair(NamedTuple):
@@ -132,13 +132,13 @@ def test_nothing_to_select():
     ],
 )
 def test_axes_inside_a_group(shape, granularity, layout, axes):
-    assert _tree.inner_axes(shape, granularity, layout) == axes
+    assert _groups.inner_axes(shape, granularity, layout) == axes
 
 
 @pytest.mark.parametrize("names", [("kernels", "HWIO"), ("kernel", "NCHW")])
 def test_unknown_granularity_or_layout(names):
     with pytest.raises(ValueError, match=r"kernels|NCHW"):
-        _tree.inner_axes((3, 3, 8, 16), *names)
+        _groups.inner_axes((3, 3, 8, 16), *names)
 
 
 @given(
@@ -152,7 +152,7 @@ def test_positions_of_groups(shape, seed, data):
     mask = np.random.default_rng(seed).random(groups) < 0.5
     number = np.broadcast_to(np.arange(mask.size).reshape(groups), shape).ravel()
     expected = [np.flatnonzero(number == group) for group in np.flatnonzero(mask)]
-    found = _tree.group_positions(shape, mask)
+    found = _groups.group_positions(shape, mask)
     assert found.shape == (mask.sum(), math.prod(shape) // mask.size)
     np.testing.assert_array_equal(found, np.reshape(expected, found.shape))
 

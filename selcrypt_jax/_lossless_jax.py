@@ -1,0 +1,230 @@
+"""The lossless cipher in JAX, jitted: any device, any sharding, any `jax.random` keys.
+
+The definition is in `_lossless`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Key, PRNGKeyArray
+
+from ._groups import Ring, group_positions
+from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
+from ._tree import padded, without_explicit_axes
+
+_AT_ONCE = 1 << 14  # blocks whose keystream is held in memory together: 16 M weights
+
+
+def run(
+    cipher: LosslessCipher,
+    leaves: Mapping[str, Array],
+    rings: Sequence[Ring],
+    keys: Key[Array, " keys"],
+    *,
+    inverse: bool,
+) -> dict[str, Array]:
+    """Encrypts or decrypts rings with `LosslessCipher`: see `Cipher.run`."""
+    result = dict(leaves)
+    started: set[str] = set()
+    for batch in _batches([_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings)]):
+        permutations = _tables(batch, keys, "permutation") if cipher.permute else None
+        masks = _tables(batch, keys, "mask")
+        for plan in batch:
+            leaf = result[plan.name]
+            # From its second ring on, the array is ours to overwrite.
+            ours = plan.name in started and not isinstance(leaf, Tracer)
+            started.add(plan.name)
+            sizes = np.int32(plan.units), np.int32(plan.weights // plan.units)
+            positions, units, size = jax.device_put((plan.positions, *sizes))
+            # Bits are moved, nothing is computed: a NaN in the leaf is not ours to report.
+            with jax.debug_nans(False), jax.debug_infs(False):
+                result[plan.name] = (_rewrite_in_place if ours else _rewrite)(
+                    leaf,
+                    positions,
+                    None if permutations is None else permutations[plan.ring],
+                    masks.get(plan.ring),
+                    units,
+                    size,
+                    fine=plan.fine,
+                    inverse=inverse,
+                )
+    return result
+
+
+class _Plan(NamedTuple):
+    """A ring in a leaf, ready to run.
+
+    ``positions`` are flat ones, group by group, padded with the size of the leaf, which is out of
+    bounds: read as 0 and not written. Padding to few sizes keeps the number of compilations low.
+    """
+
+    ring: int
+    name: str
+    positions: np.ndarray
+    units: int
+    weights: int
+    fine: int
+    dtype: Any
+
+
+def _plan(cipher: LosslessCipher, index: int, ring: Ring, leaf: Array) -> _Plan:
+    positions = group_positions(leaf.shape, ring.mask)
+    if cipher.unit == "weight":  # in C order: only the set matters, not the shape of its mask
+        positions = np.sort(positions, axis=None)
+    units = len(positions)
+    room = np.full(BLOCK * padded(block_count(positions.size)), leaf.size, np.int32)
+    room[: positions.size] = positions.ravel()
+    fine = cipher.fine_mask(leaf.dtype)
+    return _Plan(index, ring.name, room, units, positions.size, fine, leaf.dtype)
+
+
+def _batches(plans: Sequence[_Plan]) -> list[list[_Plan]]:
+    """Runs of plans of a width with a bounded number of blocks each."""
+    batches: list[list[_Plan]] = []
+    for width in sorted({plan.dtype.itemsize for plan in plans}):
+        size = _AT_ONCE
+        for plan in plans:
+            if plan.dtype.itemsize != width:
+                continue
+            blocks = len(plan.positions) // BLOCK
+            if size + blocks > _AT_ONCE:
+                batches.append([])
+                size = 0
+            batches[-1].append(plan)
+            size += blocks
+    return batches
+
+
+def _unsigned(itemsize: int) -> Any:
+    return jnp.dtype(f"uint{8 * itemsize}")
+
+
+def _tables(
+    plans: Sequence[_Plan], keys: Key[Array, " keys"], kind: Literal["permutation", "mask"]
+) -> dict[int, Array]:
+    """Ring → its blocks of a permutation or of mask words, ``[padded blocks, BLOCK]``.
+
+    One compiled call makes the blocks of all rings, whatever their sizes.
+    """
+    wanted = [plan for plan in plans if kind == "permutation" or plan.fine]
+    if not wanted:
+        return {}
+    counts = [plan.units if kind == "permutation" else plan.weights for plan in wanted]
+    rows = [padded(block_count(count)) for count in counts]
+    ends = np.cumsum(rows)
+    ring = np.zeros(padded(int(ends[-1])), np.int32)
+    block = np.zeros(len(ring), np.uint32)
+    length = np.zeros(len(ring), np.int32)
+    for plan, count, size, end in zip(wanted, counts, rows, ends, strict=True):
+        here = slice(end - size, end)
+        blocks = block_count(count)
+        ring[here] = plan.ring
+        block[here] = np.arange(size)
+        length[here] = np.maximum(-(-(count - np.arange(size)) // blocks), 0)
+    ring, block, length = jax.device_put((ring, block, length))
+    if kind == "permutation":
+        table = _permutation_blocks(keys, ring, block, length)
+    else:
+        table = _mask_blocks(keys, ring, block, dtype=_unsigned(wanted[0].dtype.itemsize))
+    return {
+        plan.ring: _rows(table, jax.device_put(np.int32(end - size)), size)
+        for plan, size, end in zip(wanted, rows, ends, strict=True)
+    }
+
+
+@partial(jax.jit, static_argnums=2)
+def _rows(table: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(table, start, size)
+
+
+def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[..., Any]:
+    """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
+
+    XLA's generator draws for a batch of keys from the first one alone, so that its bits would
+    depend on which other rings are in the batch: it takes one key after the other.
+    """
+    if jax.random.key_impl(keys) in ("rbg", "unsafe_rbg"):
+        return jax.custom_batching.sequential_vmap(draw)
+    return draw
+
+
+def _map_blocks(
+    block: Callable[..., Array], keys: Key[Array, " keys"], ring: Array, *columns: Array
+) -> Array:
+    block = key_by_key(block, keys)
+    # A few blocks at a time: their state stays in the cache, and memory is bounded.
+    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=64)
+
+
+@jax.jit
+def _permutation_blocks(
+    keys: Key[Array, " keys"], ring: Array, block: Array, length: Array
+) -> Array:
+    def permutation(key: PRNGKeyArray, block: Array, length: Array) -> Array:
+        index = jnp.arange(BLOCK, dtype=jnp.uint32)
+        key = jax.random.fold_in(jax.random.fold_in(key, PERMUTATION), block)
+        bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> INDEX_BITS
+        # What lies behind the end of a short block sorts last and so stays there.
+        bits = jnp.where(index < length.astype(jnp.uint32), bits, jnp.uint32(2**22 - 1))
+        order = lax.sort(bits << INDEX_BITS | index, is_stable=False)
+        return (order & (BLOCK - 1)).astype(jnp.uint16)
+
+    return _map_blocks(permutation, keys, ring, block, length)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _mask_blocks(keys: Key[Array, " keys"], ring: Array, block: Array, *, dtype: Any) -> Array:
+    def words(key: PRNGKeyArray, block: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, MASK), block)
+        return jax.random.bits(key, (BLOCK,), dtype)
+
+    return _map_blocks(words, keys, ring, block)
+
+
+def _rewrite_leaf(
+    leaf: Array,
+    positions: Array,
+    permutation: Array | None,
+    mask: Array | None,
+    units: Array,
+    size: Array,
+    *,
+    fine: int,
+    inverse: bool,
+) -> Array:
+    """Encrypts or decrypts one ring: ``units`` units of ``size`` weights each."""
+    # On unsigned views only: a float that is moved as a float may lose its NaN payload.
+    unsigned = _unsigned(leaf.dtype.itemsize)
+    bits = lax.bitcast_convert_type(leaf, unsigned).reshape(-1)
+    source = positions
+    if permutation is not None:
+        number = jnp.arange(len(positions), dtype=jnp.int32)
+        unit, within = number // size, number % size
+        blocks = -(-units // BLOCK)
+        block, place = unit % blocks, unit // blocks
+        place = permutation.at[block, place].get(mode="clip").astype(jnp.int32)
+        moved = (place * blocks + block) * size + within
+        source = positions[jnp.where(unit < units, moved, number)]
+    read, written = (positions, source) if inverse else (source, positions)
+    ring = bits.at[read].get(mode="fill", fill_value=0)
+    if mask is not None:
+        ring = ring ^ (mask.reshape(-1) & jnp.array(fine, unsigned))
+    bits = bits.at[written].set(ring, mode="drop")
+    return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
+
+
+def _rewrite_sharded(leaf: Array, *tables: Array | None, fine: int, inverse: bool) -> Array:
+    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse)
+    return without_explicit_axes(rewrite, leaf)(leaf, *tables)
+
+
+_rewrite = jax.jit(_rewrite_sharded, static_argnames=("fine", "inverse"))
+_rewrite_in_place = jax.jit(
+    _rewrite_sharded, static_argnames=("fine", "inverse"), donate_argnames="leaf"
+)
