@@ -15,8 +15,10 @@ import hmac
 import operator
 import os
 import unicodedata
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
@@ -27,7 +29,7 @@ if TYPE_CHECKING:  # keys alone must not cost the start of JAX
 KEY_BYTES = 32
 MODEL_ID_BYTES = 16
 _SALT_BYTES = 16
-_MAX_LEVELS = 2**16
+MAX_LEVELS = 2**16
 
 
 class _Bytes:
@@ -212,8 +214,8 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
     """
     secret = secret if isinstance(secret, Secret) else Secret(secret)
     level, levels = operator.index(level), operator.index(levels)
-    if not 1 <= levels <= _MAX_LEVELS:
-        raise ValueError(f"levels: expected 1..{_MAX_LEVELS}, got {levels}.")
+    if not 1 <= levels <= MAX_LEVELS:
+        raise ValueError(f"levels: expected 1..{MAX_LEVELS}, got {levels}.")
     if not 1 <= level <= levels:
         raise ValueError(f"level: expected 1..{levels}, got {level}. Level 0 needs no key.")
     model_id = _check_model_id(model_id)
@@ -256,6 +258,61 @@ def level_keys(
         TypeError, ValueError: as `level_key`.
     """
     return ring_keys(level_key(secret, model_id, level=levels, levels=levels))
+
+
+class SigningKey(_Bytes):
+    """The owner's Ed25519 key, which signs protected files.
+
+    Args:
+        value: 32 bytes, uniformly random, the seed of RFC 8032. Use `SigningKey.generate`.
+
+    Raises:
+        TypeError: not bytes.
+        ValueError: not 32 of them.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def generate(cls) -> "SigningKey":
+        """A new key from the operating system's random generator."""
+        return cls(os.urandom(KEY_BYTES))
+
+    @property
+    def public(self) -> bytes:
+        """The 32 bytes of the public key, which name the owner."""
+        return Ed25519PrivateKey.from_private_bytes(bytes(self)).public_key().public_bytes_raw()
+
+    def sign(self, message: bytes) -> bytes:
+        """The 64 bytes of a signature."""
+        return Ed25519PrivateKey.from_private_bytes(bytes(self)).sign(message)
+
+
+def verify_signature(public: bytes, message: bytes, signature: bytes) -> bool:
+    """Whether a signature is of this message and this key.
+
+    Args:
+        public: 32 bytes.
+        message: what was signed.
+        signature: 64 bytes.
+    """
+    try:
+        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+class Grant(NamedTuple):
+    """What a customer is given.
+
+    Attributes:
+        key: of the level; it names the model.
+        signer: the owner's public key, 32 bytes, which files must be signed with; or None.
+    """
+
+    key: LevelKey
+    signer: bytes | None = None
 
 
 def _check_model_id(model_id: bytes) -> bytes:

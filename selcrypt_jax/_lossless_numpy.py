@@ -25,7 +25,7 @@ def rewrite_ring(
     cipher: LosslessCipher,
     fine: int,
     inverse: bool,
-) -> None:
+) -> np.ndarray:
     """Encrypts (or, inverse, decrypts) one ring of one leaf, in place.
 
     Args:
@@ -37,6 +37,9 @@ def rewrite_ring(
         cipher: its `unit` and `permute` are used.
         fine: ``cipher.fine_mask(dtype of the leaf)``.
         inverse: whether to decrypt.
+
+    Returns:
+        The ring's plaintext, ``[units, weights in a unit]``, in the order of the cipher.
     """
     if cipher.unit == "weight":  # in C order: only the set matters
         positions = np.sort(positions, axis=None)[:, None]
@@ -46,15 +49,14 @@ def rewrite_ring(
     mask = _mask(_fold_in(key, MASK), ring.size, bits.dtype, fine).reshape(ring.shape)
     if inverse:
         ring ^= mask
+        plain = np.empty_like(ring) if source is not None else ring
         if source is not None:
-            moved = np.empty_like(ring)
-            moved[source] = ring
-            ring = moved
+            plain[source] = ring
+        bits[positions] = plain
     else:
-        if source is not None:
-            ring = ring[source]
-        ring ^= mask
-    bits[positions] = ring
+        plain = ring
+        bits[positions] = (ring if source is None else ring[source]) ^ mask
+    return plain
 
 
 def _keystream(key: bytes, domain: bytes, size: int, counter: int = 0) -> bytes:

@@ -93,6 +93,25 @@ def _check_fractions(fractions: Sequence[float]) -> None:
             )
 
 
+def as_levels(fractions: Sequence[float] | Levels) -> Levels:
+    """Checks shares, one a level.
+
+    Raises:
+        ValueError: out of range or not ascending.
+        TypeError: neither shares nor `Levels`.
+    """
+    if isinstance(fractions, Sequence | np.ndarray | jax.Array) and not isinstance(fractions, str):
+        fractions = list(fractions)
+        _check_fractions(fractions)
+        return _Fractions(tuple(map(_exact, fractions)))
+    if isinstance(fractions, Levels):
+        return fractions
+    raise TypeError(
+        f"fractions: expected one share a level or Levels such as PaperLevels(0.08), got "
+        f"{type(fractions).__name__}. For a single level pass [fraction]."
+    )
+
+
 def nested_masks(
     scores: PyTree, fractions: Sequence[float] | Levels, *, scope: Scope = "leaf"
 ) -> tuple[PyTree, ...]:
@@ -119,56 +138,27 @@ def nested_masks(
         TypeError: scores that are traced (masks decide shapes, so they must be concrete), or
             that are no arrays of numbers.
     """
-    if isinstance(fractions, Sequence | np.ndarray | jax.Array) and not isinstance(fractions, str):
-        fractions = list(fractions)
-        _check_fractions(fractions)
-        levels: Levels = _Fractions(tuple(map(_exact, fractions)))
-    elif isinstance(fractions, Levels):
-        levels = fractions
-    else:
-        raise TypeError(
-            f"fractions: expected one share a level or Levels such as PaperLevels(0.08), got "
-            f"{type(fractions).__name__}. For a single level pass [fraction]."
-        )
+    levels = as_levels(fractions)
     if scope not in ("leaf", "model"):
         raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
 
     tree = named_leaves(scores, "scores")
     arrays = {
-        name: _concrete(leaf, f"scores {name!r}")
+        name: score
         for name, leaf in tree.leaves.items()
-        if is_array(leaf)
+        if (score := checked_score(name, leaf)) is not None
     }
-    for name, leaf in tree.leaves.items():
-        array = arrays.get(name)
-        kind = type(leaf).__name__ if array is None else f"an array of {array.dtype}"
-        number = isinstance(leaf, int | float) and leaf is not False
-        if number or (array is not None and array.dtype == bool):
-            raise TypeError(
-                f"scores {name!r}: expected an array of numbers, or False for no part, got "
-                f"{kind}. Pass scores, as importance.l2(params) returns them, not masks."
-            )
-    # Exact for every float of up to 64 bits, and knows how to sort.
-    arrays = {name: array.astype(np.float64) for name, array in arrays.items()}
-    for name, array in arrays.items():
-        if np.isnan(array).any():
-            first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
-            raise ValueError(
-                f"scores {name!r}: expected numbers, got NaN in {int(np.isnan(array).sum())} of "
-                f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights are "
-                "not finite, or the loss was not: repair them or leave the leaf out with `select`."
-            )
     if not any(array.size for array in arrays.values()):
         raise ValueError(
             f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}."
         )
 
-    ranks = _ranks(arrays, scope)
     if scope == "leaf":
+        ranks = {name: rank(array) for name, array in arrays.items()}
         counts = {name: levels.counts(array.size) for name, array in arrays.items()}
     else:
-        total = levels.counts(sum(array.size for array in arrays.values()))
-        counts = dict.fromkeys(arrays, total)
+        ranks = rank_all(arrays)
+        counts = dict.fromkeys(arrays, levels.counts(sum(a.size for a in arrays.values())))
     steps = len(next(iter(counts.values())))
     masks = [{name: ranks[name] < counts[name][level] for name in arrays} for level in range(steps)]
     selected = [0] + [sum(int(leaf.sum()) for leaf in mask.values()) for mask in masks]
@@ -184,17 +174,45 @@ def nested_masks(
     return tuple(tree.rebuild_only(mask) for mask in masks)
 
 
-def _ranks(scores: Mapping[str, np.ndarray], scope: Scope) -> dict[str, np.ndarray]:
-    """0 for the most important group, and so on; by leaf or over all of them."""
+def checked_score(name: str, leaf: Any) -> np.ndarray | None:
+    """The scores of a leaf as float64, or None for ``False``, which takes no part.
 
-    def rank(values: np.ndarray) -> np.ndarray:
-        order = np.argsort(-values, kind="stable")
-        ranks = np.empty(len(order), np.int64)
-        ranks[order] = np.arange(len(order))
-        return ranks
+    Raises:
+        ValueError: NaN.
+        TypeError: traced, or no array of numbers.
+    """
+    array = _concrete(leaf, f"scores {name!r}") if is_array(leaf) else None
+    kind = type(leaf).__name__ if array is None else f"an array of {array.dtype}"
+    number = isinstance(leaf, int | float) and leaf is not False
+    if number or (array is not None and array.dtype == bool):
+        raise TypeError(
+            f"scores {name!r}: expected an array of numbers, or False for no part, got "
+            f"{kind}. Pass scores, as importance.l2(params) returns them, not masks."
+        )
+    if array is None:
+        return None
+    # Exact for every float of up to 64 bits, and knows how to sort.
+    array = array.astype(np.float64)
+    if np.isnan(array).any():
+        first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
+        raise ValueError(
+            f"scores {name!r}: expected numbers, got NaN in {int(np.isnan(array).sum())} of "
+            f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights are "
+            "not finite, or the loss was not: repair them or leave the leaf out with `select`."
+        )
+    return array
 
-    if scope == "leaf":
-        return {name: rank(array.ravel()).reshape(array.shape) for name, array in scores.items()}
+
+def rank(scores: np.ndarray) -> np.ndarray:
+    """0 for the most important group, and so on; of equal ones the lower index comes first."""
+    order = np.argsort(-scores, axis=None, kind="stable")
+    ranks = np.empty(len(order), np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks.reshape(scores.shape)
+
+
+def rank_all(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As `rank`, over all leaves together."""
     names = sorted(scores)  # not the order in the container: equal paths, equal masks
     together = rank(np.concatenate([scores[name].ravel() for name in names]))
     ends = np.cumsum([scores[name].size for name in names])[:-1]

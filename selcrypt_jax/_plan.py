@@ -1,0 +1,283 @@
+"""Which groups of a checkpoint belong to which ring, leaf by leaf."""
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from . import _importance
+from ._arrays import as_array
+from ._chacha import chacha20_key
+from ._dtypes import SAFETENSORS
+from ._envelope import SealedRing
+from ._groups import Granularity, Layout
+from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
+from ._masks import Levels, Scope, as_levels, checked_score, rank, rank_all
+from ._tree import Selector, listed, select_leaves
+
+Strategy = Literal["l2", "random", "ascend", "descend", "mean"]
+"""The ways to judge importance that need no data."""
+
+MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
+
+
+class _Leaf:
+    """Shape and dtype of a tensor that need not be read; no pytree, as a NamedTuple would be."""
+
+    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+        self.dtype, self.shape = np.dtype(SAFETENSORS[dtype].name), tuple(shape)
+        self.ndim = len(shape)
+
+
+class NamedTensors(Protocol):
+    """Tensors with dtype (safetensors' name) and shape, to be read one by one."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> bytearray: ...
+
+
+def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
+    """Names of the tensors that take part.
+
+    Args:
+        tensors: by name, with dtype and shape.
+        select: see `selcrypt_jax.importance`; None takes floats with a mantissa and two axes or
+            more. (Of float4 and of scales alone, as in float8_e8m0fnu, there is nothing to hide.)
+
+    Raises:
+        ValueError: nothing is selected, or something that is no number.
+    """
+    leaves = {name: _Leaf(info.dtype, info.shape) for name, info in tensors.items()}
+    if select is None:
+
+        def select(name: str, leaf: Any) -> bool:
+            dtype = SAFETENSORS[tensors[name].dtype]
+            enough = dtype.bits >= 8 and dtype.mantissa > 0 and leaf.ndim >= 2
+            return dtype.kind == "float" and enough
+
+        if not any(select(name, leaf) for name, leaf in leaves.items()):
+            kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
+            raise ValueError(
+                "select: expected floats of 8 bits or more with two axes or more, got "
+                f"{listed(kinds)}. Say with `select` which tensors to protect."
+            )
+    chosen = select_leaves(leaves, select)
+    return [name for name in tensors if name in chosen]
+
+
+def guess_layout(
+    tensors: Mapping[str, Any], names: Sequence[str], metadata: Mapping[str, str]
+) -> Layout:
+    """Where the output and input axes of kernels are.
+
+    Spatial axes are short and lie behind them in PyTorch, before them in JAX. Without a leaf of
+    three axes or more that says so, the metadata's ``format`` does.
+
+    Raises:
+        ValueError: the leaves do not agree, or nothing tells.
+    """
+    votes: dict[Layout, str] = {}
+    for name in names:
+        shape = tensors[name].shape
+        if len(shape) < 3:
+            continue
+        first, last = math.prod(shape[:-2]), math.prod(shape[2:])
+        if first != last:
+            votes["HWIO" if first < last else "OIHW"] = name
+    if len(votes) == 1:
+        return next(iter(votes))
+    by_format: dict[str, Layout] = {"pt": "OIHW", "np": "HWIO", "flax": "HWIO", "jax": "HWIO"}
+    layout = by_format.get(metadata.get("format", ""))
+    if layout is not None:
+        return layout
+    if not votes and all(len(tensors[name].shape) < 3 for name in names):
+        return "HWIO"  # a kernel of two axes is one weight in either
+    raise ValueError(
+        "layout: cannot tell where the output and input axes are"
+        + "".join(f"; {name!r} looks like {layout}" for layout, name in votes.items())
+        + ". Say it: layout='OIHW' (PyTorch) or layout='HWIO' (JAX, TensorFlow)."
+    )
+
+
+def strategy_scores(
+    source: NamedTensors, strategy: Strategy, granularity: Granularity, layout: Layout
+) -> Callable[[str], np.ndarray]:
+    """A function from the name of a tensor to the scores of its groups."""
+    if strategy not in ("l2", "random", "ascend", "descend", "mean"):
+        raise ValueError(
+            "strategy: expected l2, random, ascend, descend or mean, which need no data, got "
+            f"{strategy!r}. Learned scores come from a file: --importance scores.safetensors."
+        )
+    options: dict[str, Any] = {
+        "select": lambda *_: True,
+        "granularity": granularity,
+        "layout": layout,
+    }
+    if strategy == "random":
+        options["key"] = chacha20_key(os.urandom(32))  # not to be repeated by a thief
+    function = getattr(_importance, strategy)
+
+    def scores(name: str) -> np.ndarray:
+        info = source.tensors[name]
+        leaf = as_array(source.read(name), info.dtype, info.shape)
+        return np.asarray(function({name: leaf}, **options)[name])
+
+    return scores
+
+
+def given_scores(
+    given: NamedTensors, tensors: Mapping[str, Any]
+) -> tuple[list[str], Callable[[str], np.ndarray]]:
+    """Scores from a file of their own: the names that take part, and a function as above.
+
+    Raises:
+        ValueError: names that the checkpoint lacks, or shapes that do not broadcast.
+    """
+    unknown = [name for name in given.tensors if name not in tensors]
+    if unknown or not given.tensors:
+        raise ValueError(
+            f"importance: expected scores for tensors of the checkpoint ({listed(tensors)}), got "
+            f"{listed(unknown)}. Save them under the same names."
+        )
+    for name, info in given.tensors.items():
+        shape = tensors[name].shape
+        if len(info.shape) != len(shape) or any(
+            m not in (1, n) for m, n in zip(info.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                f"importance: {name!r}: expected scores that broadcast against shape "
+                f"{tuple(shape)}, axis by axis of size 1 or the tensor's, got shape "
+                f"{tuple(info.shape)}."
+            )
+
+    def scores(name: str) -> np.ndarray:
+        info = given.tensors[name]
+        return as_array(given.read(name), info.dtype, info.shape)
+
+    return list(given.tensors), scores
+
+
+def plan_rings(
+    tensors: Mapping[str, Any],
+    names: Sequence[str],
+    scores: Callable[[str], np.ndarray],
+    fractions: Sequence[float] | Levels,
+    *,
+    scope: Scope,
+    cipher: LosslessCipher,
+) -> dict[str, list[tuple[int, SealedRing]]]:
+    """Selects groups, puts them into rings, and checks that these can be encrypted.
+
+    As `nested_masks`, but one leaf after the other, and **rings in which too little is to be
+    guessed are merged upwards**: masked fine bits move a weight by less than an eighth, so a ring
+    of a leaf needs 128 bits of order alone. What a leaf would give to a low level in a smaller
+    ring, that level then does not get.
+
+    Args:
+        tensors: by name, with dtype and shape.
+        names: of those that take part.
+        scores: name → scores.
+        fractions: see `nested_masks`.
+        scope: see `nested_masks`.
+        cipher: see `LosslessCipher`.
+
+    Returns:
+        Tensor → its rings with their levels.
+
+    Raises:
+        ValueError: leaves that cannot be encrypted; levels that add nothing.
+    """
+    levels = as_levels(fractions)
+    if scope not in ("leaf", "model"):
+        raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+
+    def checked(name: str) -> np.ndarray:
+        array = checked_score(name, scores(name))
+        assert array is not None
+        return array
+
+    whole: dict[str, np.ndarray] | None = None
+    total: tuple[int, ...] = ()
+    if scope == "model":
+        arrays = {name: checked(name) for name in names}
+        whole = rank_all(arrays)
+        total = levels.counts(sum(array.size for array in arrays.values()))
+
+    rings: dict[str, list[tuple[int, SealedRing]]] = {}
+    added: list[int] = []
+    refused: dict[str, str] = {}
+    for name in names:
+        info = tensors[name]
+        if whole is None:
+            ranks = rank(checked(name))
+            counts = levels.counts(ranks.size)
+        else:
+            ranks = whole[name]
+            order = np.sort(ranks, axis=None)
+            ranks = np.searchsorted(order, ranks)  # within the leaf
+            counts = tuple(int(np.searchsorted(order, count)) for count in total)
+        added = added or [0] * len(counts)
+        if not ranks.size or not math.prod(info.shape):
+            continue
+        weights = math.prod(info.shape) // ranks.size
+        if math.prod(info.shape) > MAX_WEIGHTS:
+            refused[name] = (
+                f"tensor {name!r}: expected at most {MAX_WEIGHTS} weights in a tensor, got "
+                f"{math.prod(info.shape)}. Split it, or leave it out with `select`."
+            )
+            continue
+        below = 0
+        for level, count in enumerate(_merged(counts, weights, cipher), 1):
+            if count == below:
+                continue
+            ring = SealedRing.from_mask(name, (ranks >= below) & (ranks < count))
+            try:
+                cipher.check_size(
+                    f"tensor {name!r}, level {level}",
+                    SAFETENSORS[info.dtype],
+                    groups=ring.groups,
+                    weights=ring.groups * weights,
+                )
+            except ValueError as error:
+                refused.setdefault(name, str(error))
+            rings.setdefault(name, []).append((level, ring))
+            added[level - 1] += ring.groups
+            below = count
+    if refused:
+        more = f" The same for {listed(list(refused)[1:])}." if len(refused) > 1 else ""
+        raise ValueError(next(iter(refused.values())) + more)
+    for level, groups in enumerate(added, 1):
+        if not groups:
+            raise ValueError(
+                f"level {level} adds no groups to those below it, expected at least one in "
+                f"{listed(names)}. Encrypt a larger share, use fewer levels, a finer granularity "
+                "or scope 'model', or select larger tensors."
+            )
+    return rings
+
+
+def _merged(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
+    """The counts of a leaf's levels once rings of few orders have moved up."""
+    if not cipher.permute:
+        return list(counts)
+    units = 1 if cipher.unit == "group" else weights
+
+    def small(groups: int) -> bool:
+        return order_bits(groups * units) < MINIMUM_HIDING
+
+    result: list[int] = []
+    kept = 0
+    for count in counts:
+        if not small(count - kept):
+            kept = count
+        result.append(kept)
+    if kept < counts[-1]:
+        # What is left at the top cannot stand alone: the ring below goes up with it.
+        below = max((count for count in result if count < kept), default=0)
+        result = [below if count == kept else count for count in result]
+        result[-1] = counts[-1]
+    return result

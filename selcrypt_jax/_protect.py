@@ -1,0 +1,266 @@
+"""Protecting pytrees in memory and checkpoints on disk."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from ._arrays import ArraySource, as_array
+from ._atomic import new_file
+from ._envelope import Envelope, SealedRing, check_unprotected
+from ._groups import Granularity, Layout
+from ._keys import Grant, LevelKey, Secret, SigningKey
+from ._lossless import LosslessCipher
+from ._masks import Levels, Scope, split_rings
+from ._plan import (
+    Strategy,
+    choose_tensors,
+    given_scores,
+    guess_layout,
+    plan_rings,
+    strategy_scores,
+)
+from ._safetensors import SafetensorsFile, header
+from ._storage import (
+    AnyPath,
+    Protection,
+    Rings,
+    Unlocked,
+    checkpoint_outputs,
+    encrypt_tensors,
+    grant_key,
+    open_checkpoint,
+    write_protected,
+)
+from ._tree import NamedLeaves, Selector, is_array, named_leaves
+
+
+@dataclass(frozen=True)
+class Protected:
+    """Protected parameters, and what a file of them needs in its metadata.
+
+    Attributes:
+        params: a tree like the one that was protected; it runs at level 0.
+        metadata: manifest, boxes and signature, see FORMAT.md, beside the caller's own entries.
+            Whatever writes ``params`` to a safetensors file under the names of their leaves, and
+            these as its metadata, writes a protected file.
+    """
+
+    params: PyTree
+    metadata: Mapping[str, str]
+
+    def save(self, path: AnyPath, *, force: bool = False) -> None:
+        """Writes a protected safetensors file; leaves that are no arrays are not in it.
+
+        Args:
+            path: of the file.
+            force: replace an existing file.
+
+        Raises:
+            OSError: it cannot be written. There is no file then, or the old one.
+        """
+        source = _source(named_leaves(self.params))
+        layout = [(name, info.dtype, info.shape) for name, info in source.tensors.items()]
+        with new_file(path, force=force) as file:
+            file.write(header(layout, self.metadata))
+            for name in source.tensors:
+                file.write(source.read(name))
+
+
+def protect(
+    params: PyTree,
+    masks: Sequence[PyTree] | PyTree,
+    *,
+    secret: Secret,
+    fractions: Sequence[float] | Levels | None = None,
+    scope: Scope = "leaf",
+    signing: SigningKey | None = None,
+    cipher: LosslessCipher | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Protected:
+    """Protects parameters for release: encrypts them, seals the masks, signs.
+
+    The ciphertext is that of `encrypt` under a new model id.
+
+    Args:
+        params: any pytree; its arrays are protected, other leaves pass through.
+        masks: M nested masks (`nested_masks`); or, with `fractions`, scores of importance.
+        secret: the owner's.
+        fractions: shares of the groups that level 1..M may decrypt; see `nested_masks`. Rings in
+            which too little is to be guessed are merged upwards, leaf by leaf.
+        scope: of `fractions`: ``"leaf"`` or ``"model"``.
+        signing: signs the file; its public half names the owner.
+        cipher: `LosslessCipher()` unless given.
+        metadata: the caller's own entries for the file.
+
+    Returns:
+        Protected parameters with their metadata. What no ring touches are the same objects.
+
+    Raises:
+        ValueError: masks or scores that do not fit, a ring that is too small to hide in, a dtype
+            that a file cannot hold, metadata under names of ours.
+        TypeError: traced masks or scores.
+
+    Example:
+        >>> released = protect(params, masks, secret=secret, signing=signing)
+        >>> released.save("model.safetensors")
+    """
+    cipher = LosslessCipher() if cipher is None else cipher
+    check_unprotected(metadata, "metadata")
+    tree = named_leaves(params)
+    source = _source(tree)
+    if fractions is None:
+        rings = _rings_of_masks(tree, masks, cipher)
+        levels = len(masks)
+    else:
+        scores = named_leaves(masks, "scores").leaves
+        given = {name: np.asarray(leaf) for name, leaf in scores.items() if is_array(leaf)}
+        names, score = given_scores(ArraySource(given, "scores"), source.tensors)
+        rings = plan_rings(source.tensors, names, score, fractions, scope=scope, cipher=cipher)
+        levels = max(level for found in rings.values() for level, _ in found)
+    protection = Protection.new(secret, levels, cipher, signing)
+    shipped: dict[str, bytes | bytearray] = {}
+    table, done = encrypt_tensors(
+        source, rings, protection.key, cipher, shipped.__setitem__, what="params"
+    )
+    envelope = protection.seal(table, done, metadata, None, "params")
+    leaves = {name: _leaf(shipped[name], source, name, tree.leaves[name]) for name in rings}
+    return Protected(tree.rebuild(leaves), {**(metadata or {}), **envelope.entries()})
+
+
+def unlock(protected: Protected, key: LevelKey | Grant) -> PyTree:
+    """The parameters that a key opens; at the top level the original ones.
+
+    Args:
+        protected: from `protect`.
+        key: a level key, or a grant.
+
+    Returns:
+        A tree like ``protected.params``. What no opened ring touches are the same objects.
+
+    Raises:
+        ValueError: a key of another model.
+        IntegrityError: parameters or metadata are not what was protected.
+    """
+    level, signer = grant_key(key)
+    envelope = Envelope.from_metadata(protected.metadata, "params")
+    envelope.check_signature(signer)
+    tree = named_leaves(protected.params)
+    source = _source(tree)
+    plain = Unlocked(source, envelope, level)
+    leaves = {}
+    for name in source.tensors:
+        data = plain.read(name)
+        if name in plain.rings:
+            leaves[name] = _leaf(data, source, name, tree.leaves[name])
+    return tree.rebuild(leaves)
+
+
+def protect_file(
+    path: AnyPath,
+    output: AnyPath,
+    *,
+    secret: Secret,
+    fractions: Sequence[float] | Levels,
+    importance: AnyPath | None = None,
+    strategy: Strategy = "l2",
+    granularity: Granularity = "kernel",
+    layout: Layout | None = None,
+    select: Selector = None,
+    scope: Scope = "leaf",
+    signing: SigningKey | None = None,
+    cipher: LosslessCipher | None = None,
+    force: bool = False,
+) -> None:
+    """Protects a checkpoint for release, tensor by tensor.
+
+    The output has the same names, dtypes and shapes, and runs at level 0 in every program that
+    reads safetensors.
+
+    Args:
+        path: a safetensors file; or the index, or the folder, of a checkpoint in several files.
+        output: path of the new file, or of the new folder for a checkpoint in several files.
+        secret: the owner's.
+        fractions: shares of the groups that level 1..M may decrypt; see `nested_masks`. Rings in
+            which too little is to be guessed are merged upwards, leaf by leaf.
+        importance: a safetensors file with scores, under the names of the tensors that take part;
+            in place of `strategy`, `granularity`, `layout` and `select`.
+        strategy: how importance is judged without data; see `selcrypt_jax.importance`.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``.
+        layout: ``"HWIO"``, ``"OIHW"``, or None to tell it from the shapes and the metadata.
+        select: which tensors take part; None for floats with two axes or more.
+        scope: ``"leaf"`` or ``"model"``; see `nested_masks`.
+        signing: signs the file; its public half names the owner.
+        cipher: `LosslessCipher()` unless given.
+        force: replace an existing file.
+
+    Raises:
+        ValueError: no checkpoint, or one that is protected already; nothing to select; a leaf
+            that is too small to hide in.
+        OSError: what cannot be read or written. There is no output then.
+    """
+    cipher = LosslessCipher() if cipher is None else cipher
+    with open_checkpoint(path) as checkpoint, ExitStack() as stack:
+        for file in checkpoint.files.values():
+            check_unprotected(file.metadata, str(file.path))
+        tensors = checkpoint.tensors
+        if importance is not None:
+            given = stack.enter_context(SafetensorsFile(importance))
+            names, scores = given_scores(given, tensors)
+        else:
+            names = choose_tensors(tensors, select)
+            metadata = next(iter(checkpoint.files.values())).metadata or {}
+            layout = layout or guess_layout(tensors, names, metadata)
+            scores = strategy_scores(checkpoint, strategy, granularity, layout)
+        # Before the work of choosing, which is the most of it.
+        with checkpoint_outputs(checkpoint, output, force=force) as create:
+            rings = plan_rings(tensors, names, scores, fractions, scope=scope, cipher=cipher)
+            protection = Protection.new(secret, _levels_of(rings), cipher, signing)
+            for name, file in checkpoint.files.items():
+                here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
+                with create(name) as out:
+                    write_protected(
+                        file,
+                        file.metadata,
+                        here,
+                        protection,
+                        checkpoint.shard(name),
+                        out,
+                        str(file.path),
+                    )
+
+
+def _source(tree: NamedLeaves) -> ArraySource:
+    return ArraySource({name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)})
+
+
+def _leaf(data: bytes | bytearray, source: ArraySource, name: str, like: Any) -> Any:
+    """An array from its bytes, of the kind and where ``like`` is."""
+    info = source.tensors[name]
+    array = as_array(data, info.dtype, info.shape)
+    return jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
+
+
+def _levels_of(rings: Rings) -> int:
+    return max(level for found in rings.values() for level, _ in found)
+
+
+def _rings_of_masks(
+    tree: NamedLeaves, masks: Sequence[PyTree], cipher: LosslessCipher
+) -> dict[str, list[tuple[int, SealedRing]]]:
+    found = split_rings(tree, masks)
+    if not found:
+        raise ValueError(
+            "masks: expected something to be selected, got nothing: the result would be plaintext. "
+            "Make masks with nested_masks, or pass scores and fractions."
+        )
+    rings: dict[str, list[tuple[int, SealedRing]]] = {}
+    for ring in found:
+        cipher.check(ring, tree.leaves[ring.name])
+        sealed = SealedRing.from_mask(ring.name, ring.mask)
+        rings.setdefault(ring.name, []).append((ring.level, sealed))
+    return rings

@@ -1,0 +1,647 @@
+"""Protected checkpoints on disk, tensor by tensor: protect, unlock, verify, inspect, rotate.
+
+A checkpoint is one ``.safetensors`` file, or several with an index. What is read is checked in
+this order: signature, boxes, and then for every tensor digest, decryption, plaintext digest; the
+output appears under its name when all of it has passed.
+"""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import numpy as np
+
+from ._atomic import check_output, new_file, new_folder
+from ._dtypes import SAFETENSORS
+from ._envelope import (
+    DAMAGED,
+    NO_DIGEST,
+    Envelope,
+    IntegrityError,
+    LevelSize,
+    Manifest,
+    SealedRing,
+    Tensor,
+    metadata_digest,
+    own_metadata,
+    ring_digest,
+)
+from ._groups import group_positions
+from ._keys import Grant, LevelKey, Secret, SigningKey, level_key, new_model_id
+from ._lossless import LosslessCipher
+from ._lossless_numpy import rewrite_ring
+from ._safetensors import SafetensorsFile, TensorInfo, header
+from ._shards import ShardIndex, check_shards, find_shards
+
+Rings = Mapping[str, list[tuple[int, SealedRing]]]
+"""Tensor → its rings, with their levels."""
+
+AnyPath = str | os.PathLike[str]
+
+
+class TensorSource(Protocol):
+    """Named tensors as bytes: a file, or arrays in memory."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]:
+        """Name → anything with a ``dtype`` (safetensors' name) and a ``shape``, in order."""
+        ...
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of a tensor, little-endian, in C order; the caller may change them."""
+        ...
+
+    def chunks(self, name: str) -> Iterable[bytearray]:
+        """The same, piece by piece."""
+        ...
+
+
+Write = Callable[[str, bytes | bytearray], None]
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+def _rewrite(
+    data: bytearray,
+    info: Any,
+    name: str,
+    rings: Iterable[tuple[int, SealedRing]],
+    keys: LevelKey,
+    cipher: LosslessCipher,
+    *,
+    inverse: bool,
+    what: str,
+) -> list[tuple[int, SealedRing]]:
+    """Encrypts or decrypts the rings of one tensor in place; the rings with their digests."""
+    dtype = SAFETENSORS[info.dtype]
+    bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
+    done = []
+    for level, ring in rings:
+        plain = rewrite_ring(
+            bits,
+            group_positions(info.shape, ring.to_ring(level, what).mask),
+            keys.lower(level).cipher_key(),
+            name,
+            cipher=cipher,
+            fine=cipher.fine_mask(dtype),
+            inverse=inverse,
+        )
+        digest = ring_digest(plain)
+        if inverse and digest != ring.sha256:
+            raise IntegrityError(
+                f"{what}: tensor {name!r}, level {level}: was decrypted to other weights than "
+                f"were encrypted. {DAMAGED}"
+            )
+        done.append((level, ring._replace(sha256=digest)))
+    return done
+
+
+def encrypt_tensors(
+    source: TensorSource,
+    rings: Rings,
+    key: LevelKey,
+    cipher: LosslessCipher,
+    write: Write,
+    *,
+    what: str,
+) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, SealedRing]]]]:
+    """Reads tensors, encrypts their rings, and writes them in the order of the source.
+
+    Returns:
+        The table of the tensors as shipped, and the rings with the digests of their plaintext.
+    """
+    table: dict[str, Tensor] = {}
+    done = {}
+    for name, info in source.tensors.items():
+        digest = hashlib.sha256()
+        if name in rings:
+            data = source.read(name)
+            done[name] = _rewrite(
+                data, info, name, rings[name], key, cipher, inverse=False, what=what
+            )
+            pieces: Iterable[bytearray] = (data,)
+        else:
+            pieces = source.chunks(name)
+        for piece in pieces:
+            digest.update(piece)
+            write(name, piece)
+        table[name] = Tensor(info.dtype, tuple(info.shape), digest.hexdigest())
+    return table, done
+
+
+class Unlocked:
+    """The tensors of a protected source as a level sees them, each checked before it is given.
+
+    Args:
+        source: the tensors as shipped.
+        envelope: of the file; its signature is checked by the caller.
+        key: of level m, or None for level 0.
+
+    Raises:
+        ValueError: a key of another model.
+        IntegrityError: anything that is not as its owner made it, here or while reading.
+    """
+
+    def __init__(self, source: TensorSource, envelope: Envelope, key: LevelKey | None) -> None:
+        check_table(source, envelope)
+        self.tensors = source.tensors
+        self._source, self._envelope, self._key = source, envelope, key
+        self.rings = {} if key is None else envelope.open(key)
+
+    def read(self, name: str) -> bytearray:
+        """See `TensorSource`."""
+        data = self._source.read(name)
+        _check_digest(hashlib.sha256(data), self._envelope, name)
+        if name in self.rings:
+            assert self._key is not None
+            _rewrite(
+                data,
+                self.tensors[name],
+                name,
+                self.rings[name],
+                self._key,
+                self._envelope.manifest.cipher,
+                inverse=True,
+                what=self._envelope.what,
+            )
+        return data
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """See `TensorSource`. To be read to its end: the digest is known there."""
+        if name in self.rings:
+            yield self.read(name)
+            return
+        digest = hashlib.sha256()
+        for piece in self._source.chunks(name):
+            digest.update(piece)
+            yield piece
+        _check_digest(digest, self._envelope, name)
+
+
+def check_table(source: TensorSource, envelope: Envelope) -> None:
+    """Checks names, dtypes and shapes against the manifest.
+
+    Raises:
+        IntegrityError: they differ.
+    """
+    expected = {n: (t.dtype, t.shape) for n, t in envelope.manifest.tensors.items()}
+    actual = {n: (t.dtype, tuple(t.shape)) for n, t in source.tensors.items()}
+    for name in expected.keys() | actual.keys():
+        if expected.get(name) != actual.get(name):
+            raise IntegrityError(
+                f"{envelope.what}: tensor {name!r}: expected {expected.get(name, 'none')} as the "
+                f"manifest says, got {actual.get(name, 'none')}. {DAMAGED}"
+            )
+
+
+def _check_digest(digest: Any, envelope: Envelope, name: str) -> None:
+    expected = envelope.manifest.tensors[name].sha256
+    if digest.hexdigest() != expected:
+        raise IntegrityError(
+            f"{envelope.what}: tensor {name!r}: expected SHA-256 {expected[:16]}… as the manifest "
+            f"says, got {digest.hexdigest()[:16]}…. {DAMAGED}"
+        )
+
+
+# --- protections --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What all files of one protection share.
+
+    Attributes:
+        key: of the top level; it names the model.
+        cipher: see `LosslessCipher`.
+        signing: of the owner, or None.
+        origin: for messages, where the checkpoint comes from.
+    """
+
+    key: LevelKey
+    cipher: LosslessCipher
+    signing: SigningKey | None
+
+    @classmethod
+    def new(
+        cls, secret: Secret, levels: int, cipher: LosslessCipher, signing: SigningKey | None
+    ) -> "Protection":
+        """A protection with a model id of its own, so that no keystream is used twice."""
+        key = level_key(secret, new_model_id(), level=levels, levels=levels)
+        return cls(key, cipher, signing)
+
+    def seal(
+        self,
+        tensors: Mapping[str, Tensor],
+        rings: Rings,
+        metadata: Mapping[str, str] | None,
+        shard: tuple[int, int] | None,
+        what: str,
+    ) -> Envelope:
+        """The envelope of one file."""
+        levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
+        for name in rings:
+            for level, ring in rings[name]:
+                levels[level - 1].append(ring)
+
+        def size(level: list[SealedRing]) -> LevelSize:
+            weights = [ring.weights(tensors[ring.tensor].shape) for ring in level]
+            return LevelSize(sum(ring.groups for ring in level), sum(weights))
+
+        manifest = Manifest(
+            model_id=self.key.model_id,
+            cipher=self.cipher,
+            levels=tuple(map(size, levels)),
+            tensors=tensors,
+            signer=None if self.signing is None else self.signing.public,
+            metadata=None if metadata is None else metadata_digest(metadata),
+            shard=shard,
+        )
+        return Envelope.seal(manifest, levels, self.key, self.signing, what)
+
+
+def write_protected(
+    source: TensorSource,
+    metadata: Mapping[str, str] | None,
+    rings: Rings,
+    protection: Protection,
+    shard: tuple[int, int] | None,
+    output: BinaryIO,
+    what: str,
+) -> None:
+    """Writes one protected file, tensor by tensor.
+
+    The header comes before the data but holds their digests: its size is known, since they all
+    have the same length, so room is left for it.
+    """
+    layout = [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
+
+    def head(envelope: Envelope) -> bytes:
+        return header(layout, {**(metadata or {}), **envelope.entries()})
+
+    blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
+    room = len(head(protection.seal(blank, rings, metadata, shard, what)))
+    output.seek(room)
+    tensors, done = encrypt_tensors(
+        source,
+        rings,
+        protection.key,
+        protection.cipher,
+        lambda _, data: output.write(data),
+        what=what,
+    )
+    envelope = protection.seal(tensors, done, metadata, shard, what)
+    first = head(envelope)
+    assert len(first) == room
+    output.seek(0)
+    output.write(first)
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+class Checkpoint(NamedTuple):
+    """An open checkpoint.
+
+    Attributes:
+        path: the file, or the index.
+        files: file name → file, in order.
+        index: None for a checkpoint in one file.
+    """
+
+    path: Path
+    files: dict[str, SafetensorsFile]
+    index: ShardIndex | None
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of all files."""
+        return {name: info for file in self.files.values() for name, info in file.tensors.items()}
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of a tensor, wherever it is."""
+        return next(file for file in self.files.values() if name in file.tensors).read(name)
+
+    def shard(self, name: str) -> tuple[int, int] | None:
+        """Number of a file and of all files."""
+        return None if self.index is None else (list(self.files).index(name) + 1, len(self.files))
+
+    def envelopes(self, signer: bytes | None = None) -> dict[str, Envelope]:
+        """The checked envelopes of all files.
+
+        Raises:
+            IntegrityError: a wrong signature, or files of different protections.
+        """
+        result = {
+            name: Envelope.from_metadata(file.metadata, str(file.path))
+            for name, file in self.files.items()
+        }
+        first = next(iter(result.values()))
+        for name, envelope in result.items():
+            envelope.check_signature(signer)
+            check_table(self.files[name], envelope)
+            manifest = envelope.manifest
+            for field in ("model_id", "cipher", "signer"):
+                if getattr(manifest, field) != getattr(first.manifest, field):
+                    raise IntegrityError(
+                        f"{self.path}: expected shards of one protection, but {envelope.what} and "
+                        f"{first.what} differ in {field}. Get all of them together."
+                    )
+            if self.index is not None and (
+                manifest.shard != self.shard(name)
+                or len(manifest.levels) != len(first.manifest.levels)
+            ):
+                raise IntegrityError(
+                    f"{envelope.what}: expected shard {self.shard(name)}, got {manifest.shard}. "
+                    "Shards were left out, added or renamed."
+                )
+        return result
+
+
+@contextmanager
+def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
+    """Opens a safetensors file, an index file, or a folder with one.
+
+    Raises:
+        ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
+    """
+    index = find_shards(path)
+    with ExitStack() as stack:
+        paths = {Path(path).name: Path(path)} if index is None else index.shards
+        files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
+        if index is not None:
+            check_shards(index, files)
+        yield Checkpoint(Path(path) if index is None else index.path, files, index)
+
+
+@contextmanager
+def checkpoint_outputs(
+    checkpoint: Checkpoint, output: AnyPath, *, force: bool
+) -> Iterator[Callable[[str], Any]]:
+    """Opens outputs by file name; all of them appear together, or none."""
+    inputs = [file.path for file in checkpoint.files.values()]
+    check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
+    if checkpoint.index is None:
+        yield lambda _: new_file(output, force=force)
+    else:
+        with new_folder(output) as folder:
+            yield lambda name: new_file(folder / name)
+            (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)
+
+
+def grant_key(grant: Grant | LevelKey, level: int | None = None) -> tuple[LevelKey, bytes | None]:
+    """The level key, and the signer that the grant insists on."""
+    key, signer = (grant.key, grant.signer) if isinstance(grant, Grant) else (grant, None)
+    return (key if level is None else key.lower(level)), signer
+
+
+def unlock_file(
+    path: AnyPath,
+    output: AnyPath,
+    grant: Grant | LevelKey,
+    *,
+    level: int | None = None,
+    force: bool = False,
+) -> None:
+    """Writes the checkpoint that a grant opens; at the top level it is the original.
+
+    Args:
+        path: protected file, or the index or folder of a protected checkpoint in several files.
+        output: path of the new file, or of the new folder for a checkpoint in several files.
+        grant: a grant (`read_grant`), or a level key.
+        level: a lower level than that of the grant.
+        force: replace an existing file.
+
+    Raises:
+        ValueError: no protected file, or a grant that is not for it.
+        IntegrityError: it is not what its owner made.
+        OSError: what cannot be read or written. There is no output then.
+    """
+    key, signer = grant_key(grant, level)
+    with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes(signer)
+        for envelope in envelopes.values():
+            envelope.check_key(key)
+        with checkpoint_outputs(checkpoint, output, force=force) as create:
+            for name, file in checkpoint.files.items():
+                layout = [(t.name, t.dtype, t.shape) for t in file.tensors.values()]
+                envelope = envelopes[name]
+                own = own_metadata(file.metadata)
+                plain = Unlocked(file, envelope, key)
+                with create(name) as out:
+                    out.write(header(layout, own if envelope.manifest.metadata else None))
+                    for tensor in file.tensors:
+                        for piece in plain.chunks(tensor):
+                            out.write(piece)
+
+
+def rotate_file(
+    path: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    secret: Secret,
+    signing: SigningKey | None = None,
+    force: bool = False,
+) -> bytes:
+    """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
+
+    Who still has the old file can open that one, of course.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        output: where to write it; by default it takes the place of the old file. A checkpoint in
+            several files needs one.
+        secret: the owner's.
+        signing: signs the new file; needed if the old one is signed.
+        force: replace an existing file at ``output``.
+
+    Returns:
+        The new model id.
+
+    Raises:
+        ValueError: another secret, or a signed file and no signing key.
+        IntegrityError: it is not what its owner made.
+        OSError: what cannot be read or written. The old file is as it was then.
+    """
+    with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes()
+        manifest = next(iter(envelopes.values())).manifest
+        levels = len(manifest.levels)
+        if manifest.signer is not None and signing is None:
+            raise ValueError(
+                f"{checkpoint.path}: is signed by {manifest.signer.hex()}, expected a signing key "
+                "for the new file, got none. Pass the owner's signing key."
+            )
+        key = level_key(secret, manifest.model_id, level=levels, levels=levels)
+        protection = Protection.new(secret, levels, manifest.cipher, signing)
+        if output is None and checkpoint.index is not None:
+            raise ValueError(
+                f"{checkpoint.path}: is a checkpoint in several files, expected a new folder for "
+                "the output, got none. Name one."
+            )
+        outputs = (
+            checkpoint_outputs(checkpoint, output, force=force)
+            if output is not None
+            else nullcontext(lambda _: new_file(checkpoint.path, force=True))
+        )
+        with outputs as create:
+            for name, file in checkpoint.files.items():
+                plain = Unlocked(file, envelopes[name], key)
+                had_metadata = envelopes[name].manifest.metadata is not None
+                with create(name) as out:
+                    write_protected(
+                        plain,
+                        own_metadata(file.metadata) if had_metadata else None,
+                        plain.rings,
+                        protection,
+                        checkpoint.shard(name),
+                        out,
+                        str(file.path),
+                    )
+    return protection.key.model_id
+
+
+# --- reports ------------------------------------------------------------------------------------
+
+
+class LevelReport(NamedTuple):
+    """What one level adds to the one below.
+
+    Attributes:
+        level: 1..M.
+        groups: number of groups in the ring.
+        weights: number of weights in them.
+        share: of all weights of the file, up to and including this level.
+        opens: whether the grant opens it; None without one.
+    """
+
+    level: int
+    groups: int
+    weights: int
+    share: float
+    opens: bool | None
+
+
+class Inspection(NamedTuple):
+    """What a protected file says of itself.
+
+    Attributes:
+        path: of the file.
+        model_id: in hex.
+        signer: public key in hex, or None. Only `verify_file` checks the signature.
+        cipher: of the rings, its parameters.
+        levels: one report a level.
+        tensors: how many there are.
+        weights: how many numbers they hold.
+        file_bytes: size of all files together.
+        manifest_bytes: how much of it is manifest, boxes and signature.
+        files: how many.
+    """
+
+    path: str
+    model_id: str
+    signer: str | None
+    cipher: LosslessCipher
+    levels: tuple[LevelReport, ...]
+    tensors: int
+    weights: int
+    file_bytes: int
+    manifest_bytes: int
+    files: int
+
+
+def _report(
+    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], grant: Grant | LevelKey | None
+) -> Inspection:
+    manifests = [envelope.manifest for envelope in envelopes.values()]
+    first = manifests[0]
+    weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
+    opened = 0
+    if grant is not None:
+        opened = grant_key(grant)[0].level
+    levels, total = [], 0
+    for number, sizes in enumerate(zip(*(m.levels for m in manifests), strict=True), 1):
+        ring = sum(size.weights for size in sizes)
+        total += ring
+        opens = None if grant is None else number <= opened
+        groups = sum(size.groups for size in sizes)
+        levels.append(LevelReport(number, groups, ring, total / max(weights, 1), opens))
+    return Inspection(
+        path=str(checkpoint.path),
+        model_id=first.model_id.hex(),
+        signer=None if first.signer is None else first.signer.hex(),
+        cipher=first.cipher,
+        levels=tuple(levels),
+        tensors=sum(len(m.tensors) for m in manifests),
+        weights=weights,
+        file_bytes=sum(file.size for file in checkpoint.files.values()),
+        manifest_bytes=sum(
+            len(key.encode()) + len(value.encode())
+            for envelope in envelopes.values()
+            for key, value in envelope.entries().items()
+        ),
+        files=len(checkpoint.files),
+    )
+
+
+def inspect_file(path: AnyPath, grant: Grant | LevelKey | None = None) -> Inspection:
+    """What a protected file says of itself; its tensors are not read.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        grant: also tells what this one opens; its boxes are opened to be sure.
+
+    Raises:
+        ValueError: no protected file, or a grant that is not for it.
+        IntegrityError: a manifest, a signature or a box that is not as its owner made it.
+    """
+    with open_checkpoint(path) as checkpoint:
+        key, signer = (None, None) if grant is None else grant_key(grant)
+        envelopes = checkpoint.envelopes(signer)
+        if key is not None:
+            for envelope in envelopes.values():
+                envelope.open(key)
+        return _report(checkpoint, envelopes, grant)
+
+
+def verify_file(
+    path: AnyPath, *, signer: bytes | None = None, grant: Grant | LevelKey | None = None
+) -> Inspection:
+    """Checks the signature and every digest; with a grant, also all that it opens.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        signer: public key of the owner (`read_verify_key`). Without it the file's own word is
+            taken for who signed it.
+        grant: a grant, or a level key.
+
+    Raises:
+        ValueError: no protected file; or one that is not signed, of which nothing can be said
+            without a grant.
+        IntegrityError: it is not what its owner made.
+    """
+    with open_checkpoint(path) as checkpoint:
+        key, insisted = (None, None) if grant is None else grant_key(grant)
+        if signer is not None and insisted is not None and signer != insisted:
+            raise ValueError(
+                f"grant: expects files signed by {insisted.hex()}, got signer {signer.hex()}. "
+                "Use one of them."
+            )
+        envelopes = checkpoint.envelopes(signer or insisted)
+        manifest = next(iter(envelopes.values())).manifest
+        if manifest.signer is None and key is None:
+            raise ValueError(
+                f"{checkpoint.path}: is not signed, so whoever altered it could have made its "
+                "digests fit. Verify it with a grant, or have it signed by its owner."
+            )
+        for name, file in checkpoint.files.items():
+            tensors = Unlocked(file, envelopes[name], key)
+            for tensor in tensors.tensors:
+                for _ in tensors.chunks(tensor):
+                    pass
+        return _report(checkpoint, envelopes, grant)

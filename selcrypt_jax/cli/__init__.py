@@ -1,0 +1,91 @@
+"""The ``selcrypt`` program."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from .. import __version__
+from ..demo import DemoConfig
+from ..demo import run as run_demo
+from . import _commands
+
+
+def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+    """Shows it all on real images: train, learn importance, protect in levels, evaluate."""
+    run_demo(config)
+
+
+def version() -> None:
+    """Prints the version."""
+    print(__version__)
+
+
+COMMANDS: dict[str, Any] = {
+    "keygen": _commands.keygen,
+    "protect": _commands.protect,
+    "grant": _commands.grant,
+    "unlock": _commands.unlock,
+    "inspect": _commands.inspect,
+    "verify": _commands.verify,
+    "rotate": _commands.rotate,
+    "demo": demo,
+    "version": version,
+}
+
+_DESCRIPTION = """\
+Selective encryption of neural network weights, in levels.
+
+A protected model is an ordinary safetensors file that everybody may have. Without a key it runs
+badly; each grant opens a level of quality; the top level is the original, bit for bit.
+
+  selcrypt keygen -o keys
+  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key
+  selcrypt grant public.safetensors --level 2 --secret keys/secret.key -o alice.grant
+  selcrypt unlock public.safetensors --grant alice.grant -o alice.safetensors
+"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs ``selcrypt``.
+
+    Args:
+        args: command line; that of the process by default.
+
+    Returns:
+        Exit status: 0, or 1 with the reason on standard error.
+    """
+    warnings.showwarning = _show_warning
+    args = sys.argv[1:] if args is None else list(args)
+    # One command's parser is made, not nine: a start takes long enough.
+    chosen = {args[0]: COMMANDS[args[0]]} if args and args[0] in COMMANDS else COMMANDS
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            chosen, prog="selcrypt", description=_DESCRIPTION, args=args
+        )
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has had enough: no complaint, not even while Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (OSError, ModuleNotFoundError, ValueError) as error:
+        print(f"selcrypt: {error}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print(
+            "selcrypt: not enough memory. A tensor at a time is held, a few times over; nothing "
+            "was written.",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("selcrypt: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"selcrypt: warning: {message}", file=sys.stderr)

@@ -1,0 +1,423 @@
+"""The commands around a protected file."""
+
+import getpass
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from .. import _keyfiles
+from .._keys import Grant, LevelKey, Secret, SigningKey, level_key
+from .._storage import (
+    Inspection,
+    inspect_file,
+    open_checkpoint,
+    rotate_file,
+    unlock_file,
+    verify_file,
+)
+
+Output = Annotated[Path, arg(aliases=["-o"])]
+Json = Annotated[bool, arg(name="json")]
+Strategy = Literal["l2", "random", "ascend", "descend", "mean"]
+
+
+def _passphrase(file: Path | None, what: str) -> Callable[[], str]:
+    """Asks for a passphrase once it is needed. Never an argument: other users see those."""
+
+    def ask() -> str:
+        if file is not None:
+            return file.read_bytes().decode("utf-8-sig").rstrip("\r\n")
+        if not sys.stdin.isatty():
+            raise ValueError(
+                f"{what} is locked with a passphrase, and there is nobody to ask for it. Use "
+                "--passphrase-file."
+            )
+        return getpass.getpass(f"Passphrase of {what}: ")
+
+    return ask
+
+
+def _new_passphrase(file: Path | None) -> str:
+    if file is not None:
+        return _passphrase(file, "")()
+    if not sys.stdin.isatty():
+        raise ValueError("passphrase: there is nobody to ask for it. Use --passphrase-file.")
+    first = getpass.getpass("New passphrase: ")
+    if getpass.getpass("Once more: ") != first:
+        raise ValueError("passphrase: the two are not the same; nothing was written.")
+    return first
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result, indent=2) if as_json else text)
+
+
+def keygen(
+    out: Output,
+    passphrase: bool = False,
+    passphrase_file: Path | None = None,
+    force: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Makes the owner's keys: secret.key, and the signing pair signing.key and signing.pub.
+
+    Keep secret.key and signing.key safe and secret: all grants come from the first, and whoever
+    has the second can sign in your name. Give signing.pub to everybody. One pair of keys serves
+    for all your models.
+
+    Args:
+        out: Folder for the keys; made if it does not exist.
+        passphrase: Lock both private keys with a passphrase; you are asked for it.
+        passphrase_file: Lock them with the passphrase in this file.
+        force: Replace keys that are there. What was protected with them can never be opened again.
+        as_json: Print JSON.
+    """
+    words = _new_passphrase(passphrase_file) if passphrase or passphrase_file else None
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    paths = {name: out / name for name in ("secret.key", "signing.key", "signing.pub")}
+    if not force:  # all or nothing
+        for path in paths.values():
+            if path.exists():
+                raise FileExistsError(
+                    f"{path}: exists already. Name another folder; --force would replace it, and "
+                    "what was protected with it could never be opened again."
+                )
+    signing = SigningKey.generate()
+    _keyfiles.write_secret(
+        paths["secret.key"], Secret.generate(), passphrase=words, force=force
+    )
+    _keyfiles.write_signing_key(paths["signing.key"], signing, passphrase=words, force=force)
+    _keyfiles.write_verify_key(paths["signing.pub"], signing.public, force=force)
+    _print(
+        {name: str(path) for name, path in paths.items()} | {"signer": signing.public.hex()},
+        as_json,
+        f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "
+        f"them safe.\nWrote {paths['signing.pub']}: for everybody. You sign as "
+        f"{signing.public.hex()}.",
+    )
+
+
+def protect(
+    file: Positional[Path],
+    out: Output,
+    secret: Path,
+    signing: Path | None = None,
+    importance: Path | None = None,
+    strategy: Strategy = "l2",
+    budget: float = 0.08,
+    levels: int = 5,
+    granularity: Literal["kernel", "filter", "weight"] = "kernel",
+    layout: Literal["auto", "OIHW", "HWIO"] = "auto",
+    select: str | None = None,
+    scope: Literal["leaf", "model"] = "leaf",
+    passphrase_file: Path | None = None,
+    force: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Protects a checkpoint: encrypts its most important weights in place, in levels.
+
+    The output has the same tensors and runs, badly, in every program that reads safetensors.
+    Sign it, so that everybody can check that it is yours.
+
+    How bad it is without a key says little about what a thief can get back by fine-tuning.
+    Encrypting more, and normalisation parameters too (--select), makes that harder.
+
+    Args:
+        file: A .safetensors file; or the index, or the folder, of one in several files.
+        out: The protected file; a new folder for a checkpoint in several files.
+        secret: Your secret.key.
+        signing: Your signing.key.
+        importance: Learned or measured scores in a .safetensors file, under the names of the
+            tensors that take part; in place of strategy, granularity, layout and select.
+        strategy: How importance is judged without data; l2 takes the kernels of largest norm.
+        budget: Share of the groups that is encrypted, in every tensor that takes part.
+        levels: How many levels of quality; each one opens an equal part of the budget.
+        granularity: What is selected: kernels (of a dense layer, single weights), whole filters,
+            or weights.
+        layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX.
+        select: Which tensors take part: a regular expression, searched in their names. By default
+            all floats with two axes or more.
+        scope: Whether the budget holds in every tensor, or over all of them.
+        passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
+        force: Replace an existing output.
+        as_json: Print JSON.
+    """
+    from .._protect import protect_file  # the start of JAX, which the other commands don't need
+
+    if levels < 1:
+        raise ValueError(f"levels: expected at least 1, got {levels}.")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
+    owner = _read_secret(secret, passphrase_file)
+    signer = _read_signing(signing, passphrase_file)
+    protect_file(
+        file,
+        out,
+        secret=owner,
+        signing=signer,
+        fractions=[budget * level / levels for level in range(1, levels + 1)],
+        importance=importance,
+        strategy=strategy,
+        granularity=granularity,
+        layout=None if layout == "auto" else layout,
+        select=select,
+        scope=scope,
+        force=force,
+    )
+    _print_inspection(inspect_file(out), as_json)
+    if signer is None and not as_json:
+        print(
+            "\nNot signed: only who has a grant will notice if it is altered. Use --signing.",
+            file=sys.stderr,
+        )
+
+
+def grant(
+    file: Positional[Path],
+    level: int,
+    secret: Path,
+    out: Output,
+    to: tuple[str, ...] = (),
+    passphrase: bool = False,
+    passphrase_file: Path | None = None,
+    force: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Issues a level: writes the key that opens levels 1 to this one of one protected file.
+
+    Args:
+        file: The protected file.
+        level: The highest level that the grant opens.
+        secret: Your secret.key.
+        out: The grant file.
+        to: Seal the grant to these recipients, so that it can travel in the open: age public keys
+            (age1...) or SSH public keys ("ssh-ed25519 ..."), or files that hold one.
+        passphrase: Lock the grant with a passphrase; you are asked for it.
+        passphrase_file: Of the secret, if it has a passphrase and nobody is there to type it.
+        force: Replace an existing grant.
+        as_json: Print JSON.
+    """
+    owner = _read_secret(secret, passphrase_file)
+    with open_checkpoint(file) as checkpoint:
+        envelopes = list(checkpoint.envelopes().values())
+        manifest = envelopes[0].manifest
+        key = level_key(owner, manifest.model_id, level=level, levels=len(manifest.levels))
+        for envelope in envelopes:
+            envelope.open(key)  # a grant of another secret would open nothing
+    _keyfiles.write_grant(
+        out,
+        Grant(key, manifest.signer),
+        recipients=[_recipient(text) for text in to],
+        passphrase=_new_passphrase(None) if passphrase else None,
+        force=force,
+    )
+    _print(
+        {
+            "grant": str(out),
+            "model_id": manifest.model_id.hex(),
+            "level": level,
+            "levels": len(manifest.levels),
+            "recipients": len(to),
+        },
+        as_json,
+        f"Wrote {out}: opens level {level} of {len(manifest.levels)} of model "
+        f"{manifest.model_id.hex()}.",
+    )
+
+
+def unlock(
+    file: Positional[Path],
+    grant: Annotated[Path, arg(aliases=["-g"])],
+    out: Output,
+    level: int | None = None,
+    identity: tuple[Path, ...] = (),
+    passphrase_file: Path | None = None,
+    force: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Writes the checkpoint that a grant opens; at the top level it is the original.
+
+    Signature, digests and decrypted weights are all checked before the output appears.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files.
+        grant: The grant file.
+        out: The checkpoint; a new folder for one in several files.
+        level: A lower level than the grant's.
+        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
+        force: Replace an existing output.
+        as_json: Print JSON.
+    """
+    opened = _read_grant(grant, identity, passphrase_file)
+    unlock_file(file, out, opened, level=level, force=force)
+    level = opened.key.level if level is None else level
+    _print(
+        {"out": str(out), "model_id": opened.key.model_id.hex(), "level": level},
+        as_json,
+        f"Wrote {out}: level {level} of model {opened.key.model_id.hex()}.",
+    )
+
+
+def inspect(
+    file: Positional[Path],
+    grant: Annotated[Path | None, arg(aliases=["-g"])] = None,
+    identity: tuple[Path, ...] = (),
+    passphrase_file: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Shows levels, shares, cipher, signer and sizes; with a grant, also what it opens.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files.
+        grant: A grant file.
+        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
+        as_json: Print JSON.
+    """
+    opened = None if grant is None else _read_grant(grant, identity, passphrase_file)
+    _print_inspection(inspect_file(file, opened), as_json)
+
+
+def verify(
+    file: Positional[Path],
+    signer: Path | None = None,
+    grant: Annotated[Path | None, arg(aliases=["-g"])] = None,
+    identity: tuple[Path, ...] = (),
+    passphrase_file: Path | None = None,
+    as_json: Json = False,
+) -> None:
+    """Checks the signature and every digest; with a grant, also all that it opens.
+
+    Without --signer the file is sound but may be anybody's: compare the signer that is shown.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files.
+        signer: The owner's signing.pub.
+        grant: A grant file.
+        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
+        as_json: Print JSON.
+    """
+    opened = None if grant is None else _read_grant(grant, identity, passphrase_file)
+    public = None if signer is None else _keyfiles.read_verify_key(signer)
+    found = verify_file(file, signer=public, grant=opened)
+    known = public is not None or (opened is not None and opened.signer is not None)
+    text = f"{file}: every digest fits."
+    if found.signer is not None:
+        whose = ", as expected" if known else "; compare that with what the owner says"
+        text += f" Signed by {found.signer}{whose}."
+    else:
+        text += " Not signed; the grant vouches for it."
+    if opened is not None:
+        text += f" Levels 1 to {opened.key.level} open to what was encrypted."
+    _print(_as_dict(found) | {"signer_known": known}, as_json, text)
+
+
+def rotate(
+    file: Positional[Path],
+    secret: Path,
+    signing: Path | None = None,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    passphrase_file: Path | None = None,
+    force: bool = False,
+    as_json: Json = False,
+) -> None:
+    """Gives a protected file a new model id, keys and ciphertext; old grants do not open it.
+
+    Whoever kept the old file can still open that one with an old grant.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files.
+        secret: Your secret.key.
+        signing: Your signing.key; needed if the file is signed.
+        out: Where to write it; by default it takes the place of the old file.
+        passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
+        force: Replace an existing output.
+        as_json: Print JSON.
+    """
+    model_id = rotate_file(
+        file,
+        out,
+        secret=_read_secret(secret, passphrase_file),
+        signing=_read_signing(signing, passphrase_file),
+        force=force,
+    )
+    where = file if out is None else out
+    _print(
+        {"out": str(where), "model_id": model_id.hex()},
+        as_json,
+        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants.",
+    )
+
+
+def _read_secret(path: Path, passphrase_file: Path | None) -> Secret:
+    return _keyfiles.read_secret(path, passphrase=_passphrase(passphrase_file, str(path)))
+
+
+def _read_signing(path: Path | None, passphrase_file: Path | None) -> SigningKey | None:
+    if path is None:
+        return None
+    return _keyfiles.read_signing_key(path, passphrase=_passphrase(passphrase_file, str(path)))
+
+
+def _read_grant(path: Path, identity: tuple[Path, ...], passphrase_file: Path | None) -> Grant:
+    return _keyfiles.read_grant(
+        path, identities=identity, passphrase=_passphrase(passphrase_file, str(path))
+    )
+
+
+def _recipient(text: str) -> str:
+    """A public key, or what a file with one says."""
+    if text.startswith(("age1", "ssh-")):
+        return text
+    lines = Path(text).read_text("utf-8-sig").splitlines()
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if len(lines) != 1:
+        raise ValueError(f"{text}: expected one public key (age1... or ssh-...), got {len(lines)}.")
+    return lines[0]
+
+
+def _as_dict(found: Inspection) -> dict[str, Any]:
+    cipher = {"name": "lossless"} | vars(found.cipher)
+    return found._asdict() | {
+        "cipher": cipher,
+        "levels": [level._asdict() for level in found.levels],
+    }
+
+
+def _print_inspection(found: Inspection, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(_as_dict(found), indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    cipher = f"lossless, permuted by {found.cipher.unit}" if found.cipher.permute else "stream"
+    lines = Table.grid(padding=(0, 2))
+    for name, value in {
+        "file": found.path + (f" ({found.files} files)" if found.files > 1 else ""),
+        "model": found.model_id,
+        "signer": found.signer or "not signed",
+        "cipher": cipher,
+        "tensors": f"{found.tensors}, {found.weights:,} weights",
+        "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
+    }.items():
+        lines.add_row(name, value)
+    table = Table(box=None, pad_edge=False)
+    for title in ("level", "groups", "weights", "opened so far"):
+        table.add_column(title, justify="right")
+    grant = any(level.opens is not None for level in found.levels)
+    if grant:
+        table.add_column("with this grant")
+    for level in found.levels:
+        row = [str(level.level), f"{level.groups:,}", f"{level.weights:,}", f"{level.share:.3%}"]
+        table.add_row(*row, *(["opens" if level.opens else "stays closed"] if grant else []))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(lines)
+    console.print()
+    console.print(table)
