@@ -288,11 +288,6 @@ def metadata_digest(metadata: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def own_metadata(metadata: Mapping[str, str] | None) -> dict[str, str]:
-    """The caller's own entries."""
-    return {key: value for key, value in (metadata or {}).items() if not _is_ours(key)}
-
-
 def _is_ours(key: str) -> bool:
     return key == MANIFEST or key.startswith(MANIFEST + ".")
 
@@ -325,6 +320,7 @@ class Envelope:
         manifest: see `Manifest`.
         boxes: the sealed box of level 1..M, base64.
         signature: 64 bytes, or None.
+        own: the caller's entries of ``__metadata__``, or None if the checkpoint had none at all.
     """
 
     what: str
@@ -332,11 +328,13 @@ class Envelope:
     manifest: Manifest
     boxes: tuple[str, ...]
     signature: bytes | None
+    own: Mapping[str, str] | None
 
     @classmethod
     def seal(
         cls,
         manifest: Manifest,
+        own: Mapping[str, str] | None,
         rings: Sequence[Sequence[SealedRing]],
         key: LevelKey,
         signing: SigningKey | None,
@@ -346,6 +344,7 @@ class Envelope:
 
         Args:
             manifest: complete, its `signer` the public half of ``signing``.
+            own: see `own`.
             rings: one sequence a level.
             key: of the top level.
             signing: of the owner, or None.
@@ -357,7 +356,7 @@ class Envelope:
             for level, level_rings in enumerate(rings, 1)
         )
         signature = None if signing is None else signing.sign(_signed_message(text, boxes))
-        return cls(what, text, manifest, boxes, signature)
+        return cls(what, text, manifest, boxes, signature, own)
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str] | None, what: str) -> "Envelope":
@@ -385,9 +384,9 @@ class Envelope:
                 f"{what}: metadata: expected the entries {sorted(expected)}, got {wrong} too much "
                 f"or too little. {DAMAGED}"
             )
-        own = own_metadata(metadata)
-        digest = metadata_digest(own)
-        if digest != (manifest.metadata or metadata_digest({})):
+        own = {key: value for key, value in metadata.items() if not _is_ours(key)}
+        digest = None if manifest.metadata is None and not own else metadata_digest(own)
+        if digest != manifest.metadata:
             raise IntegrityError(
                 f"{what}: metadata: the entries {sorted(own)} are not those that were protected. "
                 f"{DAMAGED}"
@@ -395,7 +394,8 @@ class Envelope:
         signature = None
         if manifest.signer:
             signature = _from_base64(metadata[_SIGNATURE], f"{what}: signature")
-        return cls(what, text, manifest, tuple(metadata[name] for name in names), signature)
+        boxes = tuple(metadata[name] for name in names)
+        return cls(what, text, manifest, boxes, signature, None if digest is None else own)
 
     def entries(self) -> dict[str, str]:
         """The entries of ``__metadata__``, without the caller's."""

@@ -53,20 +53,21 @@ def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
     """
     leaves = {name: _Leaf(info.dtype, info.shape) for name, info in tensors.items()}
     if select is None:
-
-        def select(name: str, leaf: Any) -> bool:
-            dtype = SAFETENSORS[tensors[name].dtype]
-            enough = dtype.bits >= 8 and dtype.mantissa > 0 and leaf.ndim >= 2
-            return dtype.kind == "float" and enough
-
-        if not any(select(name, leaf) for name, leaf in leaves.items()):
+        chosen = [name for name in tensors if _by_default(tensors[name])]
+        if not chosen:
             kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
             raise ValueError(
                 "select: expected floats of 8 bits or more with two axes or more, got "
                 f"{listed(kinds)}. Say with `select` which tensors to protect."
             )
-    chosen = select_leaves(leaves, select)
+    else:
+        chosen = select_leaves(leaves, select)
     return [name for name in tensors if name in chosen]
+
+
+def _by_default(info: Any) -> bool:
+    dtype = SAFETENSORS[info.dtype]
+    return dtype.kind == "float" and dtype.bits >= 8 and dtype.mantissa > 0 and len(info.shape) > 1
 
 
 def guess_layout(
@@ -194,6 +195,12 @@ def plan_rings(
     levels = as_levels(fractions)
     if scope not in ("leaf", "model"):
         raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+
+    for name in names:  # before any of them is read
+        try:
+            cipher.fine_mask(SAFETENSORS[tensors[name].dtype])
+        except ValueError as error:
+            raise ValueError(f"tensor {name!r}: {error}. Leave it out with `select`.") from None
 
     def checked(name: str) -> np.ndarray:
         array = checked_score(name, scores(name))

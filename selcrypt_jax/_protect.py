@@ -31,10 +31,8 @@ from ._storage import (
     Rings,
     Unlocked,
     checkpoint_outputs,
-    encrypt_tensors,
     grant_key,
     open_checkpoint,
-    write_protected,
 )
 from ._tree import NamedLeaves, Selector, is_array, named_leaves
 
@@ -123,11 +121,8 @@ def protect(
         rings = plan_rings(source.tensors, names, score, fractions, scope=scope, cipher=cipher)
         levels = max(level for found in rings.values() for level, _ in found)
     protection = Protection.new(secret, levels, cipher, signing)
-    shipped: dict[str, bytes | bytearray] = {}
-    table, done = encrypt_tensors(
-        source, rings, protection.key, cipher, shipped.__setitem__, what="params"
-    )
-    envelope = protection.seal(table, done, metadata, None, "params")
+    shipped: dict[str, bytearray] = {}
+    envelope = protection.encrypt(source, metadata, rings, None, shipped.__setitem__, "params")
     leaves = {name: _leaf(shipped[name], source, name, tree.leaves[name]) for name in rings}
     return Protected(tree.rebuild(leaves), {**(metadata or {}), **envelope.entries()})
 
@@ -223,15 +218,8 @@ def protect_file(
             for name, file in checkpoint.files.items():
                 here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
                 with create(name) as out:
-                    write_protected(
-                        file,
-                        file.metadata,
-                        here,
-                        protection,
-                        checkpoint.shard(name),
-                        out,
-                        str(file.path),
-                    )
+                    shard = checkpoint.shard(name)
+                    out.protected(file, file.metadata, here, protection, shard, str(file.path))
 
 
 def _source(tree: NamedLeaves) -> ArraySource:

@@ -9,13 +9,15 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
+from . import _orbax
+from ._arrays import ArrayInfo
 from ._atomic import check_output, new_file, new_folder
 from ._dtypes import SAFETENSORS
 from ._envelope import (
@@ -28,7 +30,6 @@ from ._envelope import (
     SealedRing,
     Tensor,
     metadata_digest,
-    own_metadata,
     ring_digest,
 )
 from ._groups import group_positions
@@ -61,7 +62,7 @@ class TensorSource(Protocol):
         ...
 
 
-Write = Callable[[str, bytes | bytearray], None]
+Write = Callable[[str, bytearray], object]
 
 
 # --- tensors ------------------------------------------------------------------------------------
@@ -262,64 +263,127 @@ class Protection:
             metadata=None if metadata is None else metadata_digest(metadata),
             shard=shard,
         )
-        return Envelope.seal(manifest, levels, self.key, self.signing, what)
+        return Envelope.seal(manifest, metadata, levels, self.key, self.signing, what)
+
+    def encrypt(
+        self,
+        source: TensorSource,
+        metadata: Mapping[str, str] | None,
+        rings: Rings,
+        shard: tuple[int, int] | None,
+        write: Write,
+        what: str,
+    ) -> Envelope:
+        """Encrypts the tensors of one file, in order; what has to go with them."""
+        table, done = encrypt_tensors(source, rings, self.key, self.cipher, write, what=what)
+        return self.seal(table, done, metadata, shard, what)
 
 
-def write_protected(
-    source: TensorSource,
-    metadata: Mapping[str, str] | None,
-    rings: Rings,
-    protection: Protection,
-    shard: tuple[int, int] | None,
-    output: BinaryIO,
-    what: str,
-) -> None:
-    """Writes one protected file, tensor by tensor.
+class Output(Protocol):
+    """One file of a new checkpoint."""
 
-    The header comes before the data but holds their digests: its size is known, since they all
-    have the same length, so room is left for it.
-    """
-    layout = [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
+    def protected(
+        self,
+        source: TensorSource,
+        metadata: Mapping[str, str] | None,
+        rings: Rings,
+        protection: Protection,
+        shard: tuple[int, int] | None,
+        what: str,
+    ) -> None:
+        """Encrypts the tensors and writes them."""
+        ...
 
-    def head(envelope: Envelope) -> bytes:
-        return header(layout, {**(metadata or {}), **envelope.entries()})
+    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
+        """Writes the tensors as they are."""
+        ...
 
-    blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
-    room = len(head(protection.seal(blank, rings, metadata, shard, what)))
-    output.seek(room)
-    tensors, done = encrypt_tensors(
-        source,
-        rings,
-        protection.key,
-        protection.cipher,
-        lambda _, data: output.write(data),
-        what=what,
-    )
-    envelope = protection.seal(tensors, done, metadata, shard, what)
-    first = head(envelope)
-    assert len(first) == room
-    output.seek(0)
-    output.write(first)
+
+class _SafetensorsOutput(NamedTuple):
+    file: BinaryIO
+
+    def protected(
+        self,
+        source: TensorSource,
+        metadata: Mapping[str, str] | None,
+        rings: Rings,
+        protection: Protection,
+        shard: tuple[int, int] | None,
+        what: str,
+    ) -> None:
+        layout = _layout(source)
+
+        def head(envelope: Envelope) -> bytes:
+            return header(layout, {**(metadata or {}), **envelope.entries()})
+
+        # The header comes before the data but holds their digests. Its size is known, since these
+        # all have the same length, so room is left for it.
+        blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
+        room = len(head(protection.seal(blank, rings, metadata, shard, what)))
+        self.file.seek(room)
+        envelope = protection.encrypt(
+            source, metadata, rings, shard, lambda _, data: self.file.write(data), what
+        )
+        first = head(envelope)
+        assert len(first) == room
+        self.file.seek(0)
+        self.file.write(first)
+
+    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
+        self.file.write(header(_layout(source), metadata))
+        for name in source.tensors:
+            for piece in source.chunks(name):
+                self.file.write(piece)
+
+
+def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
+
+
+class _OrbaxOutput(NamedTuple):
+    data: dict[str, bytearray]
+    metadata: dict[str, str]
+
+    def protected(
+        self,
+        source: TensorSource,
+        metadata: Mapping[str, str] | None,
+        rings: Rings,
+        protection: Protection,
+        shard: tuple[int, int] | None,
+        what: str,
+    ) -> None:
+        envelope = protection.encrypt(source, metadata, rings, shard, self._add, what)
+        self.metadata.update(metadata or {}, **envelope.entries())
+
+    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
+        for name in source.tensors:
+            self.data[name] = source.read(name)
+        self.metadata.update(metadata or {})
+
+    def _add(self, name: str, data: bytearray) -> None:
+        self.data[name] = data
 
 
 # --- checkpoints --------------------------------------------------------------------------------
 
 
-class Checkpoint(NamedTuple):
+@dataclass(frozen=True)
+class Checkpoint:
     """An open checkpoint.
 
     Attributes:
-        path: the file, or the index.
+        path: the file, the index, or the folder of an Orbax checkpoint.
         files: file name → file, in order.
         index: None for a checkpoint in one file.
     """
 
     path: Path
-    files: dict[str, SafetensorsFile]
+    files: dict[str, SafetensorsFile | _orbax.OrbaxCheckpoint]
     index: ShardIndex | None
 
     @property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self) -> dict[str, TensorInfo | ArrayInfo]:
         """The tensors of all files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
 
@@ -370,27 +434,65 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     Raises:
         ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
     """
+    if _orbax.is_orbax(path):
+        yield Checkpoint(Path(path), {Path(path).name: _orbax.OrbaxCheckpoint(path)}, None)
+        return
     index = find_shards(path)
     with ExitStack() as stack:
         paths = {Path(path).name: Path(path)} if index is None else index.shards
         files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
         if index is not None:
             check_shards(index, files)
-        yield Checkpoint(Path(path) if index is None else index.path, files, index)
+        yield Checkpoint(Path(path) if index is None else index.path, {**files}, index)
 
 
 @contextmanager
 def checkpoint_outputs(
-    checkpoint: Checkpoint, output: AnyPath, *, force: bool
-) -> Iterator[Callable[[str], Any]]:
-    """Opens outputs by file name; all of them appear together, or none."""
+    checkpoint: Checkpoint, output: AnyPath, *, force: bool, in_place: bool = False
+) -> Iterator[Callable[[str], AbstractContextManager[Output]]]:
+    """Opens outputs by file name; all of them appear together, or none.
+
+    Args:
+        checkpoint: the input; the outputs are of its kind, with its file names.
+        output: path of the file, or of the folder.
+        force: replace an existing file.
+        in_place: the output takes the place of the input.
+
+    Raises:
+        ValueError, OSError: the output is an input, exists, or cannot be written.
+    """
     inputs = [file.path for file in checkpoint.files.values()]
-    check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
-    if checkpoint.index is None:
-        yield lambda _: new_file(output, force=force)
+    if not in_place:
+        check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
+    (first, *_) = checkpoint.files.values()
+
+    @contextmanager
+    def file_output(path: AnyPath, force: bool = False) -> Iterator[Output]:
+        with new_file(path, force=force) as file:
+            yield _SafetensorsOutput(file)
+
+    @contextmanager
+    def shard_output(stack: ExitStack, path: Path) -> Iterator[Output]:
+        # All get their names together, when the last one is written: until then a process that
+        # is killed leaves nothing of them behind.
+        file = stack.enter_context(new_file(path))
+        yield _SafetensorsOutput(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    @contextmanager
+    def folder_output(like: _orbax.OrbaxCheckpoint) -> Iterator[Output]:
+        with _orbax.orbax_output(output, like) as (data, metadata):
+            yield _OrbaxOutput(data, metadata)
+
+    if isinstance(first, _orbax.OrbaxCheckpoint):
+        yield lambda _: folder_output(first)
+    elif checkpoint.index is None:
+        yield lambda _: file_output(output, force)
     else:
         with new_folder(output) as folder:
-            yield lambda name: new_file(folder / name)
+            with ExitStack() as stack:
+                yield lambda name: shard_output(stack, folder / name)
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)
 
 
@@ -429,15 +531,8 @@ def unlock_file(
             envelope.check_key(key)
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             for name, file in checkpoint.files.items():
-                layout = [(t.name, t.dtype, t.shape) for t in file.tensors.values()]
-                envelope = envelopes[name]
-                own = own_metadata(file.metadata)
-                plain = Unlocked(file, envelope, key)
                 with create(name) as out:
-                    out.write(header(layout, own if envelope.manifest.metadata else None))
-                    for tensor in file.tensors:
-                        for piece in plain.chunks(tensor):
-                            out.write(piece)
+                    out.plain(Unlocked(file, envelopes[name], key), envelopes[name].own)
 
 
 def rotate_file(
@@ -479,28 +574,27 @@ def rotate_file(
             )
         key = level_key(secret, manifest.model_id, level=levels, levels=levels)
         protection = Protection.new(secret, levels, manifest.cipher, signing)
-        if output is None and checkpoint.index is not None:
+        in_place = output is None
+        if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
             raise ValueError(
-                f"{checkpoint.path}: is a checkpoint in several files, expected a new folder for "
-                "the output, got none. Name one."
+                f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
+                "output, got none. Name one."
             )
-        outputs = (
-            checkpoint_outputs(checkpoint, output, force=force)
-            if output is not None
-            else nullcontext(lambda _: new_file(checkpoint.path, force=True))
-        )
-        with outputs as create:
+        with checkpoint_outputs(
+            checkpoint,
+            checkpoint.path if in_place else output,
+            force=force or in_place,
+            in_place=in_place,
+        ) as create:
             for name, file in checkpoint.files.items():
                 plain = Unlocked(file, envelopes[name], key)
-                had_metadata = envelopes[name].manifest.metadata is not None
                 with create(name) as out:
-                    write_protected(
+                    out.protected(
                         plain,
-                        own_metadata(file.metadata) if had_metadata else None,
+                        envelopes[name].own,
                         plain.rings,
                         protection,
                         checkpoint.shard(name),
-                        out,
                         str(file.path),
                     )
     return protection.key.model_id

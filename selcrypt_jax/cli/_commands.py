@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from .. import _keyfiles
-from .._keys import Grant, LevelKey, Secret, SigningKey, level_key
+from .._keys import Grant, Secret, SigningKey, level_key
 from .._storage import (
     Inspection,
     inspect_file,
@@ -87,9 +87,7 @@ def keygen(
                     "what was protected with it could never be opened again."
                 )
     signing = SigningKey.generate()
-    _keyfiles.write_secret(
-        paths["secret.key"], Secret.generate(), passphrase=words, force=force
-    )
+    _keyfiles.write_secret(paths["secret.key"], Secret.generate(), passphrase=words, force=force)
     _keyfiles.write_signing_key(paths["signing.key"], signing, passphrase=words, force=force)
     _keyfiles.write_verify_key(paths["signing.pub"], signing.public, force=force)
     _print(
