@@ -4,12 +4,23 @@ from ._chacha import chacha20_key as chacha20_key
 from ._dprm import Cipher as Cipher
 from ._dprm import decrypt as decrypt
 from ._dprm import encrypt as encrypt
+from ._envelope import IntegrityError as IntegrityError
 from ._gates import hard_concrete as hard_concrete
 from ._gates import probability_open as probability_open
 from ._gaussian import GaussianCipher as GaussianCipher
 from ._gaussian import GaussianStats as GaussianStats
+from ._keyfiles import read_grant as read_grant
+from ._keyfiles import read_secret as read_secret
+from ._keyfiles import read_signing_key as read_signing_key
+from ._keyfiles import read_verify_key as read_verify_key
+from ._keyfiles import write_grant as write_grant
+from ._keyfiles import write_secret as write_secret
+from ._keyfiles import write_signing_key as write_signing_key
+from ._keyfiles import write_verify_key as write_verify_key
+from ._keys import Grant as Grant
 from ._keys import LevelKey as LevelKey
 from ._keys import Secret as Secret
+from ._keys import SigningKey as SigningKey
 from ._keys import level_key as level_key
 from ._keys import level_keys as level_keys
 from ._keys import new_model_id as new_model_id
@@ -21,11 +32,22 @@ from ._masks import PaperLevels as PaperLevels
 from ._masks import Ring as Ring
 from ._masks import mask_counts as mask_counts
 from ._masks import nested_masks as nested_masks
+from ._open import open_model as open_model
+from ._protect import Protected as Protected
+from ._protect import protect as protect
+from ._protect import protect_file as protect_file
+from ._protect import unlock as unlock
 from ._pss import PSSConfig as PSSConfig
 from ._pss import PSSLearner as PSSLearner
 from ._pss import PSSMetrics as PSSMetrics
 from ._pss import PSSState as PSSState
 from ._pss import pss as pss
 from ._pss import pss_learner as pss_learner
+from ._storage import Inspection as Inspection
+from ._storage import LevelReport as LevelReport
+from ._storage import inspect_file as inspect_file
+from ._storage import rotate_file as rotate_file
+from ._storage import unlock_file as unlock_file
+from ._storage import verify_file as verify_file
 
 __version__: str

@@ -17,16 +17,13 @@ import hashlib
 import json
 import math
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from ._groups import Ring
 from ._json import json_object
 from ._keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey, SigningKey, verify_signature
 from ._lossless import LosslessCipher
@@ -78,7 +75,7 @@ class SealedRing(NamedTuple):
         mask_shape: of the ring's mask, one size an axis of the tensor: 1 inside a group.
         groups: how many the ring has.
         bitmap: the mask in C order, eight groups a byte, the first in the highest bit; zlib.
-        sha256: of the ring's plaintext, see `ring_digest`; in hex.
+        sha256: of the ring's plaintext, in hex.
     """
 
     tensor: str
@@ -87,42 +84,9 @@ class SealedRing(NamedTuple):
     bitmap: bytes
     sha256: str
 
-    @classmethod
-    def from_mask(cls, tensor: str, mask: np.ndarray) -> "SealedRing":
-        """A ring whose plaintext is not known yet."""
-        bitmap = zlib.compress(np.packbits(mask).tobytes(), 9)
-        return cls(tensor, mask.shape, int(mask.sum()), bitmap, NO_DIGEST)
-
     def weights(self, shape: Sequence[int]) -> int:
         """How many weights of a tensor of that shape the ring has."""
         return self.groups * math.prod(shape) // max(math.prod(self.mask_shape), 1)
-
-    def to_ring(self, level: int, what: str) -> Ring:
-        """The ring's mask, unpacked.
-
-        Raises:
-            IntegrityError: a bitmap that does not fit the mask's shape or the number of groups.
-        """
-        size = math.prod(self.mask_shape)
-        expected = -(-size // 8)
-        try:
-            # Never more than what the shape allows, whatever the compressed bytes claim.
-            stream = zlib.decompressobj()
-            packed = stream.decompress(self.bitmap, expected + 1)
-        except zlib.error:
-            packed = b""
-        mask = np.unpackbits(np.frombuffer(packed, np.uint8))
-        if len(packed) != expected or mask[size:].any() or int(mask.sum()) != self.groups:
-            raise IntegrityError(
-                f"{what}: box of level {level}: tensor {self.tensor!r}: expected a bitmap of "
-                f"{expected} bytes with {self.groups} groups, got another. {DAMAGED}"
-            )
-        return Ring(self.tensor, level, mask[:size].astype(bool).reshape(self.mask_shape))
-
-
-def ring_digest(ring: np.ndarray) -> str:
-    """SHA-256 of a ring's plaintext in the order of the cipher, in hex."""
-    return hashlib.sha256(b"selcrypt/v1/ring\0" + np.ascontiguousarray(ring).data).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,16 @@ def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
     Returns:
         int32 array; groups in C order of the mask, weights of a group in C order of the leaf.
     """
-    strides = np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
-    selected = np.argwhere(mask)
     inside = [size if mask.shape[axis] == 1 and size != 1 else 1 for axis, size in enumerate(shape)]
-    offsets = np.indices(inside).reshape(len(shape), math.prod(inside)).T @ strides
-    return (selected @ strides)[:, None].astype(np.int32) + offsets[None, :].astype(np.int32)
+    strides = np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
+    offsets = (np.indices(inside).reshape(len(shape), math.prod(inside)).T @ strides).astype(
+        np.int32
+    )
+    # Much faster than argwhere: positions in the mask, taken apart axis by axis.
+    rest = np.flatnonzero(mask).astype(np.int32)
+    first = np.zeros(len(rest), np.int32)
+    for axis in reversed(range(len(shape))):
+        if mask.shape[axis] > 1:
+            rest, index = np.divmod(rest, np.int32(mask.shape[axis]))
+            first += index * np.int32(strides[axis])
+    return first[:, None] + offsets

@@ -25,10 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from ._dtypes import DTYPES, Dtype
-from ._groups import Ring
 
 BLOCK = 1024
 INDEX_BITS = 10
@@ -104,7 +101,7 @@ class LosslessCipher:
             )
         return (1 << self.fine_bits) - 1
 
-    def check(self, ring: Ring, leaf: Any) -> None:
+    def check(self, ring: Any, leaf: Any) -> None:
         """Refuses dtypes without a cipher, and rings with less than 128 bits to hide in."""
         groups = int(ring.mask.sum())
         weights = groups * (math.prod(leaf.shape) // ring.mask.size)
@@ -142,7 +139,7 @@ class LosslessCipher:
             )
 
     def run(
-        self, leaves: Mapping[str, Any], rings: Sequence[Ring], keys: Any, *, inverse: bool
+        self, leaves: Mapping[str, Any], rings: Sequence[Any], keys: Any, *, inverse: bool
     ) -> dict[str, Any]:
         """See `Cipher.run`."""
         from ._lossless_jax import run  # the definition alone does not need JAX
@@ -158,6 +155,8 @@ def dtype_of(dtype: Any) -> Dtype:
     """
     if isinstance(dtype, Dtype):
         return dtype
+    import numpy as np
+
     name = np.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, got {name}")

@@ -42,7 +42,10 @@ def rewrite_ring(
         The ring's plaintext, ``[units, weights in a unit]``, in the order of the cipher.
     """
     if cipher.unit == "weight":  # in C order: only the set matters
-        positions = np.sort(positions, axis=None)[:, None]
+        positions = positions.reshape(-1)
+        if (positions[1:] < positions[:-1]).any():  # PyTorch's kernels lie in order already
+            positions = np.sort(positions)
+        positions = positions[:, None]
     key = _leaf_key(key, name)
     source = _permutation(_fold_in(key, PERMUTATION), len(positions)) if cipher.permute else None
     ring = bits[positions]

@@ -3,7 +3,6 @@
 import os
 from typing import Any
 
-from ._arrays import ArrayInfo, ArraySource, as_array
 from ._keyfiles import read_grant
 from ._keys import Grant, LevelKey
 from ._storage import AnyPath, Unlocked, grant_key, open_checkpoint
@@ -41,22 +40,30 @@ def open_model(
     if isinstance(grant, str | os.PathLike):
         grant = read_grant(grant)
     key, signer = (None, None) if grant is None else grant_key(grant, level)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     with open_checkpoint(path) as checkpoint:
         if like is not None:
             _check_like(like, checkpoint.tensors, str(path))
         envelopes = checkpoint.envelopes(signer)
         for name, file in checkpoint.files.items():
-            plain = Unlocked(file, envelopes[name], key)
+            data: dict[str, bytearray] = {}
+            for tensor, piece in Unlocked(file, envelopes[name], key).pieces():
+                if tensor in data:
+                    data[tensor] += piece
+                else:
+                    data[tensor] = piece
+            from ._arrays import as_array  # NumPy has started by now, while the file was read
+
             for tensor, info in file.tensors.items():
                 try:
-                    arrays[tensor] = as_array(plain.read(tensor), info.dtype, info.shape)
+                    arrays[tensor] = as_array(data.pop(tensor, b""), info.dtype, info.shape)
                 except ValueError as error:
                     raise ValueError(f"{path}: tensor {tensor!r}: {error}") from None
     return arrays if like is None else _rebuild(like, arrays)
 
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:
+    from ._arrays import ArrayInfo, ArraySource
     from ._tree import is_array, listed, named_leaves
 
     leaves = {n: leaf for n, leaf in named_leaves(like, "like").leaves.items() if is_array(leaf)}

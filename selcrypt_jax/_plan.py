@@ -15,6 +15,7 @@ from ._envelope import SealedRing
 from ._groups import Granularity, Layout
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
 from ._masks import Levels, Scope, as_levels, checked_score, rank, rank_all
+from ._rings import seal_mask
 from ._tree import Selector, listed, select_leaves
 
 Strategy = Literal["l2", "random", "ascend", "descend", "mean"]
@@ -241,7 +242,7 @@ def plan_rings(
         for level, count in enumerate(_merged(counts, weights, cipher), 1):
             if count == below:
                 continue
-            ring = SealedRing.from_mask(name, (ranks >= below) & (ranks < count))
+            ring = seal_mask(name, (ranks >= below) & (ranks < count))
             try:
                 cipher.check_size(
                     f"tensor {name!r}, level {level}",

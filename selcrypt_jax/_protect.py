@@ -24,6 +24,7 @@ from ._plan import (
     plan_rings,
     strategy_scores,
 )
+from ._rings import seal_mask
 from ._safetensors import SafetensorsFile, header
 from ._storage import (
     AnyPath,
@@ -249,6 +250,6 @@ def _rings_of_masks(
     rings: dict[str, list[tuple[int, SealedRing]]] = {}
     for ring in found:
         cipher.check(ring, tree.leaves[ring.name])
-        sealed = SealedRing.from_mask(ring.name, ring.mask)
+        sealed = seal_mask(ring.name, ring.mask)
         rings.setdefault(ring.name, []).append((ring.level, sealed))
     return rings

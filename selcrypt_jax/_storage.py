@@ -8,16 +8,13 @@ output appears under its name when all of it has passed.
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
-import numpy as np
-
-from . import _orbax
-from ._arrays import ArrayInfo
 from ._atomic import check_output, new_file, new_folder
 from ._dtypes import SAFETENSORS
 from ._envelope import (
@@ -30,19 +27,21 @@ from ._envelope import (
     SealedRing,
     Tensor,
     metadata_digest,
-    ring_digest,
 )
-from ._groups import group_positions
 from ._keys import Grant, LevelKey, Secret, SigningKey, level_key, new_model_id
 from ._lossless import LosslessCipher
-from ._lossless_numpy import rewrite_ring
-from ._safetensors import SafetensorsFile, TensorInfo, header
+from ._safetensors import SafetensorsFile, header
 from ._shards import ShardIndex, check_shards, find_shards
+
+if TYPE_CHECKING:
+    from ._orbax import OrbaxCheckpoint
 
 Rings = Mapping[str, list[tuple[int, SealedRing]]]
 """Tensor → its rings, with their levels."""
 
 AnyPath = str | os.PathLike[str]
+
+_BATCH = 1 << 27  # bytes of tensors that are held together
 
 
 class TensorSource(Protocol):
@@ -68,41 +67,6 @@ Write = Callable[[str, bytearray], object]
 # --- tensors ------------------------------------------------------------------------------------
 
 
-def _rewrite(
-    data: bytearray,
-    info: Any,
-    name: str,
-    rings: Iterable[tuple[int, SealedRing]],
-    keys: LevelKey,
-    cipher: LosslessCipher,
-    *,
-    inverse: bool,
-    what: str,
-) -> list[tuple[int, SealedRing]]:
-    """Encrypts or decrypts the rings of one tensor in place; the rings with their digests."""
-    dtype = SAFETENSORS[info.dtype]
-    bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
-    done = []
-    for level, ring in rings:
-        plain = rewrite_ring(
-            bits,
-            group_positions(info.shape, ring.to_ring(level, what).mask),
-            keys.lower(level).cipher_key(),
-            name,
-            cipher=cipher,
-            fine=cipher.fine_mask(dtype),
-            inverse=inverse,
-        )
-        digest = ring_digest(plain)
-        if inverse and digest != ring.sha256:
-            raise IntegrityError(
-                f"{what}: tensor {name!r}, level {level}: was decrypted to other weights than "
-                f"were encrypted. {DAMAGED}"
-            )
-        done.append((level, ring._replace(sha256=digest)))
-    return done
-
-
 def encrypt_tensors(
     source: TensorSource,
     rings: Rings,
@@ -117,14 +81,16 @@ def encrypt_tensors(
     Returns:
         The table of the tensors as shipped, and the rings with the digests of their plaintext.
     """
+    from ._rings import rewrite_tensor
+
     table: dict[str, Tensor] = {}
     done = {}
     for name, info in source.tensors.items():
         digest = hashlib.sha256()
         if name in rings:
             data = source.read(name)
-            done[name] = _rewrite(
-                data, info, name, rings[name], key, cipher, inverse=False, what=what
+            done[name] = rewrite_tensor(
+                data, info, rings[name], key, cipher, inverse=False, what=what
             )
             pieces: Iterable[bytearray] = (data,)
         else:
@@ -157,21 +123,7 @@ class Unlocked:
 
     def read(self, name: str) -> bytearray:
         """See `TensorSource`."""
-        data = self._source.read(name)
-        _check_digest(hashlib.sha256(data), self._envelope, name)
-        if name in self.rings:
-            assert self._key is not None
-            _rewrite(
-                data,
-                self.tensors[name],
-                name,
-                self.rings[name],
-                self._key,
-                self._envelope.manifest.cipher,
-                inverse=True,
-                what=self._envelope.what,
-            )
-        return data
+        return self._decrypt(name, self._load(name))
 
     def chunks(self, name: str) -> Iterator[bytearray]:
         """See `TensorSource`. To be read to its end: the digest is known there."""
@@ -183,6 +135,66 @@ class Unlocked:
             digest.update(piece)
             yield piece
         _check_digest(digest, self._envelope, name)
+
+    def pieces(self) -> Iterator[tuple[str, bytearray]]:
+        """All tensors, in order, piece by piece; as `chunks`, with all processors at work."""
+        for batch in _batches(self.tensors):
+            if len(batch) == 1:
+                yield from ((batch[0], piece) for piece in self.chunks(batch[0]))
+            else:
+                yield from zip(batch, self._in_parallel(batch), strict=True)
+
+    def _in_parallel(self, names: Sequence[str]) -> Iterator[bytearray]:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
+            loaded = [pool.submit(self._load, name) for name in names]
+            if self.rings:
+                from . import _rings  # noqa: F401 - NumPy starts while the others read
+            done = [
+                pool.submit(lambda n, f: self._decrypt(n, f.result()), name, future)
+                for name, future in zip(names, loaded, strict=True)
+            ]
+            del loaded
+            while done:  # not held any longer than it takes
+                yield done.pop(0).result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _load(self, name: str) -> bytearray:
+        data = self._source.read(name)
+        _check_digest(hashlib.sha256(data), self._envelope, name)
+        return data
+
+    def _decrypt(self, name: str, data: bytearray) -> bytearray:
+        if name in self.rings:
+            from ._rings import rewrite_tensor
+
+            assert self._key is not None
+            rewrite_tensor(
+                data,
+                self.tensors[name],
+                self.rings[name],
+                self._key,
+                self._envelope.manifest.cipher,
+                inverse=True,
+                what=self._envelope.what,
+            )
+        return data
+
+
+def _batches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Neighbours that are held in memory together; large tensors alone."""
+    batch: list[str] = []
+    room = _BATCH
+    for name, info in tensors.items():
+        size = math.prod(info.shape) * SAFETENSORS[info.dtype].bits // 8
+        if batch and size > room:
+            yield batch
+            batch, room = [], _BATCH
+        batch.append(name)
+        room -= size
+    if batch:
+        yield batch
 
 
 def check_table(source: TensorSource, envelope: Envelope) -> None:
@@ -294,8 +306,8 @@ class Output(Protocol):
         """Encrypts the tensors and writes them."""
         ...
 
-    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
-        """Writes the tensors as they are."""
+    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+        """Writes the tensors as a level sees them."""
         ...
 
 
@@ -329,11 +341,10 @@ class _SafetensorsOutput(NamedTuple):
         self.file.seek(0)
         self.file.write(first)
 
-    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
+    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
         self.file.write(header(_layout(source), metadata))
-        for name in source.tensors:
-            for piece in source.chunks(name):
-                self.file.write(piece)
+        for _, piece in source.pieces():
+            self.file.write(piece)
 
 
 def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -356,7 +367,7 @@ class _OrbaxOutput(NamedTuple):
         envelope = protection.encrypt(source, metadata, rings, shard, self._add, what)
         self.metadata.update(metadata or {}, **envelope.entries())
 
-    def plain(self, source: TensorSource, metadata: Mapping[str, str] | None) -> None:
+    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
         for name in source.tensors:
             self.data[name] = source.read(name)
         self.metadata.update(metadata or {})
@@ -379,11 +390,11 @@ class Checkpoint:
     """
 
     path: Path
-    files: dict[str, SafetensorsFile | _orbax.OrbaxCheckpoint]
+    files: "dict[str, SafetensorsFile | OrbaxCheckpoint]"
     index: ShardIndex | None
 
     @property
-    def tensors(self) -> dict[str, TensorInfo | ArrayInfo]:
+    def tensors(self) -> dict[str, Any]:
         """The tensors of all files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
 
@@ -434,9 +445,12 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     Raises:
         ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
     """
-    if _orbax.is_orbax(path):
-        yield Checkpoint(Path(path), {Path(path).name: _orbax.OrbaxCheckpoint(path)}, None)
-        return
+    if Path(path).is_dir():
+        from ._orbax import OrbaxCheckpoint, is_orbax
+
+        if is_orbax(path):
+            yield Checkpoint(Path(path), {Path(path).name: OrbaxCheckpoint(path)}, None)
+            return
     index = find_shards(path)
     with ExitStack() as stack:
         paths = {Path(path).name: Path(path)} if index is None else index.shards
@@ -481,11 +495,13 @@ def checkpoint_outputs(
         os.fsync(file.fileno())
 
     @contextmanager
-    def folder_output(like: _orbax.OrbaxCheckpoint) -> Iterator[Output]:
-        with _orbax.orbax_output(output, like) as (data, metadata):
+    def folder_output(like: "OrbaxCheckpoint") -> Iterator[Output]:
+        from ._orbax import orbax_output
+
+        with orbax_output(output, like) as (data, metadata):
             yield _OrbaxOutput(data, metadata)
 
-    if isinstance(first, _orbax.OrbaxCheckpoint):
+    if not isinstance(first, SafetensorsFile):
         yield lambda _: folder_output(first)
     elif checkpoint.index is None:
         yield lambda _: file_output(output, force)
@@ -734,8 +750,6 @@ def verify_file(
                 "digests fit. Verify it with a grant, or have it signed by its owner."
             )
         for name, file in checkpoint.files.items():
-            tensors = Unlocked(file, envelopes[name], key)
-            for tensor in tensors.tensors:
-                for _ in tensors.chunks(tensor):
-                    pass
+            for _ in Unlocked(file, envelopes[name], key).pieces():
+                pass
         return _report(checkpoint, envelopes, grant)

@@ -1,0 +1,239 @@
+"""Time to open a protected VGG19, as whole processes: ``python benchmarks/bench_unlock.py``.
+
+Against CryptoTensors (``pip install cryptotensors``), which encrypts the whole file with AES-GCM,
+and against reading a file that nobody protected. Every row is a process, from its start to its
+end; they run in turns (so that a change in the load of the machine hits all), with the files in
+the page cache, and the table shows medians. ``selcrypt unlock`` writes a file, the others read
+arrays into memory. All files are in a temporary folder, whose place TMPDIR sets.
+"""
+
+import argparse
+import base64
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import secrets
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors.numpy import load_file, save_file
+
+CRYPTOTENSORS = """\
+import sys
+from cryptotensors import register_direct_key_provider
+from cryptotensors.numpy import load_file
+register_direct_key_provider(files=[sys.argv[2]])
+load_file(sys.argv[1])
+"""
+OPEN_MODEL = """\
+import sys
+from selcrypt_jax import open_model
+open_model(sys.argv[1], sys.argv[2])
+"""
+SAFETENSORS = """\
+import sys
+from safetensors.numpy import load_file
+load_file(sys.argv[1])
+"""
+NAMES = ("cryptotensors", "unlock", "open_model", "safetensors", "python")
+LEVELS = 5
+
+Tensors = dict[str, np.ndarray]
+
+
+class Contender(NamedTuple):
+    """A row of the table: a command, and the file it writes if it writes one."""
+
+    command: list[str | Path]
+    output: Path | None = None
+
+    def seconds(self) -> float:
+        """Wall time of one run; its output is removed before."""
+        if self.output is not None:
+            self.output.unlink(missing_ok=True)
+        start = time.perf_counter()
+        run(*self.command)
+        return time.perf_counter() - start
+
+
+def run(*command: str | Path) -> None:
+    """Runs a command, which must succeed."""
+    subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def python(program: str, *arguments: Path) -> Contender:
+    """A Python program that writes nothing; -P: with the installed packages, not this folder's."""
+    return Contender([sys.executable, "-P", "-c", program, *arguments])
+
+
+def vgg19() -> Tensors:
+    """Random float32 parameters in the shapes and under the names of PyTorch's VGG19 with BN."""
+    rng = np.random.default_rng(0)
+    tensors: Tensors = {}
+
+    def affine(name: str, *shape: int) -> None:
+        scale = np.float32(math.sqrt(2 / math.prod(shape[1:])))
+        tensors[f"{name}.weight"] = scale * rng.standard_normal(shape, np.float32)
+        tensors[f"{name}.bias"] = np.float32(0.1) * rng.standard_normal(shape[0], np.float32)
+
+    def batch_norm(name: str, width: int) -> None:
+        lows = {"weight": 0.5, "bias": -0.5, "running_mean": -0.5, "running_var": 0.5}
+        for part, low in lows.items():
+            tensors[f"{name}.{part}"] = np.float32(low) + rng.random(width, np.float32)
+
+    layer, width_before = 0, 3
+    for width, count in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+        for _ in range(count):
+            affine(f"features.{layer}", width, width_before, 3, 3)
+            batch_norm(f"features.{layer + 1}", width)
+            layer, width_before = layer + 3, width  # convolution, normalisation, ReLU
+        layer += 1  # pooling
+    affine("classifier.0", 512, 512)
+    affine("classifier.2", 10, 512)
+    return tensors
+
+
+def check(what: str, found: Tensors, expected: Tensors) -> None:
+    """Stops unless the arrays are those of the original, bit for bit."""
+    same = found.keys() == expected.keys() and all(
+        found[name].dtype == value.dtype
+        and found[name].shape == value.shape
+        and found[name].tobytes() == value.tobytes()
+        for name, value in expected.items()
+    )
+    if not same:
+        raise SystemExit(f"{what}: not what was protected.")
+
+
+def with_cryptotensors(folder: Path, original: Path) -> tuple[Path, Path]:
+    """Encrypts every tensor with AES-256-GCM and signs; the file and the keys that read it."""
+    try:
+        cryptotensors = importlib.import_module("cryptotensors")
+    except ImportError:
+        raise SystemExit("CryptoTensors is missing: pip install cryptotensors") from None
+    theirs = importlib.import_module("cryptotensors.numpy")
+
+    def text(data: bytes) -> str:
+        return base64.b64encode(data).decode()  # not the base64url of other JWKs
+
+    signing = Ed25519PrivateKey.generate()
+    public = {"kty": "okp", "alg": "ed25519", "kid": "signing"}
+    public["x"] = text(signing.public_key().public_bytes_raw())
+    private = public | {"d": text(signing.private_bytes_raw())}
+    key = {"kty": "oct", "alg": "aes256gcm", "kid": "master", "k": text(secrets.token_bytes(32))}
+
+    file, keys = folder / "cryptotensors.safetensors", folder / "keys.jwk"
+    expected = load_file(original)
+    theirs.save_file(expected, file, config={"enc_key": key, "sign_key": private})
+    keys.write_text(json.dumps({"keys": [key, public]}))
+
+    for name, stored in load_file(file).items():  # a plain reader sees the ciphertext
+        if stored.size and stored.tobytes() == expected[name].tobytes():
+            raise SystemExit(f"CryptoTensors: {name} is not encrypted.")
+    cryptotensors.register_direct_key_provider(files=[keys])
+    check("CryptoTensors", theirs.load_file(file), expected)
+    return file, keys
+
+
+def with_selcrypt(folder: Path, original: Path, program: str) -> tuple[Path, Path]:
+    """Protects by the command line; the file and the grant of the top level."""
+    file, keys = folder / "selcrypt.safetensors", folder / "keys"
+    secret, grant = keys / "secret.key", keys / "top.grant"
+    run(program, "keygen", "-o", keys)
+    protect: list[str | Path] = [program, "protect", original, "-o", file, "--secret", secret]
+    protect += ["--signing", keys / "signing.key", "--strategy", "l2", "--budget", "0.08"]
+    run(*protect, "--levels", str(LEVELS))
+    run(program, "grant", file, "--level", str(LEVELS), "--secret", secret, "-o", grant)
+    return file, grant
+
+
+def contenders(
+    folder: Path, original: Path, only: list[str]
+) -> tuple[dict[str, Contender], dict[str, Path]]:
+    """Makes and checks what is asked for; the rows of the table and the files that they read."""
+    rows = {"safetensors": python(SAFETENSORS, original), "python": python("pass")}
+    files = {"original": original}
+    if "cryptotensors" in only:
+        file, keys = with_cryptotensors(folder, original)
+        rows["cryptotensors"], files["CryptoTensors"] = python(CRYPTOTENSORS, file, keys), file
+    if {"unlock", "open_model"} & set(only):
+        program = shutil.which("selcrypt", path=str(Path(sys.executable).parent))
+        if program is None:
+            raise SystemExit("selcrypt is not where this Python is: pip install selcrypt-jax")
+        files["selcrypt"], grant = with_selcrypt(folder, original, program)
+        output = folder / "unlocked.safetensors"
+        unlock: list[str | Path] = [program, "unlock", files["selcrypt"], "--grant", grant]
+        rows["unlock"] = Contender([*unlock, "-o", output], output)
+        rows["open_model"] = python(OPEN_MODEL, files["selcrypt"], grant)
+        if "open_model" in only:
+            opened = importlib.import_module("selcrypt_jax").open_model(files["selcrypt"], grant)
+            check("open_model", opened, load_file(original))
+    return {name: rows[name] for name in NAMES if name in only}, files
+
+
+def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) -> None:
+    """Runs all in turns and prints the tables."""
+    for file in files.values():
+        file.read_bytes()
+    for contender in rows.values():
+        contender.seconds()  # warm up: libraries into the page cache, modules compiled
+        if contender.output and contender.output.read_bytes() != files["original"].read_bytes():
+            raise SystemExit("selcrypt unlock: the output differs from the original.")
+    times: dict[str, list[float]] = {name: [] for name in rows}
+    for _ in range(repeats):
+        for name, contender in rows.items():
+            times[name].append(contender.seconds())
+
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    print(f"{'process':<16} {'median':>10} {'min':>10}  to CryptoTensors")
+    for name, median in medians.items():
+        ratio = f"{median / medians['cryptotensors']:.2f}" if "cryptotensors" in medians else "-"
+        print(f"{name:<16} {1e3 * median:7.1f} ms {1e3 * min(times[name]):7.1f} ms  {ratio:>16}")
+    sizes = {name: file.stat().st_size for name, file in files.items()}
+    print(f"\n{'file':<16} {'bytes':>13}  to the original")
+    for name, size in sizes.items():
+        print(f"{name:<16} {size:13,}  {100 * (size / sizes['original'] - 1):+13.4f} %")
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument(
+        "--checkpoint", type=Path, help="a .safetensors file; default: random VGG19"
+    )
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lest the folder stays
+    with tempfile.TemporaryDirectory(prefix="bench_unlock") as name:
+        folder = Path(name)
+        original = folder / "vgg19.safetensors"
+        if args.checkpoint is None:
+            save_file(vgg19(), original)
+        else:
+            original = args.checkpoint.resolve()
+        rows, files = contenders(folder, original, args.only)
+        packages = ["numpy", "safetensors", "cryptography"]
+        packages += ["cryptotensors"] if "cryptotensors" in rows else []
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+        print(f"Python {sys.version.split()[0]}, {', '.join(versions)}")
+        print(f"{os.cpu_count()} CPUs, {args.repeats} runs of each\n")
+        # Compiled modules for all, as once installed, and none beside the sources.
+        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        compare(rows, files, args.repeats)
+
+
+if __name__ == "__main__":
+    main()

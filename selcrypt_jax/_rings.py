@@ -1,0 +1,100 @@
+"""Sealed rings at work: masks from their bitmaps, and the rings of a tensor rewritten."""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from ._dtypes import SAFETENSORS
+from ._envelope import DAMAGED, NO_DIGEST, IntegrityError, SealedRing
+from ._groups import group_positions
+from ._keys import LevelKey
+from ._lossless import LosslessCipher
+from ._lossless_numpy import rewrite_ring
+
+
+def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
+    """The ring of a mask; its plaintext is not known yet."""
+    bitmap = zlib.compress(np.packbits(mask).tobytes(), 9)
+    return SealedRing(tensor, mask.shape, int(mask.sum()), bitmap, NO_DIGEST)
+
+
+def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
+    """The mask of a ring, unpacked.
+
+    Args:
+        ring: as it lay in its box.
+        level: of the box, for messages.
+        what: the file, for messages.
+
+    Raises:
+        IntegrityError: a bitmap that does not fit the mask's shape or the number of groups.
+    """
+    size = math.prod(ring.mask_shape)
+    expected = -(-size // 8)
+    try:
+        # Never more than what the shape allows, whatever the compressed bytes claim.
+        packed = zlib.decompressobj().decompress(ring.bitmap, expected + 1)
+    except zlib.error:
+        packed = b""
+    mask = np.unpackbits(np.frombuffer(packed, np.uint8)).view(bool)
+    if len(packed) != expected or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
+        raise IntegrityError(
+            f"{what}: box of level {level}: tensor {ring.tensor!r}: expected a bitmap of "
+            f"{expected} bytes with {ring.groups} groups, got another. {DAMAGED}"
+        )
+    return mask[:size].reshape(ring.mask_shape)
+
+
+def rewrite_tensor(
+    data: bytearray,
+    info: Any,
+    rings: Iterable[tuple[int, SealedRing]],
+    keys: LevelKey,
+    cipher: LosslessCipher,
+    *,
+    inverse: bool,
+    what: str,
+) -> list[tuple[int, SealedRing]]:
+    """Encrypts or decrypts rings of one tensor.
+
+    Args:
+        data: the tensor's bytes; rewritten in place.
+        info: its dtype (safetensors' name) and shape.
+        rings: with their levels; at least one.
+        keys: of a level that has them all.
+        cipher: see `LosslessCipher`.
+        inverse: whether to decrypt.
+        what: the file, for messages.
+
+    Returns:
+        The rings with the digests of their plaintext.
+
+    Raises:
+        IntegrityError: decrypted to other weights than were encrypted.
+    """
+    dtype = SAFETENSORS[info.dtype]
+    bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
+    done = []
+    for level, ring in rings:
+        plain = rewrite_ring(
+            bits,
+            group_positions(info.shape, ring_mask(ring, level, what)),
+            keys.lower(level).cipher_key(),
+            ring.tensor,
+            cipher=cipher,
+            fine=cipher.fine_mask(dtype),
+            inverse=inverse,
+        )
+        digest = hashlib.sha256(b"selcrypt/v1/ring\0")
+        digest.update(np.ascontiguousarray(plain).data)
+        if inverse and digest.hexdigest() != ring.sha256:
+            raise IntegrityError(
+                f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "
+                f"than were encrypted. {DAMAGED}"
+            )
+        done.append((level, ring._replace(sha256=digest.hexdigest())))
+    return done
