@@ -15,7 +15,9 @@ _SUFFIX = ".selcrypt-tmp"
 
 
 @contextmanager
-def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[BinaryIO]:
+def new_file(
+    path: str | os.PathLike[str], *, force: bool = False, private: bool = False
+) -> Iterator[BinaryIO]:
     """A file to write, which appears under its name when the block ends, and only then.
 
     The bytes are on the disk before the name is. After an exception, there is no file, or the old
@@ -27,6 +29,7 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[B
         path: of the file. With `force`, a link is followed, and stays a link.
         force: replace an existing file, whose permissions are kept (not its hard links). A new
             file has the permissions that the umask gives it.
+        private: only its owner may read and write the file, from the first byte on.
 
     Yields:
         A buffered binary file, to write and to seek.
@@ -38,8 +41,9 @@ def new_file(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[B
         ValueError: a pipe or device.
     """
     target, mode = _check_target(Path(path), force)
+    mode = 0o600 if private else mode
     with _blame(target):
-        descriptor, temporary = _open(target)
+        descriptor, temporary = _open(target, 0o600 if private else 0o666)
     raw = _Output(descriptor, "wb")
     raw.target = target
     try:
@@ -179,12 +183,12 @@ def _check_parent(target: Path) -> None:
         raise PermissionError(errno.EACCES, text, str(parent))
 
 
-def _open(target: Path) -> tuple[int, Path | None]:
+def _open(target: Path, mode: int) -> tuple[int, Path | None]:
     """A descriptor, and the temporary name if it has one."""
     unnamed = getattr(os, "O_TMPFILE", 0)
     if unnamed and os.path.isdir("/proc/self/fd"):  # without it, no way to a name later
         try:
-            return os.open(target.parent, os.O_WRONLY | unnamed, 0o666), None
+            return os.open(target.parent, os.O_WRONLY | unnamed, mode), None
         except OSError as error:
             # How file systems and kernels say that they don't know it.
             unknown = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
@@ -192,7 +196,7 @@ def _open(target: Path) -> tuple[int, Path | None]:
                 raise
     temporary = _sibling(target)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    return os.open(temporary, flags, 0o666), temporary
+    return os.open(temporary, flags, mode), temporary
 
 
 def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:

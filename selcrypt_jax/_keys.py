@@ -176,16 +176,16 @@ class LevelKey(_Bytes):
             )
         value = bytes(self)
         for _ in range(self.level - level):
-            value = _hkdf(value, b"down")
+            value = hkdf(value, b"down")
         return LevelKey(value, level=level, model_id=self.model_id)
 
     def cipher_key(self) -> bytes:
         """The 32 bytes that encrypt ring `level`."""
-        return _hkdf(bytes(self), b"cipher")
+        return hkdf(bytes(self), b"cipher")
 
     def seal_key(self) -> bytes:
         """The 32 bytes that seal the positions of ring `level` in a file."""
-        return _hkdf(bytes(self), b"seal")
+        return hkdf(bytes(self), b"seal")
 
     def __eq__(self, other: object) -> bool:
         same = super().__eq__(other)
@@ -219,7 +219,7 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
     if not 1 <= level <= levels:
         raise ValueError(f"level: expected 1..{levels}, got {level}. Level 0 needs no key.")
     model_id = _check_model_id(model_id)
-    top = _hkdf(bytes(secret), b"top" + levels.to_bytes(4, "little"), salt=model_id)
+    top = hkdf(bytes(secret), b"top" + levels.to_bytes(4, "little"), salt=model_id)
     return LevelKey(top, level=levels, model_id=model_id).lower(level)
 
 
@@ -329,7 +329,7 @@ def _check_model_id(model_id: bytes) -> bytes:
     return model_id
 
 
-def _hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
+def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
     return HKDF(
         algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"selcrypt/v1/" + domain
     ).derive(key)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import _keyfiles
 from .._keys import Grant, Secret, SigningKey, level_key
@@ -179,7 +179,7 @@ def grant(
     level: int,
     secret: Path,
     out: Output,
-    to: tuple[str, ...] = (),
+    to: UseAppendAction[tuple[str, ...]] = (),
     passphrase: bool = False,
     passphrase_file: Path | None = None,
     force: bool = False,
@@ -192,8 +192,9 @@ def grant(
         level: The highest level that the grant opens.
         secret: Your secret.key.
         out: The grant file.
-        to: Seal the grant to these recipients, so that it can travel in the open: age public keys
-            (age1...) or SSH public keys ("ssh-ed25519 ..."), or files that hold one.
+        to: Seal the grant to this recipient, so that it can travel in the open: an age public key
+            (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
+            given several times.
         passphrase: Lock the grant with a passphrase; you are asked for it.
         passphrase_file: Of the secret, if it has a passphrase and nobody is there to type it.
         force: Replace an existing grant.
@@ -232,7 +233,7 @@ def unlock(
     grant: Annotated[Path, arg(aliases=["-g"])],
     out: Output,
     level: int | None = None,
-    identity: tuple[Path, ...] = (),
+    identity: UseAppendAction[tuple[Path, ...]] = (),
     passphrase_file: Path | None = None,
     force: bool = False,
     as_json: Json = False,
@@ -246,7 +247,8 @@ def unlock(
         grant: The grant file.
         out: The checkpoint; a new folder for one in several files.
         level: A lower level than the grant's.
-        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        identity: Your age or SSH private key, for a grant that is sealed to you. May be given
+            several times.
         passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
         force: Replace an existing output.
         as_json: Print JSON.
@@ -264,7 +266,7 @@ def unlock(
 def inspect(
     file: Positional[Path],
     grant: Annotated[Path | None, arg(aliases=["-g"])] = None,
-    identity: tuple[Path, ...] = (),
+    identity: UseAppendAction[tuple[Path, ...]] = (),
     passphrase_file: Path | None = None,
     as_json: Json = False,
 ) -> None:
@@ -273,7 +275,8 @@ def inspect(
     Args:
         file: The protected file; or the index or folder of one in several files.
         grant: A grant file.
-        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        identity: Your age or SSH private key, for a grant that is sealed to you. May be given
+            several times.
         passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
         as_json: Print JSON.
     """
@@ -285,7 +288,7 @@ def verify(
     file: Positional[Path],
     signer: Path | None = None,
     grant: Annotated[Path | None, arg(aliases=["-g"])] = None,
-    identity: tuple[Path, ...] = (),
+    identity: UseAppendAction[tuple[Path, ...]] = (),
     passphrase_file: Path | None = None,
     as_json: Json = False,
 ) -> None:
@@ -297,7 +300,8 @@ def verify(
         file: The protected file; or the index or folder of one in several files.
         signer: The owner's signing.pub.
         grant: A grant file.
-        identity: Your age or SSH private keys, for a grant that is sealed to you.
+        identity: Your age or SSH private key, for a grant that is sealed to you. May be given
+            several times.
         passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
         as_json: Print JSON.
     """

@@ -1,0 +1,437 @@
+"""Keys and grants as short text files. See FORMAT.md, "Grants and keys"."""
+
+import base64
+import hashlib
+import os
+import stat
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from ._atomic import new_file
+from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, hkdf
+
+AnyPath = str | os.PathLike[str]
+Passphrase = str | Callable[[], str] | None
+
+_MAX_BYTES = 1 << 16
+_SALT_BYTES = 16
+_NONCE_BYTES = 12
+_AGE = (b"-----BEGIN AGE ENCRYPTED FILE-----", b"age-encryption.org/")
+
+
+class _Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        name: in its first line, before the version.
+        called: in messages.
+        private: whether it holds a secret.
+        fields: the ones in the clear; ``key`` comes after them.
+        comment: what its owner should know.
+    """
+
+    name: str
+    called: str
+    private: bool
+    fields: tuple[str, ...]
+    comment: str
+
+
+_SECRET = _Kind(
+    "selcrypt-secret", "a secret", True, (),
+    "All grants of your models come from this. Keep it secret, and keep a copy of it.",
+)  # fmt: skip
+_SIGNING = _Kind(
+    "selcrypt-signing-key", "a signing key (private)", True, (),
+    "Whoever has this can sign models in your name: keep it secret.",
+)  # fmt: skip
+_VERIFY = _Kind(
+    "selcrypt-verify-key", "a verify key (public)", False, (),
+    "For everybody: shows that a model is signed by its owner.",
+)  # fmt: skip
+_GRANT = _Kind(
+    "selcrypt-grant", "a grant", True, ("model-id", "level", "signer"),
+    "Opens a level of one model, and those below it: keep it secret.",
+)  # fmt: skip
+_KINDS = {kind.name: kind for kind in (_SECRET, _SIGNING, _VERIFY, _GRANT)}
+_OPTIONAL = {"signer"}
+_LOCK = ("kdf", "salt", "sealed")
+
+
+def write_secret(
+    path: AnyPath, secret: Secret, *, passphrase: str | None = None, force: bool = False
+) -> None:
+    """Writes the owner's secret to a file that only they may read.
+
+    Args:
+        path: of the file, in a folder that exists.
+        secret: the owner's.
+        passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+        force: replace an existing file; what was protected with it can never be opened again.
+
+    Raises:
+        FileExistsError: there is such a file, and no `force`.
+        OSError: it cannot be written.
+    """
+    _write(path, _text(_SECRET, {}, bytes(secret), passphrase), _SECRET, force)
+
+
+def read_secret(path: AnyPath, *, passphrase: Passphrase = None) -> Secret:
+    """Reads the owner's secret.
+
+    Args:
+        path: of the file; a pipe works.
+        passphrase: or a function that asks for it, called if the file is locked.
+
+    Raises:
+        ValueError: not such a file, a damaged one, or a wrong passphrase.
+        OSError: it cannot be read.
+    """
+    return Secret(_parse(_read(path, _SECRET), str(path), _SECRET, passphrase)[1])
+
+
+def write_signing_key(
+    path: AnyPath, key: SigningKey, *, passphrase: str | None = None, force: bool = False
+) -> None:
+    """Writes the owner's signing key; arguments and errors as `write_secret`."""
+    _write(path, _text(_SIGNING, {}, bytes(key), passphrase), _SIGNING, force)
+
+
+def read_signing_key(path: AnyPath, *, passphrase: Passphrase = None) -> SigningKey:
+    """Reads the owner's signing key; arguments and errors as `read_secret`."""
+    return SigningKey(_parse(_read(path, _SIGNING), str(path), _SIGNING, passphrase)[1])
+
+
+def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> None:
+    """Writes the public half of a signing key, for everybody.
+
+    Args:
+        path: of the file.
+        public: 32 bytes, `SigningKey.public`.
+        force: replace an existing file.
+
+    Raises:
+        ValueError: not 32 bytes.
+        FileExistsError: there is such a file, and no `force`.
+        OSError: it cannot be written.
+    """
+    if len(public) != KEY_BYTES:
+        raise ValueError(f"public: expected {KEY_BYTES} bytes, got {len(public)}.")
+    _write(path, _text(_VERIFY, {}, public, None), _VERIFY, force)
+
+
+def read_verify_key(path: AnyPath) -> bytes:
+    """The 32 bytes of an owner's public key; errors as `read_secret`."""
+    return _parse(_read(path, _VERIFY), str(path), _VERIFY, None)[1]
+
+
+def write_grant(
+    path: AnyPath,
+    grant: Grant,
+    *,
+    passphrase: str | None = None,
+    recipients: Sequence[str] = (),
+    force: bool = False,
+) -> None:
+    """Writes a grant to a file that only its owner may read.
+
+    Args:
+        path: of the file, in a folder that exists.
+        grant: see `Grant`.
+        passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+        recipients: seals the file to these age (``age1...``) or SSH public keys, so that it can
+            travel in the open. Needs the extra ``age``.
+        force: replace an existing file.
+
+    Raises:
+        ValueError: something that is no recipient.
+        FileExistsError: there is such a file, and no `force`.
+        ModuleNotFoundError: recipients, and the extra ``age`` is not installed.
+        OSError: it cannot be written.
+    """
+    fields = {"model-id": grant.key.model_id.hex(), "level": str(grant.key.level)}
+    if grant.signer is not None:
+        fields["signer"] = grant.signer.hex()
+    text = _text(_GRANT, fields, bytes(grant.key), passphrase)
+    if recipients:
+        pyrage = _pyrage()
+        keys = [_recipient(pyrage, text) for text in recipients]
+        text = pyrage.encrypt(text, keys, armored=True)
+    _write(path, text, _GRANT, force)
+
+
+def read_grant(
+    path: AnyPath, *, passphrase: Passphrase = None, identities: Sequence[AnyPath] = ()
+) -> Grant:
+    """Reads a grant.
+
+    Args:
+        path: of the file; a pipe works.
+        passphrase: or a function that asks for it, called if the file is locked.
+        identities: files with age or SSH private keys, for a grant that is sealed to one of them.
+
+    Raises:
+        ValueError: not such a file, a damaged one, a wrong passphrase, or sealed to others.
+        ModuleNotFoundError: it is sealed, and the extra ``age`` is not installed.
+        OSError: it cannot be read.
+    """
+    what, data = str(path), _read(path, _GRANT)
+    if data.startswith(_AGE):
+        data = _unseal(data, what, identities)
+    fields, value = _parse(data, what, _GRANT, passphrase)
+    try:
+        model_id, level = bytes.fromhex(fields["model-id"]), int(fields["level"])
+        signer = bytes.fromhex(fields["signer"]) if "signer" in fields else None
+        if signer is not None and len(signer) != KEY_BYTES:
+            raise ValueError(f"signer: expected {KEY_BYTES} bytes, got {len(signer)}")
+        return Grant(LevelKey(value, level=level, model_id=model_id), signer)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}. The grant is damaged: ask for it again.") from None
+
+
+# --- text ---------------------------------------------------------------------------------------
+
+
+def _text(kind: _Kind, fields: Mapping[str, str], value: bytes, passphrase: str | None) -> bytes:
+    lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in fields.items())]
+    if passphrase is None:
+        lines.append(f"key: {base64.b64encode(value).decode()}")
+    else:
+        salt, nonce = os.urandom(_SALT_BYTES), os.urandom(_NONCE_BYTES)
+        lines += [
+            "kdf: argon2id iterations=3 lanes=4 memory-kib=65536",
+            f"salt: {base64.b64encode(salt).decode()}",
+        ]
+        aead = _lock(passphrase, salt, {"iterations": 3, "lanes": 4, "memory-kib": 65536})
+        sealed = nonce + aead.encrypt(nonce, value, "\n".join(lines).encode())
+        lines.append(f"sealed: {base64.b64encode(sealed).decode()}")
+    lines.append(f"checksum: {_checksum(lines)}")
+    return "\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode()
+
+
+def _checksum(lines: Sequence[str]) -> str:
+    """Tells a typing error from a wrong key."""
+    return hashlib.sha256(b"selcrypt/v1/file\0" + "\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _lock(passphrase: str, salt: bytes, costs: Mapping[str, int]) -> ChaCha20Poly1305:
+    stretched = Secret.from_passphrase(
+        passphrase,
+        salt,
+        iterations=costs["iterations"],
+        lanes=costs["lanes"],
+        memory_kib=costs["memory-kib"],
+    )
+    return ChaCha20Poly1305(hkdf(bytes(stretched), b"file"))
+
+
+def _parse(
+    data: bytes, what: str, kind: _Kind, passphrase: Passphrase
+) -> tuple[dict[str, str], bytes]:
+    """The fields, and the 32 bytes. No message shows a line: it may be a secret."""
+    lines = _lines(data, what)
+    _check_kind(lines[0] if lines else "", what, kind)
+    fields: dict[str, str] = {}
+    known = (*kind.fields, "key", *(_LOCK if kind.private else ()), "checksum")
+    for number, line in enumerate(lines[1:], 2):
+        name, colon, text = (part.strip() for part in line.partition(":"))
+        if line.startswith("selcrypt-") and not colon:
+            raise ValueError(f"{what}: expected one key in a file, got another. Split them.")
+        if not colon or name not in known:
+            raise ValueError(
+                f"{what}: line {number} (comments not counted): expected 'name: value' with one "
+                f"of the names {', '.join(known)}, got something else. The file is damaged."
+            )
+        if name in fields:
+            raise ValueError(f"{what}: field {name!r}: expected it once, got it twice.")
+        fields[name] = text.lower() if name in ("model-id", "signer", "checksum") else text
+    locked = "sealed" in fields
+    needed = {*kind.fields, "checksum", *(_LOCK if locked else ("key",))} - _OPTIONAL
+    missing = sorted(needed - set(fields))
+    if missing or (locked and "key" in fields) or (not locked and set(_LOCK) & set(fields)):
+        raise ValueError(
+            f"{what}: expected the fields {', '.join(sorted(needed))}, got "
+            f"{', '.join(sorted(fields)) or 'none'}. The file is cut off or damaged."
+        )
+    order = [name for name in known if name in fields and name != "checksum"]
+    canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
+    if fields["checksum"] != _checksum(canonical):
+        raise ValueError(f"{what}: the checksum does not fit: the file is damaged or mistyped.")
+    if not locked:
+        value = _base64(fields["key"], what, "key", KEY_BYTES)
+        return fields, value
+    return fields, _unlock(fields, canonical, what, passphrase)
+
+
+def _unlock(
+    fields: Mapping[str, str], canonical: Sequence[str], what: str, passphrase: Passphrase
+) -> bytes:
+    name, *pairs = fields["kdf"].split()
+    limits = {"iterations": 16, "lanes": 16, "memory-kib": 1 << 20}
+    costs = {key: text for key, _, text in (pair.partition("=") for pair in pairs)}
+    if (
+        name != "argon2id"
+        or set(costs) != set(limits)
+        or not all(text.isascii() and text.isdigit() and len(text) < 9 for text in costs.values())
+        or not all(1 <= int(costs[key]) <= limit for key, limit in limits.items())
+        or int(costs["memory-kib"]) < 8 * int(costs["lanes"])
+    ):
+        raise ValueError(
+            f"{what}: field 'kdf': expected argon2id with at most {limits}, got something else. "
+            "The file is damaged, or from another version."
+        )
+    salt = _base64(fields["salt"], what, "salt", _SALT_BYTES)
+    sealed = _base64(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + 16)
+    if passphrase is None:
+        raise ValueError(f"{what}: is locked with a passphrase, got none.")
+    words = passphrase if isinstance(passphrase, str) else passphrase()
+    aead = _lock(words, salt, {key: int(text) for key, text in costs.items()})
+    try:
+        return aead.decrypt(
+            sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], "\n".join(canonical[:-1]).encode()
+        )
+    except InvalidTag:
+        raise ValueError(f"{what}: wrong passphrase.") from None
+
+
+def _lines(data: bytes, what: str) -> list[str]:
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{what}: expected a short text, got more than {_MAX_BYTES} bytes.")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]:
+        raise ValueError(f"{what}: expected UTF-8 text, got UTF-16 or no text. Save it as UTF-8.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{what}: expected UTF-8 text, got something else.") from None
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _check_kind(first: str, what: str, kind: _Kind) -> None:
+    name, _, version = first.rpartition("-v")
+    if name == kind.name and version == "1":
+        return
+    if name in _KINDS and version.isascii() and version.isdigit():
+        if name == kind.name:
+            raise ValueError(
+                f"{what}: expected version 1, got version {version[:9]}. Update selcrypt-jax."
+            )
+        actual = _KINDS[name].called
+    elif first.startswith("AGE-SECRET-KEY-"):
+        actual = "an age identity (for --identity)"
+    elif first.startswith("-----BEGIN AGE"):
+        actual = "something sealed with age, which only a grant can be"
+    elif first.startswith("-----BEGIN"):
+        actual = "a PEM file"
+    elif first.startswith(("age1", "ssh-")):
+        actual = "the public key of a recipient"
+    else:
+        actual = "no file of selcrypt's" if first else "an empty file"
+    raise ValueError(
+        f"{what}: expected {kind.called}, which begins with {kind.name}-v1, got {actual}."
+    )
+
+
+def _base64(text: str, what: str, field: str, size: int) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        data = b""
+    if len(data) != size:
+        raise ValueError(
+            f"{what}: field {field!r}: expected {size} bytes in base64, got something else. The "
+            "file is damaged."
+        )
+    return data
+
+
+# --- files --------------------------------------------------------------------------------------
+
+
+def _write(path: AnyPath, data: bytes, kind: _Kind, force: bool) -> None:
+    try:
+        with new_file(path, force=force, private=kind.private) as file:
+            file.write(data)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
+            "with force it is replaced, and what only it could open is lost."
+        ) from None
+
+
+def _read(path: AnyPath, kind: _Kind) -> bytes:
+    with open(path, "rb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+        data = file.read(_MAX_BYTES + 1)
+    sealed = data.startswith(_AGE)
+    if kind.private and not sealed and stat.S_ISREG(mode) and mode & 0o077 and os.name == "posix":
+        warnings.warn(
+            f"{path}: others may read this file, which holds {kind.called}. chmod 600 {path}",
+            stacklevel=3,
+        )
+    return data
+
+
+# --- age ----------------------------------------------------------------------------------------
+
+
+def _pyrage() -> Any:
+    try:
+        import pyrage
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "grants that are sealed with age need pyrage, which is not installed. Install the "
+            "extra: pip install 'selcrypt-jax[age]'",
+            name=error.name,
+        ) from error
+    return pyrage
+
+
+def _recipient(pyrage: Any, text: str) -> Any:
+    kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
+    try:
+        return kind.Recipient.from_str(text.strip())
+    except pyrage.RecipientError:
+        # Not the text: it may be a private key that was passed by mistake.
+        raise ValueError(
+            "recipient: expected an age (age1...) or SSH (ssh-ed25519 ...) public key, got "
+            "something else."
+        ) from None
+
+
+def _unseal(data: bytes, what: str, identities: Sequence[AnyPath]) -> bytes:
+    if not identities:
+        raise ValueError(
+            f"{what}: is sealed to somebody's age or SSH key, expected that private key, got "
+            "none. Pass it: --identity FILE, or identities=[FILE]."
+        )
+    pyrage = _pyrage()
+    keys = [key for path in identities for key in _identities(pyrage, Path(path))]
+    try:
+        return pyrage.decrypt(data, keys)
+    except pyrage.DecryptError:
+        raise ValueError(
+            f"{what}: is not sealed to the keys in {', '.join(map(str, identities))}, or damaged."
+        ) from None
+
+
+def _identities(pyrage: Any, path: Path) -> list[Any]:
+    data = path.read_bytes()
+    try:
+        if data.lstrip().startswith(b"-----BEGIN"):
+            return [pyrage.ssh.Identity.from_buffer(data)]
+        lines = _lines(data, str(path))
+        found = [pyrage.x25519.Identity.from_str(line) for line in lines]
+    except pyrage.IdentityError:
+        found = []
+    if not found:
+        raise ValueError(
+            f"{path}: expected an age identity (AGE-SECRET-KEY-1...) or an SSH private key, got "
+            "something else."
+        )
+    return found

@@ -1,0 +1,275 @@
+"""The commands, as a vendor and a customer run them."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from selcrypt_jax import Secret, open_model, read_grant, read_secret
+from selcrypt_jax.cli import COMMANDS, main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
+    rng = np.random.default_rng(0)
+    tensors = {
+        "features.0.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32),
+        "features.0.bias": rng.standard_normal(32).astype(np.float32),
+        "classifier.weight": rng.standard_normal((40, 64)).astype(np.float16),
+    }
+    safetensors.numpy.save_file(tensors, "model.safetensors", {"format": "pt"})
+    return tmp_path
+
+
+@pytest.fixture
+def selcrypt(capsys):
+    def run(line: str, *, fails: str | None = None) -> str:
+        status = main(line.split())
+        out = capsys.readouterr()
+        if fails is None:
+            assert status == 0, out.err
+            assert out.err == "" or out.err.lstrip().startswith("Not signed"), out.err
+        else:
+            assert status == 1
+            assert fails in out.err
+            assert out.err.startswith("selcrypt: ")
+            assert "Traceback" not in out.err
+        return out.out
+
+    return run
+
+
+PROTECT = "protect model.safetensors -o public.safetensors --secret keys/secret.key"
+PROTECT += " --signing keys/signing.key --budget 0.3 --levels 3"
+
+
+@pytest.fixture
+def public(selcrypt):
+    selcrypt("keygen -o keys")
+    selcrypt(PROTECT)
+    return Path("public.safetensors")
+
+
+def test_the_whole_way(selcrypt, public):
+    for level in (1, 2, 3):
+        selcrypt(f"grant {public} --level {level} --secret keys/secret.key -o {level}.grant")
+        selcrypt(f"unlock {public} --grant {level}.grant -o {level}.safetensors")
+    original = Path("model.safetensors").read_bytes()
+    assert Path("3.safetensors").read_bytes() == original
+    assert len({Path(f"{m}.safetensors").read_bytes() for m in (1, 2, 3)}) == 3
+    selcrypt(f"unlock {public} -g 3.grant --level 2 -o two.safetensors")
+    assert Path("two.safetensors").read_bytes() == Path("2.safetensors").read_bytes()
+    assert "stays closed" in selcrypt(f"inspect {public} -g 2.grant")
+    assert "Signed by" in selcrypt(f"verify {public}")
+    assert "as expected" in selcrypt(f"verify {public} --signer keys/signing.pub -g 2.grant")
+    arrays = open_model(public, "3.grant")
+    stock = safetensors.numpy.load_file("model.safetensors")
+    assert all((arrays[name] == leaf).all() for name, leaf in stock.items())
+    selcrypt(f"rotate {public} --secret keys/secret.key --signing keys/signing.key")
+    selcrypt(f"unlock {public} -g 3.grant -o x", fails="but the grant is for model")
+    assert not Path("x").exists()
+
+
+def test_json_says_the_same(selcrypt):
+    made = json.loads(selcrypt("keygen -o keys --json"))
+    found = json.loads(selcrypt(PROTECT + " --json"))
+    assert found["signer"] == made["signer"]
+    assert found == json.loads(selcrypt("inspect public.safetensors --json"))
+    assert [level["level"] for level in found["levels"]] == [1, 2, 3]
+    grant = json.loads(
+        selcrypt("grant public.safetensors --level 2 --secret keys/secret.key -o g --json")
+    )
+    assert grant == {
+        "grant": "g", "model_id": found["model_id"], "level": 2, "levels": 3, "recipients": 0
+    }  # fmt: skip
+    opened = json.loads(selcrypt("unlock public.safetensors -g g -o out --json"))
+    assert opened == {"out": "out", "model_id": found["model_id"], "level": 2}
+    checked = json.loads(selcrypt("verify public.safetensors -g g --json"))
+    assert checked["signer_known"] is True
+    assert [level["opens"] for level in checked["levels"]] == [True, True, False]
+    rotated = json.loads(
+        selcrypt(
+            "rotate public.safetensors --secret keys/secret.key --signing keys/signing.key "
+            "-o new --json"
+        )
+    )
+    assert rotated["model_id"] == json.loads(selcrypt("inspect new --json"))["model_id"]
+    assert rotated["model_id"] != found["model_id"]
+
+
+@pytest.mark.parametrize("strategy", ["l2", "random", "ascend", "descend", "mean"])
+def test_strategies_need_no_data(selcrypt, strategy):
+    selcrypt("keygen -o keys")
+    selcrypt(PROTECT + f" --strategy {strategy} --granularity filter")
+    found = json.loads(selcrypt("inspect public.safetensors --json"))
+    assert found["levels"][-1]["groups"] > 0
+
+
+def test_passphrases_from_a_file(selcrypt):
+    Path("words").write_text("correct horse\n")
+    Path("other").write_text("battery staple")
+    selcrypt("keygen -o keys --passphrase-file words")
+    selcrypt(PROTECT + " --passphrase-file words")
+    selcrypt(PROTECT + " --passphrase-file other --force", fails="secret.key: wrong passphrase")
+    selcrypt(PROTECT + " --force", fails="--passphrase-file")
+    assert "correct horse" not in Path("keys/secret.key").read_text()
+
+
+def test_grants_that_are_sealed_to_a_recipient(selcrypt, public):
+    pyrage = pytest.importorskip("pyrage")
+    identity = pyrage.x25519.Identity.generate()
+    Path("id.txt").write_text(f"# mine\n{identity}\n")
+    Path("id.pub").write_text(f"{identity.to_public()}\n")
+    grant = f"grant {public} --level 3 --secret keys/secret.key"
+    selcrypt(f"{grant} -o a.grant --to {identity.to_public()}")
+    selcrypt(f"{grant} -o b.grant --to id.pub")
+    for name in ("a.grant", "b.grant"):
+        assert "model-id" not in Path(name).read_text()
+        selcrypt(f"unlock --identity id.txt {public} -g {name} -o {name}.out")
+        assert Path(f"{name}.out").read_bytes() == Path("model.safetensors").read_bytes()
+    selcrypt(f"unlock {public} -g a.grant -o x", fails="--identity")
+    Path("other.txt").write_text(str(pyrage.x25519.Identity.generate()))
+    selcrypt(f"unlock {public} -g a.grant -o x --identity other.txt", fails="not sealed to")
+    selcrypt(f"{grant} -o c.grant --to nonsense", fails="nonsense")
+    assert not Path("c.grant").exists()
+
+
+def test_nothing_is_overwritten(selcrypt, public):
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    selcrypt("keygen -o keys", fails="exists already")
+    selcrypt(PROTECT, fails="the output exists already")
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g", fails="exists already")
+    selcrypt(f"unlock {public} -g g -o model.safetensors", fails="the output exists already")
+    selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected another file than")
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    selcrypt(f"unlock {public} -g g -o model.safetensors --force")
+
+
+BAD = {
+    "no such file": ("verify nothing", "nothing"),
+    "not a safetensors file": ("verify words", "is cut off, or no safetensors file"),
+    "not protected": ("verify model.safetensors", "is not a protected file"),
+    "protected already": (
+        PROTECT.replace("model.safetensors", "public.safetensors").replace("-o public", "-o x"),
+        "is a protected file already",
+    ),
+    "level that does not exist": (
+        "grant public.safetensors --level 4 --secret keys/secret.key -o x", "expected 1..3, got 4"),
+    "another secret": (
+        "grant public.safetensors --level 1 --secret other/secret.key -o x", "does not open"),
+    "wrong kind of key": (
+        "grant public.safetensors --level 1 --secret keys/signing.pub -o x",
+        "expected a secret, which begins with selcrypt-secret-v1, got a verify key (public)"),
+    "rotate without signing": (
+        "rotate public.safetensors --secret keys/secret.key", "expected a signing key"),
+    "signed by another": (
+        "verify public.safetensors --signer other/signing.pub", "expected a file signed by"),
+    "select nothing": (PROTECT + " --select nope --force", "matches no leaf. There are: 'class"),
+    "bad regex": (PROTECT + " --select ( --force", "is not a regular expression"),
+    "budget": (PROTECT.replace("0.3", "0") + " --force", "expected a share of the groups"),
+    "budget that selects nothing": (
+        PROTECT.replace("0.3", "0.0001") + " --force", "level 1 adds no groups"),
+    "levels": (PROTECT.replace("levels 3", "levels 0") + " --force", "expected at least 1"),
+    "folder missing": (PROTECT.replace("-o public", "-o no/public"), "no such folder"),
+    "later grant": ("unlock public.safetensors -g later.grant -o x", "Update selcrypt-jax"),
+}  # fmt: skip
+
+
+def test_bad_input_is_refused_and_nothing_is_lost(selcrypt, public):
+    selcrypt("keygen -o other")
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g")
+    text = Path("g").read_text().replace("grant-v1", "grant-v2")
+    Path("later.grant").write_text(text)
+    Path("later.grant").chmod(0o600)
+    Path("words").write_text("these are some words and no model")
+    before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+    for line, message in BAD.values():
+        selcrypt(line, fails=message)
+    assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+
+
+def test_secrets_are_never_shown(selcrypt, public, capsys, monkeypatch):
+    """Not by any command, nor in any error, nor in the file."""
+    selcrypt(f"grant {public} --level 2 --secret keys/secret.key -o g")
+    secrets = [bytes(read_secret("keys/secret.key")), bytes(read_grant("g").key)]
+    secrets += [base64.b64decode(Path("keys/signing.key").read_text().split("key: ")[1].split()[0])]
+    lines = [
+        f"inspect {public}", f"inspect {public} -g g --json", f"verify {public} -g g",
+        f"unlock {public} -g g -o out", f"unlock {public} -g g -o out",
+        f"grant {public} --level 2 --secret g -o x", f"unlock {public} -g keys/secret.key -o x",
+        f"verify {public} --signer keys/signing.key", f"verify {public} -g keys/secret.key",
+        f"grant {public} --level 9 --secret keys/secret.key -o x --json",
+        f"rotate {public} --secret keys/signing.key",
+    ]  # fmt: skip
+    shown = public.read_bytes()
+    for line in lines:
+        main(line.split())
+        out = capsys.readouterr()
+        shown += (out.out + out.err).encode()
+    # a key whose last characters were lost, and one with a typing error
+    text = Path("keys/secret.key").read_text()
+    for damaged in (text[:-30], text.replace("key: ", "key: A"), text.replace("key: ", "key ")):
+        Path("damaged").write_text(damaged)
+        Path("damaged").chmod(0o600)
+        assert main(f"grant {public} --level 1 --secret damaged -o x".split()) == 1
+        shown += capsys.readouterr().err.encode()
+    for secret in secrets:
+        for form in (secret, secret.hex().encode(), base64.b64encode(secret)):
+            assert form not in shown
+            assert form[:20] not in shown
+    assert repr(Secret(secrets[0])) == "Secret(<32 bytes>)"
+
+
+def test_a_file_that_others_can_read_is_warned_about(selcrypt, public, capsys):
+    Path("keys/secret.key").chmod(0o644)
+    assert main(f"grant {public} --level 1 --secret keys/secret.key -o g".split()) == 0
+    assert "warning: keys/secret.key: others may read this file" in capsys.readouterr().err
+
+
+def run(*args: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "selcrypt_jax", *args],
+        capture_output=True, text=True, check=False, timeout=120, **options,
+    )  # fmt: skip
+
+
+def test_unlock_starts_no_jax_and_needs_no_locale(selcrypt, public):
+    selcrypt(f"grant {public} --level 3 --secret keys/secret.key -o g")
+    code = (
+        "import sys; from selcrypt_jax.cli import main; "
+        "status = main(['unlock', 'public.safetensors', '-g', 'g', '-o', 'ü.safetensors']); "
+        "print(status, [m for m in ('jax', 'flax', 'optax', 'orbax') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-X", "utf8=0", "-c", code],
+        env={**os.environ, "LC_ALL": "C.UTF-8"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1] == "0 []"
+    assert Path("ü.safetensors").read_bytes() == Path("model.safetensors").read_bytes()
+
+
+def test_as_a_process(public):
+    assert run("unlock", "--help").returncode == 0
+    assert "selcrypt keygen -o keys" in run("--help").stdout
+    wrong = run("unlock", str(public))
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
+    failed = run("verify", "nothing")
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("selcrypt: ")
+
+
+def test_every_command_teaches():
+    for name, command in COMMANDS.items():
+        assert command.__doc__, name
