@@ -92,7 +92,7 @@ def read_secret(path: AnyPath, *, passphrase: Passphrase = None) -> Secret:
         ValueError: not such a file, a damaged one, or a wrong passphrase.
         OSError: it cannot be read.
     """
-    return Secret(_parse(_read(path, _SECRET), str(path), _SECRET, passphrase)[1])
+    return Secret(_load(path, _SECRET, passphrase))
 
 
 def write_signing_key(
@@ -104,7 +104,7 @@ def write_signing_key(
 
 def read_signing_key(path: AnyPath, *, passphrase: Passphrase = None) -> SigningKey:
     """Reads the owner's signing key; arguments and errors as `read_secret`."""
-    return SigningKey(_parse(_read(path, _SIGNING), str(path), _SIGNING, passphrase)[1])
+    return SigningKey(_load(path, _SIGNING, passphrase))
 
 
 def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> None:
@@ -127,7 +127,7 @@ def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> No
 
 def read_verify_key(path: AnyPath) -> bytes:
     """The 32 bytes of an owner's public key; errors as `read_secret`."""
-    return _parse(_read(path, _VERIFY), str(path), _VERIFY, None)[1]
+    return _load(path, _VERIFY, None)
 
 
 def write_grant(
@@ -180,10 +180,12 @@ def read_grant(
         ModuleNotFoundError: it is sealed, and the extra ``age`` is not installed.
         OSError: it cannot be read.
     """
-    what, data = str(path), _read(path, _GRANT)
+    what = str(path)
+    data, open_to_others = _read(path)
     if data.startswith(_AGE):
-        data = _unseal(data, what, identities)
+        data, open_to_others = _unseal(data, what, identities), False
     fields, value = _parse(data, what, _GRANT, passphrase)
+    _warn(path, _GRANT, open_to_others)
     try:
         model_id, level = bytes.fromhex(fields["model-id"]), int(fields["level"])
         signer = bytes.fromhex(fields["signer"]) if "signer" in fields else None
@@ -364,17 +366,28 @@ def _write(path: AnyPath, data: bytes, kind: _Kind, force: bool) -> None:
         ) from None
 
 
-def _read(path: AnyPath, kind: _Kind) -> bytes:
+def _load(path: AnyPath, kind: _Kind, passphrase: Passphrase) -> bytes:
+    """The 32 bytes of a key file."""
+    data, open_to_others = _read(path)
+    _, value = _parse(data, str(path), kind, passphrase)
+    _warn(path, kind, open_to_others)
+    return value
+
+
+def _read(path: AnyPath) -> tuple[bytes, bool]:
+    """Its content, and whether others than its owner may read it. Once, since it may be a pipe."""
     with open(path, "rb") as file:
         mode = os.fstat(file.fileno()).st_mode
-        data = file.read(_MAX_BYTES + 1)
-    sealed = data.startswith(_AGE)
-    if kind.private and not sealed and stat.S_ISREG(mode) and mode & 0o077 and os.name == "posix":
+        open_to_others = os.name == "posix" and stat.S_ISREG(mode) and bool(mode & 0o077)
+        return file.read(_MAX_BYTES + 1), open_to_others
+
+
+def _warn(path: AnyPath, kind: _Kind, open_to_others: bool) -> None:
+    if kind.private and open_to_others:
         warnings.warn(
-            f"{path}: others may read this file, which holds {kind.called}. chmod 600 {path}",
-            stacklevel=3,
+            f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
+            stacklevel=4,
         )
-    return data
 
 
 # --- age ----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from selcrypt_jax.cli import COMMANDS, main
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main sets its own
     rng = np.random.default_rng(0)
     tensors = {
         "features.0.weight": rng.standard_normal((32, 16, 3, 3)).astype(np.float32),

@@ -58,8 +58,13 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 1 with the reason on standard error.
     """
-    warnings.showwarning = _show_warning
-    args = sys.argv[1:] if args is None else list(args)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=".*others may read this file")
+        warnings.showwarning = _show_warning
+        return _run(sys.argv[1:] if args is None else list(args))
+
+
+def _run(args: list[str]) -> int:
     # One command's parser is made, not nine: a start takes long enough.
     chosen = {args[0]: COMMANDS[args[0]]} if args and args[0] in COMMANDS else COMMANDS
     try:
