@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import selcrypt_jax as sj
+from selcrypt_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,8 +26,28 @@ def run(code: str) -> str:
 
 
 def test_example_of_the_readme():
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    text = (ROOT / "README.md").read_text()
+    (example,) = re.findall(r"## In ten lines\n+```python\n(.*?)```", text, re.DOTALL)
     run(example)
+
+
+def test_commands_of_the_readme(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    section = re.findall(r"in five commands\n(.*?)\n## ", text, re.DOTALL)[0]
+    (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    kernel = np.random.default_rng(0).standard_normal((64, 32, 3, 3), np.float32)
+    safetensors.numpy.save_file({"conv.weight": kernel}, "model.safetensors")
+    for line in commands.splitlines():
+        program, *args = line.split()
+        assert program == "selcrypt"
+        assert main(args) == 0, line
+    scope: dict = {}
+    exec(example, scope)
+    alice = safetensors.numpy.load_file("alice.safetensors")["conv.weight"]
+    assert (scope["params"]["conv.weight"] == alice).all()
+    assert (alice != kernel).any()
 
 
 def test_names_in_the_readme_exist():
