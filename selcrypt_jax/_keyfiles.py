@@ -92,7 +92,7 @@ def read_secret(path: AnyPath, *, passphrase: Passphrase = None) -> Secret:
         ValueError: not such a file, a damaged one, or a wrong passphrase.
         OSError: it cannot be read.
     """
-    return Secret(_load(path, _SECRET, passphrase))
+    return Secret(_load(path, _SECRET, passphrase)[1])
 
 
 def write_signing_key(
@@ -104,7 +104,7 @@ def write_signing_key(
 
 def read_signing_key(path: AnyPath, *, passphrase: Passphrase = None) -> SigningKey:
     """Reads the owner's signing key; arguments and errors as `read_secret`."""
-    return SigningKey(_load(path, _SIGNING, passphrase))
+    return SigningKey(_load(path, _SIGNING, passphrase)[1])
 
 
 def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> None:
@@ -127,7 +127,7 @@ def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> No
 
 def read_verify_key(path: AnyPath) -> bytes:
     """The 32 bytes of an owner's public key; errors as `read_secret`."""
-    return _load(path, _VERIFY, None)
+    return _load(path, _VERIFY, None)[1]
 
 
 def write_grant(
@@ -180,12 +180,7 @@ def read_grant(
         ModuleNotFoundError: it is sealed, and the extra ``age`` is not installed.
         OSError: it cannot be read.
     """
-    what = str(path)
-    data, open_to_others = _read(path)
-    if data.startswith(_AGE):
-        data, open_to_others = _unseal(data, what, identities), False
-    fields, value = _parse(data, what, _GRANT, passphrase)
-    _warn(path, _GRANT, open_to_others)
+    fields, value = _load(path, _GRANT, passphrase, identities)
     try:
         model_id, level = bytes.fromhex(fields["model-id"]), int(fields["level"])
         signer = bytes.fromhex(fields["signer"]) if "signer" in fields else None
@@ -193,7 +188,7 @@ def read_grant(
             raise ValueError(f"signer: expected {KEY_BYTES} bytes, got {len(signer)}")
         return Grant(LevelKey(value, level=level, model_id=model_id), signer)
     except ValueError as error:
-        raise ValueError(f"{what}: {error}. The grant is damaged: ask for it again.") from None
+        raise ValueError(f"{path}: {error}. The grant is damaged: ask for it again.") from None
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -366,12 +361,20 @@ def _write(path: AnyPath, data: bytes, kind: _Kind, force: bool) -> None:
         ) from None
 
 
-def _load(path: AnyPath, kind: _Kind, passphrase: Passphrase) -> bytes:
-    """The 32 bytes of a key file."""
+def _load(
+    path: AnyPath, kind: _Kind, passphrase: Passphrase, identities: Sequence[AnyPath] = ()
+) -> tuple[dict[str, str], bytes]:
+    """The fields and the 32 bytes of a key file."""
     data, open_to_others = _read(path)
-    _, value = _parse(data, str(path), kind, passphrase)
-    _warn(path, kind, open_to_others)
-    return value
+    if kind is _GRANT and data.startswith(_AGE):
+        data, open_to_others = _unseal(data, str(path), identities), False
+    found = _parse(data, str(path), kind, passphrase)
+    if kind.private and open_to_others:
+        warnings.warn(
+            f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
+            stacklevel=3,
+        )
+    return found
 
 
 def _read(path: AnyPath) -> tuple[bytes, bool]:
@@ -380,14 +383,6 @@ def _read(path: AnyPath) -> tuple[bytes, bool]:
         mode = os.fstat(file.fileno()).st_mode
         open_to_others = os.name == "posix" and stat.S_ISREG(mode) and bool(mode & 0o077)
         return file.read(_MAX_BYTES + 1), open_to_others
-
-
-def _warn(path: AnyPath, kind: _Kind, open_to_others: bool) -> None:
-    if kind.private and open_to_others:
-        warnings.warn(
-            f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
-            stacklevel=4,
-        )
 
 
 # --- age ----------------------------------------------------------------------------------------
