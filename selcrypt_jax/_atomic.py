@@ -22,7 +22,8 @@ def new_file(
 
     The bytes are on the disk before the name is. After an exception, there is no file, or the old
     one. On Linux the new file has no name while it is written, so that even a killed process
-    leaves nothing behind; elsewhere a file ``.NAME.XXXX.selcrypt-tmp`` may stay then, which is in
+    leaves nothing behind (but for the moment, with `force`, in which a whole file waits to take
+    the place of another); elsewhere a file ``.NAME.XXXX.selcrypt-tmp`` may stay then, which is in
     nobody's way.
 
     Args:

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from ._json import json_object
+from ._dtypes import SAFETENSORS
+from ._json import json_object, show
 from ._keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey, SigningKey, verify_signature
 from ._lossless import LosslessCipher
 
@@ -33,6 +34,7 @@ MANIFEST = "selcrypt"
 _BOX = "selcrypt.box."
 _SIGNATURE = "selcrypt.signature"
 _NONCE_BYTES = 12
+_MAX_AXES = 63  # NumPy has one more, which the table of positions takes
 DAMAGED = "The file was damaged or altered: get it anew from its owner."
 NO_DIGEST = "0" * 64
 
@@ -221,16 +223,18 @@ class _Checker(NamedTuple):
     def that(self, condition: bool, field: str, expected: str) -> None:
         if not condition:
             raise IntegrityError(
-                f"{self.what}: field {field!r}: expected {expected}, got something else. {DAMAGED}"
+                f"{self.what}: field {show(field)}: expected {expected}, got something else. "
+                f"{DAMAGED}"
             )
 
     def keys(self, value: Any, field: str, names: str) -> None:
         expected = names.split()
         if not isinstance(value, dict) or set(value) != set(expected):
             got = sorted(value) if isinstance(value, dict) else type(value).__name__
-            where = f"field {field!r}: " if field else ""
+            where = f"field {show(field)}: " if field else ""
             raise IntegrityError(
-                f"{self.what}: {where}expected an object with {expected}, got {got}. {DAMAGED}"
+                f"{self.what}: {where}expected an object with {expected}, got {show(got)}. "
+                f"{DAMAGED}"
             )
 
     def hex(self, value: Any, field: str, size: int) -> bytes:
@@ -345,15 +349,15 @@ class Envelope:
         if actual != expected:
             wrong = sorted(actual ^ expected)
             raise IntegrityError(
-                f"{what}: metadata: expected the entries {sorted(expected)}, got {wrong} too much "
-                f"or too little. {DAMAGED}"
+                f"{what}: metadata: expected the entries {show(sorted(expected))}, got "
+                f"{show(wrong)} too much or too little. {DAMAGED}"
             )
         own = {key: value for key, value in metadata.items() if not _is_ours(key)}
         digest = None if manifest.metadata is None and not own else metadata_digest(own)
         if digest != manifest.metadata:
             raise IntegrityError(
-                f"{what}: metadata: the entries {sorted(own)} are not those that were protected. "
-                f"{DAMAGED}"
+                f"{what}: metadata: the entries {show(sorted(own))} are not those that were "
+                f"protected. {DAMAGED}"
             )
         signature = None
         if manifest.signer:
@@ -439,18 +443,27 @@ class Envelope:
 
     def _weights(self, ring: SealedRing, level: int) -> int:
         """How many weights a ring has, once it is sure to fit its tensor."""
+        where = f"{self.what}: box of level {level}"
         tensor = self.manifest.tensors.get(ring.tensor)
         fits = (
             tensor is not None
+            # A mask over no weights could be as large as its forger likes.
+            and 0 not in tensor.shape
+            and len(tensor.shape) <= _MAX_AXES
             and len(ring.mask_shape) == len(tensor.shape)
             and all(m in (1, n) for m, n in zip(ring.mask_shape, tensor.shape, strict=True))
             and 1 <= ring.groups <= math.prod(ring.mask_shape)
         )
         if tensor is None or not fits:
             raise IntegrityError(
-                f"{self.what}: box of level {level}: the ring of tensor {ring.tensor!r} does not "
-                f"fit it. {DAMAGED}"
+                f"{where}: the ring of tensor {show(ring.tensor)} does not fit it. {DAMAGED}"
             )
+        try:
+            self.manifest.cipher.fine_mask(SAFETENSORS[tensor.dtype])
+        except ValueError as error:
+            raise IntegrityError(
+                f"{where}: tensor {show(ring.tensor)}: {error}. {DAMAGED}"
+            ) from None
         return ring.weights(tensor.shape)
 
 

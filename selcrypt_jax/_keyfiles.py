@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from ._atomic import new_file
-from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, hkdf
+from ._keys import KEY_BYTES, MAX_LEVELS, Grant, LevelKey, Secret, SigningKey, hkdf
 
 AnyPath = str | os.PathLike[str]
 Passphrase = str | Callable[[], str] | None
@@ -78,6 +78,7 @@ def write_secret(
         FileExistsError: there is such a file, and no `force`.
         OSError: it cannot be written.
     """
+    _check_type(secret, Secret, "secret")
     _write(path, _text(_SECRET, {}, bytes(secret), passphrase), _SECRET, force)
 
 
@@ -99,6 +100,7 @@ def write_signing_key(
     path: AnyPath, key: SigningKey, *, passphrase: str | None = None, force: bool = False
 ) -> None:
     """Writes the owner's signing key; arguments and errors as `write_secret`."""
+    _check_type(key, SigningKey, "key")
     _write(path, _text(_SIGNING, {}, bytes(key), passphrase), _SIGNING, force)
 
 
@@ -120,8 +122,7 @@ def write_verify_key(path: AnyPath, public: bytes, *, force: bool = False) -> No
         FileExistsError: there is such a file, and no `force`.
         OSError: it cannot be written.
     """
-    if len(public) != KEY_BYTES:
-        raise ValueError(f"public: expected {KEY_BYTES} bytes, got {len(public)}.")
+    _check_public(public, "public")
     _write(path, _text(_VERIFY, {}, public, None), _VERIFY, force)
 
 
@@ -154,8 +155,11 @@ def write_grant(
         ModuleNotFoundError: recipients, and the extra ``age`` is not installed.
         OSError: it cannot be written.
     """
+    _check_type(grant, Grant, "grant")
+    _check_type(grant.key, LevelKey, "grant.key")
     fields = {"model-id": grant.key.model_id.hex(), "level": str(grant.key.level)}
     if grant.signer is not None:
+        _check_public(grant.signer, "grant.signer")
         fields["signer"] = grant.signer.hex()
     text = _text(_GRANT, fields, bytes(grant.key), passphrase)
     if recipients:
@@ -182,13 +186,32 @@ def read_grant(
     """
     fields, value = _load(path, _GRANT, passphrase, identities)
     try:
-        model_id, level = bytes.fromhex(fields["model-id"]), int(fields["level"])
+        model_id, level = bytes.fromhex(fields["model-id"]), _level(fields["level"])
         signer = bytes.fromhex(fields["signer"]) if "signer" in fields else None
         if signer is not None and len(signer) != KEY_BYTES:
             raise ValueError(f"signer: expected {KEY_BYTES} bytes, got {len(signer)}")
         return Grant(LevelKey(value, level=level, model_id=model_id), signer)
     except ValueError as error:
         raise ValueError(f"{path}: {error}. The grant is damaged: ask for it again.") from None
+
+
+def _check_type(value: object, expected: type, name: str) -> None:
+    # bytes(32) is 32 zeros: without this check, a number would be written as a key.
+    if not isinstance(value, expected):
+        raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}.")
+
+
+def _check_public(public: bytes, name: str) -> None:
+    _check_type(public, bytes, name)
+    if len(public) != KEY_BYTES:
+        raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(public)}.")
+
+
+def _level(text: str) -> int:
+    # Not int() alone, which takes 0_2 and other scripts' digits, and shows what it refuses.
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_LEVELS):
+        raise ValueError(f"level: expected a number 1..{MAX_LEVELS}, got something else")
+    return int(text[:9])
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -250,7 +273,12 @@ def _parse(
     locked = "sealed" in fields
     needed = {*kind.fields, "checksum", *(_LOCK if locked else ("key",))} - _OPTIONAL
     missing = sorted(needed - set(fields))
-    if missing or (locked and "key" in fields) or (not locked and set(_LOCK) & set(fields)):
+    if missing:
+        raise ValueError(
+            f"{what}: expected the fields {', '.join(sorted(needed))}, got no "
+            f"{', '.join(missing)}. The file is cut off or damaged."
+        )
+    if (locked and "key" in fields) or (not locked and set(_LOCK) & set(fields)):
         raise ValueError(
             f"{what}: expected the fields {', '.join(sorted(needed))}, got "
             f"{', '.join(sorted(fields)) or 'none'}. The file is cut off or damaged."
@@ -285,7 +313,10 @@ def _unlock(
     salt = _base64(fields["salt"], what, "salt", _SALT_BYTES)
     sealed = _base64(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + 16)
     if passphrase is None:
-        raise ValueError(f"{what}: is locked with a passphrase, got none.")
+        raise ValueError(
+            f"{what}: is locked with a passphrase, got none. Pass it: passphrase=..., or "
+            "--passphrase-file FILE."
+        )
     words = passphrase if isinstance(passphrase, str) else passphrase()
     aead = _lock(words, salt, {key: int(text) for key, text in costs.items()})
     try:
@@ -357,7 +388,7 @@ def _write(path: AnyPath, data: bytes, kind: _Kind, force: bool) -> None:
     except FileExistsError:
         raise FileExistsError(
             f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
-            "with force it is replaced, and what only it could open is lost."
+            "with force=True (--force) it is replaced, and what only it could open is lost."
         ) from None
 
 
@@ -366,8 +397,9 @@ def _load(
 ) -> tuple[dict[str, str], bytes]:
     """The fields and the 32 bytes of a key file."""
     data, open_to_others = _read(path)
-    if kind is _GRANT and data.startswith(_AGE):
-        data, open_to_others = _unseal(data, str(path), identities), False
+    start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if kind is _GRANT and start.startswith(_AGE):
+        data, open_to_others = _unseal(start, str(path), identities), False
     found = _parse(data, str(path), kind, passphrase)
     if kind.private and open_to_others:
         warnings.warn(
@@ -439,7 +471,7 @@ def _identities(pyrage: Any, path: Path) -> list[Any]:
         found = []
     if not found:
         raise ValueError(
-            f"{path}: expected an age identity (AGE-SECRET-KEY-1...) or an SSH private key, got "
-            "something else."
+            f"{path}: expected an age identity (AGE-SECRET-KEY-1...) or an SSH private key without "
+            "a passphrase, got something else."
         )
     return found

@@ -150,7 +150,7 @@ class LevelKey(_Bytes):
         model_id: of the protection that it belongs to.
 
     Raises:
-        TypeError, ValueError: bytes of another number or type, or a level below 1.
+        TypeError, ValueError: bytes of another number or type, or a level out of range.
     """
 
     __slots__ = ("level", "model_id")
@@ -158,8 +158,8 @@ class LevelKey(_Bytes):
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
         level = operator.index(level)
-        if level < 1:
-            raise ValueError(f"level: expected at least 1, got {level}. Level 0 needs no key.")
+        if not 1 <= level <= MAX_LEVELS:
+            raise ValueError(f"level: expected 1..{MAX_LEVELS}, got {level}. Level 0 needs no key.")
         self.level = level
         self.model_id = _check_model_id(model_id)
 

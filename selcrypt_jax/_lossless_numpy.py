@@ -103,8 +103,8 @@ def _permutation(key: bytes, units: int) -> np.ndarray:
         # Blocks that are one unit short: what lies behind their end sorts last and so stays.
         packed[units - (length - 1) * blocks :, -1] = 2**32 - 1
     packed.sort(axis=1)
-    place = (packed & (BLOCK - 1)).astype(np.int64)
-    return (place.T * blocks + np.arange(blocks)).ravel()[:units]
+    place = (packed & (BLOCK - 1)).astype(np.int32)
+    return (place.T * np.int32(blocks) + np.arange(blocks, dtype=np.int32)).ravel()[:units]
 
 
 def _mask(key: bytes, weights: int, dtype: np.dtype, fine: int) -> np.ndarray:

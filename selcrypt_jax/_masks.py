@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
@@ -192,7 +193,8 @@ def checked_score(name: str, leaf: Any) -> np.ndarray | None:
     if array is None:
         return None
     # Exact for every float of up to 64 bits, and knows how to sort.
-    array = array.astype(np.float64)
+    narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4
+    array = array.astype(np.float32 if narrow else np.float64, copy=False)
     if np.isnan(array).any():
         first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
         raise ValueError(
@@ -203,11 +205,22 @@ def checked_score(name: str, leaf: Any) -> np.ndarray | None:
     return array
 
 
-def rank(scores: np.ndarray) -> np.ndarray:
-    """0 for the most important group, and so on; of equal ones the lower index comes first."""
-    order = np.argsort(-scores, axis=None, kind="stable")
-    ranks = np.empty(len(order), np.int64)
-    ranks[order] = np.arange(len(order))
+def rank(scores: np.ndarray, best: int | None = None) -> np.ndarray:
+    """0 for the most important group, and so on; of equal ones the lower index comes first.
+
+    With `best`, only so many need be right; the others have any rank from there on.
+    """
+    flat = scores.reshape(-1)
+    ranks = np.full(flat.size, flat.size, np.int64 if flat.size >= 2**31 else np.int32)
+    if best is None or best >= flat.size:
+        chosen = np.arange(flat.size, dtype=ranks.dtype)
+    elif best:
+        # To sort them all would take ten times the memory of the weights.
+        chosen = np.flatnonzero(flat >= np.partition(flat, -best)[-best]).astype(ranks.dtype)
+    else:
+        chosen = np.zeros(0, ranks.dtype)
+    order = chosen[np.argsort(-flat[chosen], kind="stable")]
+    ranks[order] = np.arange(len(order), dtype=ranks.dtype)
     return ranks.reshape(scores.shape)
 
 

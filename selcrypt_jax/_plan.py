@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from ._dtypes import SAFETENSORS
 from ._envelope import SealedRing
 from ._groups import Granularity, Layout
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
-from ._masks import Levels, Scope, as_levels, checked_score, rank, rank_all
+from ._masks import Levels, Scope, as_levels, checked_score, rank
 from ._rings import seal_mask
 from ._tree import Selector, listed, select_leaves
 
@@ -203,31 +203,12 @@ def plan_rings(
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}. Leave it out with `select`.") from None
 
-    def checked(name: str) -> np.ndarray:
-        array = checked_score(name, scores(name))
-        assert array is not None
-        return array
-
-    whole: dict[str, np.ndarray] | None = None
-    total: tuple[int, ...] = ()
-    if scope == "model":
-        arrays = {name: checked(name) for name in names}
-        whole = rank_all(arrays)
-        total = levels.counts(sum(array.size for array in arrays.values()))
-
+    by_leaf = _rank_leaves if scope == "leaf" else _rank_model
     rings: dict[str, list[tuple[int, SealedRing]]] = {}
     added: list[int] = []
     refused: dict[str, str] = {}
-    for name in names:
+    for name, ranks, counts in by_leaf(names, scores, levels):
         info = tensors[name]
-        if whole is None:
-            ranks = rank(checked(name))
-            counts = levels.counts(ranks.size)
-        else:
-            ranks = whole[name]
-            order = np.sort(ranks, axis=None)
-            ranks = np.searchsorted(order, ranks)  # within the leaf
-            counts = tuple(int(np.searchsorted(order, count)) for count in total)
         added = added or [0] * len(counts)
         if not ranks.size or not math.prod(info.shape):
             continue
@@ -266,6 +247,53 @@ def plan_rings(
                 "or scope 'model', or select larger tensors."
             )
     return rings
+
+
+def _checked(name: str, scores: Callable[[str], np.ndarray]) -> np.ndarray:
+    array = checked_score(name, scores(name))
+    assert array is not None
+    return array
+
+
+def _rank_leaves(
+    names: Sequence[str], scores: Callable[[str], np.ndarray], levels: Levels
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+    """Name, ranks of its groups, and how many of them each level may decrypt."""
+    for name in names:
+        score = _checked(name, scores)
+        counts = levels.counts(score.size)
+        ranks = rank(score, counts[-1])
+        del score  # as large as the leaf
+        yield name, ranks, counts
+
+
+def _rank_model(
+    names: Sequence[str], scores: Callable[[str], np.ndarray], levels: Levels
+) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
+    """The same, where the leaves compete; of all scores only the best are held at a time."""
+    names = sorted(names)  # so that ties do not depend on the order in the file
+    shapes = {name: np.shape(scores(name)) for name in names}
+    total = levels.counts(sum(map(math.prod, shapes.values())))
+    best = np.zeros(0, np.float32)
+    leaf, index = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    least = -np.inf
+    for number, name in enumerate(names):
+        score = _checked(name, scores).reshape(-1)
+        chosen = np.flatnonzero(score >= least).astype(np.int32)
+        best = np.concatenate([best, score[chosen]])
+        leaf = np.concatenate([leaf, np.full(len(chosen), number, np.int32)])
+        index = np.concatenate([index, chosen])
+        if len(best) > 2 * total[-1] > 0:
+            least = np.partition(best, -total[-1])[-total[-1]]
+            kept = best >= least
+            best, leaf, index = best[kept], leaf[kept], index[kept]
+    order = np.argsort(-best, kind="stable")[: total[-1]]
+    for number, name in enumerate(names):
+        (places,) = np.nonzero(leaf[order] == number)
+        ranks = np.full(math.prod(shapes[name]), math.prod(shapes[name]), np.int32)
+        ranks[index[order[places]]] = np.arange(len(places))
+        counts = tuple(int(np.searchsorted(places, count)) for count in total)
+        yield name, ranks.reshape(shapes[name]), counts
 
 
 def _merged(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:

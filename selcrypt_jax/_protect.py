@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
-from ._atomic import new_file
+from ._atomic import check_output, new_file
 from ._envelope import Envelope, SealedRing, check_unprotected
 from ._groups import Granularity, Layout
 from ._keys import Grant, LevelKey, Secret, SigningKey
@@ -205,6 +205,7 @@ def protect_file(
             check_unprotected(file.metadata, str(file.path))
         tensors = checkpoint.tensors
         if importance is not None:
+            check_output(output, importance)
             given = stack.enter_context(SafetensorsFile(importance))
             names, scores = given_scores(given, tensors)
         else:

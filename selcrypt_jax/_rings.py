@@ -18,7 +18,9 @@ from ._lossless_numpy import rewrite_ring
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
     """The ring of a mask; its plaintext is not known yet."""
-    bitmap = zlib.compress(np.packbits(mask).tobytes(), 9)
+    # Runs of zeros are what there is to find; zlib's own search takes a hundred times as long.
+    stream = zlib.compressobj(9, strategy=zlib.Z_RLE)
+    bitmap = stream.compress(np.packbits(mask).tobytes()) + stream.flush()
     return SealedRing(tensor, mask.shape, int(mask.sum()), bitmap, NO_DIGEST)
 
 
@@ -35,13 +37,15 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
     """
     size = math.prod(ring.mask_shape)
     expected = -(-size // 8)
+    stream = zlib.decompressobj()
     try:
         # Never more than what the shape allows, whatever the compressed bytes claim.
-        packed = zlib.decompressobj().decompress(ring.bitmap, expected + 1)
+        packed = stream.decompress(ring.bitmap, expected + 1)
     except zlib.error:
         packed = b""
-    mask = np.unpackbits(np.frombuffer(packed, np.uint8)).view(bool)
-    if len(packed) != expected or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
+    whole = stream.eof and not stream.unused_data and len(packed) == expected
+    mask = np.unpackbits(np.frombuffer(packed if whole else b"", np.uint8)).view(bool)
+    if not whole or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
         raise IntegrityError(
             f"{what}: box of level {level}: tensor {ring.tensor!r}: expected a bitmap of "
             f"{expected} bytes with {ring.groups} groups, got another. {DAMAGED}"
@@ -79,10 +83,18 @@ def rewrite_tensor(
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
     done = []
+    taken = np.False_
     for level, ring in rings:
+        mask = ring_mask(ring, level, what)
+        if (taken & mask).any():
+            raise IntegrityError(
+                f"{what}: box of level {level}: tensor {ring.tensor!r}: its ring overlaps with "
+                f"that of a lower level. {DAMAGED}"
+            )
+        taken = taken | mask
         plain = rewrite_ring(
             bits,
-            group_positions(info.shape, ring_mask(ring, level, what)),
+            group_positions(info.shape, mask),
             keys.lower(level).cipher_key(),
             ring.tensor,
             cipher=cipher,

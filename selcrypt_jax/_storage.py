@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
@@ -28,6 +28,7 @@ from ._envelope import (
     Tensor,
     metadata_digest,
 )
+from ._json import show
 from ._keys import Grant, LevelKey, Secret, SigningKey, level_key, new_model_id
 from ._lossless import LosslessCipher
 from ._safetensors import SafetensorsFile, header
@@ -205,11 +206,11 @@ def check_table(source: TensorSource, envelope: Envelope) -> None:
     """
     expected = {n: (t.dtype, t.shape) for n, t in envelope.manifest.tensors.items()}
     actual = {n: (t.dtype, tuple(t.shape)) for n, t in source.tensors.items()}
-    for name in expected.keys() | actual.keys():
+    for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
             raise IntegrityError(
-                f"{envelope.what}: tensor {name!r}: expected {expected.get(name, 'none')} as the "
-                f"manifest says, got {actual.get(name, 'none')}. {DAMAGED}"
+                f"{envelope.what}: tensor {show(name)}: expected {show(expected.get(name))} as the "
+                f"manifest says, got {show(actual.get(name))}. {DAMAGED}"
             )
 
 
@@ -217,8 +218,8 @@ def _check_digest(digest: Any, envelope: Envelope, name: str) -> None:
     expected = envelope.manifest.tensors[name].sha256
     if digest.hexdigest() != expected:
         raise IntegrityError(
-            f"{envelope.what}: tensor {name!r}: expected SHA-256 {expected[:16]}… as the manifest "
-            f"says, got {digest.hexdigest()[:16]}…. {DAMAGED}"
+            f"{envelope.what}: tensor {show(name)}: expected SHA-256 {expected[:16]}… as the "
+            f"manifest says, got {digest.hexdigest()[:16]}…. {DAMAGED}"
         )
 
 
@@ -326,7 +327,14 @@ class _SafetensorsOutput(NamedTuple):
         layout = _layout(source)
 
         def head(envelope: Envelope) -> bytes:
-            return header(layout, {**(metadata or {}), **envelope.entries()})
+            entries = {**(metadata or {}), **envelope.entries()}
+            try:
+                return header(layout, entries)
+            except ValueError as error:
+                raise ValueError(
+                    f"{what}: the positions of what is encrypted do not fit into the file: {error} "
+                    "Select larger groups (granularity 'filter'), a smaller share or fewer tensors."
+                ) from None
 
         # The header comes before the data but holds their digests. Its size is known, since these
         # all have the same length, so room is left for it.
@@ -481,11 +489,6 @@ def checkpoint_outputs(
     (first, *_) = checkpoint.files.values()
 
     @contextmanager
-    def file_output(path: AnyPath, force: bool = False) -> Iterator[Output]:
-        with new_file(path, force=force) as file:
-            yield _SafetensorsOutput(file)
-
-    @contextmanager
     def shard_output(stack: ExitStack, path: Path) -> Iterator[Output]:
         # All get their names together, when the last one is written: until then a process that
         # is killed leaves nothing of them behind.
@@ -504,7 +507,9 @@ def checkpoint_outputs(
     if not isinstance(first, SafetensorsFile):
         yield lambda _: folder_output(first)
     elif checkpoint.index is None:
-        yield lambda _: file_output(output, force)
+        # Opened now, since what is wrong with it is to be told before the work.
+        with new_file(output, force=force) as file:
+            yield lambda _: nullcontext(_SafetensorsOutput(file))
     else:
         with new_folder(output) as folder:
             with ExitStack() as stack:

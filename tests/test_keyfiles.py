@@ -203,6 +203,44 @@ def test_missing_and_unreadable_paths(tmp_path):
         write_verify_key(tmp_path / "a", b"abc")
 
 
+@pytest.mark.parametrize(
+    "level", ["two", "+2", "0_2", "\u0662", "0", "65537", "9" * 3000, "9" * 5000]
+)
+def test_levels_are_plain_numbers_within_bounds(tmp_path, level):
+    from selcrypt_jax._keyfiles import _checksum
+
+    lines = text_of(tmp_path / "g").split("\n")
+    lines = [ln for ln in lines if ln and not ln.startswith(("#", "checksum"))]
+    lines = [f"level: {level}" if ln.startswith("level") else ln for ln in lines]
+    path = put(tmp_path / "h", "\n".join([*lines, f"checksum: {_checksum(lines)}"]))
+    assert_refused(read_grant, path, r"level: expected a number 1\.\.65536, got something else")
+
+
+def test_the_missing_field_is_named(tmp_path):
+    text = text_of(tmp_path / "g")
+    path = put(tmp_path / "h", text[: text.index("checksum")])
+    assert_refused(read_grant, path, "got no checksum.*cut off")
+
+
+@pytest.mark.parametrize(
+    ("write", "value", "error", "message"),
+    [
+        (write_secret, 32, TypeError, "secret: expected a Secret, got int"),
+        (write_secret, SIGNING, TypeError, "secret: expected a Secret, got SigningKey"),
+        (write_secret, bytes(SECRET), TypeError, "secret: expected a Secret, got bytes"),
+        (write_signing_key, SECRET, TypeError, "key: expected a SigningKey, got Secret"),
+        (write_verify_key, "x" * 32, TypeError, "public: expected a bytes, got str"),
+        (write_grant, GRANT.key, TypeError, "grant: expected a Grant, got LevelKey"),
+        (write_grant, Grant(GRANT.key, b"abc"), ValueError, "signer: expected 32 bytes, got 3"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, write, value, error, message):
+    with pytest.raises(error, match=message) as caught:
+        write(tmp_path / "a", value)
+    assert_hidden(repr(caught.value))
+    assert not list(tmp_path.iterdir())
+
+
 # --- files --------------------------------------------------------------------------------------
 
 
@@ -246,7 +284,7 @@ def test_passphrases(tmp_path, name):
     assert read(tmp_path / "a", passphrase="zaff\u00e9!") == value  # the same text, composed
     assert read(tmp_path / "a", passphrase=lambda: "zaff\u00e9!") == value
     assert_refused(read, tmp_path / "a", "wrong passphrase", passphrase="other")
-    assert_refused(read, tmp_path / "a", "is locked with a passphrase, got none")
+    assert_refused(read, tmp_path / "a", "locked with a passphrase, got none.*passphrase=")
     write(tmp_path / "b", value)
     assert read(tmp_path / "b", passphrase=pytest.fail) == value  # not asked for in vain
 
@@ -285,6 +323,10 @@ def test_grants_sealed_with_age(tmp_path, pyrage):
     text = (tmp_path / "g").read_text()
     assert text.startswith("-----BEGIN AGE ENCRYPTED FILE-----")
     assert_hidden(text)
+    for form in ("\ufeff" + text, "\n" + text, text.replace("\n", "\r\n"), text.rstrip()):
+        put(tmp_path / "form", form)
+        put(tmp_path / "key", str(one))
+        assert read_grant(tmp_path / "form", identities=[tmp_path / "key"]) == GRANT
     (tmp_path / "g").chmod(0o644)  # may travel in the open: no warning
     for number, identity in enumerate((one, two, three)):
         put(tmp_path / f"{number}", f"# created: today\n{identity}\n")
