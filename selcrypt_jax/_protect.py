@@ -203,6 +203,8 @@ def protect_file(
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         for file in checkpoint.files.values():
             check_unprotected(file.metadata, str(file.path))
+            if isinstance(file, SafetensorsFile):
+                file.ask_stock_reader()
         tensors = checkpoint.tensors
         if importance is not None:
             check_output(output, importance)

@@ -31,7 +31,6 @@ MAX_HEADER = 100_000_000
 
 _METADATA = "__metadata__"
 _FIELDS = {"dtype", "shape", "data_offsets"}
-_SMALL = 1 << 20
 
 # Only asked for once the file is refused: the length of a header may look like any of them.
 _OTHER_FORMATS = {
@@ -79,8 +78,8 @@ class SafetensorsFile:
         size: bytes of the file.
 
     Raises:
-        ValueError: not a safetensors file, or a damaged or ambiguous one, or one that the stock
-            reader refuses.
+        ValueError: not a safetensors file, or a damaged or ambiguous one. (Nothing gets through
+            that the stock reader refuses; `ask_stock_reader` asks it all the same.)
         OSError: a file that can't be read.
     """
 
@@ -106,7 +105,6 @@ class SafetensorsFile:
             start = self._data_start()
             raw = bytes(self._read(8, start))
             self.tensors, self.metadata = _parse_header(raw, start, self.size)
-            self._ask_stock_reader()
         except ValueError as error:
             self.close()
             raise ValueError(f"{self.path}: {error}") from None
@@ -184,17 +182,17 @@ class SafetensorsFile:
             raise ValueError(f"header: expected '{{' first, got {first[8:9]!r}. {hint}")
         return 8 + length
 
-    def _ask_stock_reader(self) -> None:
-        """What we call good must open elsewhere too: the last word is the reference's."""
+    def ask_stock_reader(self) -> None:
+        """What we call good must open elsewhere too: the last word is the reference's.
+
+        Raises:
+            ValueError: the safetensors library refuses the file.
+        """
         try:
-            if self.size <= _SMALL:
-                # `safe_open` would import NumPy, which takes longer than all of this.
-                safetensors.deserialize(bytes(self._read(0, self.size)))
-            else:
-                with safetensors.safe_open(self.path, framework="numpy"):
-                    pass
+            with safetensors.safe_open(self.path, framework="numpy"):
+                pass
         except safetensors.SafetensorError as error:
-            raise ValueError(f"the safetensors library refuses it: {error}.") from None
+            raise ValueError(f"{self.path}: the safetensors library refuses it: {error}.") from None
         except MemoryError:
             # It maps the whole file, which a limit on address space forbids, and has no opinion
             # then. The checks above let nothing through that it refuses (a test compares them).
