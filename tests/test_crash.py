@@ -428,6 +428,7 @@ def test_files_that_have_a_name_while_written_have_no_plaintext(command, server,
     scene.check(ended=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["protect", "unlock", "rotate"])
 def test_kills_before_every_step_of_several_files(command, server, several, unnamed, tmp_path):
     scene = Scene(several, command, tmp_path)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from strategies import FLOATS, INTEGERS, bits, cases, is_array, octets, payload, two_rings
+from strategies import bits, cases, is_array, octets, payload, two_rings
 
 from selcrypt_jax import LosslessCipher, Secret, encrypt, level_key, ring_keys
 from selcrypt_jax._dtypes import DTYPES, SAFETENSORS
@@ -53,13 +53,14 @@ def assert_engines_agree(params, masks, cipher):
         assert octets(back[name]) == octets(leaf), name
 
 
-@settings(max_examples=30)
+@pytest.mark.slow
+@settings(max_examples=50)
 @given(case=cases())
 def test_same_bits_for_any_tree(case):
     assert_engines_agree(case.params, case.masks, LosslessCipher())
 
 
-@pytest.mark.parametrize("dtype", FLOATS + INTEGERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3fn", "int16"])
 @pytest.mark.parametrize(
     "cipher",
     [LosslessCipher(), LosslessCipher(unit="group"), LosslessCipher(permute=False)],
@@ -71,7 +72,7 @@ def test_same_bits_for_every_form(dtype, cipher):
     assert_engines_agree(params, masks, cipher)
 
 
-@pytest.mark.parametrize("weights", [1023, 1024, 1025, 2047, 2048, 2049, 70_000])
+@pytest.mark.parametrize("weights", [1024, 1025, 2049, pytest.param(70_000, marks=pytest.mark.slow)])
 def test_same_bits_around_the_ends_of_blocks(weights):
     params = {"w": jnp.asarray(payload(weights, (weights,), "float32"))}
     assert_engines_agree(params, (False, True), LosslessCipher())
