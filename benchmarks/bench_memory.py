@@ -8,6 +8,7 @@ Files are made in a temporary folder, in need of three times the size.
 
 import argparse
 import filecmp
+import json
 import math
 import multiprocessing
 import resource
@@ -33,13 +34,22 @@ BAR = 1_000_000_000
 
 def make(path: Path, size: float, tensors: int) -> None:
     """Writes a checkpoint of random weights, one tensor after the other."""
-    from selcrypt_jax._safetensors import header
-
     rows = math.ceil(size * GIB / tensors / COLUMNS / 4)
-    layout = [(f"layer{i:03}.weight", "F32", (rows, COLUMNS)) for i in range(tensors)]
+    size = rows * COLUMNS * 4
+    head = {
+        f"layer{i:03}.weight": {
+            "dtype": "F32",
+            "shape": [rows, COLUMNS],
+            "data_offsets": [i * size, (i + 1) * size],
+        }
+        for i in range(tensors)
+    }
+    head = {"__metadata__": {"format": "pt"}, **head}
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the stock library writes it
     block = np.random.default_rng(0).standard_normal(BLOCK).astype("<f4")
     with path.open("wb") as file:
-        file.write(header(layout, {"format": "pt"}))
+        file.write(len(text).to_bytes(8, "little") + text)
         for number in range(tensors):
             piece = np.roll(block, 7919 * number)
             for start in range(0, rows * COLUMNS, BLOCK):
@@ -52,8 +62,7 @@ def nothing() -> None:
 
 def protect(original: Path, public: Path, fractions: list[float]) -> None:
     """Protects with the defaults of the command."""
-    from selcrypt_jax._keys import Secret, SigningKey
-    from selcrypt_jax._protect import protect_file
+    from selcrypt_jax import Secret, SigningKey, protect_file
 
     protect_file(
         original,
@@ -68,15 +77,14 @@ def protect(original: Path, public: Path, fractions: list[float]) -> None:
 
 def verify(public: Path) -> None:
     """Checks signature and digests, as who has no grant."""
-    from selcrypt_jax._storage import verify_file
+    from selcrypt_jax import verify_file
 
     verify_file(public)
 
 
 def unlock(public: Path, output: Path, levels: int) -> None:
     """Unlocks at the top level."""
-    from selcrypt_jax._keys import Grant, Secret, SigningKey, level_key
-    from selcrypt_jax._storage import inspect_file, unlock_file
+    from selcrypt_jax import Grant, Secret, SigningKey, inspect_file, level_key, unlock_file
 
     model_id = bytes.fromhex(inspect_file(public).model_id)
     key = level_key(Secret(SECRET), model_id, level=levels, levels=levels)
@@ -85,8 +93,7 @@ def unlock(public: Path, output: Path, levels: int) -> None:
 
 def rotate(public: Path, output: Path) -> None:
     """Gives it new keys."""
-    from selcrypt_jax._keys import Secret, SigningKey
-    from selcrypt_jax._storage import rotate_file
+    from selcrypt_jax import Secret, SigningKey, rotate_file
 
     rotate_file(public, output, secret=Secret(SECRET), signing=SigningKey(SIGNING))
 

@@ -46,6 +46,7 @@ from ._pss import pss_learner as pss_learner
 from ._storage import Inspection as Inspection
 from ._storage import LevelReport as LevelReport
 from ._storage import inspect_file as inspect_file
+from ._storage import issue_grant as issue_grant
 from ._storage import rotate_file as rotate_file
 from ._storage import unlock_file as unlock_file
 from ._storage import verify_file as verify_file

@@ -3,9 +3,11 @@
 import os
 from typing import Any
 
+from ._checkpoint import AnyPath, open_checkpoint
 from ._keyfiles import read_grant
 from ._keys import Grant, LevelKey
-from ._storage import AnyPath, Unlocked, grant_key, open_checkpoint
+from ._storage import grant_key
+from ._tensors import Unlocked
 
 
 def open_model(

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
 from ._atomic import check_output, new_file
+from ._checkpoint import AnyPath, Protection, checkpoint_outputs, open_checkpoint
 from ._envelope import Envelope, SealedRing, check_unprotected
 from ._groups import Granularity, Layout
 from ._keys import Grant, LevelKey, Secret, SigningKey
@@ -26,15 +27,8 @@ from ._plan import (
 )
 from ._rings import seal_mask
 from ._safetensors import SafetensorsFile, header
-from ._storage import (
-    AnyPath,
-    Protection,
-    Rings,
-    Unlocked,
-    checkpoint_outputs,
-    grant_key,
-    open_checkpoint,
-)
+from ._storage import grant_key
+from ._tensors import Rings, Unlocked
 from ._tree import NamedLeaves, Selector, is_array, named_leaves
 
 

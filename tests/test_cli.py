@@ -87,7 +87,7 @@ def test_json_says_the_same(selcrypt):
         selcrypt("grant public.safetensors --level 2 --secret keys/secret.key -o g --json")
     )
     assert grant == {
-        "grant": "g", "model_id": found["model_id"], "level": 2, "levels": 3, "recipients": 0
+        "grant": "g", "model_id": found["model_id"], "level": 2, "recipients": 0
     }  # fmt: skip
     opened = json.loads(selcrypt("unlock public.safetensors -g g -o out --json"))
     assert opened == {"out": "out", "model_id": found["model_id"], "level": 2}

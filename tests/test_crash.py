@@ -24,12 +24,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from selcrypt_jax import _atomic
-from selcrypt_jax._envelope import IntegrityError
-from selcrypt_jax._keys import Grant, Secret, SigningKey, level_key
-from selcrypt_jax._protect import protect_file
+from selcrypt_jax import (
+    Grant,
+    IntegrityError,
+    Secret,
+    SigningKey,
+    _atomic,
+    inspect_file,
+    level_key,
+    protect_file,
+    rotate_file,
+    unlock_file,
+    verify_file,
+)
 from selcrypt_jax._safetensors import SafetensorsFile, header
-from selcrypt_jax._storage import inspect_file, rotate_file, unlock_file, verify_file
 
 SECRET = Secret(bytes(range(32)))
 SIGNING = SigningKey(bytes(32))

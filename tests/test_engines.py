@@ -72,7 +72,9 @@ def test_same_bits_for_every_form(dtype, cipher):
     assert_engines_agree(params, masks, cipher)
 
 
-@pytest.mark.parametrize("weights", [1024, 1025, 2049, pytest.param(70_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "weights", [1024, 1025, 2049, pytest.param(70_000, marks=pytest.mark.slow)]
+)
 def test_same_bits_around_the_ends_of_blocks(weights):
     params = {"w": jnp.asarray(payload(weights, (weights,), "float32"))}
     assert_engines_agree(params, (False, True), LosslessCipher())

@@ -16,23 +16,31 @@ from flax import nnx
 from strategies import assert_same, octets
 
 from selcrypt_jax import (
+    Grant,
+    IntegrityError,
     LosslessCipher,
     PaperLevels,
+    Protected,
     Secret,
+    SigningKey,
     encrypt,
     importance,
+    inspect_file,
     level_key,
     nested_masks,
+    protect,
+    protect_file,
     ring_keys,
+    rotate_file,
+    unlock,
+    unlock_file,
+    verify_file,
 )
 from selcrypt_jax._dtypes import SAFETENSORS
-from selcrypt_jax._envelope import Envelope, IntegrityError
-from selcrypt_jax._keys import Grant, SigningKey
+from selcrypt_jax._envelope import Envelope
 from selcrypt_jax._plan import _merged, guess_layout
-from selcrypt_jax._protect import Protected, protect, protect_file, unlock
 from selcrypt_jax._rings import ring_mask, seal_mask
 from selcrypt_jax._safetensors import SafetensorsFile, header
-from selcrypt_jax._storage import inspect_file, rotate_file, unlock_file, verify_file
 
 SECRET = Secret(bytes(range(32)))
 SIGNING = SigningKey(bytes(32))

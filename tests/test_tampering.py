@@ -26,15 +26,25 @@ import pytest
 import safetensors.numpy
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from selcrypt_jax import (
+    Grant,
+    IntegrityError,
+    LevelKey,
+    Secret,
+    SigningKey,
+    inspect_file,
+    level_key,
+    protect_file,
+    rotate_file,
+    unlock_file,
+    verify_file,
+)
 from selcrypt_jax._dtypes import SAFETENSORS
-from selcrypt_jax._envelope import IntegrityError, _context, _signed_message
+from selcrypt_jax._envelope import _context, _signed_message
 from selcrypt_jax._groups import group_positions
-from selcrypt_jax._keys import Grant, LevelKey, Secret, SigningKey, level_key
 from selcrypt_jax._lossless import LosslessCipher
 from selcrypt_jax._lossless_numpy import rewrite_ring
-from selcrypt_jax._protect import protect_file
 from selcrypt_jax._safetensors import SafetensorsFile, header
-from selcrypt_jax._storage import inspect_file, rotate_file, unlock_file, verify_file
 
 SECRET = Secret(bytes(range(32)))
 SIGNING = SigningKey(bytes(range(32, 64)))

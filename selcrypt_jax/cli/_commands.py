@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import _keyfiles
-from .._keys import Grant, Secret, SigningKey, level_key
+from .._keys import Grant, Secret, SigningKey
 from .._storage import (
     Inspection,
     inspect_file,
-    open_checkpoint,
+    issue_grant,
     rotate_file,
     unlock_file,
     verify_file,
@@ -201,30 +201,20 @@ def grant(
         as_json: Print JSON.
     """
     owner = _read_secret(secret, passphrase_file)
-    with open_checkpoint(file) as checkpoint:
-        envelopes = list(checkpoint.envelopes().values())
-        manifest = envelopes[0].manifest
-        key = level_key(owner, manifest.model_id, level=level, levels=len(manifest.levels))
-        for envelope in envelopes:
-            envelope.open(key)  # a grant of another secret would open nothing
+    made = issue_grant(file, level=level, secret=owner)
     _keyfiles.write_grant(
         out,
-        Grant(key, manifest.signer),
+        made,
         recipients=[_recipient(text) for text in to],
         passphrase=_new_passphrase(None) if passphrase else None,
         force=force,
     )
+    model = made.key.model_id.hex()
     _print(
-        {
-            "grant": str(out),
-            "model_id": manifest.model_id.hex(),
-            "level": level,
-            "levels": len(manifest.levels),
-            "recipients": len(to),
-        },
+        {"grant": str(out), "model_id": model, "level": level, "recipients": len(to)},
         as_json,
-        f"Wrote {out}: opens level {level} of {len(manifest.levels)} of model "
-        f"{manifest.model_id.hex()}.",
+        f"Wrote {out}: opens levels 1 to {level} of model {model}."
+        + (" Only the recipients can read it." if to else " Whoever has it can use it."),
     )
 
 
