@@ -39,13 +39,13 @@ def rewrite_ring(
         inverse: whether to decrypt.
 
     Returns:
-        The ring's plaintext, ``[units, weights in a unit]``, in the order of the cipher.
+        The ring's plaintext, in the order of the cipher.
     """
-    if cipher.unit == "weight":  # in C order: only the set matters
+    if cipher.unit == "weight" or positions.shape[1] == 1:
         positions = positions.reshape(-1)
         if (positions[1:] < positions[:-1]).any():  # PyTorch's kernels lie in order already
             positions = np.sort(positions)
-        positions = positions[:, None]
+    positions = positions.astype(np.intp)  # what NumPy would make of them three times
     key = _leaf_key(key, name)
     source = _permutation(_fold_in(key, PERMUTATION), len(positions)) if cipher.permute else None
     ring = bits[positions]
@@ -103,8 +103,8 @@ def _permutation(key: bytes, units: int) -> np.ndarray:
         # Blocks that are one unit short: what lies behind their end sorts last and so stays.
         packed[units - (length - 1) * blocks :, -1] = 2**32 - 1
     packed.sort(axis=1)
-    place = (packed & (BLOCK - 1)).astype(np.int32)
-    return (place.T * np.int32(blocks) + np.arange(blocks, dtype=np.int32)).ravel()[:units]
+    place = (packed & (BLOCK - 1)).astype(np.intp)
+    return (place.T * blocks + np.arange(blocks)).ravel()[:units]
 
 
 def _mask(key: bytes, weights: int, dtype: np.dtype, fine: int) -> np.ndarray:
