@@ -320,8 +320,8 @@ class Envelope:
         """
         text = manifest.to_text()
         boxes = tuple(
-            _seal_box(key.lower(level), text, level_rings)
-            for level, level_rings in enumerate(rings, 1)
+            _seal_box(level_key, text, level_rings)
+            for level_key, level_rings in zip(key.all(), rings, strict=True)
         )
         signature = None if signing is None else signing.sign(_signed_message(text, boxes))
         return cls(what, text, manifest, boxes, signature, own)
@@ -415,8 +415,14 @@ class Envelope:
                 f"{key.level}. Ask the owner for a grant of this file."
             )
 
-    def open(self, key: LevelKey) -> dict[str, list[tuple[int, SealedRing]]]:
+    def open(
+        self, key: LevelKey, *, owner: bool = False
+    ) -> dict[str, list[tuple[int, SealedRing]]]:
         """Opens the boxes of levels 1..m.
+
+        Args:
+            key: of level m.
+            owner: whether the key comes from the owner's secret, for messages.
 
         Returns:
             Tensor → its rings with their levels.
@@ -427,9 +433,9 @@ class Envelope:
         """
         self.check_key(key)
         result: dict[str, list[tuple[int, SealedRing]]] = {}
-        for level in range(1, key.level + 1):
+        for level, (lower, box) in enumerate(zip(key.all(), self.boxes, strict=False), 1):
             size = LevelSize(0, 0)
-            for ring in _open_box(key.lower(level), self.text, self.boxes[level - 1], self.what):
+            for ring in _open_box(lower, self.text, box, self.what, owner=owner):
                 weights = self._weights(ring, level)
                 size = LevelSize(size.groups + ring.groups, size.weights + weights)
                 result.setdefault(ring.tensor, []).append((level, ring))
@@ -492,16 +498,22 @@ def _seal_box(key: LevelKey, text: str, rings: Sequence[SealedRing]) -> str:
     return base64.b64encode(nonce + sealed).decode()
 
 
-def _open_box(key: LevelKey, text: str, box: str, file: str) -> list[SealedRing]:
+def _open_box(
+    key: LevelKey, text: str, box: str, file: str, *, owner: bool
+) -> list[SealedRing]:
     what = f"{file}: box of level {key.level}"
     sealed = _from_base64(box, what)
     nonce, sealed = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     try:
         plain = ChaCha20Poly1305(key.seal_key()).decrypt(nonce, sealed, _context(text, key.level))
     except (InvalidTag, ValueError):  # ValueError: shorter than a nonce
+        whose, remedy = (
+            ("this secret did not protect this file", "Use the secret that it was protected with.")
+            if owner
+            else ("the key is not this file's", "Get the file anew; if that does not help, the grant.")
+        )
         raise IntegrityError(
-            f"{what}: does not open: the key is not this file's, or the manifest or the box was "
-            "altered. Get the file anew, and if that does not help, the grant."
+            f"{what}: does not open: {whose}, or the manifest or the box was altered. {remedy}"
         ) from None
     # Whoever has the key of a level can seal boxes of it, so what is in them is checked too.
     end = 4 + int.from_bytes(plain[:4], "little")

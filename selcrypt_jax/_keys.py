@@ -179,6 +179,17 @@ class LevelKey(_Bytes):
             value = hkdf(value, b"down")
         return LevelKey(value, level=level, model_id=self.model_id)
 
+    def all(self) -> "tuple[LevelKey, ...]":
+        """The keys of levels 1 to this one."""
+        value, values = bytes(self), [bytes(self)]
+        for _ in range(self.level - 1):
+            value = hkdf(value, b"down")
+            values.append(value)
+        return tuple(
+            LevelKey(value, level=level, model_id=self.model_id)
+            for level, value in enumerate(reversed(values), 1)
+        )
+
     def cipher_key(self) -> bytes:
         """The 32 bytes that encrypt ring `level`."""
         return hkdf(bytes(self), b"cipher")
@@ -238,7 +249,7 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
         raise TypeError(
             f"key: expected a LevelKey, got {type(key).__name__}. Make one with level_key."
         )
-    return tuple(chacha20_key(key.lower(level).cipher_key()) for level in range(1, key.level + 1))
+    return tuple(chacha20_key(lower.cipher_key()) for lower in key.all())
 
 
 def level_keys(

@@ -3,7 +3,7 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from ._dtypes import SAFETENSORS
 from ._envelope import DAMAGED, NO_DIGEST, IntegrityError, SealedRing
 from ._groups import group_positions
-from ._keys import LevelKey
 from ._lossless import LosslessCipher
 from ._lossless_numpy import rewrite_ring
 
@@ -57,7 +56,7 @@ def rewrite_tensor(
     data: bytearray,
     info: Any,
     rings: Iterable[tuple[int, SealedRing]],
-    keys: LevelKey,
+    keys: Mapping[int, bytes],
     cipher: LosslessCipher,
     *,
     inverse: bool,
@@ -69,7 +68,7 @@ def rewrite_tensor(
         data: the tensor's bytes; rewritten in place.
         info: its dtype (safetensors' name) and shape.
         rings: with their levels; at least one.
-        keys: of a level that has them all.
+        keys: level → cipher key.
         cipher: see `LosslessCipher`.
         inverse: whether to decrypt.
         what: the file, for messages.
@@ -95,7 +94,7 @@ def rewrite_tensor(
         plain = rewrite_ring(
             bits,
             group_positions(info.shape, mask),
-            keys.lower(level).cipher_key(),
+            keys[level],
             ring.tensor,
             cipher=cipher,
             fine=cipher.fine_mask(dtype),

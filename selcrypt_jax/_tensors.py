@@ -55,6 +55,7 @@ def encrypt_tensors(
     """
     from ._rings import rewrite_tensor
 
+    keys = cipher_keys(key)
     table: dict[str, Tensor] = {}
     done = {}
     for name, info in source.tensors.items():
@@ -62,7 +63,7 @@ def encrypt_tensors(
         if name in rings:
             data = source.read(name)
             done[name] = rewrite_tensor(
-                data, info, rings[name], key, cipher, inverse=False, what=what
+                data, info, rings[name], keys, cipher, inverse=False, what=what
             )
             pieces: Iterable[bytearray] = (data,)
         else:
@@ -72,6 +73,11 @@ def encrypt_tensors(
             write(name, piece)
         table[name] = Tensor(info.dtype, tuple(info.shape), digest.hexdigest())
     return table, done
+
+
+def cipher_keys(key: LevelKey) -> dict[int, bytes]:
+    """Level → the key of its ring's cipher, for levels 1 to that of the key."""
+    return {lower.level: lower.cipher_key() for lower in key.all()}
 
 
 class Unlocked:
@@ -90,7 +96,8 @@ class Unlocked:
     def __init__(self, source: TensorSource, envelope: Envelope, key: LevelKey | None) -> None:
         check_table(source, envelope)
         self.tensors = source.tensors
-        self._source, self._envelope, self._key = source, envelope, key
+        self._source, self._envelope = source, envelope
+        self._keys = {} if key is None else cipher_keys(key)
         self.rings = {} if key is None else envelope.open(key)
 
     def read(self, name: str) -> bytearray:
@@ -141,12 +148,11 @@ class Unlocked:
         if name in self.rings:
             from ._rings import rewrite_tensor
 
-            assert self._key is not None
             rewrite_tensor(
                 data,
                 self.tensors[name],
                 self.rings[name],
-                self._key,
+                self._keys,
                 self._envelope.manifest.cipher,
                 inverse=True,
                 what=self._envelope.what,
