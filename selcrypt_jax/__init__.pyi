@@ -34,6 +34,7 @@ from ._masks import mask_counts as mask_counts
 from ._masks import nested_masks as nested_masks
 from ._open import open_model as open_model
 from ._protect import Protected as Protected
+from ._protect import Selection as Selection
 from ._protect import protect as protect
 from ._protect import protect_file as protect_file
 from ._protect import unlock as unlock

@@ -64,7 +64,8 @@ class ArraySource:
             if code is None or DTYPES[str(array.dtype)].bits < 8:
                 raise ValueError(
                     f"{what} {name!r}: expected one of {', '.join(sorted(_CODES))}, got "
-                    f"{array.dtype}, which a safetensors file cannot hold. Convert it."
+                    f"{array.dtype}, which a file cannot hold. Convert it, or keep it out of "
+                    "the tree (random state: nnx.state(model, nnx.Param, nnx.BatchStat))."
                 )
             self.tensors[name] = ArrayInfo(code, tuple(array.shape))
         self._arrays = arrays

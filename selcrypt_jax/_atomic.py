@@ -167,7 +167,7 @@ def _check_target(path: Path, force: bool) -> tuple[Path, int | None]:
             "and pass it on when it is whole."
         )
     if not force and os.path.lexists(path):
-        raise _exists(path, "Name another file, or ask for it to be replaced")
+        raise _exists(path, "Name another file, or replace it with force (--force)")
     # Followed, since a link to a model on a larger disk is to stay one.
     target = Path(os.path.realpath(path)) if force else path
     _check_parent(target)

@@ -498,9 +498,7 @@ def _seal_box(key: LevelKey, text: str, rings: Sequence[SealedRing]) -> str:
     return base64.b64encode(nonce + sealed).decode()
 
 
-def _open_box(
-    key: LevelKey, text: str, box: str, file: str, *, owner: bool
-) -> list[SealedRing]:
+def _open_box(key: LevelKey, text: str, box: str, file: str, *, owner: bool) -> list[SealedRing]:
     what = f"{file}: box of level {key.level}"
     sealed = _from_base64(box, what)
     nonce, sealed = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
@@ -510,7 +508,10 @@ def _open_box(
         whose, remedy = (
             ("this secret did not protect this file", "Use the secret that it was protected with.")
             if owner
-            else ("the key is not this file's", "Get the file anew; if that does not help, the grant.")
+            else (
+                "the key is not this file's",
+                "Get the file anew, and then the grant.",
+            )
         )
         raise IntegrityError(
             f"{what}: does not open: {whose}, or the manifest or the box was altered. {remedy}"

@@ -118,7 +118,7 @@ class LosslessCipher:
             fine = self.fine_mask(dtype)
         except ValueError as error:
             raise ValueError(
-                f"{what}: {error}. Set its mask to False or change fine_bits."
+                f"{what}: {error}. Leave it out (mask False), or change fine_bits."
             ) from None
         units = groups if self.unit == "group" else weights
         arrangements = order_bits(units) if self.permute else 0.0
@@ -135,7 +135,8 @@ class LosslessCipher:
                 f"{what}: too small to hide in: {weights} weights of {dtype.name} give "
                 f"{hiding:.0f} bits ({arrangements:.0f} of order, {weights * fine.bit_count()} "
                 f"masked), expected at least {MINIMUM_HIDING}. Select more groups in this leaf, "
-                "use fewer levels, larger groups or unit='weight', or set its mask to False."
+                "use fewer levels or larger groups (or unit='weight'), or leave it out (--select, "
+                "or mask False)."
             )
 
     def run(

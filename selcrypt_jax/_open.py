@@ -1,18 +1,15 @@
 """The way into a protected file, as arrays. JAX is not needed, unless for a tree of its arrays."""
 
-import os
 from typing import Any
 
 from ._checkpoint import AnyPath, open_checkpoint
-from ._keyfiles import read_grant
-from ._keys import Grant, LevelKey
-from ._storage import grant_key
+from ._storage import AnyGrant, grant_key
 from ._tensors import Unlocked
 
 
 def open_model(
     path: AnyPath,
-    grant: Grant | LevelKey | AnyPath | None = None,
+    grant: AnyGrant | None = None,
     *,
     level: int | None = None,
     like: Any = None,
@@ -39,8 +36,8 @@ def open_model(
         >>> params = open_model("model.safetensors", "alice.grant")
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """
-    if isinstance(grant, str | os.PathLike):
-        grant = read_grant(grant)
+    if grant is None and level is not None:
+        raise ValueError(f"level: expected none without a grant, got {level}. Pass the grant.")
     key, signer = (None, None) if grant is None else grant_key(grant, level)
     arrays: dict[str, Any] = {}
     with open_checkpoint(path) as checkpoint:

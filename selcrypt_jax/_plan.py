@@ -1,5 +1,6 @@
 """Which groups of a checkpoint belong to which ring, leaf by leaf."""
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ._groups import Granularity, Layout
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
 from ._masks import Levels, Scope, as_levels, checked_score, rank
 from ._rings import seal_mask
+from ._safetensors import MAX_HEADER
 from ._tree import Selector, listed, select_leaves
 
 Strategy = Literal["l2", "random", "ascend", "descend", "mean"]
@@ -72,7 +74,10 @@ def _by_default(info: Any) -> bool:
 
 
 def guess_layout(
-    tensors: Mapping[str, Any], names: Sequence[str], metadata: Mapping[str, str]
+    tensors: Mapping[str, Any],
+    names: Sequence[str],
+    metadata: Mapping[str, str],
+    granularity: Granularity,
 ) -> Layout:
     """Where the output and input axes of kernels are.
 
@@ -96,12 +101,13 @@ def guess_layout(
     layout = by_format.get(metadata.get("format", ""))
     if layout is not None:
         return layout
-    if not votes and all(len(tensors[name].shape) < 3 for name in names):
+    flat = all(len(tensors[name].shape) < 3 for name in names)
+    if granularity == "weight" or (granularity == "kernel" and not votes and flat):
         return "HWIO"  # a kernel of two axes is one weight in either
     raise ValueError(
         "layout: cannot tell where the output and input axes are"
         + "".join(f"; {name!r} looks like {layout}" for layout, name in votes.items())
-        + ". Say it: layout='OIHW' (PyTorch) or layout='HWIO' (JAX, TensorFlow)."
+        + ". Say it (--layout): OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
     )
 
 
@@ -132,9 +138,15 @@ def strategy_scores(
 
 
 def given_scores(
-    given: NamedTensors, tensors: Mapping[str, Any]
+    given: NamedTensors, tensors: Mapping[str, Any], select: Selector, what: str
 ) -> tuple[list[str], Callable[[str], np.ndarray]]:
     """Scores from a file of their own: the names that take part, and a function as above.
+
+    Args:
+        given: the scores.
+        tensors: of the checkpoint.
+        select: takes some of them only; None all of them.
+        what: the scores, for messages.
 
     Raises:
         ValueError: names that the checkpoint lacks, or shapes that do not broadcast.
@@ -142,16 +154,21 @@ def given_scores(
     unknown = [name for name in given.tensors if name not in tensors]
     if unknown or not given.tensors:
         raise ValueError(
-            f"importance: expected scores for tensors of the checkpoint ({listed(tensors)}), got "
+            f"{what}: expected scores for tensors of the checkpoint ({listed(tensors)}), got "
             f"{listed(unknown)}. Save them under the same names."
         )
     for name, info in given.tensors.items():
         shape = tensors[name].shape
+        if SAFETENSORS[info.dtype].kind == "other":
+            raise ValueError(
+                f"{what}: {name!r}: expected numbers, the higher the more important, got "
+                f"{info.dtype}. Save scores, not masks."
+            )
         if len(info.shape) != len(shape) or any(
             m not in (1, n) for m, n in zip(info.shape, shape, strict=True)
         ):
             raise ValueError(
-                f"importance: {name!r}: expected scores that broadcast against shape "
+                f"{what}: {name!r}: expected scores that broadcast against shape "
                 f"{tuple(shape)}, axis by axis of size 1 or the tensor's, got shape "
                 f"{tuple(info.shape)}."
             )
@@ -160,7 +177,10 @@ def given_scores(
         info = given.tensors[name]
         return as_array(given.read(name), info.dtype, info.shape)
 
-    return list(given.tensors), scores
+    names = list(given.tensors)
+    if select is not None:
+        names = choose_tensors({name: tensors[name] for name in names}, select)
+    return names, scores
 
 
 def plan_rings(
@@ -294,6 +314,33 @@ def _rank_model(
         ranks[index[order[places]]] = np.arange(len(places))
         counts = tuple(int(np.searchsorted(places, count)) for count in total)
         yield name, ranks.reshape(shapes[name]), counts
+
+
+def check_room(groups: Mapping[str, int], levels: Levels, what: str) -> None:
+    """Refuses positions that would not fit into a file's header, before they are computed.
+
+    Args:
+        groups: number of groups of each tensor that takes part.
+        levels: the shares.
+        what: the checkpoint's file, for messages.
+
+    Raises:
+        ValueError: they need more than the 100 MB that the format allows.
+    """
+    bits = 0.0
+    for size in groups.values():
+        counts = (0, *levels.counts(size))
+        for below, count in itertools.pairwise(counts):
+            share = (count - below) / max(size, 1)
+            if 0 < share < 1:
+                bits -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    estimate = bits / 8 * 4 / 3  # no coding takes less; base64 takes a third more
+    if estimate > MAX_HEADER:
+        raise ValueError(
+            f"{what}: the positions of what is encrypted would take {estimate / 1e6:,.0f} MB, and "
+            f"a header has room for {MAX_HEADER / 1e6:,.0f} MB. Select larger groups "
+            "(--granularity filter), a smaller share, fewer tensors, or split the checkpoint."
+        )
 
 
 def _merged(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:

@@ -1,24 +1,27 @@
 """Protecting pytrees in memory and checkpoints on disk."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
 from ._atomic import check_output, new_file
-from ._checkpoint import AnyPath, Protection, checkpoint_outputs, open_checkpoint
+from ._checkpoint import AnyPath, Checkpoint, Protection, checkpoint_outputs, open_checkpoint
 from ._envelope import Envelope, SealedRing, check_unprotected
-from ._groups import Granularity, Layout
-from ._keys import Grant, LevelKey, Secret, SigningKey
+from ._groups import Granularity, Layout, group_shape
+from ._keys import Secret, SigningKey
 from ._lossless import LosslessCipher
-from ._masks import Levels, Scope, split_rings
+from ._masks import Levels, Scope, as_levels, split_rings
 from ._plan import (
     Strategy,
+    check_room,
     choose_tensors,
     given_scores,
     guess_layout,
@@ -27,7 +30,7 @@ from ._plan import (
 )
 from ._rings import seal_mask
 from ._safetensors import SafetensorsFile, header
-from ._storage import grant_key
+from ._storage import AnyGrant, grant_key
 from ._tensors import Rings, Unlocked
 from ._tree import NamedLeaves, Selector, is_array, named_leaves
 
@@ -46,6 +49,11 @@ class Protected:
     params: PyTree
     metadata: Mapping[str, str]
 
+    @property
+    def model_id(self) -> bytes:
+        """16 bytes that name this protection, for `level_key`."""
+        return Envelope.from_metadata(self.metadata, "metadata").manifest.model_id
+
     def save(self, path: AnyPath, *, force: bool = False) -> None:
         """Writes a protected safetensors file; leaves that are no arrays are not in it.
 
@@ -62,6 +70,20 @@ class Protected:
             file.write(header(layout, self.metadata))
             for name in source.tensors:
                 file.write(source.read(name))
+
+
+class Selection(NamedTuple):
+    """What was chosen for a protected checkpoint.
+
+    Attributes:
+        model_id: 16 bytes that name the protection.
+        layout: of the kernels, given or told from their shapes; None for given scores.
+        groups: tensor → how many of its groups are encrypted.
+    """
+
+    model_id: bytes
+    layout: Layout | None
+    groups: Mapping[str, int]
 
 
 def protect(
@@ -104,7 +126,15 @@ def protect(
     """
     cipher = LosslessCipher() if cipher is None else cipher
     check_unprotected(metadata, "metadata")
+    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise TypeError("metadata: expected text for text, as a file holds it, got something else.")
     tree = named_leaves(params)
+    for name, leaf in tree.leaves.items():
+        if isinstance(leaf, Tracer):
+            raise TypeError(
+                f"params {name!r}: expected a concrete array, got a traced one. What is released "
+                "is bytes: call protect outside of jit, or use encrypt there."
+            )
     source = _source(tree)
     if fractions is None:
         rings = _rings_of_masks(tree, masks, cipher)
@@ -112,7 +142,7 @@ def protect(
     else:
         scores = named_leaves(masks, "scores").leaves
         given = {name: np.asarray(leaf) for name, leaf in scores.items() if is_array(leaf)}
-        names, score = given_scores(ArraySource(given, "scores"), source.tensors)
+        names, score = given_scores(ArraySource(given, "scores"), source.tensors, None, "scores")
         rings = plan_rings(source.tensors, names, score, fractions, scope=scope, cipher=cipher)
         levels = max(level for found in rings.values() for level, _ in found)
     protection = Protection.new(secret, levels, cipher, signing)
@@ -122,12 +152,12 @@ def protect(
     return Protected(tree.rebuild(leaves), {**(metadata or {}), **envelope.entries()})
 
 
-def unlock(protected: Protected, key: LevelKey | Grant) -> PyTree:
+def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
     """The parameters that a key opens; at the top level the original ones.
 
     Args:
         protected: from `protect`.
-        key: a level key, or a grant.
+        grant: a grant, a level key, or the path of a grant file.
 
     Returns:
         A tree like ``protected.params``. What no opened ring touches are the same objects.
@@ -136,12 +166,12 @@ def unlock(protected: Protected, key: LevelKey | Grant) -> PyTree:
         ValueError: a key of another model.
         IntegrityError: parameters or metadata are not what was protected.
     """
-    level, signer = grant_key(key)
+    key, signer = grant_key(grant)
     envelope = Envelope.from_metadata(protected.metadata, "params")
     envelope.check_signature(signer)
     tree = named_leaves(protected.params)
     source = _source(tree)
-    plain = Unlocked(source, envelope, level)
+    plain = Unlocked(source, envelope, key)
     leaves = {}
     for name in source.tensors:
         data = plain.read(name)
@@ -157,15 +187,15 @@ def protect_file(
     secret: Secret,
     fractions: Sequence[float] | Levels,
     importance: AnyPath | None = None,
-    strategy: Strategy = "l2",
-    granularity: Granularity = "kernel",
+    strategy: Strategy | None = None,
+    granularity: Granularity | None = None,
     layout: Layout | None = None,
     select: Selector = None,
     scope: Scope = "leaf",
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     force: bool = False,
-) -> None:
+) -> Selection:
     """Protects a checkpoint for release, tensor by tensor.
 
     The output has the same names, dtypes and shapes, and runs at level 0 in every program that
@@ -178,19 +208,25 @@ def protect_file(
         fractions: shares of the groups that level 1..M may decrypt; see `nested_masks`. Rings in
             which too little is to be guessed are merged upwards, leaf by leaf.
         importance: a safetensors file with scores, under the names of the tensors that take part;
-            in place of `strategy`, `granularity`, `layout` and `select`.
-        strategy: how importance is judged without data; see `selcrypt_jax.importance`.
-        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``.
+            in place of `strategy`, `granularity` and `layout`.
+        strategy: how importance is judged without data, ``"l2"`` by default; see
+            `selcrypt_jax.importance`. l2 and descend take the largest weights, which stay large:
+            where they are can be guessed, though not what they were.
+        granularity: ``"kernel"`` (the default), ``"filter"`` or ``"weight"``.
         layout: ``"HWIO"``, ``"OIHW"``, or None to tell it from the shapes and the metadata.
-        select: which tensors take part; None for floats with two axes or more.
+        select: which tensors take part; None for floats with two axes or more, or for all that
+            have scores.
         scope: ``"leaf"`` or ``"model"``; see `nested_masks`.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         force: replace an existing file.
 
+    Returns:
+        What was chosen.
+
     Raises:
         ValueError: no checkpoint, or one that is protected already; nothing to select; a leaf
-            that is too small to hide in.
+            that is too small to hide in; positions that take more room than a file has.
         OSError: what cannot be read or written. There is no output then.
     """
     cipher = LosslessCipher() if cipher is None else cipher
@@ -201,23 +237,57 @@ def protect_file(
                 file.ask_stock_reader()
         tensors = checkpoint.tensors
         if importance is not None:
+            _check_unused(strategy=strategy, granularity=granularity, layout=layout)
             check_output(output, importance)
             given = stack.enter_context(SafetensorsFile(importance))
-            names, scores = given_scores(given, tensors)
+            names, scores = given_scores(given, tensors, select, str(importance))
         else:
-            names = choose_tensors(tensors, select)
-            metadata = next(iter(checkpoint.files.values())).metadata or {}
-            layout = layout or guess_layout(tensors, names, metadata)
-            scores = strategy_scores(checkpoint, strategy, granularity, layout)
+            granularity = granularity or "kernel"
+            try:
+                names = choose_tensors(tensors, select)
+                metadata = next(iter(checkpoint.files.values())).metadata or {}
+                layout = layout or guess_layout(tensors, names, metadata, granularity)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from None
+            scores = strategy_scores(checkpoint, strategy or "l2", granularity, layout)
+            if scope == "leaf":
+                _check_room(checkpoint, names, fractions, granularity, layout)
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
-            rings = plan_rings(tensors, names, scores, fractions, scope=scope, cipher=cipher)
+            try:
+                rings = plan_rings(tensors, names, scores, fractions, scope=scope, cipher=cipher)
+            except ValueError as error:
+                raise ValueError(f"{checkpoint.path}: {error}") from None
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
             for name, file in checkpoint.files.items():
                 here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
                 with create(name) as out:
                     shard = checkpoint.shard(name)
                     out.protected(file, file.metadata, here, protection, shard, str(file.path))
+    groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
+    return Selection(protection.key.model_id, layout, groups)
+
+
+def _check_room(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    fractions: Sequence[float] | Levels,
+    granularity: Granularity,
+    layout: Layout,
+) -> None:
+    for file in checkpoint.files.values():
+        here = {n: file.tensors[n].shape for n in names if n in file.tensors}
+        groups = {n: math.prod(group_shape(s, granularity, layout)) for n, s in here.items()}
+        check_room(groups, as_levels(fractions), file.path.name)
+
+
+def _check_unused(**options: object) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"importance: expected scores alone, got {', '.join(given)} too, which the scores "
+            "decide. Leave them out."
+        )
 
 
 def _source(tree: NamedLeaves) -> ArraySource:

@@ -5,30 +5,68 @@ decryption, plaintext digest; the output appears under its name when all of it h
 """
 
 import math
+import operator
+import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from ._checkpoint import AnyPath, Checkpoint, Protection, checkpoint_outputs, open_checkpoint
 from ._envelope import Envelope
-from ._keys import Grant, LevelKey, Secret, SigningKey, level_key
+from ._keyfiles import read_grant, read_verify_key
+from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, level_key
 from ._lossless import LosslessCipher
 from ._safetensors import SafetensorsFile
 from ._tensors import Unlocked
 
+AnyGrant = Grant | LevelKey | AnyPath
+"""A grant, a level key, or the path of a grant file."""
 
-def grant_key(grant: Grant | LevelKey, level: int | None = None) -> tuple[LevelKey, bytes | None]:
-    """The level key, and the signer that the grant insists on."""
-    key, signer = (grant.key, grant.signer) if isinstance(grant, Grant) else (grant, None)
-    return (key if level is None else key.lower(level)), signer
+AnySigner = bytes | AnyPath
+"""A public key, or the path of its file."""
 
 
-def issue_grant(path: AnyPath, *, level: int, secret: Secret) -> Grant:
+def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, bytes | None]:
+    """The level key, and the signer that the grant insists on.
+
+    Args:
+        grant: see `AnyGrant`.
+        level: a lower level than that of the grant.
+
+    Raises:
+        TypeError: something else.
+        ValueError, OSError: a file that holds no grant, or a level above the grant's.
+    """
+    if isinstance(grant, str | os.PathLike):
+        grant = read_grant(grant)
+    if isinstance(grant, LevelKey):
+        grant = Grant(grant, None)
+    if not isinstance(grant, Grant):
+        raise TypeError(
+            f"grant: expected a Grant, a LevelKey or the path of a grant file, got "
+            f"{type(grant).__name__}."
+        )
+    return (grant.key if level is None else grant.key.lower(level)), grant.signer
+
+
+def _signer(signer: AnySigner | None) -> bytes | None:
+    if signer is None or (isinstance(signer, bytes) and len(signer) == KEY_BYTES):
+        return signer
+    if isinstance(signer, bytes):
+        raise ValueError(f"signer: expected a public key of {KEY_BYTES} bytes, got {len(signer)}.")
+    return read_verify_key(signer)
+
+
+def issue_grant(
+    path: AnyPath, *, level: int, secret: Secret, signer: AnySigner | None = None
+) -> Grant:
     """What a customer is given to open a level of a protected file.
 
     Args:
         path: protected file, or checkpoint in several files.
         level: the highest level that the grant opens.
         secret: the owner's.
+        signer: the owner's public key, or its file. Whoever holds a grant could seal and sign an
+            altered file up to their level, so say it where the file comes from others' hands.
 
     Returns:
         A grant for this file, and for files of its signer only, if it has one. See `write_grant`.
@@ -39,18 +77,24 @@ def issue_grant(path: AnyPath, *, level: int, secret: Secret) -> Grant:
         OSError: a file that cannot be read.
     """
     with open_checkpoint(path) as checkpoint:
-        envelopes = list(checkpoint.envelopes().values())
+        envelopes = list(checkpoint.envelopes(_signer(signer)).values())
         manifest = envelopes[0].manifest
-        key = level_key(secret, manifest.model_id, level=level, levels=len(manifest.levels))
+        levels = len(manifest.levels)
+        if not 1 <= operator.index(level) <= levels:
+            raise ValueError(
+                f"{checkpoint.path}: level: expected 1..{levels}, got {level}. Level 0 needs no "
+                "key."
+            )
+        key = level_key(secret, manifest.model_id, level=level, levels=levels)
         for envelope in envelopes:
-            envelope.open(key)  # a grant of another secret would open nothing
+            envelope.open(key, owner=True)  # a grant of another secret would open nothing
     return Grant(key, manifest.signer)
 
 
 def unlock_file(
     path: AnyPath,
     output: AnyPath,
-    grant: Grant | LevelKey,
+    grant: AnyGrant,
     *,
     level: int | None = None,
     force: bool = False,
@@ -60,7 +104,7 @@ def unlock_file(
     Args:
         path: protected file, or the index or folder of a protected checkpoint in several files.
         output: path of the new file, or of the new folder for a checkpoint in several files.
-        grant: a grant (`read_grant`), or a level key.
+        grant: a grant, a level key, or the path of a grant file.
         level: a lower level than that of the grant.
         force: replace an existing file.
 
@@ -86,38 +130,59 @@ def rotate_file(
     *,
     secret: Secret,
     signing: SigningKey | None = None,
+    old_signer: AnySigner | None = None,
     force: bool = False,
 ) -> bytes:
     """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
 
-    Who still has the old file can open that one, of course.
+    Who still has the old file can open that one, of course; and who compares both files sees which
+    weights are encrypted.
 
     Args:
         path: protected file, or checkpoint in several files.
         output: where to write it; by default it takes the place of the old file. A checkpoint in
             several files needs one.
         secret: the owner's.
-        signing: signs the new file; needed if the old one is signed.
+        signing: signs the new file; needed if the old one is signed, and of no use if it is not:
+            nothing tells then that the file is the owner's.
+        old_signer: public key that the old file is signed with, or its file, if it is not that of
+            ``signing``.
         force: replace an existing file at ``output``.
 
     Returns:
         The new model id.
 
     Raises:
-        ValueError: another secret, or a signed file and no signing key.
-        IntegrityError: it is not what its owner made.
+        ValueError: a signed file and no signing key, or the other way round.
+        IntegrityError: another secret or signer, or it is not what its owner made.
         OSError: what cannot be read or written. The old file is as it was then.
     """
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes()
         manifest = next(iter(envelopes.values())).manifest
         levels = len(manifest.levels)
-        if manifest.signer is not None and signing is None:
+        if (manifest.signer is None) != (signing is None):
             raise ValueError(
                 f"{checkpoint.path}: is signed by {manifest.signer.hex()}, expected a signing key "
-                "for the new file, got none. Pass the owner's signing key."
+                "for the new file, got none. Pass the owner's signing key (--signing)."
+                if manifest.signer is not None
+                else f"{checkpoint.path}: is not signed, so it may have been altered by whoever "
+                "holds a grant; expected no signing key, got one. To sign it, protect the original "
+                "again."
+            )
+        if signing is not None:
+            # Signing what somebody else signed would make their changes ours.
+            expected = _signer(old_signer) or signing.public
+            for envelope in envelopes.values():
+                envelope.check_signature(expected)
+        if manifest.shard is not None and checkpoint.index is None:
+            raise ValueError(
+                f"{checkpoint.path}: is file {manifest.shard[0]} of {manifest.shard[1]} of a "
+                "checkpoint, expected all of them. Name the index, or the folder."
             )
         key = level_key(secret, manifest.model_id, level=levels, levels=levels)
+        for envelope in envelopes.values():
+            envelope.open(key, owner=True)
         protection = Protection.new(secret, levels, manifest.cipher, signing)
         in_place = output is None
         if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
@@ -169,7 +234,8 @@ class Inspection(NamedTuple):
     Attributes:
         path: of the file.
         model_id: in hex.
-        signer: public key in hex, or None. Only `verify_file` checks the signature.
+        signer: public key in hex, or None. The signature over the manifest has been checked; that
+            the tensors are those of the manifest is what `verify_file` finds out.
         cipher: of the rings, its parameters.
         levels: one report a level.
         tensors: how many there are.
@@ -192,19 +258,16 @@ class Inspection(NamedTuple):
 
 
 def _report(
-    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], grant: Grant | LevelKey | None
+    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None
 ) -> Inspection:
     manifests = [envelope.manifest for envelope in envelopes.values()]
     first = manifests[0]
     weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
-    opened = 0
-    if grant is not None:
-        opened = grant_key(grant)[0].level
     levels, total = [], 0
     for number, sizes in enumerate(zip(*(m.levels for m in manifests), strict=True), 1):
         ring = sum(size.weights for size in sizes)
         total += ring
-        opens = None if grant is None else number <= opened
+        opens = None if key is None else number <= key.level
         groups = sum(size.groups for size in sizes)
         levels.append(LevelReport(number, groups, ring, total / max(weights, 1), opens))
     return Inspection(
@@ -225,7 +288,7 @@ def _report(
     )
 
 
-def inspect_file(path: AnyPath, grant: Grant | LevelKey | None = None) -> Inspection:
+def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
     """What a protected file says of itself; its tensors are not read.
 
     Args:
@@ -242,19 +305,19 @@ def inspect_file(path: AnyPath, grant: Grant | LevelKey | None = None) -> Inspec
         if key is not None:
             for envelope in envelopes.values():
                 envelope.open(key)
-        return _report(checkpoint, envelopes, grant)
+        return _report(checkpoint, envelopes, key)
 
 
 def verify_file(
-    path: AnyPath, *, signer: bytes | None = None, grant: Grant | LevelKey | None = None
+    path: AnyPath, *, signer: AnySigner | None = None, grant: AnyGrant | None = None
 ) -> Inspection:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
     Args:
         path: protected file, or checkpoint in several files.
-        signer: public key of the owner (`read_verify_key`). Without it the file's own word is
-            taken for who signed it.
-        grant: a grant, or a level key.
+        signer: public key of the owner, or its file. Without it the file's own word is taken for
+            who signed it.
+        grant: a grant, a level key, or the path of a grant file.
 
     Raises:
         ValueError: no protected file; or one that is not signed, of which nothing can be said
@@ -263,12 +326,13 @@ def verify_file(
     """
     with open_checkpoint(path) as checkpoint:
         key, insisted = (None, None) if grant is None else grant_key(grant)
-        if signer is not None and insisted is not None and signer != insisted:
+        public = _signer(signer)
+        if public is not None and insisted is not None and public != insisted:
             raise ValueError(
-                f"grant: expects files signed by {insisted.hex()}, got signer {signer.hex()}. "
+                f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}. "
                 "Use one of them."
             )
-        envelopes = checkpoint.envelopes(signer or insisted)
+        envelopes = checkpoint.envelopes(public or insisted)
         manifest = next(iter(envelopes.values())).manifest
         if manifest.signer is None and key is None:
             raise ValueError(
@@ -280,4 +344,4 @@ def verify_file(
                 file.ask_stock_reader()
             for _ in Unlocked(file, envelopes[name], key).pieces():
                 pass
-        return _report(checkpoint, envelopes, grant)
+        return _report(checkpoint, envelopes, key)

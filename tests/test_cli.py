@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
         "features.0.bias": rng.standard_normal(32).astype(np.float32),
         "classifier.weight": rng.standard_normal((40, 64)).astype(np.float16),
     }
-    safetensors.numpy.save_file(tensors, "model.safetensors", {"format": "pt"})
+    safetensors.numpy.save_file(tensors, "model.safetensors")
     return tmp_path
 
 
@@ -81,13 +81,16 @@ def test_json_says_the_same(selcrypt):
     made = json.loads(selcrypt("keygen -o keys --json"))
     found = json.loads(selcrypt(PROTECT + " --json"))
     assert found["signer"] == made["signer"]
+    assert found.pop("layout") == "OIHW"
+    assert found.pop("selected") == {"classifier.weight": 768, "features.0.weight": 153}
     assert found == json.loads(selcrypt("inspect public.safetensors --json"))
     assert [level["level"] for level in found["levels"]] == [1, 2, 3]
     grant = json.loads(
         selcrypt("grant public.safetensors --level 2 --secret keys/secret.key -o g --json")
     )
     assert grant == {
-        "grant": "g", "model_id": found["model_id"], "level": 2, "recipients": 0
+        "grant": "g", "model_id": found["model_id"], "level": 2, "recipients": 0,
+        "signer": made["signer"],
     }  # fmt: skip
     opened = json.loads(selcrypt("unlock public.safetensors -g g -o out --json"))
     assert opened == {"out": "out", "model_id": found["model_id"], "level": 2}
@@ -119,10 +122,19 @@ def test_passphrases_from_a_file(selcrypt):
     selcrypt(PROTECT + " --passphrase-file words")
     selcrypt(PROTECT + " --passphrase-file other --force", fails="secret.key: wrong passphrase")
     selcrypt(PROTECT + " --force", fails="--passphrase-file")
+    grant = "grant public.safetensors --level 1 --secret keys/secret.key --passphrase-file words"
+    told = selcrypt(f"{grant} -o g --new-passphrase-file other")
+    assert "locked with a passphrase" in told
+    selcrypt("unlock public.safetensors -g g -o out --passphrase-file other")
+    selcrypt("unlock public.safetensors -g g -o out2 --passphrase-file words", fails="g: wrong")
+    for content in (b"", b"one\ntwo\n", b"\xff"):
+        Path("bad").write_bytes(content)
+        selcrypt("keygen -o more --passphrase-file bad", fails="bad: expected")
+        assert not Path("more").exists()
     assert "correct horse" not in Path("keys/secret.key").read_text()
 
 
-def test_grants_that_are_sealed_to_a_recipient(selcrypt, public):
+def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):
     pyrage = pytest.importorskip("pyrage")
     identity = pyrage.x25519.Identity.generate()
     Path("id.txt").write_text(f"# mine\n{identity}\n")
@@ -138,6 +150,11 @@ def test_grants_that_are_sealed_to_a_recipient(selcrypt, public):
     Path("other.txt").write_text(str(pyrage.x25519.Identity.generate()))
     selcrypt(f"unlock {public} -g a.grant -o x --identity other.txt", fails="not sealed to")
     selcrypt(f"{grant} -o c.grant --to nonsense", fails="nonsense")
+    for private in (str(identity), "id.txt"):
+        main(f"{grant} -o c.grant --to {private}".split())
+        error = capsys.readouterr().err
+        assert "expected a" in error
+        assert str(identity) not in error
     assert not Path("c.grant").exists()
 
 
@@ -151,6 +168,37 @@ def test_nothing_is_overwritten(selcrypt, public):
     selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected another file than")
     assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     selcrypt(f"unlock {public} -g g -o model.safetensors --force")
+
+
+def test_keys_are_never_an_output(selcrypt, public):
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g")
+    keys = {path: path.read_bytes() for path in [*Path("keys").iterdir(), Path("g"), public]}
+    secret, signing = "--secret keys/secret.key", "--signing keys/signing.key"
+    for line in (
+        f"protect model.safetensors -o keys/secret.key {secret}",
+        f"protect model.safetensors -o keys/signing.key {secret} {signing}",
+        f"grant {public} --level 1 {secret} -o keys/secret.key",
+        f"grant {public} --level 1 {secret} -o {public}",
+        f"unlock {public} -g g -o g",
+        f"rotate {public} {secret} {signing} -o keys/signing.key",
+    ):
+        selcrypt(f"{line} --force", fails="expected another file than the input")
+    assert keys == {path: path.read_bytes() for path in keys}
+
+
+def test_only_what_the_owner_signed_is_signed_anew_or_granted(selcrypt, public):
+    selcrypt("keygen -o other")
+    new = "--secret keys/secret.key --signing other/signing.key"
+    selcrypt(f"rotate {public} {new} -o x", fails="expected a file signed by")
+    selcrypt(f"rotate {public} {new} --old-signer keys/signing.pub -o moved")
+    assert "as expected" in selcrypt("verify moved --signer other/signing.pub")
+    grant = "--level 1 --secret keys/secret.key"
+    selcrypt(f"grant moved {grant} -o g --signer keys/signing.pub", fails="expected a file signed")
+    selcrypt(f"grant moved {grant} -o g --signer other/signing.pub")
+    selcrypt(PROTECT.replace(" --signing keys/signing.key", "").replace("-o public", "-o plain"))
+    plain = "rotate plain.safetensors --secret keys/secret.key"
+    selcrypt(f"{plain} --signing keys/signing.key", fails="is not signed, so it may have been")
+    selcrypt(plain)
 
 
 BAD = {
@@ -179,6 +227,10 @@ BAD = {
         PROTECT.replace("0.3", "0.0001") + " --force", "level 1 adds no groups"),
     "levels": (PROTECT.replace("levels 3", "levels 0") + " --force", "expected at least 1"),
     "folder missing": (PROTECT.replace("-o public", "-o no/public"), "no such folder"),
+    "scores and a strategy": (
+        PROTECT + " --importance model.safetensors --strategy l2 --force", "got strategy too"),
+    "filters of what?": (
+        PROTECT + " --granularity filter --select classifier --force", "OIHW as in PyTorch"),
     "later grant": ("unlock public.safetensors -g later.grant -o x", "Update selcrypt-jax"),
 }  # fmt: skip
 
@@ -266,6 +318,20 @@ def test_as_a_process(public):
     failed = run("verify", "nothing")
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr.startswith("selcrypt: ")
+
+
+def test_odd_surroundings(selcrypt, public):
+    version = run("--version")
+    assert version.returncode == 0
+    closed = subprocess.run(
+        f"{sys.executable} -m selcrypt_jax inspect {public} >&-",
+        shell=True, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "Traceback" not in closed.stderr
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    assert run("--help", env=plain).returncode == 0
+    Path("[red]x[bold].safetensors").write_bytes(public.read_bytes())
+    assert "[red]x[bold].safetensors" in selcrypt("inspect [red]x[bold].safetensors")
 
 
 def test_every_command_teaches():

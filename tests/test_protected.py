@@ -26,8 +26,10 @@ from selcrypt_jax import (
     encrypt,
     importance,
     inspect_file,
+    issue_grant,
     level_key,
     nested_masks,
+    open_model,
     protect,
     protect_file,
     ring_keys,
@@ -35,10 +37,13 @@ from selcrypt_jax import (
     unlock,
     unlock_file,
     verify_file,
+    write_grant,
+    write_verify_key,
 )
 from selcrypt_jax._dtypes import SAFETENSORS
 from selcrypt_jax._envelope import Envelope
-from selcrypt_jax._plan import _merged, guess_layout
+from selcrypt_jax._masks import as_levels
+from selcrypt_jax._plan import _merged, check_room, guess_layout
 from selcrypt_jax._rings import ring_mask, seal_mask
 from selcrypt_jax._safetensors import SafetensorsFile, header
 
@@ -331,6 +336,8 @@ def test_a_checkpoint_in_several_files(tmp_path, scope):
     assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == before
     with pytest.raises(ValueError, match="checkpoint in a folder, expected a new folder"):
         rotate_file(public, secret=SECRET, signing=SIGNING)
+    with pytest.raises(ValueError, match="is file 2 of 2 of a checkpoint, expected all of them"):
+        rotate_file(public / one, secret=SECRET, signing=SIGNING)
 
     # a shard of another protection, and shards under each other's names
     (public / one).write_bytes((tmp_path / "rotated" / one).read_bytes())
@@ -502,15 +509,18 @@ def test_kernels_are_told_from_layout():
 
     torch = {"a": Info(64, 3, 3, 3), "b": Info(128, 64, 3, 3), "c": Info(10, 512)}
     flax = {"a": Info(3, 3, 3, 64), "b": Info(3, 3, 64, 128), "c": Info(512, 10)}
-    assert guess_layout(torch, list(torch), {}) == "OIHW"
-    assert guess_layout(flax, list(flax), {}) == "HWIO"
-    assert guess_layout({"c": Info(512, 10)}, ["c"], {}) == "HWIO"
-    assert guess_layout({"c": Info(512, 10)}, ["c"], {"format": "pt"}) == "OIHW"
-    assert guess_layout({"a": Info(3, 3, 3, 3)}, ["a"], {"format": "pt"}) == "OIHW"
+    assert guess_layout(torch, list(torch), {}, "kernel") == "OIHW"
+    assert guess_layout(flax, list(flax), {}, "kernel") == "HWIO"
+    assert guess_layout({"c": Info(512, 10)}, ["c"], {}, "kernel") == "HWIO"
+    assert guess_layout({"c": Info(512, 10)}, ["c"], {"format": "pt"}, "kernel") == "OIHW"
+    assert guess_layout({"a": Info(3, 3, 3, 3)}, ["a"], {"format": "pt"}, "kernel") == "OIHW"
+    assert guess_layout({"c": Info(512, 10)}, ["c"], {}, "weight") == "HWIO"
     with pytest.raises(ValueError, match="layout: cannot tell"):
-        guess_layout({"a": Info(3, 3, 3, 3)}, ["a"], {})
+        guess_layout({"c": Info(512, 10)}, ["c"], {}, "filter")
+    with pytest.raises(ValueError, match="layout: cannot tell"):
+        guess_layout({"a": Info(3, 3, 3, 3)}, ["a"], {}, "kernel")
     with pytest.raises(ValueError, match="'b' looks like HWIO"):
-        guess_layout({"a": Info(64, 3, 3, 3), "b": Info(3, 3, 64, 128)}, ["a", "b"], {})
+        guess_layout({"a": Info(64, 3, 3, 3), "b": Info(3, 3, 64, 128)}, ["a", "b"], {}, "kernel")
 
 
 def test_given_scores_decide(tmp_path):
@@ -527,6 +537,50 @@ def test_given_scores_decide(tmp_path):
     assert (changed[..., 8:] == kernels()["conv/kernel"][..., 8:]).all()
     assert (changed[..., :8] != kernels()["conv/kernel"][..., :8]).mean() > 0.99
     assert read(tmp_path / "p")["dense/kernel"] == read(source)["dense/kernel"]
+
+
+def test_given_scores_can_be_selected_from(tmp_path):
+    source = write(tmp_path / "m", kernels())
+    scores = {"conv/kernel": np.ones((1, 1, 16, 32)), "dense/kernel": np.ones((64, 40))}
+    write(tmp_path / "scores", scores)
+    chosen = protect_file(
+        source, tmp_path / "p", secret=SECRET, fractions=[0.5], importance=tmp_path / "scores",
+        select="conv",
+    )  # fmt: skip
+    assert chosen.groups == {"conv/kernel": 256}
+    assert chosen.layout is None
+    assert chosen.model_id.hex() == inspect_file(tmp_path / "p").model_id
+
+
+@pytest.mark.parametrize("scope", ["leaf", "model"])
+def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
+    """With ties among the scores, in leaves of several sizes."""
+    rng = np.random.default_rng(0)
+    tensors = {f"w{n}": rng.standard_normal((50, n)).astype(np.float32) for n in (20, 8, 90)}
+    scores = {n: rng.integers(0, 9, leaf.shape).astype(np.float32) for n, leaf in tensors.items()}
+    source = write(tmp_path / "m", tensors)
+    write(tmp_path / "s", scores)
+    protect_file(
+        source, tmp_path / "p", secret=SECRET, fractions=THREE, importance=tmp_path / "s",
+        scope=scope,
+    )  # fmt: skip
+    key = level_key(SECRET, bytes.fromhex(inspect_file(tmp_path / "p").model_id), level=3, levels=3)
+    expected = nested_masks(scores, THREE, scope=scope)
+    with SafetensorsFile(tmp_path / "p") as file:
+        rings = Envelope.from_metadata(file.metadata, "p").open(key)
+    for name in tensors:
+        below = np.zeros_like(expected[0][name])
+        for level, ring in rings[name]:
+            below = below | ring_mask(ring, level, "p")
+            assert (below == expected[level - 1][name]).all(), (name, level)
+
+
+def test_positions_that_need_too_much_room_are_refused_before_the_work():
+    groups = {f"w{n}": 100_000_000 for n in range(12)}
+    fifths = as_levels([0.016, 0.032, 0.048, 0.064, 0.08])
+    with pytest.raises(ValueError, match=r"would take 118 MB, and a header has room for 100 MB"):
+        check_room(groups, fifths, "model.safetensors")
+    check_room(groups, as_levels([0.01]), "model.safetensors")
 
 
 def test_levels_of_the_paper(tmp_path):
@@ -576,7 +630,7 @@ def test_bad_scores_are_refused(tmp_path):
         ({"nope": np.ones(3, np.float32)}, "expected scores for tensors of the checkpoint"),
         ({"conv/kernel": np.ones((16, 32), np.float32)}, "expected scores that broadcast"),
         ({"conv/kernel": np.full((1, 1, 16, 32), np.nan, np.float32)}, "got NaN in 512 of 512"),
-        ({"conv/kernel": np.ones((1, 1, 16, 32), bool)}, "expected an array of numbers"),
+        ({"conv/kernel": np.ones((1, 1, 16, 32), bool)}, "got BOOL. Save scores, not masks"),
     ]:
         write(tmp_path / "scores", scores)
         with pytest.raises((ValueError, TypeError), match=message):
@@ -597,6 +651,63 @@ def test_bad_scores_are_refused(tmp_path):
 def test_leaves_that_a_file_cannot_hold_are_refused(leaf, message):
     with pytest.raises(ValueError, match=message):
         protect({"w": leaf, "v": jnp.ones((40, 40))}, ({"w": False, "v": True},), secret=SECRET)
+
+
+def test_arguments_of_another_type_are_named(tmp_path):
+    _, public = make(tmp_path, kernels(), layout="HWIO")
+    with pytest.raises(TypeError, match=r"grant: expected a Grant, .* got Secret"):
+        open_model(public, SECRET)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="level: expected none without a grant, got 2"):
+        open_model(public, level=2)
+    with pytest.raises(ValueError, match="signer: expected a public key of 32 bytes, got 1"):
+        verify_file(public, signer=b"x")
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        verify_file(public, signer="nothing")
+    with pytest.raises(TypeError, match="metadata: expected text for text"):
+        protect({"v": jnp.ones((40, 40))}, (True,), secret=SECRET, metadata={"step": 3})
+    with pytest.raises(TypeError, match="params 'v': expected a concrete array, got a traced"):
+        jax.jit(lambda v: protect({"v": v}, (True,), secret=SECRET).params)(jnp.ones((40, 40)))
+    with pytest.raises(ValueError, match=r"scores: expected scores for tensors"):
+        protect({"v": jnp.ones(99)}, [{"v": True}], fractions=[0.5], secret=SECRET)
+
+
+def test_the_path_of_a_key_file_does(tmp_path):
+    source, public = make(tmp_path, kernels(), layout="HWIO")
+    grant = issue_grant(public, level=3, secret=SECRET, signer=SIGNING.public)
+    write_grant(tmp_path / "g", grant)
+    write_verify_key(tmp_path / "pub", SIGNING.public)
+    unlock_file(public, tmp_path / "out", tmp_path / "g")
+    assert (tmp_path / "out").read_bytes() == source.read_bytes()
+    assert verify_file(public, signer=tmp_path / "pub", grant=tmp_path / "g").levels[2].opens
+    arrays = open_model(public, tmp_path / "g", level=1)
+    assert octets(arrays["conv/bias"]) == kernels()["conv/bias"].tobytes()
+
+
+@pytest.mark.parametrize("kind", ["numpy", "jax", "abstract"])
+def test_a_model_opens_into_a_tree(tmp_path, kind):
+    like: Any = {"conv": {"kernel": np.zeros((3, 3, 16, 32), np.float32)}, "name": "x"}
+    like["layers"] = [np.zeros((64, 40), "bfloat16")]
+    values = {
+        "conv/kernel": kernels()["conv/kernel"],
+        "layers/0": kernels()["dense/kernel"].astype("bfloat16"),
+    }
+    _, public = make(tmp_path, values, layout="HWIO")
+    convert = {
+        "numpy": np.asarray,
+        "jax": jnp.asarray,
+        "abstract": lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+    }[kind]
+    like = jax.tree.map(lambda x: x if isinstance(x, str) else convert(x), like)
+    opened = open_model(public, key_of(public, 3), like=like)
+    assert opened["name"] == "x"
+    assert octets(opened["conv"]["kernel"]) == octets(values["conv/kernel"])
+    assert octets(opened["layers"][0]) == octets(values["layers/0"])
+    assert isinstance(opened["conv"]["kernel"], np.ndarray if kind == "numpy" else jax.Array)
+    with pytest.raises(ValueError, match="a tree that lacks 'layers/0' and has 'other' besides"):
+        open_model(public, like={"conv": like["conv"], "other": np.zeros(2)})
+    like["layers"] = [np.zeros((64, 40), np.float32)]
+    with pytest.raises(ValueError, match=r"'layers/0': expected BF16\[64, 40\].*got F32"):
+        open_model(public, like=like)
 
 
 def test_nothing_selected_is_refused():

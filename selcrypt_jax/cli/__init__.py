@@ -1,6 +1,8 @@
 """The ``selcrypt`` program."""
 
+import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -58,25 +60,45 @@ def main(args: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 1 with the reason on standard error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
+    if args is None:  # as a program: clean up when asked to end, as after Ctrl-C
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+            signal.signal(number, _end)
     with warnings.catch_warnings():
         warnings.filterwarnings("always", message=".*others may read this file")
         warnings.showwarning = _show_warning
         return _run(sys.argv[1:] if args is None else list(args))
 
 
+def _end(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
 def _run(args: list[str]) -> int:
+    if args == ["--version"]:
+        args = ["version"]
     # One command's parser is made, not nine: a start takes long enough.
     chosen = {args[0]: COMMANDS[args[0]]} if args and args[0] in COMMANDS else COMMANDS
     try:
         tyro.extras.subcommand_cli_from_dict(
             chosen, prog="selcrypt", description=_DESCRIPTION, args=args
         )
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed
+            sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output has had enough: no complaint, not even while Python ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, ModuleNotFoundError, ValueError) as error:
+    except OSError as error:
+        # Its own text begins with a number, and ends with the path.
+        known = error.strerror is not None and error.filename is not None
+        text = f"{error.filename}: {error.strerror}" if known else str(error)
+        print(f"selcrypt: {text}", file=sys.stderr)
+        return 1
+    except (ModuleNotFoundError, ValueError) as error:
         print(f"selcrypt: {error}", file=sys.stderr)
         return 1
     except MemoryError:
@@ -86,7 +108,7 @@ def _run(args: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, EOFError):
         print("selcrypt: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .. import _keyfiles
+from .._atomic import check_output
 from .._keys import Grant, Secret, SigningKey
 from .._storage import (
     Inspection,
@@ -30,10 +31,10 @@ def _passphrase(file: Path | None, what: str) -> Callable[[], str]:
 
     def ask() -> str:
         if file is not None:
-            return file.read_bytes().decode("utf-8-sig").rstrip("\r\n")
+            return _read_passphrase(file)
         if not sys.stdin.isatty():
             raise ValueError(
-                f"{what} is locked with a passphrase, and there is nobody to ask for it. Use "
+                f"{what}: is locked with a passphrase, and there is nobody to ask for it. Use "
                 "--passphrase-file."
             )
         return getpass.getpass(f"Passphrase of {what}: ")
@@ -41,15 +42,34 @@ def _passphrase(file: Path | None, what: str) -> Callable[[], str]:
     return ask
 
 
-def _new_passphrase(file: Path | None) -> str:
+def _read_passphrase(file: Path) -> str:
+    try:
+        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: expected a passphrase in UTF-8, got something else.") from None
+    if len(lines) != 1 or not lines[0].strip():
+        raise ValueError(f"{file}: expected one line with a passphrase, got {len(lines)} lines.")
+    return lines[0]
+
+
+def _new_passphrase(asked: bool, file: Path | None) -> str | None:
     if file is not None:
-        return _passphrase(file, "")()
+        return _read_passphrase(file)
+    if not asked:
+        return None
     if not sys.stdin.isatty():
-        raise ValueError("passphrase: there is nobody to ask for it. Use --passphrase-file.")
+        raise ValueError("passphrase: there is nobody to ask for it. Put it into a file.")
     first = getpass.getpass("New passphrase: ")
+    if not first.strip():
+        raise ValueError("passphrase: expected some text, got an empty one; nothing was written.")
     if getpass.getpass("Once more: ") != first:
         raise ValueError("passphrase: the two are not the same; nothing was written.")
     return first
+
+
+def _check_output(out: Path, *inputs: Path | None) -> None:
+    """Keys are inputs too: even with --force none of them is replaced by an output."""
+    check_output(out, *(path for path in inputs if path is not None))
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -76,7 +96,7 @@ def keygen(
         force: Replace keys that are there. What was protected with them can never be opened again.
         as_json: Print JSON.
     """
-    words = _new_passphrase(passphrase_file) if passphrase or passphrase_file else None
+    words = _new_passphrase(passphrase, passphrase_file)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     paths = {name: out / name for name in ("secret.key", "signing.key", "signing.pub")}
     if not force:  # all or nothing
@@ -105,11 +125,11 @@ def protect(
     secret: Path,
     signing: Path | None = None,
     importance: Path | None = None,
-    strategy: Strategy = "l2",
+    strategy: Strategy | None = None,
     budget: float = 0.08,
     levels: int = 5,
-    granularity: Literal["kernel", "filter", "weight"] = "kernel",
-    layout: Literal["auto", "OIHW", "HWIO"] = "auto",
+    granularity: Literal["kernel", "filter", "weight"] | None = None,
+    layout: Literal["OIHW", "HWIO"] | None = None,
     select: str | None = None,
     scope: Literal["leaf", "model"] = "leaf",
     passphrase_file: Path | None = None,
@@ -122,26 +142,32 @@ def protect(
     Sign it, so that everybody can check that it is yours.
 
     How bad it is without a key says little about what a thief can get back by fine-tuning.
-    Encrypting more, and normalisation parameters too (--select), makes that harder.
+    Encrypting more, and normalisation parameters too (--select), makes that harder. Never publish
+    the same weights in two forms, plain or with another selection: the difference tells.
 
     Args:
-        file: A .safetensors file; or the index, or the folder, of one in several files.
-        out: The protected file; a new folder for a checkpoint in several files.
+        file: A .safetensors file; or the index, or the folder, of one in several files; or the
+            folder of an Orbax checkpoint. Of a folder, weights alone are read and written.
+        out: The protected file; a new folder for what comes from a folder.
         secret: Your secret.key.
         signing: Your signing.key.
         importance: Learned or measured scores in a .safetensors file, under the names of the
-            tensors that take part; in place of strategy, granularity, layout and select.
-        strategy: How importance is judged without data; l2 takes the kernels of largest norm.
+            tensors that take part; in place of strategy, granularity and layout.
+        strategy: How importance is judged without data. l2, the default, takes the kernels of
+            largest norm. These stay large, so a thief can guess where they are, though not what
+            they were; random tells nothing.
         budget: Share of the groups that is encrypted, in every tensor that takes part.
-        levels: How many levels of quality; each one opens an equal part of the budget.
-        granularity: What is selected: kernels (of a dense layer, single weights), whole filters,
-            or weights.
-        layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX.
-        select: Which tensors take part: a regular expression, searched in their names. By default
-            all floats with two axes or more.
+        levels: How many levels of quality. Each opens an equal part of the budget; in small
+            tensors, where a part would be too little to hide, the next higher level opens it.
+        granularity: What is selected: kernels (the default; of a dense layer, single weights),
+            whole filters, or weights. Positions of single weights take about a bit a weight.
+        layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX. By default it is
+            told from the shapes.
+        select: Which tensors take part: a regular expression, searched in their names; "^(?!fc)"
+            takes all that do not begin with fc. By default all floats with two axes or more.
         scope: Whether the budget holds in every tensor, or over all of them.
         passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
-        force: Replace an existing output.
+        force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
     """
     from .._protect import protect_file  # the start of JAX, which the other commands don't need
@@ -150,26 +176,27 @@ def protect(
         raise ValueError(f"levels: expected at least 1, got {levels}.")
     if not 0 < budget <= 1:
         raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
-    owner = _read_secret(secret, passphrase_file)
-    signer = _read_signing(signing, passphrase_file)
-    protect_file(
+    _check_output(out, secret, signing, importance, passphrase_file)
+    chosen = protect_file(
         file,
         out,
-        secret=owner,
-        signing=signer,
+        secret=_read_secret(secret, passphrase_file),
+        signing=_read_signing(signing, passphrase_file),
         fractions=[budget * level / levels for level in range(1, levels + 1)],
         importance=importance,
         strategy=strategy,
         granularity=granularity,
-        layout=None if layout == "auto" else layout,
+        layout=layout,
         select=select,
         scope=scope,
         force=force,
     )
-    _print_inspection(inspect_file(out), as_json)
-    if signer is None and not as_json:
+    _print_inspection(
+        inspect_file(out), as_json, {"layout": chosen.layout, "selected": dict(chosen.groups)}
+    )
+    if signing is None:
         print(
-            "\nNot signed: only who has a grant will notice if it is altered. Use --signing.",
+            "Not signed: only who has a grant will notice if it is altered. Use --signing.",
             file=sys.stderr,
         )
 
@@ -179,8 +206,10 @@ def grant(
     level: int,
     secret: Path,
     out: Output,
+    signer: Path | None = None,
     to: UseAppendAction[tuple[str, ...]] = (),
     passphrase: bool = False,
+    new_passphrase_file: Path | None = None,
     passphrase_file: Path | None = None,
     force: bool = False,
     as_json: Json = False,
@@ -192,29 +221,37 @@ def grant(
         level: The highest level that the grant opens.
         secret: Your secret.key.
         out: The grant file.
+        signer: Your signing.pub: refuse a file that you did not sign. Use it where the file comes
+            from others' hands.
         to: Seal the grant to this recipient, so that it can travel in the open: an age public key
             (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
             given several times.
         passphrase: Lock the grant with a passphrase; you are asked for it.
+        new_passphrase_file: Lock the grant with the passphrase in this file.
         passphrase_file: Of the secret, if it has a passphrase and nobody is there to type it.
         force: Replace an existing grant.
         as_json: Print JSON.
     """
+    _check_output(out, file, secret, signer, passphrase_file, new_passphrase_file)
+    recipients = [_recipient(text) for text in to]
+    words = _new_passphrase(passphrase, new_passphrase_file)
     owner = _read_secret(secret, passphrase_file)
-    made = issue_grant(file, level=level, secret=owner)
-    _keyfiles.write_grant(
-        out,
-        made,
-        recipients=[_recipient(text) for text in to],
-        passphrase=_new_passphrase(None) if passphrase else None,
-        force=force,
-    )
+    made = issue_grant(file, level=level, secret=owner, signer=signer)
+    _keyfiles.write_grant(out, made, recipients=recipients, passphrase=words, force=force)
     model = made.key.model_id.hex()
+    whose = "not signed" if made.signer is None else f"signed by {made.signer.hex()}"
+    who = "Only the recipients can read it." if to else "Whoever has it can use it."
     _print(
-        {"grant": str(out), "model_id": model, "level": level, "recipients": len(to)},
+        {
+            "grant": str(out),
+            "model_id": model,
+            "level": level,
+            "signer": None if made.signer is None else made.signer.hex(),
+            "recipients": len(to),
+        },
         as_json,
-        f"Wrote {out}: opens levels 1 to {level} of model {model}."
-        + (" Only the recipients can read it." if to else " Whoever has it can use it."),
+        f"Wrote {out}: opens levels 1 to {level} of model {model}, {whose}. "
+        + ("It is locked with a passphrase." if words and not to else who),
     )
 
 
@@ -233,16 +270,17 @@ def unlock(
     Signature, digests and decrypted weights are all checked before the output appears.
 
     Args:
-        file: The protected file; or the index or folder of one in several files.
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
         grant: The grant file.
-        out: The checkpoint; a new folder for one in several files.
+        out: The checkpoint; a new folder for what comes from a folder.
         level: A lower level than the grant's.
         identity: Your age or SSH private key, for a grant that is sealed to you. May be given
             several times.
         passphrase_file: Of the grant, if it has a passphrase and nobody is there to type it.
-        force: Replace an existing output.
+        force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
     """
+    _check_output(out, grant, passphrase_file, *identity)
     opened = _read_grant(grant, identity, passphrase_file)
     unlock_file(file, out, opened, level=level, force=force)
     level = opened.key.level if level is None else level
@@ -263,7 +301,7 @@ def inspect(
     """Shows levels, shares, cipher, signer and sizes; with a grant, also what it opens.
 
     Args:
-        file: The protected file; or the index or folder of one in several files.
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
         grant: A grant file.
         identity: Your age or SSH private key, for a grant that is sealed to you. May be given
             several times.
@@ -287,7 +325,7 @@ def verify(
     Without --signer the file is sound but may be anybody's: compare the signer that is shown.
 
     Args:
-        file: The protected file; or the index or folder of one in several files.
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
         signer: The owner's signing.pub.
         grant: A grant file.
         identity: Your age or SSH private key, for a grant that is sealed to you. May be given
@@ -314,6 +352,7 @@ def rotate(
     file: Positional[Path],
     secret: Path,
     signing: Path | None = None,
+    old_signer: Path | None = None,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     passphrase_file: Path | None = None,
     force: bool = False,
@@ -321,20 +360,26 @@ def rotate(
 ) -> None:
     """Gives a protected file a new model id, keys and ciphertext; old grants do not open it.
 
-    Whoever kept the old file can still open that one with an old grant.
+    Whoever kept the old file can still open that one with an old grant; and who has both files sees
+    which weights are encrypted, since these alone differ.
 
     Args:
-        file: The protected file; or the index or folder of one in several files.
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
         secret: Your secret.key.
-        signing: Your signing.key; needed if the file is signed.
-        out: Where to write it; by default it takes the place of the old file.
+        signing: Your signing.key; needed if the file is signed, by the same key.
+        old_signer: The signing.pub of the old file, if it is signed with another key of yours.
+        out: Where to write it; by default it takes the place of the old file. A new folder for what
+            comes from a folder.
         passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
-        force: Replace an existing output.
+        force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
     """
+    if out is not None:
+        _check_output(out, secret, signing, old_signer, passphrase_file)
     model_id = rotate_file(
         file,
         out,
+        old_signer=old_signer,
         secret=_read_secret(secret, passphrase_file),
         signing=_read_signing(signing, passphrase_file),
         force=force,
@@ -364,13 +409,17 @@ def _read_grant(path: Path, identity: tuple[Path, ...], passphrase_file: Path | 
 
 
 def _recipient(text: str) -> str:
-    """A public key, or what a file with one says."""
+    """A public key, or what a file with one says. No message shows it: it may be a private one."""
     if text.startswith(("age1", "ssh-")):
         return text
-    lines = Path(text).read_text("utf-8-sig").splitlines()
+    if text.upper().startswith("AGE-SECRET-KEY-") or text.startswith("-----BEGIN"):
+        raise ValueError("--to: expected a public key (age1... or ssh-...), got a private one.")
+    lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if len(lines) != 1:
-        raise ValueError(f"{text}: expected one public key (age1... or ssh-...), got {len(lines)}.")
+    if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
+        raise ValueError(
+            f"{text}: expected a file with one public key (age1... or ssh-...), got another."
+        )
     return lines[0]
 
 
@@ -382,12 +431,15 @@ def _as_dict(found: Inspection) -> dict[str, Any]:
     }
 
 
-def _print_inspection(found: Inspection, as_json: bool) -> None:
+def _print_inspection(
+    found: Inspection, as_json: bool, chosen: dict[str, Any] | None = None
+) -> None:
     if as_json:
-        print(json.dumps(_as_dict(found), indent=2))
+        print(json.dumps(_as_dict(found) | (chosen or {}), indent=2))
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     cipher = f"lossless, permuted by {found.cipher.unit}" if found.cipher.permute else "stream"
     lines = Table.grid(padding=(0, 2))
@@ -399,7 +451,13 @@ def _print_inspection(found: Inspection, as_json: bool) -> None:
         "tensors": f"{found.tensors}, {found.weights:,} weights",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
     }.items():
-        lines.add_row(name, value)
+        lines.add_row(name, Text(value))  # as text: a name of a file may hold markup
+    if chosen is not None:
+        names = ", ".join(f"{name} ({groups:,})" for name, groups in chosen["selected"].items())
+        layout = f", layout {chosen['layout']}" if chosen["layout"] else ""
+        lines.add_row(
+            "selected", Text(f"groups in {len(chosen['selected'])} tensors{layout}: {names}")
+        )
     table = Table(box=None, pad_edge=False)
     for title in ("level", "groups", "weights", "opened so far"):
         table.add_column(title, justify="right")
