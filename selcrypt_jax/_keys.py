@@ -141,8 +141,7 @@ def new_model_id() -> bytes:
 class LevelKey(_Bytes):
     """What opens levels 1..`level` of one protected model: what a customer is given.
 
-    To store one, keep ``bytes(key)``, ``key.level`` and ``key.model_id``; to read it, give them to
-    this class.
+    `write_grant` and `read_grant` store one in a file.
 
     Args:
         value: 32 bytes, K_level of the chain.

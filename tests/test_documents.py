@@ -16,19 +16,19 @@ from selcrypt_jax.cli import main
 ROOT = Path(__file__).parent.parent
 
 
-def run(code: str) -> str:
+def run(code: str, folder: Path) -> str:
     # A process of its own: readers do not have this suite's strict settings.
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
     )
     assert result.returncode == 0, result.stderr
     return result.stdout
 
 
-def test_example_of_the_readme():
+def test_example_of_the_readme(tmp_path):
     text = (ROOT / "README.md").read_text()
     (example,) = re.findall(r"## In ten lines\n+```python\n(.*?)```", text, re.DOTALL)
-    run(example)
+    run(example, tmp_path)
 
 
 def test_commands_of_the_readme(tmp_path, monkeypatch):
@@ -62,7 +62,7 @@ def test_names_in_the_readme_exist():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda p: p.name)
-def test_notebook(notebook):
+def test_notebook(notebook, tmp_path):
     cells = json.loads(notebook.read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    assert "bit-exact: True" in run("\n".join(code))
+    assert "bit-exact: True" in run("\n".join(code), tmp_path)
