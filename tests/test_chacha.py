@@ -405,6 +405,7 @@ SLOW = {
     "shard_map, unchecked",
     "jit(shard_map)",
     "explicit sharding",
+    "disable_jit",
 }
 FAST_AND_SLOW_MODES = [
     pytest.param(run, id=name, marks=[pytest.mark.slow] if name in SLOW else [])

@@ -61,6 +61,7 @@ def toy() -> tuple[_train.Subject, dict]:
     return subject, sj.importance.l2(params, select=_tiers.SELECT)
 
 
+@pytest.mark.slow
 def test_levels_and_strategies_of_a_toy():
     subject, scores = toy()
     calls = []

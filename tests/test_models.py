@@ -288,7 +288,7 @@ def test_batch_over_eight_devices(axis_type, build, shape):
     np.testing.assert_allclose(result, apply(model, images), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["vgg", "dncnn"])
+@pytest.mark.parametrize("name", [pytest.param("vgg", marks=pytest.mark.slow), "dncnn"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_loss_of_params_in_jit(name, batch_norm):
     """The way of the training scripts: split, merge within a jitted loss, statistics out."""

@@ -128,7 +128,7 @@ def test_finds_the_weights_that_matter(name):
         assert found == set(places)
 
 
-@pytest.mark.parametrize("layerwise", [False, True])
+@pytest.mark.parametrize("layerwise", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_resumed_run_equals_a_straight_one(layerwise):
     config = sj.PSSConfig(steps=6, layerwise=layerwise, cap=100.0)
     params = known_network()

@@ -272,7 +272,7 @@ def mutated(draw):
     return build(b"".join(parts), content[start:]) if by_word else b"".join(parts)
 
 
-@settings(max_examples=2000)
+@settings(max_examples=1000)
 @given(content=mutated())
 def test_what_we_accept_the_stock_reader_accepts(content, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "mutated.safetensors"
