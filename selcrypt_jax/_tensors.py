@@ -16,7 +16,7 @@ from ._lossless import LosslessCipher
 Rings = Mapping[str, list[tuple[int, SealedRing]]]
 """Tensor → its rings, with their levels."""
 
-_BATCH = 1 << 25  # bytes of tensors that are held together
+_BATCH = 1 << 27  # bytes of tensors that are held together
 
 
 class TensorSource(Protocol):
