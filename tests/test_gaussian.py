@@ -18,20 +18,22 @@ PARAMS = {
 MASKS = nested_masks(importance.l2(PARAMS), [0.3, 0.6])
 KEYS = jax.random.split(jax.random.key(0), 2)
 CIPHER = GaussianCipher.fit(PARAMS, MASKS)
+WRAPPED = GaussianCipher.fit(PARAMS, MASKS, wrap=True)
 SELECTED = np.broadcast_to(MASKS[1]["conv"], PARAMS["conv"].shape)
 
 
-def protect(run=lambda function: function):
-    return run(lambda params: encrypt(params, MASKS, KEYS, cipher=CIPHER))(PARAMS)
+def protect(run=lambda function: function, cipher=CIPHER):
+    return run(lambda params: encrypt(params, MASKS, KEYS, cipher=cipher))(PARAMS)
 
 
 @pytest.mark.parametrize("x64", [False, True])
 @pytest.mark.parametrize("run", [lambda function: function, jax.jit], ids=["eager", "jit"])
-def test_round_trip(run, x64):
+@pytest.mark.parametrize("cipher", [CIPHER, WRAPPED], ids=["as printed", "wrapped"])
+def test_round_trip(run, x64, cipher):
     with jax.enable_x64(x64):
-        protected = protect(run)
-        opened = decrypt(protected, MASKS, KEYS, cipher=CIPHER)
-        first = decrypt(protected, MASKS[:1], KEYS[:1], cipher=CIPHER)
+        protected = protect(run, cipher)
+        opened = decrypt(protected, MASKS, KEYS, cipher=cipher)
+        first = decrypt(protected, MASKS[:1], KEYS[:1], cipher=cipher)
     assert protected["conv"].dtype == np.float32
     assert np.abs(opened["conv"] - PARAMS["conv"]).max() < 1e-5
     ring_2 = np.broadcast_to(MASKS[1]["conv"] & ~MASKS[0]["conv"], SELECTED.shape)
@@ -52,6 +54,19 @@ def test_ciphertext_is_normal_with_the_mean_and_deviation_of_the_leaf():
     assert abs(protected.mean() - mean) < 4 * error
     assert abs(protected.std() / std - 1) < 0.05
     assert scipy.stats.kstest(protected, "norm", args=(mean, std)).pvalue > 0.01
+
+
+def test_wrapped_it_is_normal_for_any_range():
+    protected = np.asarray(protect(cipher=WRAPPED)["conv"])[SELECTED]
+    mean, std = PARAMS["conv"].mean(), PARAMS["conv"].std()
+    assert scipy.stats.kstest(protected, "norm", args=(mean, std)).pvalue > 0.01
+    # which as printed it is not, with heavy tails among the selected weights
+    printed = np.asarray(protect()["conv"])[SELECTED]
+    assert printed.std() < 0.9 * std
+    # nor does it tell the weights: their ranks have nothing to do with each other
+    plain = PARAMS["conv"][SELECTED]
+    assert abs(scipy.stats.spearmanr(protected, plain).statistic) < 0.05
+    assert abs(scipy.stats.spearmanr(printed, plain).statistic) > 0.05
 
 
 def test_wrong_key_opens_nothing():
