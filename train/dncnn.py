@@ -11,7 +11,6 @@ References:
     IEEE TIP 2017.
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
+from _loop import Row, check_batch, train
 from flax import nnx
 from PIL import Image
 from safetensors.numpy import save_file
@@ -69,7 +69,11 @@ class Config:
     """Highest learning rate; it warms up over a twentieth of the steps and falls to zero."""
 
     every: int = 500
-    """Steps between two measurements."""
+    """Steps between two measurements, and between two checkpoints."""
+
+    checkpoints: Path | None = None
+    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
+    it had never been interrupted."""
 
     seed: int = 0
     """Seed of weights, patches and noise."""
@@ -108,11 +112,14 @@ def random_patches(
 
 def main(config: Config) -> None:
     """Trains; see `Config`."""
+    if not 0 < config.sigma <= 255:
+        raise SystemExit(f"--sigma: expected a number in (0, 255], got {config.sigma:g}.")
+    check_batch(config.batch)
     images = read_images(config.images, config.colour, config.patch)
     tests = read_images(config.test, config.colour, 1)
     config.out.parent.mkdir(parents=True, exist_ok=True)
     sigma = config.sigma / 255
-    weights, noise = jax.random.split(jax.random.key(config.seed))
+    weights, noise, test_noise = jax.random.split(jax.random.key(config.seed), 3)
     model = DnCNN(
         config.depth, config.width, channels=3 if config.colour else 1, rngs=nnx.Rngs(weights)
     )
@@ -140,33 +147,37 @@ def main(config: Config) -> None:
 
     denoise = nnx.jit(lambda model, noisy: model(noisy))
 
-    def measure(params: Any, rest: Any) -> float:
-        model = nnx.merge(graph, params, rest, copy=True)
+    def batch(number: int) -> np.ndarray:
+        rng = np.random.default_rng([config.seed, number])
+        return random_patches(images, config.batch, config.patch, rng)
+
+    def measure(number: int, carry: Any, rows: list[Row]) -> Row:
+        """PSNR of the test images; the best weights are written."""
+        model = nnx.merge(graph, carry[0], carry[1], copy=True)
         model.eval()
         quality = []
         for index, clean in enumerate(tests):
-            key = jax.random.fold_in(noise, index)
+            key = jax.random.fold_in(test_noise, index)
             output = denoise(model, clean[None] + sigma * jax.random.normal(key, (1, *clean.shape)))
             quality.append(-10 * float(jnp.log10(jnp.square(output[0] - clean).mean())))
-        return float(np.mean(quality))
-
-    rng = np.random.default_rng(config.seed)
-    carry: Any = jax.tree.map(jnp.copy, (params, rest, optimizer.init(params)))
-    best = -np.inf
-    for number in range(1, config.steps + 1):
-        patches = random_patches(images, config.batch, config.patch, rng)
-        carry, loss = step(carry, jnp.asarray(patches), jax.random.fold_in(noise, 2**31 + number))
-        if number % config.every and number != config.steps:
-            continue
-        psnr = measure(carry[0], carry[1])
-        print(json.dumps({"step": number, "loss": float(loss), "psnr": psnr}), flush=True)
-        if not np.isfinite(float(loss)):
-            raise SystemExit(f"step {number}: the loss is {float(loss)}. Lower --rate.")
-        if psnr > best:
-            best = psnr
-            trained = nnx.merge(graph, carry[0], carry[1], copy=True)
+        psnr = float(np.mean(quality))
+        if psnr > max((row["psnr"] for row in rows), default=-np.inf):
             metadata = {"psnr": f"{psnr:.3f}", "sigma": f"{config.sigma:g}", "step": str(number)}
-            save_file(to_torch(trained), config.out, metadata)
+            new = config.out.with_name(f".{config.out.name}.new")
+            save_file(to_torch(model), new, metadata)
+            new.replace(config.out)
+        return {"psnr": psnr}
+
+    train(
+        jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
+        step,
+        batch,
+        key=noise,
+        steps=config.steps,
+        every=config.every,
+        measure=measure,
+        checkpoints=config.checkpoints,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,153 @@
+"""A training loop that can be killed at any time and goes on where it was, bit for bit."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+from rich.progress import Progress
+
+Row = dict[str, float]
+
+
+def train(
+    carry: Any,
+    step: Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]],
+    batch: Callable[[int], Any],
+    *,
+    key: jax.Array,
+    steps: int,
+    every: int,
+    measure: Callable[[int, Any, list[Row]], Row],
+    checkpoints: Path | None,
+) -> list[Row]:
+    """Runs ``steps`` steps.
+
+    What a step does must depend on its number alone: then a run that goes on from a checkpoint
+    gives what an unbroken one gives. Over several devices the batch is split, and weights are
+    copied.
+
+    Args:
+        carry: weights, optimizer state and the like; JAX arrays.
+        step: ``(carry, batch, key) -> carry, loss``, jitted; it may donate the carry.
+        batch: number of the step → arrays ``[examples, ...]``.
+        key: the step's key is folded from it and the number.
+        steps: how many, from 1.
+        every: steps between two measurements, and checkpoints.
+        measure: ``(number, carry, rows so far) -> row``; may write the best weights to a file.
+        checkpoints: folder to go on from and to write to; None keeps nothing.
+
+    Returns:
+        A row a measurement, of those before a restart too. Each is printed as JSON.
+
+    Raises:
+        SystemExit: a loss that is not finite; the last checkpoint is from before.
+    """
+    split, copied = _shardings()
+    carry = jax.device_put(carry, copied)
+    rows: list[Row] = []
+    first = 1
+    manager = None
+    if checkpoints is not None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        manager = ocp.CheckpointManager(checkpoints.absolute(), options=options)
+        latest = manager.latest_step()
+        if latest is not None:
+            carry, rows = _restore(manager, latest, carry, checkpoints)
+            first = latest + 1
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    losses: list[jax.Array] = []
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("steps", total=steps, completed=first - 1)
+        for number in range(first, steps + 1):
+            examples = jax.device_put(batch(number), split)
+            carry, loss = step(carry, examples, jax.random.fold_in(key, number))
+            losses.append(loss)
+            progress.update(task, advance=1)
+            if number % every and number != steps:
+                continue
+            values = np.array(jax.device_get(losses))
+            losses = []
+            if not np.isfinite(values).all():
+                wrong = number - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+                raise SystemExit(
+                    f"step {wrong}: expected a finite loss, got {values[~np.isfinite(values)][0]}. "
+                    "Lower --rate. The last checkpoint is from before."
+                )
+            row = {"step": number, "loss": float(values[-1]), **measure(number, carry, rows)}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            if manager is not None:
+                _save(manager, number, carry, rows)
+    if manager is not None:
+        manager.close()
+    return rows
+
+
+def _shardings() -> tuple[NamedSharding, NamedSharding]:
+    """How batches and weights lie on the devices."""
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch(batch: int) -> None:
+    """Refuses a batch that the devices cannot share.
+
+    Raises:
+        SystemExit: so it is.
+    """
+    if batch < 1 or batch % jax.device_count():
+        raise SystemExit(
+            f"--batch: expected a multiple of the {jax.device_count()} devices, got {batch}."
+        )
+
+
+def _arrays(carry: Any) -> dict[str, jax.Array]:
+    # By number, and keys by their data: whatever containers there are, Orbax sees a plain dict.
+    return {
+        str(index): jax.random.key_data(leaf)
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else leaf
+        for index, leaf in enumerate(jax.tree.leaves(carry))
+    }
+
+
+def _save(manager: ocp.CheckpointManager, number: int, carry: Any, rows: list[Row]) -> None:
+    items = ocp.args.Composite(
+        carry=ocp.args.StandardSave(_arrays(carry)),  # pyright: ignore[reportCallIssue]
+        rows=ocp.args.JsonSave({"rows": rows}),  # pyright: ignore[reportCallIssue]
+    )
+    manager.save(number, args=items)
+
+
+def _restore(
+    manager: ocp.CheckpointManager, number: int, carry: Any, folder: Path
+) -> tuple[Any, list[Row]]:
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
+    items = ocp.args.Composite(
+        carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
+        rows=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
+    )
+    try:
+        found: Any = manager.restore(number, args=items)
+    except (ValueError, KeyError) as error:
+        raise SystemExit(
+            f"{folder}: the checkpoint of step {number} is of another network or optimizer. Use "
+            f"another folder, or the settings that it was made with. ({str(error)[:200]})"
+        ) from error
+    leaves, structure = jax.tree.flatten(carry)
+    new = [
+        jax.random.wrap_key_data(found.carry[str(index)], impl=jax.random.key_impl(leaf))
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else found.carry[str(index)]
+        for index, leaf in enumerate(leaves)
+    ]
+    return structure.unflatten(new), found.rows["rows"]
