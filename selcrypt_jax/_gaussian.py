@@ -56,7 +56,7 @@ class GaussianCipher:
             it, and whoever has it knows the range of the selected weights.
         wrap: ours, not the paper's: ``c = μ + σ·Φ⁻¹(((w − h)/(f − h) + r) mod 1)``. As the paper
             prints it, ``w + r`` is far from uniform once the range of ``w`` is not small against
-            1: on the paper's own DnCNN ``c`` then has three quarters of the deviation that it
+            1: on the paper's own DnCNN ``c`` then has less than half of the deviation that it
             should. Modulo 1 it is uniform, and ``c`` normal and independent of ``w``.
 
     References:

@@ -1,6 +1,8 @@
 """The training scripts, run as a user runs them, on tiny data."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,13 +15,13 @@ from flax import nnx
 from PIL import Image
 from safetensors.numpy import load_file
 
-from selcrypt_jax.models import DnCNN, from_torch
+from selcrypt_jax.models import VGG19, DnCNN, from_torch
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*args) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train" / "dncnn.py"), *map(str, args)]
+def run(*args, script: str = "dncnn.py") -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -114,3 +116,73 @@ def test_dncnn_names_what_is_wrong_with_its_images(images):
     assert "expected at least 64×64 pixels, got 56×48" in small.stderr
     loud = run("--images", images / "train", "--sigma", -1, *common)
     assert "--sigma: expected a number in (0, 255], got -1" in loud.stderr
+
+
+# --- VGG19 on CIFAR -----------------------------------------------------------------------------
+
+DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
+needs_data = pytest.mark.skipif(
+    "SELCRYPT_DATA" not in os.environ, reason="SELCRYPT_DATA is not set"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@needs_data
+def test_vgg19_goes_on_after_a_stop(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("grain")
+
+    def train(name: str, steps: int) -> subprocess.CompletedProcess:
+        return run(
+            *("--data", DATA / "tfds", "--out", tmp_path / name / "x.safetensors"),
+            *("--checkpoints", tmp_path / name / "kept", "--steps", steps, "--every", 2),
+            *("--width", 0.05, "--batch", 16, "--tests", 100),
+            script="vgg19.py",
+        )
+
+    whole = train("whole", 6)
+    assert whole.returncode == 0, whole.stderr
+    rows = [json.loads(line) for line in whole.stdout.splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    shutil.copytree(tmp_path / "whole" / "kept", tmp_path / "broken" / "kept")
+    shutil.rmtree(tmp_path / "broken" / "kept" / "6")  # as if it had been stopped before
+    broken = train("broken", 6)
+    assert broken.returncode == 0, broken.stderr
+    assert broken.stdout == whole.stdout
+    model = VGG19(width=0.05, rngs=nnx.Rngs(0))
+    nnx.update(model, from_torch(model, load_file(tmp_path / "whole" / "x.safetensors")))
+
+
+def test_vgg19_names_data_that_are_missing(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("grain")
+    result = run("--data", tmp_path, "--out", tmp_path / "x", script="vgg19.py")
+    assert result.returncode == 1
+    assert "expected a data set that TFDS prepared" in result.stderr
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").write_text("{}")
+    result = run("--data", tmp_path, "--out", tmp_path / "x", script="vgg19.py")
+    assert result.returncode == 1
+    assert "expected cifar10 in ArrayRecord files" in result.stderr
+
+
+# --- the paper's experiments --------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@needs_data
+def test_levels_of_dncnn_are_near_those_of_the_release(tmp_path):
+    result = run("--data", DATA, "--out", tmp_path, "--keys", 1, script="reproduce/dncnn_levels.py")
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "dncnn_levels.json").read_text())
+    np.testing.assert_allclose(report["untouched"], [27.84, 39.59, 27.03, 25.53], atol=0.01)
+    assert report["selected_weights"] == 2214
+    for name in ("gaussian", "lossless"):
+        found = [entry["mean"] for entry in report[name]["psnr"]]
+        # A single key: its spread is about 2 dB at the levels in between.
+        np.testing.assert_allclose(found[1:5], report["release"][1:5], atol=5)
+        np.testing.assert_allclose(found[::5], report["release"][::5], atol=0.6)
+    assert report["lossless"]["bit_identical_weights_at_the_top"] == [2214, 2214]
+    assert (tmp_path / "dncnn_levels.png").stat().st_size > 10_000
