@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from ._atomic import check_output, new_file, new_folder
 from ._envelope import (
@@ -81,78 +81,65 @@ class Protection:
         )
         return Envelope.seal(manifest, metadata, levels, self.key, self.signing, what)
 
-    def encrypt(
-        self,
-        source: TensorSource,
-        metadata: Mapping[str, str] | None,
-        rings: Rings,
-        shard: tuple[int, int] | None,
-        write: Write,
-        what: str,
-    ) -> Envelope:
+    def encrypt(self, job: "Job", write: Write) -> Envelope:
         """Encrypts the tensors of one file, in order; what has to go with them."""
-        table, done = encrypt_tensors(source, rings, self.key, self.cipher, write, what=what)
-        return self.seal(table, done, metadata, shard, what)
+        table, done = encrypt_tensors(
+            job.source, job.rings, self.key, self.cipher, write, what=job.what
+        )
+        return self.seal(table, done, job.metadata, job.shard, job.what)
 
 
-class Output(Protocol):
-    """One file of a new checkpoint."""
+class Job(NamedTuple):
+    """One file of a checkpoint that is to be protected.
 
-    def protected(
-        self,
-        source: TensorSource,
-        metadata: Mapping[str, str] | None,
-        rings: Rings,
-        protection: Protection,
-        shard: tuple[int, int] | None,
-        what: str,
-    ) -> None:
-        """Encrypts the tensors and writes them."""
-        ...
+    Attributes:
+        source: its tensors in the clear.
+        metadata: the caller's own, or None if the file has none at all.
+        rings: what is encrypted in them.
+        shard: number of the file and of all files, or None.
+        what: the file, for messages.
+    """
 
-    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
-        """Writes the tensors as a level sees them."""
-        ...
+    source: TensorSource
+    metadata: Mapping[str, str] | None
+    rings: Rings
+    shard: tuple[int, int] | None
+    what: str
 
 
 class _SafetensorsOutput(NamedTuple):
+    """One new file."""
+
     file: BinaryIO
 
-    def protected(
-        self,
-        source: TensorSource,
-        metadata: Mapping[str, str] | None,
-        rings: Rings,
-        protection: Protection,
-        shard: tuple[int, int] | None,
-        what: str,
-    ) -> None:
-        layout = _layout(source)
+    def protected(self, job: Job, protection: Protection) -> None:
+        """Encrypts the tensors and writes them."""
+        layout = _layout(job.source)
 
         def head(envelope: Envelope) -> bytes:
-            entries = {**(metadata or {}), **envelope.entries()}
+            entries = {**(job.metadata or {}), **envelope.entries()}
             try:
                 return header(layout, entries)
             except ValueError as error:
                 raise ValueError(
-                    f"{what}: the positions of what is encrypted do not fit into the file: {error} "
-                    "Select larger groups (granularity 'filter'), a smaller share or fewer tensors."
+                    f"{job.what}: the positions of what is encrypted do not fit into the file: "
+                    f"{error} Select larger groups (granularity 'filter'), a smaller share or "
+                    "fewer tensors."
                 ) from None
 
         # The header comes before the data but holds their digests. Its size is known, since these
         # all have the same length, so room is left for it.
         blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
-        room = len(head(protection.seal(blank, rings, metadata, shard, what)))
+        room = len(head(protection.seal(blank, job.rings, job.metadata, job.shard, job.what)))
         self.file.seek(room)
-        envelope = protection.encrypt(
-            source, metadata, rings, shard, lambda _, data: self.file.write(data), what
-        )
+        envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
         first = head(envelope)
         assert len(first) == room
         self.file.seek(0)
         self.file.write(first)
 
     def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+        """Writes the tensors as a level sees them."""
         self.file.write(header(_layout(source), metadata))
         for _, piece in source.pieces():
             self.file.write(piece)
@@ -163,28 +150,22 @@ def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
 
 
 class _OrbaxOutput(NamedTuple):
+    """The same, to be written by Orbax."""
+
     data: dict[str, bytearray]
     metadata: dict[str, str]
 
-    def protected(
-        self,
-        source: TensorSource,
-        metadata: Mapping[str, str] | None,
-        rings: Rings,
-        protection: Protection,
-        shard: tuple[int, int] | None,
-        what: str,
-    ) -> None:
-        envelope = protection.encrypt(source, metadata, rings, shard, self._add, what)
-        self.metadata.update(metadata or {}, **envelope.entries())
+    def protected(self, job: Job, protection: Protection) -> None:
+        envelope = protection.encrypt(job, self.data.__setitem__)
+        self.metadata.update(job.metadata or {}, **envelope.entries())
 
     def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
         for name in source.tensors:
             self.data[name] = source.read(name)
         self.metadata.update(metadata or {})
 
-    def _add(self, name: str, data: bytearray) -> None:
-        self.data[name] = data
+
+Output = _SafetensorsOutput | _OrbaxOutput
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
 from ._atomic import check_output, new_file
-from ._checkpoint import AnyPath, Checkpoint, Protection, checkpoint_outputs, open_checkpoint
+from ._checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from ._envelope import Envelope, SealedRing, check_unprotected
 from ._groups import Granularity, Layout, group_shape
 from ._keys import Secret, SigningKey
@@ -147,7 +147,8 @@ def protect(
         levels = max(level for found in rings.values() for level, _ in found)
     protection = Protection.new(secret, levels, cipher, signing)
     shipped: dict[str, bytearray] = {}
-    envelope = protection.encrypt(source, metadata, rings, None, shipped.__setitem__, "params")
+    job = Job(source, metadata, rings, None, "params")
+    envelope = protection.encrypt(job, shipped.__setitem__)
     leaves = {name: _leaf(shipped[name], source, name, tree.leaves[name]) for name in rings}
     return Protected(tree.rebuild(leaves), {**(metadata or {}), **envelope.entries()})
 
@@ -261,9 +262,9 @@ def protect_file(
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
             for name, file in checkpoint.files.items():
                 here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
+                job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
                 with create(name) as out:
-                    shard = checkpoint.shard(name)
-                    out.protected(file, file.metadata, here, protection, shard, str(file.path))
+                    out.protected(job, protection)
     groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
     return Selection(protection.key.model_id, layout, groups)
 

@@ -10,7 +10,14 @@ import os
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ._checkpoint import AnyPath, Checkpoint, Protection, checkpoint_outputs, open_checkpoint
+from ._checkpoint import (
+    AnyPath,
+    Checkpoint,
+    Job,
+    Protection,
+    checkpoint_outputs,
+    open_checkpoint,
+)
 from ._envelope import Envelope
 from ._keyfiles import read_grant, read_verify_key
 from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, level_key
@@ -199,14 +206,14 @@ def rotate_file(
             for name, file in checkpoint.files.items():
                 plain = Unlocked(file, envelopes[name], key)
                 with create(name) as out:
-                    out.protected(
+                    job = Job(
                         plain,
                         envelopes[name].own,
                         plain.rings,
-                        protection,
                         checkpoint.shard(name),
                         str(file.path),
                     )
+                    out.protected(job, protection)
     return protection.key.model_id
 
 
