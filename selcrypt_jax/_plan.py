@@ -3,8 +3,8 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ._arrays import as_array
 from ._chacha import chacha20_key
 from ._dtypes import SAFETENSORS
 from ._envelope import SealedRing
-from ._groups import Granularity, Layout
+from ._groups import Granularity, Layout, group_shape
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
 from ._masks import Levels, Scope, as_levels, checked_score, rank
 from ._rings import seal_mask
@@ -111,10 +111,26 @@ def guess_layout(
     )
 
 
+class Scores(NamedTuple):
+    """Importance of the groups of tensors, of one tensor at a time.
+
+    Attributes:
+        shapes: tensor → shape of its scores, for those that take part.
+        of: tensor → its scores.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    of: Callable[[str], np.ndarray]
+
+
 def strategy_scores(
-    source: NamedTensors, strategy: Strategy, granularity: Granularity, layout: Layout
-) -> Callable[[str], np.ndarray]:
-    """A function from the name of a tensor to the scores of its groups."""
+    source: NamedTensors,
+    names: Sequence[str],
+    strategy: Strategy,
+    granularity: Granularity,
+    layout: Layout,
+) -> Scores:
+    """Scores that need no data."""
     if strategy not in ("l2", "random", "ascend", "descend", "mean"):
         raise ValueError(
             "strategy: expected l2, random, ascend, descend or mean, which need no data, got "
@@ -134,13 +150,14 @@ def strategy_scores(
         leaf = as_array(source.read(name), info.dtype, info.shape)
         return np.asarray(function({name: leaf}, **options)[name])
 
-    return scores
+    shapes = {name: group_shape(source.tensors[name].shape, granularity, layout) for name in names}
+    return Scores(shapes, scores)
 
 
 def given_scores(
     given: NamedTensors, tensors: Mapping[str, Any], select: Selector, what: str
-) -> tuple[list[str], Callable[[str], np.ndarray]]:
-    """Scores from a file of their own: the names that take part, and a function as above.
+) -> Scores:
+    """Scores from a file of their own.
 
     Args:
         given: the scores.
@@ -180,13 +197,12 @@ def given_scores(
     names = list(given.tensors)
     if select is not None:
         names = choose_tensors({name: tensors[name] for name in names}, select)
-    return names, scores
+    return Scores({name: tuple(given.tensors[name].shape) for name in names}, scores)
 
 
 def plan_rings(
     tensors: Mapping[str, Any],
-    names: Sequence[str],
-    scores: Callable[[str], np.ndarray],
+    scores: Scores,
     fractions: Sequence[float] | Levels,
     *,
     scope: Scope,
@@ -201,8 +217,7 @@ def plan_rings(
 
     Args:
         tensors: by name, with dtype and shape.
-        names: of those that take part.
-        scores: name → scores.
+        scores: of those that take part.
         fractions: see `nested_masks`.
         scope: see `nested_masks`.
         cipher: see `LosslessCipher`.
@@ -217,7 +232,7 @@ def plan_rings(
     if scope not in ("leaf", "model"):
         raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
 
-    for name in names:  # before any of them is read
+    for name in scores.shapes:  # before any of them is read
         try:
             cipher.fine_mask(SAFETENSORS[tensors[name].dtype])
         except ValueError as error:
@@ -227,7 +242,7 @@ def plan_rings(
     rings: dict[str, list[tuple[int, SealedRing]]] = {}
     added: list[int] = []
     refused: dict[str, str] = {}
-    for name, ranks, counts in by_leaf(names, scores, levels):
+    for name, ranks, counts in by_leaf(scores, levels):
         info = tensors[name]
         added = added or [0] * len(counts)
         if not ranks.size or not math.prod(info.shape):
@@ -263,23 +278,25 @@ def plan_rings(
         if not groups:
             raise ValueError(
                 f"level {level} adds no groups to those below it, expected at least one in "
-                f"{listed(names)}. Encrypt a larger share, use fewer levels, a finer granularity "
-                "or scope 'model', or select larger tensors."
+                f"{listed(scores.shapes)}. Encrypt a larger share, use fewer levels, a finer "
+                "granularity or scope 'model', or select larger tensors."
             )
     return rings
 
 
-def _checked(name: str, scores: Callable[[str], np.ndarray]) -> np.ndarray:
-    array = checked_score(name, scores(name))
+def _checked(name: str, scores: Scores) -> np.ndarray:
+    array = checked_score(name, scores.of(name))
     assert array is not None
     return array
 
 
-def _rank_leaves(
-    names: Sequence[str], scores: Callable[[str], np.ndarray], levels: Levels
-) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
-    """Name, ranks of its groups, and how many of them each level may decrypt."""
-    for name in names:
+Ranked = tuple[str, np.ndarray, tuple[int, ...]]
+"""A tensor, the ranks of its groups, and how many of them each level may decrypt."""
+
+
+def _rank_leaves(scores: Scores, levels: Levels) -> Iterator[Ranked]:
+    """All tensors, each judged by itself."""
+    for name in scores.shapes:
         score = _checked(name, scores)
         counts = levels.counts(score.size)
         ranks = rank(score, counts[-1])
@@ -287,13 +304,11 @@ def _rank_leaves(
         yield name, ranks, counts
 
 
-def _rank_model(
-    names: Sequence[str], scores: Callable[[str], np.ndarray], levels: Levels
-) -> Iterator[tuple[str, np.ndarray, tuple[int, ...]]]:
-    """The same, where the leaves compete; of all scores only the best are held at a time."""
-    names = sorted(names)  # so that ties do not depend on the order in the file
-    shapes = {name: np.shape(scores(name)) for name in names}
-    total = levels.counts(sum(map(math.prod, shapes.values())))
+def _rank_model(scores: Scores, levels: Levels) -> Iterator[Ranked]:
+    """All tensors, in competition; of all scores only the best are held at a time."""
+    names = sorted(scores.shapes)  # so that ties do not depend on the order in the file
+    sizes = {name: math.prod(scores.shapes[name]) for name in names}
+    total = levels.counts(sum(sizes.values()))
     best = np.zeros(0, np.float32)
     leaf, index = np.zeros(0, np.int32), np.zeros(0, np.int32)
     least = -np.inf
@@ -310,17 +325,17 @@ def _rank_model(
     order = np.argsort(-best, kind="stable")[: total[-1]]
     for number, name in enumerate(names):
         (places,) = np.nonzero(leaf[order] == number)
-        ranks = np.full(math.prod(shapes[name]), math.prod(shapes[name]), np.int32)
+        ranks = np.full(sizes[name], sizes[name], np.int32)
         ranks[index[order[places]]] = np.arange(len(places))
         counts = tuple(int(np.searchsorted(places, count)) for count in total)
-        yield name, ranks.reshape(shapes[name]), counts
+        yield name, ranks.reshape(scores.shapes[name]), counts
 
 
-def check_room(groups: Mapping[str, int], levels: Levels, what: str) -> None:
+def check_room(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:
     """Refuses positions that would not fit into a file's header, before they are computed.
 
     Args:
-        groups: number of groups of each tensor that takes part.
+        shapes: of the scores of each tensor that takes part.
         levels: the shares.
         what: the checkpoint's file, for messages.
 
@@ -328,7 +343,7 @@ def check_room(groups: Mapping[str, int], levels: Levels, what: str) -> None:
         ValueError: they need more than the 100 MB that the format allows.
     """
     bits = 0.0
-    for size in groups.values():
+    for size in map(math.prod, shapes):
         counts = (0, *levels.counts(size))
         for below, count in itertools.pairwise(counts):
             share = (count - below) / max(size, 1)

@@ -1,6 +1,5 @@
 """Protecting pytrees in memory and checkpoints on disk."""
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
 from ._atomic import check_output, new_file
-from ._checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
+from ._checkpoint import AnyPath, Job, Protection, checkpoint_outputs, open_checkpoint
 from ._envelope import Envelope, SealedRing, check_unprotected
-from ._groups import Granularity, Layout, group_shape
+from ._groups import Granularity, Layout
 from ._keys import Secret, SigningKey
 from ._lossless import LosslessCipher
 from ._masks import Levels, Scope, as_levels, split_rings
@@ -142,9 +141,9 @@ def protect(
     else:
         scores = named_leaves(masks, "scores").leaves
         given = {name: np.asarray(leaf) for name, leaf in scores.items() if is_array(leaf)}
-        names, score = given_scores(ArraySource(given, "scores"), source.tensors, None, "scores")
-        rings = plan_rings(source.tensors, names, score, fractions, scope=scope, cipher=cipher)
-        levels = max(level for found in rings.values() for level, _ in found)
+        found = given_scores(ArraySource(given, "scores"), source.tensors, None, "scores")
+        rings = plan_rings(source.tensors, found, fractions, scope=scope, cipher=cipher)
+        levels = _levels_of(rings)
     protection = Protection.new(secret, levels, cipher, signing)
     shipped: dict[str, bytearray] = {}
     job = Job(source, metadata, rings, None, "params")
@@ -241,7 +240,7 @@ def protect_file(
             _check_unused(strategy=strategy, granularity=granularity, layout=layout)
             check_output(output, importance)
             given = stack.enter_context(SafetensorsFile(importance))
-            names, scores = given_scores(given, tensors, select, str(importance))
+            scores = given_scores(given, tensors, select, str(importance))
         else:
             granularity = granularity or "kernel"
             try:
@@ -250,13 +249,15 @@ def protect_file(
                 layout = layout or guess_layout(tensors, names, metadata, granularity)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from None
-            scores = strategy_scores(checkpoint, strategy or "l2", granularity, layout)
-            if scope == "leaf":
-                _check_room(checkpoint, names, fractions, granularity, layout)
+            scores = strategy_scores(checkpoint, names, strategy or "l2", granularity, layout)
+        if scope == "leaf":
+            for file in checkpoint.files.values():
+                here = [shape for name, shape in scores.shapes.items() if name in file.tensors]
+                check_room(here, as_levels(fractions), str(file.path))
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             try:
-                rings = plan_rings(tensors, names, scores, fractions, scope=scope, cipher=cipher)
+                rings = plan_rings(tensors, scores, fractions, scope=scope, cipher=cipher)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from None
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
@@ -267,19 +268,6 @@ def protect_file(
                     out.protected(job, protection)
     groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
     return Selection(protection.key.model_id, layout, groups)
-
-
-def _check_room(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    fractions: Sequence[float] | Levels,
-    granularity: Granularity,
-    layout: Layout,
-) -> None:
-    for file in checkpoint.files.values():
-        here = {n: file.tensors[n].shape for n in names if n in file.tensors}
-        groups = {n: math.prod(group_shape(s, granularity, layout)) for n, s in here.items()}
-        check_room(groups, as_levels(fractions), file.path.name)
 
 
 def _check_unused(**options: object) -> None:
