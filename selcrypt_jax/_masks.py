@@ -5,7 +5,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,8 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._groups import Ring
+from ._ranks import Scope, Scores, ranked
 from ._tree import NamedLeaves, is_array, listed, named_leaves
-
-Scope = Literal["leaf", "model"]
 
 
 @runtime_checkable
@@ -154,14 +153,13 @@ def nested_masks(
             f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}."
         )
 
-    if scope == "leaf":
-        ranks = {name: rank(array) for name, array in arrays.items()}
-        counts = {name: levels.counts(array.size) for name, array in arrays.items()}
-    else:
-        ranks = rank_all(arrays)
-        counts = dict.fromkeys(arrays, levels.counts(sum(a.size for a in arrays.values())))
-    steps = len(next(iter(counts.values())))
-    masks = [{name: ranks[name] < counts[name][level] for name in arrays} for level in range(steps)]
+    shapes = {name: array.shape for name, array in arrays.items()}
+    masks: list[dict[str, np.ndarray]] = []
+    for name, ranks, counts in ranked(Scores(shapes, arrays.__getitem__), levels.counts, scope):
+        masks = masks or [{} for _ in counts]
+        for mask, count in zip(masks, counts, strict=True):
+            mask[name] = ranks < count
+    steps = len(masks)
     selected = [0] + [sum(int(leaf.sum()) for leaf in mask.values()) for mask in masks]
     for level in range(1, steps + 1):
         if selected[level] <= selected[level - 1]:
@@ -203,36 +201,6 @@ def checked_score(name: str, leaf: Any) -> np.ndarray | None:
             "not finite, or the loss was not: repair them or leave the leaf out with `select`."
         )
     return array
-
-
-def rank(scores: np.ndarray, best: int | None = None) -> np.ndarray:
-    """0 for the most important group, and so on; of equal ones the lower index comes first.
-
-    With `best`, only so many need be right; the others have any rank from there on.
-    """
-    flat = scores.reshape(-1)
-    ranks = np.full(flat.size, flat.size, np.int64 if flat.size >= 2**31 else np.int32)
-    if best is None or best >= flat.size:
-        chosen = np.arange(flat.size, dtype=ranks.dtype)
-    elif best:
-        # To sort them all would take ten times the memory of the weights.
-        chosen = np.flatnonzero(flat >= np.partition(flat, -best)[-best]).astype(ranks.dtype)
-    else:
-        chosen = np.zeros(0, ranks.dtype)
-    order = chosen[np.argsort(-flat[chosen], kind="stable")]
-    ranks[order] = np.arange(len(order), dtype=ranks.dtype)
-    return ranks.reshape(scores.shape)
-
-
-def rank_all(scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As `rank`, over all leaves together."""
-    names = sorted(scores)  # not the order in the container: equal paths, equal masks
-    together = rank(np.concatenate([scores[name].ravel() for name in names]))
-    ends = np.cumsum([scores[name].size for name in names])[:-1]
-    return {
-        name: part.reshape(scores[name].shape)
-        for name, part in zip(names, np.split(together, ends), strict=True)
-    }
 
 
 def _concrete(leaf: Any, what: str) -> np.ndarray:

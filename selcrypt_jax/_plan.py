@@ -3,8 +3,8 @@
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from ._dtypes import SAFETENSORS
 from ._envelope import SealedRing
 from ._groups import Granularity, Layout, group_shape
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
-from ._masks import Levels, Scope, as_levels, checked_score, rank
+from ._masks import Levels, as_levels, checked_score
+from ._ranks import Scope, Scores, ranked
 from ._rings import seal_mask
 from ._safetensors import MAX_HEADER
 from ._tree import Selector, listed, select_leaves
@@ -109,18 +110,6 @@ def guess_layout(
         + "".join(f"; {name!r} looks like {layout}" for layout, name in votes.items())
         + ". Say it (--layout): OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
     )
-
-
-class Scores(NamedTuple):
-    """Importance of the groups of tensors, of one tensor at a time.
-
-    Attributes:
-        shapes: tensor → shape of its scores, for those that take part.
-        of: tensor → its scores.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    of: Callable[[str], np.ndarray]
 
 
 def strategy_scores(
@@ -238,11 +227,16 @@ def plan_rings(
         except ValueError as error:
             raise ValueError(f"tensor {name!r}: {error}. Leave it out with `select`.") from None
 
-    by_leaf = _rank_leaves if scope == "leaf" else _rank_model
+    def of(name: str) -> np.ndarray:
+        array = checked_score(name, scores.of(name))
+        assert array is not None
+        return array
+
+    checked = Scores(scores.shapes, of)
     rings: dict[str, list[tuple[int, SealedRing]]] = {}
     added: list[int] = []
     refused: dict[str, str] = {}
-    for name, ranks, counts in by_leaf(scores, levels):
+    for name, ranks, counts in ranked(checked, levels.counts, scope):
         info = tensors[name]
         added = added or [0] * len(counts)
         if not ranks.size or not math.prod(info.shape):
@@ -282,53 +276,6 @@ def plan_rings(
                 "granularity or scope 'model', or select larger tensors."
             )
     return rings
-
-
-def _checked(name: str, scores: Scores) -> np.ndarray:
-    array = checked_score(name, scores.of(name))
-    assert array is not None
-    return array
-
-
-Ranked = tuple[str, np.ndarray, tuple[int, ...]]
-"""A tensor, the ranks of its groups, and how many of them each level may decrypt."""
-
-
-def _rank_leaves(scores: Scores, levels: Levels) -> Iterator[Ranked]:
-    """All tensors, each judged by itself."""
-    for name in scores.shapes:
-        score = _checked(name, scores)
-        counts = levels.counts(score.size)
-        ranks = rank(score, counts[-1])
-        del score  # as large as the leaf
-        yield name, ranks, counts
-
-
-def _rank_model(scores: Scores, levels: Levels) -> Iterator[Ranked]:
-    """All tensors, in competition; of all scores only the best are held at a time."""
-    names = sorted(scores.shapes)  # so that ties do not depend on the order in the file
-    sizes = {name: math.prod(scores.shapes[name]) for name in names}
-    total = levels.counts(sum(sizes.values()))
-    best = np.zeros(0, np.float32)
-    leaf, index = np.zeros(0, np.int32), np.zeros(0, np.int32)
-    least = -np.inf
-    for number, name in enumerate(names):
-        score = _checked(name, scores).reshape(-1)
-        chosen = np.flatnonzero(score >= least).astype(np.int32)
-        best = np.concatenate([best, score[chosen]])
-        leaf = np.concatenate([leaf, np.full(len(chosen), number, np.int32)])
-        index = np.concatenate([index, chosen])
-        if len(best) > 2 * total[-1] > 0:
-            least = np.partition(best, -total[-1])[-total[-1]]
-            kept = best >= least
-            best, leaf, index = best[kept], leaf[kept], index[kept]
-    order = np.argsort(-best, kind="stable")[: total[-1]]
-    for number, name in enumerate(names):
-        (places,) = np.nonzero(leaf[order] == number)
-        ranks = np.full(sizes[name], sizes[name], np.int32)
-        ranks[index[order[places]]] = np.arange(len(places))
-        counts = tuple(int(np.searchsorted(places, count)) for count in total)
-        yield name, ranks.reshape(scores.shapes[name]), counts
 
 
 def check_room(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:

@@ -17,7 +17,7 @@ from ._envelope import Envelope, SealedRing, check_unprotected
 from ._groups import Granularity, Layout
 from ._keys import Secret, SigningKey
 from ._lossless import LosslessCipher
-from ._masks import Levels, Scope, as_levels, split_rings
+from ._masks import Levels, as_levels, split_rings
 from ._plan import (
     Strategy,
     check_room,
@@ -27,10 +27,11 @@ from ._plan import (
     plan_rings,
     strategy_scores,
 )
+from ._ranks import Scope
 from ._rings import seal_mask
 from ._safetensors import SafetensorsFile, header
 from ._storage import AnyGrant, grant_key
-from ._tensors import Rings, Unlocked
+from ._tensors import Rings, Unlocked, check_table
 from ._tree import NamedLeaves, Selector, is_array, named_leaves
 
 
@@ -171,6 +172,7 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
     envelope.check_signature(signer)
     tree = named_leaves(protected.params)
     source = _source(tree)
+    check_table(source, envelope)
     plain = Unlocked(source, envelope, key)
     leaves = {}
     for name in source.tensors:

@@ -123,12 +123,11 @@ def unlock_file(
     key, signer = grant_key(grant, level)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes(signer)
-        for envelope in envelopes.values():
-            envelope.check_key(key)
+        plain = {n: Unlocked(file, envelopes[n], key) for n, file in checkpoint.files.items()}
         with checkpoint_outputs(checkpoint, output, force=force) as create:
-            for name, file in checkpoint.files.items():
+            for name in checkpoint.files:
                 with create(name) as out:
-                    out.plain(Unlocked(file, envelopes[name], key), envelopes[name].own)
+                    out.plain(plain[name], envelopes[name].own)
 
 
 def rotate_file(
@@ -188,8 +187,9 @@ def rotate_file(
                 "checkpoint, expected all of them. Name the index, or the folder."
             )
         key = level_key(secret, manifest.model_id, level=levels, levels=levels)
-        for envelope in envelopes.values():
-            envelope.open(key, owner=True)
+        plain = {
+            n: Unlocked(file, envelopes[n], key, owner=True) for n, file in checkpoint.files.items()
+        }
         protection = Protection.new(secret, levels, manifest.cipher, signing)
         in_place = output is None
         if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
@@ -204,12 +204,11 @@ def rotate_file(
             in_place=in_place,
         ) as create:
             for name, file in checkpoint.files.items():
-                plain = Unlocked(file, envelopes[name], key)
                 with create(name) as out:
                     job = Job(
-                        plain,
+                        plain[name],
                         envelopes[name].own,
-                        plain.rings,
+                        plain[name].rings,
                         checkpoint.shard(name),
                         str(file.path),
                     )

@@ -85,20 +85,27 @@ class Unlocked:
 
     Args:
         source: the tensors as shipped.
-        envelope: of the file; its signature is checked by the caller.
+        envelope: of the file; its signature and table are checked by the caller.
         key: of level m, or None for level 0.
+        owner: whether the key comes from the owner's secret, for messages.
 
     Raises:
         ValueError: a key of another model.
         IntegrityError: anything that is not as its owner made it, here or while reading.
     """
 
-    def __init__(self, source: TensorSource, envelope: Envelope, key: LevelKey | None) -> None:
-        check_table(source, envelope)
+    def __init__(
+        self,
+        source: TensorSource,
+        envelope: Envelope,
+        key: LevelKey | None,
+        *,
+        owner: bool = False,
+    ) -> None:
         self.tensors = source.tensors
         self._source, self._envelope = source, envelope
         self._keys = {} if key is None else cipher_keys(key)
-        self.rings = {} if key is None else envelope.open(key)
+        self.rings = {} if key is None else envelope.open(key, owner=owner)
 
     def read(self, name: str) -> bytearray:
         """See `TensorSource`."""

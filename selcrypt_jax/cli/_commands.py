@@ -334,9 +334,8 @@ def verify(
         as_json: Print JSON.
     """
     opened = None if grant is None else _read_grant(grant, identity, passphrase_file)
-    public = None if signer is None else _keyfiles.read_verify_key(signer)
-    found = verify_file(file, signer=public, grant=opened)
-    known = public is not None or (opened is not None and opened.signer is not None)
+    found = verify_file(file, signer=signer, grant=opened)
+    known = signer is not None or (opened is not None and opened.signer is not None)
     text = f"{file}: every digest fits."
     if found.signer is not None:
         whose = ", as expected" if known else "; compare that with what the owner says"

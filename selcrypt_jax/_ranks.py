@@ -1,0 +1,96 @@
+"""The most important groups: ranks of scores, tensor by tensor."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Scope = Literal["leaf", "model"]
+CountsOf = Callable[[int], tuple[int, ...]]
+"""Number of groups → how many of them level 1..M may decrypt, see `Levels.counts`."""
+
+
+class Scores(NamedTuple):
+    """Importance of the groups of tensors, of one tensor at a time.
+
+    Attributes:
+        shapes: tensor → shape of its scores, for those that take part.
+        of: tensor → its scores.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    of: Callable[[str], np.ndarray]
+
+
+def rank(scores: np.ndarray, best: int | None = None) -> np.ndarray:
+    """0 for the most important group, and so on; of equal ones the lower index comes first.
+
+    With `best`, only so many need be right; the others have any rank from there on.
+    """
+    flat = scores.reshape(-1)
+    ranks = np.full(flat.size, flat.size, np.int64 if flat.size >= 2**31 else np.int32)
+    if best is None or best >= flat.size:
+        chosen = np.arange(flat.size, dtype=ranks.dtype)
+    elif best:
+        # To sort them all would take ten times the memory of the weights.
+        chosen = np.flatnonzero(flat >= np.partition(flat, -best)[-best]).astype(ranks.dtype)
+    else:
+        chosen = np.zeros(0, ranks.dtype)
+    order = chosen[np.argsort(-flat[chosen], kind="stable")]
+    ranks[order] = np.arange(len(order), dtype=ranks.dtype)
+    return ranks.reshape(scores.shape)
+
+
+Ranked = tuple[str, np.ndarray, tuple[int, ...]]
+"""A tensor, the ranks of its groups, and how many of them each level may decrypt."""
+
+
+def _rank_leaves(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
+    """All tensors, each judged by itself."""
+    for name in scores.shapes:
+        score = scores.of(name)
+        counts = counts_of(score.size)
+        ranks = rank(score, counts[-1])
+        del score  # as large as the leaf
+        yield name, ranks, counts
+
+
+def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
+    """All tensors, in competition; of all scores only the best are held at a time."""
+    names = sorted(scores.shapes)  # so that ties do not depend on the order in the file
+    sizes = {name: math.prod(scores.shapes[name]) for name in names}
+    total = counts_of(sum(sizes.values()))
+    best = np.zeros(0, np.float32)
+    leaf, index = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    least = -np.inf
+    for number, name in enumerate(names):
+        score = scores.of(name).reshape(-1)
+        chosen = np.flatnonzero(score >= least).astype(np.int32)
+        best = np.concatenate([best, score[chosen]])
+        leaf = np.concatenate([leaf, np.full(len(chosen), number, np.int32)])
+        index = np.concatenate([index, chosen])
+        if len(best) > 2 * total[-1] > 0:
+            least = np.partition(best, -total[-1])[-total[-1]]
+            kept = best >= least
+            best, leaf, index = best[kept], leaf[kept], index[kept]
+    order = np.argsort(-best, kind="stable")[: total[-1]]
+    for number, name in enumerate(names):
+        (places,) = np.nonzero(leaf[order] == number)
+        ranks = np.full(sizes[name], sizes[name], np.int32)
+        ranks[index[order[places]]] = np.arange(len(places))
+        counts = tuple(int(np.searchsorted(places, count)) for count in total)
+        yield name, ranks.reshape(scores.shapes[name]), counts
+
+
+def ranked(scores: Scores, counts_of: CountsOf, scope: Scope) -> Iterator[Ranked]:
+    """Ranks of all tensors; of what no level may decrypt, only that it comes after the rest.
+
+    Of equal scores the lower index comes first; over the model, by name of the tensor, then index.
+
+    Args:
+        scores: without NaN.
+        counts_of: how many groups each level may decrypt.
+        scope: whether the counts hold in every tensor, or over all of them.
+    """
+    return (_rank_leaves if scope == "leaf" else _rank_model)(scores, counts_of)
