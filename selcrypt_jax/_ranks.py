@@ -23,22 +23,25 @@ class Scores(NamedTuple):
     of: Callable[[str], np.ndarray]
 
 
-def rank(scores: np.ndarray, best: int | None = None) -> np.ndarray:
+def _last(size: int) -> np.ndarray:
+    """Ranks of ``size`` groups, all of them after the rest."""
+    return np.full(size, size, np.int64 if size >= 2**31 else np.int32)
+
+
+def _rank(scores: np.ndarray, best: int) -> np.ndarray:
     """0 for the most important group, and so on; of equal ones the lower index comes first.
 
-    With `best`, only so many need be right; the others have any rank from there on.
+    So many as ``best`` are right; the others have any rank from there on.
     """
     flat = scores.reshape(-1)
-    ranks = np.full(flat.size, flat.size, np.int64 if flat.size >= 2**31 else np.int32)
-    if best is None or best >= flat.size:
-        chosen = np.arange(flat.size, dtype=ranks.dtype)
-    elif best:
+    ranks = _last(flat.size)
+    if best:
         # To sort them all would take ten times the memory of the weights.
-        chosen = np.flatnonzero(flat >= np.partition(flat, -best)[-best]).astype(ranks.dtype)
-    else:
-        chosen = np.zeros(0, ranks.dtype)
-    order = chosen[np.argsort(-flat[chosen], kind="stable")]
-    ranks[order] = np.arange(len(order), dtype=ranks.dtype)
+        best = min(best, flat.size)
+        least = np.partition(flat, -best)[-best] if flat.size else 0
+        chosen = np.flatnonzero(flat >= least).astype(ranks.dtype)
+        order = chosen[np.argsort(-flat[chosen], kind="stable")]
+        ranks[order] = np.arange(len(order), dtype=ranks.dtype)
     return ranks.reshape(scores.shape)
 
 
@@ -51,7 +54,7 @@ def _rank_leaves(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
     for name in scores.shapes:
         score = scores.of(name)
         counts = counts_of(score.size)
-        ranks = rank(score, counts[-1])
+        ranks = _rank(score, counts[-1])
         del score  # as large as the leaf
         yield name, ranks, counts
 
@@ -62,11 +65,11 @@ def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
     sizes = {name: math.prod(scores.shapes[name]) for name in names}
     total = counts_of(sum(sizes.values()))
     best = np.zeros(0, np.float32)
-    leaf, index = np.zeros(0, np.int32), np.zeros(0, np.int32)
+    leaf, index = np.zeros(0, np.int32), np.zeros(0, np.intp)
     least = -np.inf
     for number, name in enumerate(names):
         score = scores.of(name).reshape(-1)
-        chosen = np.flatnonzero(score >= least).astype(np.int32)
+        chosen = np.flatnonzero(score >= least)
         best = np.concatenate([best, score[chosen]])
         leaf = np.concatenate([leaf, np.full(len(chosen), number, np.int32)])
         index = np.concatenate([index, chosen])
@@ -77,7 +80,7 @@ def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
     order = np.argsort(-best, kind="stable")[: total[-1]]
     for number, name in enumerate(names):
         (places,) = np.nonzero(leaf[order] == number)
-        ranks = np.full(sizes[name], sizes[name], np.int32)
+        ranks = _last(sizes[name])
         ranks[index[order[places]]] = np.arange(len(places))
         counts = tuple(int(np.searchsorted(places, count)) for count in total)
         yield name, ranks.reshape(scores.shapes[name]), counts
