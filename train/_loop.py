@@ -3,15 +3,21 @@
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
+from safetensors.numpy import save_file
+
+from selcrypt_jax.models import to_torch
 
 Row = dict[str, float]
 
@@ -90,6 +96,44 @@ def train(
     if manager is not None:
         manager.close()
     return rows
+
+
+def gradient_step(
+    graph: Any,
+    optimizer: optax.GradientTransformation,
+    loss: Callable[[Any, Any, jax.Array], jax.Array],
+) -> Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]:
+    """A step for `train` on a carry of ``params, rest, optimizer state``.
+
+    Args:
+        graph: of the network, split into ``nnx.Param`` and the rest.
+        optimizer: of the parameters.
+        loss: ``(model, batch, key) -> scalar``; what it changes in the model, as statistics, stays.
+    """
+
+    # Not in a scan: XLA's CPU backend is slow at the gradients of convolutions inside of loops.
+    @partial(jax.jit, donate_argnums=0)
+    def step(carry: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
+        params, rest, state = carry
+
+        def loss_of(params: Any) -> tuple[jax.Array, Any]:
+            model = nnx.merge(graph, params, rest, copy=True)
+            value = loss(model, batch, key)
+            _, _, updated = nnx.split(model, nnx.Param, ...)
+            return value, updated
+
+        (value, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        updates, state = optimizer.update(gradients, state, params)
+        return (optax.apply_updates(params, updates), rest, state), value
+
+    return step
+
+
+def save_weights(model: Any, path: Path, metadata: dict[str, str]) -> None:
+    """Writes a network in PyTorch's names and layout; the file is whole, or the old one."""
+    new = path.with_name(f".{path.name}.new")
+    save_file(to_torch(model), new, metadata)
+    new.replace(path)
 
 
 def _shardings() -> tuple[NamedSharding, NamedSharding]:

@@ -12,7 +12,6 @@ References:
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _loop import Row, check_batch, train
+from _loop import Row, check_batch, gradient_step, save_weights, train
 from flax import nnx
 from PIL import Image
-from safetensors.numpy import save_file
 
-from selcrypt_jax.models import DnCNN, to_torch
+from selcrypt_jax.models import DnCNN
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 
@@ -129,21 +127,9 @@ def main(config: Config) -> None:
     )
     optimizer = optax.adam(schedule)
 
-    # Not in a scan: XLA's CPU backend is slow at the gradients of convolutions inside of loops.
-    @partial(jax.jit, donate_argnums=0)
-    def step(carry: Any, clean: jax.Array, key: jax.Array) -> tuple[Any, jax.Array]:
-        params, rest, state = carry
+    def loss(model: DnCNN, clean: jax.Array, key: jax.Array) -> jax.Array:
         noisy = clean + sigma * jax.random.normal(key, clean.shape)
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graph, params, rest, copy=True)
-            error = jnp.square(model(noisy) - clean).mean()
-            _, _, updated = nnx.split(model, nnx.Param, ...)
-            return error, updated
-
-        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), rest, state), value
+        return jnp.square(model(noisy) - clean).mean()
 
     denoise = nnx.jit(lambda model, noisy: model(noisy))
 
@@ -163,14 +149,12 @@ def main(config: Config) -> None:
         psnr = float(np.mean(quality))
         if psnr > max((row["psnr"] for row in rows), default=-np.inf):
             metadata = {"psnr": f"{psnr:.3f}", "sigma": f"{config.sigma:g}", "step": str(number)}
-            new = config.out.with_name(f".{config.out.name}.new")
-            save_file(to_torch(model), new, metadata)
-            new.replace(config.out)
+            save_weights(model, config.out, metadata)
         return {"psnr": psnr}
 
     train(
         jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
-        step,
+        gradient_step(graph, optimizer, loss),
         batch,
         key=noise,
         steps=config.steps,

@@ -16,7 +16,6 @@ References:
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,11 +26,10 @@ import numpy as np
 import optax
 import tensorflow_datasets as tfds
 import tyro
-from _loop import Row, check_batch, train
+from _loop import Row, check_batch, gradient_step, save_weights, train
 from flax import nnx
-from safetensors.numpy import save_file
 
-from selcrypt_jax.models import VGG19, to_torch
+from selcrypt_jax.models import VGG19
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -149,21 +147,10 @@ def main(config: Config) -> None:
         optax.add_decayed_weights(config.decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
     )
 
-    # Not in a scan: XLA's CPU backend is slow at the gradients of convolutions inside of loops.
-    @partial(jax.jit, donate_argnums=0)
-    def step(carry: Any, batch: dict[str, jax.Array], _: jax.Array) -> tuple[Any, jax.Array]:
-        params, rest, state = carry
-
-        def loss(params: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graph, params, rest, copy=True)
-            logits = model(normalised(batch["image"]))
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-            _, _, updated = nnx.split(model, nnx.Param, ...)
-            return losses.mean(), updated
-
-        (value, rest), gradients = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, state = optimizer.update(gradients, state, params)
-        return (optax.apply_updates(params, updates), rest, state), value
+    def loss(model: VGG19, batch: dict[str, jax.Array], _: jax.Array) -> jax.Array:
+        logits = model(normalised(batch["image"]))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return losses.mean()
 
     @jax.jit
     def right(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -189,14 +176,12 @@ def main(config: Config) -> None:
                 "dataset": config.dataset,
                 "step": str(number),
             }
-            new = config.out.with_name(f".{config.out.name}.new")
-            save_file(to_torch(nnx.merge(graph, params, rest, copy=True)), new, metadata)
-            new.replace(config.out)
+            save_weights(nnx.merge(graph, params, rest, copy=True), config.out, metadata)
         return {"accuracy": accuracy}
 
     train(
         jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
-        step,
+        gradient_step(graph, optimizer, loss),
         batches.__getitem__,
         key=noise,
         steps=config.steps,
