@@ -11,10 +11,22 @@ import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType
 
-from selcrypt_jax.models import VGG19, Conv3x3, DnCNN, conv3x3, from_torch, to_torch
+from selcrypt_jax import importance, nested_masks
+from selcrypt_jax.models import (
+    VGG19,
+    Conv3x3,
+    DnCNN,
+    conv3x3,
+    from_torch,
+    model_of,
+    to_torch,
+    torch_names,
+)
 
 DATA = pathlib.Path(os.environ.get("SELCRYPT_DATA", "."))
 SMALL = 1 / 32  # VGG19 of 2, 4, 8 and 16 channels
@@ -538,9 +550,253 @@ def test_many_problems_are_listed_briefly():
     assert len(str(caught.value).splitlines()) == 23
 
 
-def test_other_models_are_refused():
+@pytest.mark.parametrize("function", [to_torch, torch_names])
+def test_other_models_are_refused(function):
     with pytest.raises(TypeError, match="expected VGG19 or DnCNN, got Linear"):
-        to_torch(nnx.Linear(2, 2, rngs=rngs()))
+        function(nnx.Linear(2, 2, rngs=rngs()))
+
+
+# A checkpoint's architecture ----------------------------------------------------------------
+
+WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
+
+
+def stand_ins(model):
+    """Tensors of a network's names and shapes, without its memory."""
+    names = torch_names(model)
+    return {
+        names[name]: np.broadcast_to(
+            np.float32(0), (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        )
+        for name, shape in shapes(model, WEIGHTS).items()
+    }
+
+
+def told_from_its_tensors(build, **options):
+    """Whether the shapes of a network's tensors give a network of the same shapes."""
+    model = nnx.eval_shape(build)
+    tensors = stand_ins(model)
+    found = nnx.eval_shape(lambda: model_of(tensors, **options))
+    assert type(found) is type(model)
+    return shapes(found, WEIGHTS) == shapes(model, WEIGHTS)
+
+
+@settings(max_examples=10)
+@given(
+    width=st.floats(0.001, 0.3),
+    batch_norm=st.booleans(),
+    classes=st.integers(1, 1000),
+    channels=st.integers(1, 4),
+)
+# Half a channel is rounded to the even number; 0.001 leaves one everywhere.
+@example(width=2.5 / 64, batch_norm=True, classes=10, channels=3)
+@example(width=3.5 / 64, batch_norm=False, classes=10, channels=3)
+@example(width=0.0527, batch_norm=True, classes=10, channels=3)
+@example(width=0.001, batch_norm=True, classes=1, channels=1)
+@example(width=1.0, batch_norm=True, classes=100, channels=3)
+@example(width=1.0 + 1e-9, batch_norm=False, classes=10, channels=3)
+@example(width=1.1, batch_norm=False, classes=10, channels=3)
+def test_vgg19_is_told_from_its_tensors(width, batch_norm, classes, channels):
+    assert told_from_its_tensors(lambda: VGG19(classes, channels, width, batch_norm, rngs=rngs()))
+
+
+@settings(max_examples=15)
+@given(
+    depth=st.integers(2, 20),
+    width=st.integers(1, 70),
+    channels=st.integers(1, 4),
+    batch_norm=st.booleans(),
+    first_bias=st.booleans(),
+)
+@example(depth=17, width=64, channels=3, batch_norm=True, first_bias=True)
+@example(depth=3, width=1, channels=1, batch_norm=True, first_bias=False)
+@example(depth=2, width=5, channels=1, batch_norm=True, first_bias=False)
+def test_dncnn_is_told_from_its_tensors(depth, width, channels, batch_norm, first_bias):
+    assert told_from_its_tensors(
+        lambda: DnCNN(depth, width, channels, batch_norm, first_bias=first_bias, rngs=rngs()),
+        eps=0.5,
+    )
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vgg", "module."), ("dncnn", "")])
+def test_a_network_that_is_told_from_its_tensors_has_them(name, prefix):
+    plain = (
+        torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm=True))
+        if name == "vgg"
+        else dncnn_checkpoint(5, 6, 3, biases={0})
+    )
+    model = model_of({prefix + name: tensor for name, tensor in plain.items()}, eps=0.1)
+    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
+        without_counters(plain)
+    )
+    images = normal(9, (2, 32, 32, 3))
+    inputs = images.transpose(0, 3, 1, 2)
+    # As every new one it is in training mode, with all that it needs for that: here statistics
+    # change, and numbers for dropout are drawn.
+    before = to_torch(model)
+    chex.assert_tree_all_finite(model(images))
+    assert any((tensor != before[name]).any() for name, tensor in to_torch(model).items())
+    model = model_of(plain, eps=0.1)
+    model.eval()
+    if name == "vgg":  # whose ε nothing changes
+        expected = numpy_vgg(in_float64(plain), inputs, batch_norm=True)
+    else:
+        expected = numpy_dncnn(in_float64(plain), inputs, 5, 0.1).transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(apply(model, images), expected, atol=1e-5)
+
+
+def kernel(*shape):
+    return np.zeros((*shape, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({}, r"of VGG19 .* or DnCNN .* under PyTorch's names, got none\."),
+        ({"conv1.weight": kernel(4, 3)}, r"of VGG19 .* or DnCNN .*, got 'conv1\.weight'\."),
+        ({"dncnn.0.weight": np.zeros((4, 3), np.float32)}, r"got 'dncnn\.0\.weight'"),
+        # One layer that is none of its.
+        (dncnn_checkpoint(3, 4, 1) | {"extra.weight": kernel(4, 4)}, r"got 'dncnn\.0\.weight', "),
+        ({"features.0.weight": kernel(4, 3)}, r"got 'features\.0\.weight'"),
+        (
+            {"features.0.weight": kernel(4, 3), "classifier.6.weight": np.float32(1)},
+            r"got 'features\.0\.weight', 'classifier\.6\.weight'",
+        ),
+        # Sizes that no network has.
+        ({"dncnn.2.weight": kernel(4, 3)}, "expected depth >= 2"),
+        ({f"dncnn.{place}.weight": kernel(0, 1) for place in (0, 2)}, "width >= 1"),
+        ({f"dncnn.{place}.weight": kernel(1, 0) for place in (0, 2)}, "channels >= 1"),
+        (
+            {"features.0.weight": kernel(4, 0), "classifier.6.weight": np.zeros((10, 4))},
+            "in_channels=0",
+        ),
+        (
+            {"features.0.weight": kernel(0, 3), "classifier.6.weight": np.zeros((10, 4))},
+            "expected width > 0",
+        ),
+        # Layers that do not fit each other.
+        (
+            dncnn_checkpoint(3, 4, 1) | {"dncnn.2.weight": kernel(4, 5)},
+            r"dncnn\.2\.weight: expected shape \(4, 4, 3, 3\), got \(4, 5, 3, 3\)",
+        ),
+        (
+            dncnn_checkpoint(3, 4, 1) | {"module.dncnn.0.weight": kernel(4, 1)},
+            "expected once, got it with and without 'module",
+        ),
+    ],
+)
+def test_tensors_of_no_network_of_ours(tensors, message):
+    with pytest.raises(ValueError, match=message):
+        model_of(tensors)
+
+
+def test_vgg19_whose_first_layer_does_not_fit_is_refused():
+    # By that layer it would be thousands of times as wide as the paper's, too much for any
+    # machine: shapes are all that may be looked at.
+    tensors = stand_ins(nnx.eval_shape(lambda: VGG19(width=0.05, rngs=rngs())))
+    tensors["features.0.weight"] = np.broadcast_to(np.float32(0), (10**6, 3, 3, 3))
+    with pytest.raises(ValueError, match=r"features\.0\.weight: expected shape"):
+        model_of(tensors)
+
+
+def test_torch_names():
+    assert torch_names(DnCNN(3, 2, first_bias=True, rngs=rngs())) == {
+        "convs/0/kernel": "dncnn.0.weight",
+        "convs/0/bias": "dncnn.0.bias",
+        "convs/1/kernel": "dncnn.2.weight",
+        "norms/1/scale": "dncnn.3.weight",
+        "norms/1/bias": "dncnn.3.bias",
+        "norms/1/mean": "dncnn.3.running_mean",
+        "norms/1/var": "dncnn.3.running_var",
+        "convs/2/kernel": "dncnn.5.weight",
+    }
+    for batch_norm in (True, False):
+        model = nnx.eval_shape(lambda norm=batch_norm: VGG19(batch_norm=norm, rngs=rngs()))
+        names = torch_names(model)
+        assert set(names) == set(shapes(model, WEIGHTS))
+        expected = torch_checkpoint(vgg_layers((1, 1, 1, 1), 1, batch_norm))
+        assert set(names.values()) == set(without_counters(expected))
+    assert names["convs/15/kernel"] == "features.34.weight"  # of torchvision's vgg19
+    assert names["head/2/bias"] == "classifier.6.bias"
+
+
+# Scores and masks under PyTorch's names -----------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["kernel", "filter", "weight"])
+@pytest.mark.parametrize("name", ["vgg", "dncnn"])
+def test_scores_and_masks_are_those_of_the_tensors(name, granularity):
+    model = (small_vgg if name == "vgg" else small_dncnn)()
+    params = nnx.state(model, nnx.Param)
+    scores = importance.l2(params, granularity=granularity)
+    found = to_torch(model, scores)
+    expected = importance.l2(to_torch(model), granularity=granularity, layout="OIHW")
+    taken = {name: score for name, score in expected.items() if score is not False}
+    assert set(found) == set(taken)  # biases and statistics have no part in it
+    for tensor, score in found.items():
+        assert score.shape == taken[tensor].shape
+        assert score.flags.c_contiguous
+        np.testing.assert_allclose(score, taken[tensor], rtol=1e-5, atol=1e-7)
+    if granularity == "kernel":
+        inputs, outputs = np.shape(params["convs"][1]["kernel"])[2:]
+        name = torch_names(model)["convs/1/kernel"]
+        assert found[name].shape == (outputs, inputs, 1, 1)
+        theirs = nnx.to_pure_dict(scores)["convs"][1]["kernel"]
+        np.testing.assert_array_equal(found[name][:, :, 0, 0], theirs[0, 0].T)
+    (masks,) = nested_masks(scores, [0.5])
+    shapes_of_masks = {name: mask.shape for name, mask in to_torch(model, masks).items()}
+    assert shapes_of_masks == {name: score.shape for name, score in found.items()}
+    assert {mask.dtype for mask in to_torch(model, masks).values()} == {np.dtype(bool)}
+
+
+def test_trees_of_a_part_of_the_network():
+    model = small_dncnn()
+    tree = {
+        "convs": {1: {"kernel": jnp.arange(36.0).reshape(1, 1, 6, 6)}, 2: {"kernel": False}},
+        "norms": {"2": {"mean": np.ones(1, np.int8)}},
+        "head": None,
+        "note": "not an array",
+    }
+    found = to_torch(model, tree)
+    assert set(found) == {"dncnn.2.weight", "dncnn.6.running_mean"}
+    assert found["dncnn.2.weight"][4, 3, 0, 0] == 6 * 3 + 4
+    assert found["dncnn.6.running_mean"].dtype == np.int8
+    assert to_torch(model, {}) == {}
+
+
+@pytest.mark.parametrize("build", [small_vgg, small_dncnn])
+def test_the_tree_of_the_network_itself(build):
+    model = build()
+    expected = safetensors.numpy.save(to_torch(model))
+    # Whatever else is in its state, as the numbers for dropout, is no tensor of a checkpoint.
+    assert safetensors.numpy.save(to_torch(model, nnx.state(model))) == expected
+    assert safetensors.numpy.save(to_torch(model, nnx.state(model, WEIGHTS))) == expected
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (
+            {"convs": {9: {"kernel": np.ones((1, 1, 6, 6))}}},
+            r"expected leaves of the model's .*, got 'convs/9/kernel'\. The model has 'convs/0/k",
+        ),
+        ({"dncnn.0.weight": np.ones(1)}, r"got 'dncnn\.0\.weight'"),
+        (
+            {"convs": {1: {"kernel": np.ones((1, 1, 6, 5))}}},
+            r"'convs/1/kernel': expected an array that broadcasts against shape \(3, 3, 6, 6\), "
+            r"axis by axis .*, got shape \(1, 1, 6, 5\)\.",
+        ),
+        # In PyTorch's layout already, and with fewer axes.
+        ({"convs": {0: {"kernel": np.ones((6, 1, 1, 1))}}}, r"got shape \(6, 1, 1, 1\)"),
+        ({"convs": {1: {"kernel": np.ones((6, 6))}}}, r"got shape \(6, 6\)"),
+        ({"convs": {1: {"kernel": np.ones((0, 1, 6, 6))}}}, r"got shape \(0, 1, 6, 6\)"),
+        ({"norms": {1: {"scale": np.float32(1)}}}, r"got shape \(\)"),
+        ({"a": {"b": np.ones(6)}, "a/b": np.ones(6)}, "tree: two leaves are called 'a/b'"),
+    ],
+)
+def test_trees_that_do_not_fit(tree, message):
+    with pytest.raises(ValueError, match=message):
+        to_torch(small_dncnn(), tree)
 
 
 # Trained weights ----------------------------------------------------------------------------

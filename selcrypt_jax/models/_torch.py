@@ -4,15 +4,20 @@ PyTorch numbers the layers of an ``nn.Sequential``, ReLU, pooling and dropout in
 stores a convolution as OIHW and a dense layer as [out, in]; NNX has HWIO and [in, out].
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
+from .._tree import is_array, listed, named_leaves
 from ._dncnn import DnCNN
-from ._vgg import POOLED, VGG19
+from ._vgg import POOLED, VGG19, WIDTHS
 
 _Path = tuple[str | int, ...]
 
@@ -131,20 +136,130 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
     return nnx.from_flat_state(flat)
 
 
-def to_torch(model: VGG19 | DnCNN) -> dict[str, np.ndarray]:
+def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.ndarray]:
     """The weights and running statistics of a model under their PyTorch names.
 
     Args:
         model: VGG19 or DnCNN.
+        tree: something else to give those names and that layout: a pytree with the paths of
+            ``nnx.state(model)`` or of a part of it, of arrays that broadcast against the model's,
+            such as scores or masks. Leaves that are no arrays, as ``False``, are left out.
 
     Returns:
         PyTorch name → array in C order, OIHW: the inverse of `from_torch`. BatchNorm's counters
         ``num_batches_tracked`` are left out: ``load_state_dict`` of a plain dict does without.
 
     Raises:
+        ValueError: arrays in `tree` that are none of the model's, or do not fit them.
+        TypeError: another model.
+
+    Example::
+
+        scores = pss(loss_fn, nnx.state(model, nnx.Param), batches, key=jax.random.key(0))
+        save_file(to_torch(model, scores), "scores.safetensors")  # selcrypt protect --importance
+    """
+    variables = _variables(model)
+    if tree is None:
+        return {
+            name: _to_torch_layout(np.asarray(variable[...]))
+            for name, (_, variable) in variables.items()
+        }
+    given = {
+        name: np.asarray(jax.device_get(leaf))
+        for name, leaf in named_leaves(tree, "tree").leaves.items()
+        if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
+    ours = {"/".join(map(str, path)): variable for path, variable in variables.values()}
+    rest = named_leaves(nnx.state(model), "model").leaves.keys() - ours.keys()  # of dropout
+    given = {name: array for name, array in given.items() if name not in rest}
+    unknown = [name for name in given if name not in ours]
+    if unknown:
+        raise ValueError(
+            f"tree: expected leaves of the model's weights and statistics, got {listed(unknown)}. "
+            f"The model has {listed(ours)}."
+        )
+    for name, array in given.items():
+        shape = ours[name].shape
+        if array.ndim != len(shape) or any(
+            m not in (1, n) for m, n in zip(array.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                f"tree: {name!r}: expected an array that broadcasts against shape {shape}, axis "
+                f"by axis of size 1 or the leaf's, got shape {array.shape}."
+            )
+    names = torch_names(model)
+    return {names[name]: _to_torch_layout(array) for name, array in given.items()}
+
+
+def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
+    """The name in ``nnx.state(model)``, as ``convs/0/kernel`` → the PyTorch name.
+
+    Raises:
         TypeError: another model.
     """
-    return {
-        name: _to_torch_layout(np.asarray(variable[...]))
-        for name, (_, variable) in _variables(model).items()
+    return {"/".join(map(str, path)): name for name, (path, _) in _variables(model).items()}
+
+
+def model_of(tensors: Mapping[str, np.ndarray], *, eps: float = 1e-5) -> VGG19 | DnCNN:
+    """The network that a PyTorch checkpoint of VGG19 or DnCNN is of, with its weights.
+
+    Width, depth, channels, classes, BatchNorm and biases are read from names and shapes.
+
+    Args:
+        tensors: as for `from_torch`.
+        eps: ε of BatchNorm in DnCNN, which is no part of a checkpoint: 1e-4 for the weights that
+            were published with the selective-encryption paper.
+
+    Returns:
+        The model, in training mode as every new one.
+
+    Raises:
+        ValueError: tensors of another architecture.
+
+    Example::
+
+        model = model_of(safetensors.numpy.load_file(path))
+        model.eval()
+    """
+    shapes = {
+        name.removeprefix("module."): tuple(np.shape(array)) for name, array in tensors.items()
     }
+    kernels = {name: shape for name, shape in shapes.items() if len(shape) == 4}
+    norms = any(name.endswith("running_mean") for name in shapes)
+    build: Callable[..., VGG19 | DnCNN]
+    if kernels and all(re.fullmatch(r"dncnn\.\d+\.weight", name) for name in kernels):
+        width, channels = kernels.get("dncnn.0.weight", (1, 1))[:2]
+        # Without BatchNorm all convolutions have a bias; two of them have none between.
+        last = max(kernels, key=lambda name: int(name.split(".")[1]))
+        norms = last.replace("weight", "bias") not in shapes
+        biased = norms and "dncnn.0.bias" in shapes
+        build = partial(DnCNN, len(kernels), width, channels, norms, eps=eps, first_bias=biased)
+    elif (
+        "features.0.weight" in kernels
+        and all(re.fullmatch(r"features\.\d+\.weight", name) for name in kernels)
+        and len(shapes.get("classifier.6.weight", ())) == 2
+    ):
+        classes, channels = shapes["classifier.6.weight"][0], shapes["features.0.weight"][1]
+        build = partial(VGG19, classes, channels, _width(kernels), norms)
+    else:
+        raise ValueError(
+            "tensors: expected those of VGG19 ('features.0.weight' to 'classifier.6.weight') or "
+            f"DnCNN ('dncnn.0.weight' and on) under PyTorch's names, got {listed(shapes)}."
+        )
+    # Abstract: random weights would take seconds to compile, and any amount of memory if the
+    # tensors do not fit each other.
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    nnx.update(model, from_torch(model, tensors))
+    if isinstance(model, VGG19):
+        model.dropout = nnx.Dropout(model.dropout.rate, rngs=nnx.Rngs(0))
+    return model
+
+
+def _width(kernels: Mapping[str, tuple[int, ...]]) -> float:
+    """The factor on the number of channels that gives those of all convolutions of a VGG19."""
+    found = [kernels[name][0] for name in sorted(kernels, key=lambda n: int(n.split(".")[1]))]
+    pairs = list(zip(found, WIDTHS, strict=False))
+    # Each was rounded to a whole number of channels, and is at least 1.
+    low = max(0.0 if channels == 1 else (channels - 0.5) / full for channels, full in pairs)
+    high = min((channels + 0.5) / full for channels, full in pairs)
+    return (low + high) / 2
