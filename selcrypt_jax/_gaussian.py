@@ -14,7 +14,7 @@ from jaxtyping import Array, Key, PyTree
 
 from ._groups import Ring, group_positions
 from ._masks import split_rings
-from ._tree import named_leaves, without_explicit_axes
+from ._tree import named_leaves, padded, without_explicit_axes
 
 # How far outside the range of w + r (or, wrapped, of w, and then as a part of it) its bounds lie.
 # Any closer, and a weight at the edge becomes an infinite quantile; a part in 10⁵ still leaves
@@ -123,7 +123,11 @@ class GaussianCipher:
         result = dict(leaves)
         for index, ring in enumerate(rings):
             leaf = result[ring.name]
-            positions = group_positions(leaf.shape, ring.mask).ravel()
+            found = group_positions(leaf.shape, ring.mask).ravel()
+            # To one of a few lengths, lest every mask is compiled for; what is past the end of the
+            # leaf is not written.
+            positions = np.full(padded(found.size), leaf.size, found.dtype)
+            positions[: found.size] = found
             stats = np.array(self.stats[ring.name, ring.level], np.float32)
             tables = jax.device_put((positions, stats, np.int32(index)))
             result[ring.name] = _rewrite(leaf, keys, *tables, inverse=inverse, wrap=self.wrap)
@@ -142,7 +146,7 @@ def _rewrite_leaf(
 ) -> Array:
     mean, std, low, high = stats
     flat = leaf.reshape(-1)
-    values = flat[positions].astype(jnp.float32)
+    values = flat.at[positions].get(mode="clip").astype(jnp.float32)
     r = jax.random.uniform(keys[index], values.shape, jnp.float32)
     size = high - low
     if inverse:
@@ -153,7 +157,7 @@ def _rewrite_leaf(
         # Not 0 or 1, whose quantiles are infinite; the margin is larger than what that changes.
         level = jnp.clip(level, _LEAST, 1 - _LEAST)
         values = mean + std * ndtri(level)
-    return flat.at[positions].set(values.astype(leaf.dtype)).reshape(leaf.shape)
+    return flat.at[positions].set(values.astype(leaf.dtype), mode="drop").reshape(leaf.shape)
 
 
 @partial(jax.jit, static_argnames=("inverse", "wrap"))
