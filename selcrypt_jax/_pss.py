@@ -33,9 +33,13 @@ class PSSConfig:
             open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
             noise like the leaf's weights; what breaks the network is important.
         steps: gradient steps; in each leaf, if `layerwise`.
-        penalty: λ, the price of an open gate in units of the (log) loss.
-        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``); Adam
-            with rate 0.1 if ``None``.
+        penalty: λ, the price of an open gate in units of the (log) loss: about what a gate that is
+            worth it changes there. The more gates, the smaller: 1e-2 for some tens of thousands,
+            1e-4 for the 2 million of VGG19.
+        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``). If
+            ``None``, Adam with rate 0.1 and ε = λ/10, about what the price alone pulls with: with
+            an ε far below that every gate would move by the rate, however little depends on it,
+            and gates would be ranked by how sure their gradients are, and not by how large.
         initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
             almost all closed (−3.5) for ``"break"``.
         cap: for ``"break"``: the loss at which the network counts as broken. Without one,
@@ -173,7 +177,7 @@ def pss_learner(
         for name, leaf in select_differentiable(params, select).items()
     }
     names = list(shapes)
-    optimizer = optax.adam(0.1) if config.optimizer is None else config.optimizer
+    optimizer = config.optimizer or optax.adam(0.1, eps=max(config.penalty / 10, 1e-8))
     at_rest = 1.0 if config.objective == "keep" else 0.0
 
     def arrays(params: PyTree) -> dict[str, AnyArray]:
