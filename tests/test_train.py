@@ -1,28 +1,45 @@
 """The training scripts, run as a user runs them, on tiny data."""
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from selcrypt_jax.models import VGG19, DnCNN, from_torch
+from selcrypt_jax.models import VGG19, DnCNN, from_torch, model_of
 
 ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
+needs_data = pytest.mark.skipif(
+    "SELCRYPT_DATA" not in os.environ, reason="SELCRYPT_DATA is not set"
+)
 
 
 def run(*args, script: str = "dncnn.py") -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Imports a module of the scripts, to call what a start of its own would take long to reach."""
+    monkeypatch.syspath_prepend(ROOT / "train")
+    # The scripts run with JAX's defaults, not with the tests' strict ones.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield importlib.import_module
 
 
 @pytest.fixture
@@ -48,8 +65,14 @@ def test_dncnn_learns_and_its_weights_load(images):
     rows = [json.loads(line) for line in result.stdout.splitlines()]
     assert [row["step"] for row in rows] == [20, 40, 60]
     assert rows[-1]["psnr"] > 20.2  # the noisy images: 20·log10(255/25) = 20.17
+    assert rows[0]["ssim"] < rows[-1]["ssim"] < 1
     model = DnCNN(4, 8, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
     nnx.update(model, from_torch(model, load_file(out)))
+    best = max(rows, key=lambda row: row["psnr"])
+    with safe_open(out, framework="np") as file:
+        assert file.metadata() == {
+            "psnr": f"{best['psnr']:.3f}", "sigma": "25", "step": str(best["step"])
+        }  # fmt: skip
 
 
 def command_of(images: Path, name: str, width: int = 8) -> list:
@@ -94,7 +117,10 @@ def test_dncnn_killed_at_random_ends_as_an_unbroken_run(images):
     }
     other = run(*command_of(images, "broken", width=16))
     assert other.returncode == 1
-    assert "is of another network or optimizer" in other.stderr
+    assert "the checkpoints are of a run with other settings: --width was 8 and is 16." in (
+        other.stderr
+    )
+    assert "Traceback" not in other.stderr
 
 
 @pytest.mark.slow
@@ -106,24 +132,202 @@ def test_dncnn_stops_where_the_loss_does(images):
     assert "expected a finite loss" in result.stderr
 
 
-def test_dncnn_names_what_is_wrong_with_its_images(images):
-    common = ("--test", images / "test", "--out", images / "x.safetensors")
-    empty = run("--images", ROOT / "selcrypt_jax", *common)
-    assert empty.returncode == 1
-    assert "expected images" in empty.stderr
-    small = run("--images", images / "train", "--patch", 64, *common)
-    assert small.returncode == 1
-    assert "expected at least 64×64 pixels, got 56×48" in small.stderr
-    loud = run("--images", images / "train", "--sigma", -1, *common)
-    assert "--sigma: expected a number in (0, 255], got -1" in loud.stderr
+def test_dncnn_ends_with_a_message(images):
+    folders = ("--images", images / "train", "--test", images / "test")
+    result = run(*folders, "--sigma", 30, 20, "--out", images / "x.safetensors")
+    assert result.returncode == 1
+    assert result.stderr == (
+        "--sigma: expected a number in (0, 255], or a range of two, got 30 20.\n"
+    )
+    assert not (images / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("sigma", [(), (0,), (-1,), (256,), (30, 20), (0, 0), (1, 2, 3)])
+def test_deviations_out_of_range(module, sigma):
+    got = " ".join(map(str, sigma)) or "none"
+    with pytest.raises(SystemExit, match=rf"--sigma: expected a number in .*, got {got}\."):
+        module("_images").checked_sigma(tuple(map(float, sigma)))
+    with pytest.raises(SystemExit, match="got nan"):
+        module("_images").checked_sigma((float("nan"),))
+
+
+@pytest.mark.parametrize("sigma", [(25,), (0, 55), (10, 10)])
+def test_each_patch_has_a_deviation_of_its_own(module, sigma):
+    low, high = module("_images").checked_sigma(sigma)
+    assert (low, high) == (sigma[0] / 255, sigma[-1] / 255)
+    clean = jnp.full((200, 32, 32, 1), 0.5)
+    noise = module("_images").add_noise(clean, (low, high), jax.random.key(0)) - clean
+    found = np.std(np.asarray(noise, np.float64), axis=(1, 2, 3))
+    # 1,024 pixels each: the deviation of a deviation is 1/45 of it.
+    assert low * 0.9 <= found.min() <= low + 0.05 * (high - low) + 0.02 * low
+    assert high * 0.9 <= found.max() <= high * 1.1
+    assert found.mean() == pytest.approx((low + high) / 2, rel=0.1)
+
+
+def test_batches_that_the_devices_cannot_share(module):
+    assert jax.device_count() == 8
+    module("_loop").check_batch(16)
+    for batch in (0, -8, 12):
+        with pytest.raises(SystemExit, match=rf"--batch: .*multiple of the 8 .*got {batch}\."):
+            module("_loop").check_batch(batch)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """As a script's command line."""
+
+    weight_decay: float
+    out: Path
+    every: int
+    checkpoints: Path
+
+
+def test_a_run_goes_on_with_its_own_settings_only(module, tmp_path, capsys):
+    @jax.jit
+    def step(carry, batch, key):
+        total, own = carry
+        own, now = jax.random.split(own)
+        return (total + batch.mean() + jax.random.normal(now), own), jax.random.uniform(key)
+
+    def train(folder, steps, *, decay=0.1, every=1, out="a"):
+        settings = Settings(decay, Path(out), every, tmp_path / folder)
+        return module("_loop").train(
+            (jnp.float32(0), jax.random.key(7)),  # a key is an array like any other
+            step,
+            lambda number: np.full(16, number, np.float32),
+            key=jax.random.key(0),
+            steps=steps,
+            every=every,
+            measure=lambda number, carry, rows: {"rows": len(rows)},
+            checkpoints=tmp_path / folder,
+            config=settings,
+        )
+
+    def same(first, second):
+        assert jax.tree.map(lambda a, b: bool((a == b).all()), first, second) == (True, True)
+
+    (whole, rows) = train("whole", 5)
+    told = capsys.readouterr().out
+    assert [json.loads(line) for line in told.splitlines()] == rows
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["rows"] for row in rows] == [0, 1, 2, 3, 4]
+    train("broken", 3)
+    # How often, and where to, is free.
+    (broken, more) = train("broken", 5, every=2, out="b")
+    same(whole, broken)
+    assert [row["step"] for row in more] == [1, 2, 3, 4, 5]
+    assert more == rows
+    (again, _) = train("broken", 5)  # nothing is left to do
+    same(whole, again)
+    message = r"broken: .*other settings: --weight-decay was 0\.1 and is 0\.2\. Use another folder"
+    with pytest.raises(SystemExit, match=message):
+        train("broken", 9, decay=0.2)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_the_step_whose_loss_is_not_finite_is_named(module, tmp_path, value):
+    with pytest.raises(SystemExit, match=rf"step 3: expected a finite loss, got {value}\. Lower"):
+        module("_loop").train(
+            jnp.float32(0),
+            lambda carry, batch, key: (carry, batch.mean()),
+            lambda number: np.full(8, value if number == 3 else 1, np.float32),
+            key=jax.random.key(0),
+            steps=8,
+            every=2,
+            measure=lambda *_: {},
+            checkpoints=None,
+            config=Settings(0.0, tmp_path, 2, tmp_path),
+        )
+
+
+# --- images -------------------------------------------------------------------------------------
+
+
+def test_images_of_a_folder_are_read_in_the_order_of_their_names(module, tmp_path):
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    for index, colour in enumerate(colours):
+        Image.new("RGB", (5 + index, 4), colour).save(tmp_path / f"{2 - index}.PNG")
+    Image.new("L", (9, 9), 77).save(tmp_path / "z.bmp")
+    (tmp_path / "0.txt").write_text("no image")
+    read = module("_images").read_images
+    found = read(tmp_path, split="any", channels=3)
+    assert [image.shape for image in found] == [(4, 7, 3), (4, 6, 3), (4, 5, 3), (9, 9, 3)]
+    assert [tuple(image[0, 0]) for image in found] == [*colours[::-1], (77, 77, 77)]
+    grey = read(tmp_path, split="any", channels=1, most=2)
+    assert [image.shape for image in grey] == [(4, 7, 1), (4, 6, 1)]
+    assert grey[0].dtype == np.uint8
+    # Rec. 601: what Pillow calls L.
+    assert [int(image[0, 0, 0]) for image in grey] == [29, 150]
+
+
+def test_patches_are_pieces_of_the_images_turned_and_flipped(module):
+    image = np.arange(20, dtype=np.uint8).reshape(4, 5, 1)
+    patches = module("_images").random_patches([image], 400, 3, np.random.default_rng(0))
+    assert patches.shape == (400, 3, 3, 1)
+    pieces = [image[top : top + 3, left : left + 3, 0] for top in range(2) for left in range(3)]
+    turned = [np.rot90(piece, turns) for piece in pieces for turns in range(4)]
+    expected = {m.tobytes() for piece in turned for m in (piece.copy(), piece[:, ::-1].copy())}
+    found = {np.round(patch[..., 0] * 255).astype(np.uint8).tobytes() for patch in patches}
+    assert found == expected
+
+
+def test_what_is_wrong_with_images_is_named(module, images):
+    read = module("_images").read_images
+    for folder in (ROOT / "selcrypt_jax", images / "nothing"):
+        with pytest.raises(SystemExit, match=r"expected images .*or a data set that TFDS prepared"):
+            read(folder, split="train", channels=1)
+    with pytest.raises(SystemExit, match=r"0\.png: expected at least 64×64 pixels, got 56×48"):
+        read(images / "train", split="train", channels=1, smallest=64)
+
+
+@pytest.mark.data
+@needs_data
+def test_images_of_a_data_set(module):
+    pytest.importorskip("tensorflow_datasets")
+    read = module("_images").read_images
+    folder = DATA / "tfds" / "cifar10"
+    colour, grey = (read(folder, split="test", channels=c, most=7) for c in (3, 1))
+    assert (len(colour), len(grey)) == (7, 7)
+    assert [image.shape for image in colour] == [(32, 32, 3)] * 7
+    for first, second in zip(colour, grey, strict=True):
+        expected = first @ np.array([0.299, 0.587, 0.114])
+        np.testing.assert_allclose(second[..., 0], expected, atol=1)
+    for index in (-1, 7):
+        with pytest.raises(IndexError):
+            colour[index]
+    assert len(read(folder / "3.0.2", split="test", channels=3)) == 10_000
+    assert len(read(folder, split="train", channels=3)) == 50_000
+    small = read(folder, split="train", channels=1, smallest=40)
+    with pytest.raises(SystemExit, match=r"image 5: expected at least 40×40 pixels, got 32×32"):
+        small[5]
+    with pytest.raises(SystemExit, match=r"with a split 'validation', got "):
+        read(folder, split="validation", channels=3)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@needs_data
+def test_dncnn_learns_blind_denoising_from_a_data_set(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    folder, out = DATA / "tfds" / "cifar10", tmp_path / "blind.safetensors"
+    result = run(
+        *("--images", folder, "--test", folder, "--tests", 8, "--colour", "--sigma", 0, 55),
+        *("--patch", 32, "--depth", 3, "--width", 8, "--steps", 40, "--every", 20, "--batch", 8),
+        *("--out", out),
+    )
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [sorted(row) for row in rows] == [["loss", "psnr", "ssim", "step"]] * 2
+    # Tests have the middle of the range: noisy images 20·log10(255/27.5) = 19.34.
+    assert 19 < rows[-1]["psnr"] < 25
+    assert 0 < rows[-1]["ssim"] < 1
+    model = model_of(load_file(out))
+    assert (len(model.convs), model.channels) == (3, 3)
+    with safe_open(out, framework="np") as file:
+        assert file.metadata()["sigma"] == "0 55"
 
 
 # --- VGG19 on CIFAR -----------------------------------------------------------------------------
-
-DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
-needs_data = pytest.mark.skipif(
-    "SELCRYPT_DATA" not in os.environ, reason="SELCRYPT_DATA is not set"
-)
 
 
 @pytest.mark.slow
@@ -154,35 +358,47 @@ def test_vgg19_goes_on_after_a_stop(tmp_path):
     nnx.update(model, from_torch(model, load_file(tmp_path / "whole" / "x.safetensors")))
 
 
-def test_vgg19_names_data_that_are_missing(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    pytest.importorskip("grain")
-    result = run("--data", tmp_path, "--out", tmp_path / "x", script="vgg19.py")
-    assert result.returncode == 1
-    assert "expected a data set that TFDS prepared" in result.stderr
-    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").write_text("{}")
-    result = run("--data", tmp_path, "--out", tmp_path / "x", script="vgg19.py")
-    assert result.returncode == 1
-    assert "expected cifar10 in ArrayRecord files" in result.stderr
-
-
-# --- the paper's experiments --------------------------------------------------------------------
-
-
-@pytest.mark.slow
 @pytest.mark.data
 @needs_data
-def test_levels_of_dncnn_are_near_those_of_the_release(tmp_path):
-    result = run("--data", DATA, "--out", tmp_path, "--keys", 1, script="reproduce/dncnn_levels.py")
-    assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "dncnn_levels.json").read_text())
-    np.testing.assert_allclose(report["untouched"], [27.84, 39.59, 27.03, 25.53], atol=0.01)
-    assert report["selected_weights"] == 2214
-    for name in ("gaussian", "lossless"):
-        found = [entry["mean"] for entry in report[name]["psnr"]]
-        # A single key: its spread is about 2 dB at the levels in between.
-        np.testing.assert_allclose(found[1:5], report["release"][1:5], atol=5)
-        np.testing.assert_allclose(found[::5], report["release"][::5], atol=0.6)
-    assert report["lossless"]["bit_identical_weights_at_the_top"] == [2214, 2214]
-    assert (tmp_path / "dncnn_levels.png").stat().st_size > 10_000
+def test_batches_of_cifar_follow_from_seed_and_number(module):
+    pytest.importorskip("tensorflow_datasets")
+    pytest.importorskip("grain")
+    cifar = module("_cifar")
+    images, labels = cifar.read_test(DATA / "tfds" / "cifar10", 20)
+    assert (images.shape, images.dtype, labels.shape) == ((20, 32, 32, 3), np.uint8, (20,))
+    assert set(labels) <= set(range(10))
+
+    def batches(seed, augment):
+        return cifar.batches(DATA / "tfds" / "cifar10", 16, seed=seed, augment=augment)
+
+    first, again, other = (batches(seed, True)[40_000] for seed in (0, 0, 1))
+    assert (first["image"].shape, first["image"].dtype) == ((16, 32, 32, 3), np.uint8)
+    assert first["label"].dtype == np.int32
+    np.testing.assert_array_equal(first["image"], again["image"])
+    assert (first["image"] != other["image"]).any()
+    # The same images, as they are.
+    plain = batches(0, False)[40_000]
+    np.testing.assert_array_equal(plain["label"], first["label"])
+    assert (plain["image"] != first["image"]).any()
+
+
+def test_vgg19_names_data_that_are_missing(module, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    read_split = module("_tfds").read_split
+    message = r"cifar10: expected a data set that TFDS prepared .*got none\. Prepare it"
+    with pytest.raises(SystemExit, match=message):
+        read_split(tmp_path / "cifar10", "train")
+    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
+    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"3\.0\.2: expected cifar10 in ArrayRecord files"):
+        read_split(tmp_path / "cifar10", "train")
+
+
+def test_the_newest_version_of_a_data_set_is_taken(module, tmp_path):
+    prepared = module("_tfds").prepared
+    assert prepared(tmp_path) == []
+    for version in ("3.0.2", "10.0.0", "9.1.0"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "dataset_info.json").write_text("{}")
+    assert [folder.name for folder in prepared(tmp_path)] == ["3.0.2", "9.1.0", "10.0.0"]
+    assert prepared(tmp_path / "9.1.0") == [tmp_path / "9.1.0"]

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save_file
-
-from selcrypt_jax.models import to_torch
 
 Row = dict[str, float]
 
@@ -32,7 +31,8 @@ def train(
     every: int,
     measure: Callable[[int, Any, list[Row]], Row],
     checkpoints: Path | None,
-) -> list[Row]:
+    config: Any,
+) -> tuple[Any, list[Row]]:
     """Runs ``steps`` steps.
 
     What a step does must depend on its number alone: then a run that goes on from a checkpoint
@@ -48,15 +48,21 @@ def train(
         every: steps between two measurements, and checkpoints.
         measure: ``(number, carry, rows so far) -> row``; may write the best weights to a file.
         checkpoints: folder to go on from and to write to; None keeps nothing.
+        config: the dataclass of the command line; a run does not go on with another one.
 
     Returns:
-        A row a measurement, of those before a restart too. Each is printed as JSON.
+        The last carry, and a row a measurement, of those before a restart too. Each is printed
+        as JSON.
 
     Raises:
-        SystemExit: a loss that is not finite; the last checkpoint is from before.
+        SystemExit: a loss that is not finite; the last checkpoint is from before. Or checkpoints
+            of other settings.
     """
+    if every < 1:
+        raise SystemExit(f"--every: expected at least 1, got {every}.")
     split, copied = _shardings()
     carry = jax.device_put(carry, copied)
+    settings = _settings(config)
     rows: list[Row] = []
     first = 1
     manager = None
@@ -65,7 +71,7 @@ def train(
         manager = ocp.CheckpointManager(checkpoints.absolute(), options=options)
         latest = manager.latest_step()
         if latest is not None:
-            carry, rows = _restore(manager, latest, carry, checkpoints)
+            carry, rows = _restore(manager, latest, carry, settings, checkpoints)
             first = latest + 1
     for row in rows:
         print(json.dumps(row), flush=True)
@@ -74,7 +80,7 @@ def train(
     with Progress(console=console, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("steps", total=steps, completed=first - 1)
         for number in range(first, steps + 1):
-            examples = jax.device_put(batch(number), split)
+            examples = jax.tree.map(partial(_place, split=split, copied=copied), batch(number))
             carry, loss = step(carry, examples, jax.random.fold_in(key, number))
             losses.append(loss)
             progress.update(task, advance=1)
@@ -92,10 +98,10 @@ def train(
             rows.append(row)
             print(json.dumps(row), flush=True)
             if manager is not None:
-                _save(manager, number, carry, rows)
+                _save(manager, number, carry, rows, settings)
     if manager is not None:
         manager.close()
-    return rows
+    return carry, rows
 
 
 def gradient_step(
@@ -129,17 +135,26 @@ def gradient_step(
     return step
 
 
-def save_weights(model: Any, path: Path, metadata: dict[str, str]) -> None:
-    """Writes a network in PyTorch's names and layout; the file is whole, or the old one."""
+def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a .safetensors file; it is whole, or the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
-    save_file(to_torch(model), new, metadata)
+    save_file(dict(tensors), new, metadata)
     new.replace(path)
 
 
 def _shardings() -> tuple[NamedSharding, NamedSharding]:
     """How batches and weights lie on the devices."""
-    mesh = jax.make_mesh((jax.device_count(),), ("batch",))
+    # Auto: with explicit axes, JAX refuses to index, reshape or scan what lies on several devices,
+    # and losses of a user's own do that.
+    mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
+
+
+def _place(array: Any, *, split: NamedSharding, copied: NamedSharding) -> jax.Array:
+    # Arrays of a user's own need not have a first axis of examples.
+    shared = np.ndim(array) and not np.shape(array)[0] % split.mesh.size
+    return jax.device_put(array, split if shared else copied)
 
 
 def check_batch(batch: int) -> None:
@@ -164,29 +179,55 @@ def _arrays(carry: Any) -> dict[str, jax.Array]:
     }
 
 
-def _save(manager: ocp.CheckpointManager, number: int, carry: Any, rows: list[Row]) -> None:
+def _settings(config: Any) -> dict[str, str]:
+    """What the result depends on; not where it is written, or how often."""
+    free = {"out", "checkpoints", "every"}
+    return {name: str(value) for name, value in asdict(config).items() if name not in free}
+
+
+def _save(
+    manager: ocp.CheckpointManager,
+    number: int,
+    carry: Any,
+    rows: list[Row],
+    settings: dict[str, str],
+) -> None:
     items = ocp.args.Composite(
         carry=ocp.args.StandardSave(_arrays(carry)),  # pyright: ignore[reportCallIssue]
-        rows=ocp.args.JsonSave({"rows": rows}),  # pyright: ignore[reportCallIssue]
+        rows=ocp.args.JsonSave({"rows": rows, "settings": settings}),  # pyright: ignore[reportCallIssue]
     )
     manager.save(number, args=items)
 
 
 def _restore(
-    manager: ocp.CheckpointManager, number: int, carry: Any, folder: Path
+    manager: ocp.CheckpointManager,
+    number: int,
+    carry: Any,
+    settings: dict[str, str],
+    folder: Path,
 ) -> tuple[Any, list[Row]]:
-    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
-    items = ocp.args.Composite(
-        carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
-        rows=ocp.args.JsonRestore(),  # pyright: ignore[reportCallIssue]
-    )
-    try:
-        found: Any = manager.restore(number, args=items)
-    except (ValueError, KeyError) as error:
+    record: Any = manager.restore(
+        number,
+        args=ocp.args.Composite(rows=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
+    )["rows"]
+    then = record.get("settings", {})
+    changed = [
+        f"--{name.replace('_', '-')} was {then.get(name)} and is {settings.get(name)}"
+        for name in sorted(then.keys() | settings.keys())
+        if then.get(name) != settings.get(name)
+    ]
+    if changed:
         raise SystemExit(
-            f"{folder}: the checkpoint of step {number} is of another network or optimizer. Use "
-            f"another folder, or the settings that it was made with. ({str(error)[:200]})"
-        ) from error
+            f"{folder}: the checkpoints are of a run with other settings: {'; '.join(changed)}. "
+            "Use another folder, or the settings that they were made with."
+        )
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
+    found: Any = manager.restore(
+        number,
+        args=ocp.args.Composite(
+            carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
+        ),
+    )
     leaves, structure = jax.tree.flatten(carry)
     new = [
         jax.random.wrap_key_data(found.carry[str(index)], impl=jax.random.key_impl(leaf))
@@ -194,4 +235,4 @@ def _restore(
         else found.carry[str(index)]
         for index, leaf in enumerate(leaves)
     ]
-    return structure.unflatten(new), found.rows["rows"]
+    return structure.unflatten(new), record["rows"]

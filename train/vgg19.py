@@ -19,22 +19,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import grain
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-import tensorflow_datasets as tfds
 import tyro
-from _loop import Row, check_batch, gradient_step, save_weights, train
+from _cifar import batches, normalised, read_test
+from _loop import Row, check_batch, gradient_step, train, write_tensors
+from _tasks import accuracy_of
 from flax import nnx
 
-from selcrypt_jax.models import VGG19
-
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
-PADDING = 4  # pixels, of a random crop
-TEST_BATCH = 500
+from selcrypt_jax.models import VGG19, to_torch
 
 
 @dataclass(frozen=True)
@@ -82,59 +76,12 @@ class Config:
     """Seed of weights, order of the images, crops and dropout."""
 
 
-def read(config: Config, split: str) -> Any:
-    """A split of the data, by index; from files alone, never from the network."""
-    folder = config.data / config.dataset
-    found = sorted(folder.glob("*/dataset_info.json"))
-    if not found:
-        raise SystemExit(
-            f"{folder}: expected a data set that TFDS prepared (VERSION/dataset_info.json in it), "
-            "got none. --help says how to prepare it."
-        )
-    try:
-        builder: Any = tfds.builder_from_directory(found[-1].parent)
-        return builder.as_data_source(split)
-    except Exception as error:  # of many kinds, by what is missing or half-written
-        raise SystemExit(
-            f"{found[-1].parent}: expected {config.dataset} in ArrayRecord files, got "
-            f"{type(error).__name__}: {str(error)[:200]}. --help says how to prepare it."
-        ) from error
-
-
-def augment(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """A random crop of the padded image, flipped or not."""
-    image = np.pad(example["image"], ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
-    top, left = rng.integers(2 * PADDING + 1, size=2)
-    image = image[top : top + 32, left : left + 32]
-    return {
-        "image": image[:, ::-1] if rng.integers(2) else image,
-        "label": np.int32(example["label"]),
-    }
-
-
-def normalised(images: jax.Array) -> jax.Array:
-    """Pixels as the network sees them."""
-    return (images.astype(jnp.float32) / 255 - MEAN) / STD
-
-
 def main(config: Config) -> None:
     """Trains; see `Config`."""
     check_batch(config.batch)
-    source, tests = read(config, "train"), read(config, "test")
-    # By index, so that the images of a step depend on its number alone.
-    batches = (
-        grain.MapDataset.source(source)
-        .seed(config.seed)
-        .shuffle()
-        .repeat()
-        .random_map(augment)
-        .batch(config.batch)
-    )
-    count = min(config.tests or len(tests), len(tests))
-    examples = [tests[index] for index in range(count)]
-    test_images = np.stack([example["image"] for example in examples])
-    test_labels = np.array([example["label"] for example in examples])
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = config.data / config.dataset
+    source = batches(folder, config.batch, seed=config.seed)
+    tests = read_test(folder, config.tests)
 
     weights, noise = jax.random.split(jax.random.key(config.seed))
     classes = 10 if config.dataset == "cifar10" else 100
@@ -152,42 +99,34 @@ def main(config: Config) -> None:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         return losses.mean()
 
-    @jax.jit
-    def right(params: Any, rest: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-        model = nnx.merge(graph, params, rest, copy=True)
-        model.eval()
-        return (model(normalised(images)).argmax(-1) == labels).sum()
+    model.eval()
+    evaluated, _, _ = nnx.split(model, nnx.Param, ...)
+    quality = accuracy_of(evaluated, *tests)
 
     def measure(number: int, carry: Any, rows: list[Row]) -> Row:
         """Accuracy on the test images; the best weights are written."""
         params, rest, _ = carry
-        found = sum(
-            int(
-                right(
-                    params, rest, test_images[at : at + TEST_BATCH], test_labels[at:][:TEST_BATCH]
-                )
-            )
-            for at in range(0, count, TEST_BATCH)
-        )
-        accuracy = found / count
-        if accuracy > max((row["accuracy"] for row in rows), default=-1):
+        row = quality(nnx.merge_state(params, rest))
+        if row["accuracy"] > max((row["accuracy"] for row in rows), default=-1):
             metadata = {
-                "accuracy": f"{accuracy:.4f}",
+                "accuracy": f"{row['accuracy']:.4f}",
                 "dataset": config.dataset,
                 "step": str(number),
             }
-            save_weights(nnx.merge(graph, params, rest, copy=True), config.out, metadata)
-        return {"accuracy": accuracy}
+            best = nnx.merge(graph, params, rest, copy=True)
+            write_tensors(to_torch(best), config.out, metadata)
+        return row
 
     train(
         jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
         gradient_step(graph, optimizer, loss),
-        batches.__getitem__,
+        source.__getitem__,
         key=noise,
         steps=config.steps,
         every=config.every,
         measure=measure,
         checkpoints=config.checkpoints,
+        config=config,
     )
 
 

@@ -1,0 +1,215 @@
+r"""Measures a protected file at every level: what each of them gives.
+
+Examples::
+
+    python train/evaluate.py vgg19 --file public.safetensors --secret keys/secret.key --data tfds/
+    python train/evaluate.py dncnn --file public.safetensors --secret keys/secret.key \
+        --images set12/ --sigma 25 --out results/
+
+Accuracy of VGG19, PSNR and SSIM of DnCNN. With a grant instead of the secret, up to its level; with
+neither, as everybody gets it. A file that is not protected has one row. Rows go to standard output,
+one JSON object a line, a table to standard error; with ``--out``, the same as ``levels.json``,
+``levels.md`` and ``levels.png``.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import matplotlib.figure
+import safetensors
+import tyro
+from _tasks import accuracy_of, denoising_of, model_in, read_tensors
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from selcrypt_jax import (
+    IntegrityError,
+    inspect_file,
+    issue_grant,
+    open_model,
+    read_grant,
+    read_secret,
+)
+from selcrypt_jax.models import VGG19, DnCNN
+
+UNITS = {"accuracy": "accuracy", "psnr": "PSNR / dB", "ssim": "SSIM"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to open, and with which key."""
+
+    file: Path
+    """The protected file (or checkpoint of several), in PyTorch's names and layout."""
+
+    secret: Path | None = None
+    """The owner's secret: opens every level."""
+
+    grant: Path | None = None
+    """A grant: opens its levels."""
+
+    out: Path | None = None
+    """Folder for levels.json, levels.md and levels.png; made if it does not exist."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vgg19(Config):
+    """Accuracy of VGG19 on CIFAR's test images."""
+
+    data: Path
+    """Folder with the prepared data, as TFDS's ``data_dir``."""
+
+    dataset: Literal["cifar10", "cifar100"] = "cifar10"
+    """Which one."""
+
+    tests: int | None = None
+    """How many test images; all of them by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dncnn(Config):
+    """PSNR and SSIM of DnCNN on images with noise."""
+
+    images: Path
+    """Folder of images, or of a data set that TFDS prepared (its split "test")."""
+
+    sigma: float = 25.0
+    """Standard deviation of the noise, for pixels in 0..255."""
+
+    eps: float = 1e-5
+    """ε of BatchNorm."""
+
+    bgr: bool = False
+    """The network wants blue, green, red: so do the weights published with the paper."""
+
+    tests: int | None = None
+    """How many images; all of them by default."""
+
+    seed: int = 0
+    """Seed of the noise, which is the same at every level."""
+
+
+def levels_of(config: Config) -> list[tuple[int | None, Any]]:
+    """Level → its tensors, or None → those of a file that is not protected."""
+    if config.secret is not None and config.grant is not None:
+        raise SystemExit("--secret, --grant: expected one of them, got both.")
+    if config.file.suffix == ".safetensors" and not protected(config.file):
+        if config.secret is not None or config.grant is not None:
+            raise SystemExit(f"{config.file}: expected a protected file, got a plain one.")
+        return [(None, read_tensors(config.file))]
+    if config.secret is not None:
+        highest = len(inspect_file(config.file).levels)
+        grant = issue_grant(config.file, level=highest, secret=read_secret(config.secret))
+    else:
+        grant = None if config.grant is None else read_grant(config.grant)
+        highest = 0 if grant is None else grant.key.level
+    opened: list[tuple[int | None, Any]] = [(0, open_model(config.file))]
+    for level in range(1, highest + 1):
+        opened.append((level, open_model(config.file, grant, level=level)))
+    return opened
+
+
+def protected(path: Path) -> bool:
+    """Whether a .safetensors file has a manifest."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return "selcrypt" in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path}: expected a .safetensors file: {error}") from None
+
+
+def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
+    """A row a level."""
+    kind = VGG19 if isinstance(config, Vgg19) else DnCNN
+    rows = []
+    quality = None
+    opened = levels_of(config)
+    for level, tensors in track(opened, "levels", console=Console(stderr=True), transient=True):
+        eps = config.eps if isinstance(config, Dncnn) else 1e-5
+        model = model_in(tensors, str(config.file), kind, eps=eps)
+        graph, params = nnx.split(model)
+        quality = quality or measure_of(config, graph, model)
+        row = {"level": level, **quality(params)}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def measure_of(config: Vgg19 | Dncnn, graph: Any, model: Any) -> Any:
+    """``params -> metrics`` on the test data."""
+    if isinstance(config, Vgg19):
+        from _cifar import read_test
+
+        return accuracy_of(graph, *read_test(config.data / config.dataset, config.tests))
+    from _images import checked_sigma, read_images
+
+    sigma, _ = checked_sigma((config.sigma,))
+    images = read_images(config.images, split="test", channels=model.channels, most=config.tests)
+    if config.bgr:
+        images = [image[..., ::-1] for image in images]
+    return denoising_of(graph, images, sigma, jax.random.key(config.seed))
+
+
+def name_of(level: int | None) -> str:
+    """How tables call a level."""
+    return "not protected" if level is None else "0, no key" if level == 0 else str(level)
+
+
+def number(name: str, value: float) -> str:
+    """A metric with its unit."""
+    return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.{2 + (name == 'ssim')}f}"
+
+
+def write(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
+    """The three files."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "levels.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    metrics = [name for name in rows[0] if name != "level"]
+    lines = [
+        f"| level | {' | '.join(UNITS[name] for name in metrics)} |",
+        "|---" * (1 + len(metrics)) + "|",
+    ]
+    for row in rows:
+        cells = " | ".join(number(name, row[name]) for name in metrics)
+        lines.append(f"| {name_of(row['level'])} | {cells} |")
+    (out / "levels.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    figure = matplotlib.figure.Figure(figsize=(4.5 * len(metrics), 3.5), layout="constrained")
+    for name, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
+        scale = 100 if name == "accuracy" else 1
+        places = range(len(rows))
+        axes.plot(places, [scale * row[name] for row in rows], "o-", color="#D55E00")
+        axes.set_xticks(places, [name_of(row["level"]) for row in rows])
+        axes.set(xlabel="level", ylabel=UNITS[name] + (" / %" if name == "accuracy" else ""))
+        axes.grid(alpha=0.3)
+    figure.suptitle(config.file.name)
+    figure.savefig(out / "levels.png", dpi=150)
+
+
+def main(config: Vgg19 | Dncnn) -> None:
+    """Measures; see `Config`."""
+    try:
+        rows = measured(config)
+    except (IntegrityError, OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    metrics = [name for name in rows[0] if name != "level"]
+    table = Table("level", *(UNITS[name] for name in metrics), title=config.file.name)
+    for row in rows:
+        table.add_row(name_of(row["level"]), *(number(name, row[name]) for name in metrics))
+    Console(stderr=True).print(table)
+    if config.out is not None:
+        write(config, rows, config.out)
+
+
+if __name__ == "__main__":
+    main(
+        tyro.cli(
+            Annotated[Vgg19, tyro.conf.subcommand("vgg19")]
+            | Annotated[Dncnn, tyro.conf.subcommand("dncnn")],
+            description=__doc__,
+        )
+    )

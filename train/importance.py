@@ -1,0 +1,189 @@
+r"""Learns which weights of a trained network matter (PSS), and writes their scores.
+
+Examples::
+
+    python train/importance.py vgg19 --weights vgg19.safetensors --data tfds/ --out ...
+    python train/importance.py dncnn --weights dncnn.safetensors --images photographs/ \
+        --out scores.safetensors
+    python train/importance.py custom --weights mine.safetensors --loss my_module:loss_fn \
+        --batches my_module:batches --out ...
+
+Scores are saved under the names of the tensors and in their layout, for ``selcrypt protect
+--importance``. Metrics go to standard output, one JSON object a line: the loss with the gates in
+place, and how many gates are expected to be open.
+
+References:
+    Tian, Zhou, Duan, CVPR 2021, section 3.1.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from _loop import Row, check_batch, train, write_tensors
+from _tasks import CustomTask, DncnnTask, Vgg19Task
+
+from selcrypt_jax import PSSConfig, PSSState, probability_open, pss_learner
+from selcrypt_jax.models import to_torch, torch_names
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How importance is learned."""
+
+    out: Path
+    """The .safetensors file to write, with one score a group of weights."""
+
+    objective: Literal["break", "keep"] = "break"
+    """What is important: what breaks the network when it is encrypted, or, as in the paper, what
+    must stay for it to work."""
+
+    steps: int = 100
+    """Gradient steps."""
+
+    penalty: float | None = None
+    """Price of an open gate, λ, about what a gate that is worth it changes in the loss ("keep") or
+    its logarithm ("break"): the more gates, the smaller, as 1e-4 for VGG19. By default 1e-3 for
+    "break", 1e-5 for "keep"."""
+
+    rate: float = 0.1
+    """Learning rate of Adam."""
+
+    cap: float | None = None
+    """Loss at which the network counts as broken, for "break"."""
+
+    sampled: bool = True
+    """Draw the gates, or take their medians."""
+
+    select: str | None = None
+    """Tensors that take part: a regular expression, searched in their names in the file. By
+    default the kernels of convolutions; of a network of your own, floats of two axes or more."""
+
+    granularity: Literal["kernel", "filter", "weight"] = "kernel"
+    """What shares a gate."""
+
+    every: int = 10
+    """Steps between two measurements, and between two checkpoints."""
+
+    checkpoints: Path | None = None
+    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
+    it had never been interrupted."""
+
+    seed: int = 0
+    """Seed of gates, noise and the order of the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vgg19(Vgg19Task, Config):
+    """Learns the importance of VGG19's weights on CIFAR."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dncnn(DncnnTask, Config):
+    """Learns the importance of DnCNN's weights on patches of images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Custom(CustomTask, Config):
+    """Learns the importance of the weights of a network of your own."""
+
+
+def main(config: Vgg19 | Dncnn | Custom) -> None:
+    """Learns; see `Config`."""
+    if not isinstance(config, Custom):
+        check_batch(config.batch)
+    task = config.task(config.seed)
+    names = None if task.model is None else torch_names(task.model)
+    layout = config.layout if isinstance(config, Custom) else "HWIO"
+
+    def selected(name: str, leaf: Any) -> bool:
+        if names is None:
+            return re.search(config.select or "", name) is not None
+        if config.select is None:
+            return name in names and leaf.ndim == 4
+        return name in names and re.search(config.select, names[name]) is not None
+
+    penalty = config.penalty
+    if penalty is None:
+        penalty = 1e-3 if config.objective == "break" else 1e-5
+    try:
+        re.compile(config.select or "")
+    except re.error as error:
+        raise SystemExit(
+            f"--select: expected a regular expression, got {config.select!r}: {error}."
+        ) from None
+    try:
+        pss_config = PSSConfig(
+            config.objective,
+            steps=config.steps,
+            penalty=penalty,
+            optimizer=optax.adam(config.rate, eps=max(penalty / 10, 1e-8)),
+            cap=config.cap,
+            sampled=config.sampled,
+        )
+        learner = pss_learner(
+            task.loss_fn,
+            task.params,
+            config=pss_config,
+            select=None if names is None and config.select is None else selected,
+            granularity=config.granularity,
+            layout=layout,
+        )
+        state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
+    except (TypeError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+    def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
+        # The state has a key of its own, from which the noise of each step follows.
+        state, metrics = learner.run(task.params, _one(batch), state, 1)
+        return state, metrics.loss[0]
+
+    def measure(number: int, state: PSSState, rows: list[Row]) -> Row:
+        """How many gates are expected to be open."""
+        return {"open": float(sum(probability_open(a).sum() for a in state.log_alpha.values()))}
+
+    state, _ = train(
+        state,
+        step,
+        task.batch,
+        key=jax.random.key(config.seed),
+        steps=config.steps,
+        every=config.every,
+        measure=measure,
+        checkpoints=config.checkpoints,
+        config=config,
+    )
+    scores = learner.scores(state)
+    if task.model is not None:
+        tensors = to_torch(task.model, scores)
+    else:
+        tensors = {name: np.asarray(a) for name, a in state.log_alpha.items()}
+    metadata = {
+        "importance": f"PSS, {config.objective}, {config.granularity}",
+        "steps": str(config.steps),
+        "penalty": f"{penalty:g}",
+        "seed": str(config.seed),
+    }
+    write_tensors(tensors, config.out, metadata)
+
+
+def _one(batch: Any) -> Any:
+    """A pytree of one batch, ``[1, ...]``."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
+
+
+if __name__ == "__main__":
+    main(
+        tyro.cli(
+            Annotated[Vgg19, tyro.conf.subcommand("vgg19")]
+            | Annotated[Dncnn, tyro.conf.subcommand("dncnn")]
+            | Annotated[Custom, tyro.conf.subcommand("custom")],
+            description=__doc__,
+        )
+    )
