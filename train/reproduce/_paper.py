@@ -1,0 +1,187 @@
+"""What the experiments share: the paper's network and crops, keys, masks, results on disk."""
+
+import json
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import load_file
+
+import selcrypt_jax
+from selcrypt_jax import GaussianCipher, Secret, encrypt, importance, level_keys
+from selcrypt_jax.models import DnCNN
+
+sys.path.append(str(Path(__file__).parent.parent))  # the scripts' own modules
+from _tasks import psnr, read_model
+
+LAYERS = {5: 2, 8: 3, 11: 4}  # PyTorch's place in the sequence → number of the convolution
+CONVOLUTIONS = r"^convs/\d+/kernel$"
+
+# Wong's palette, which colour-blind readers can tell apart.
+COLOURS = {
+    "PSS, published": "#000000",
+    "PSS, break": "#D55E00",
+    "PSS, keep": "#E69F00",
+    "random": "#999999",
+    "descend": "#0072B2",
+    "ascend": "#56B4E9",
+    "mean": "#009E73",
+    "l2": "#CC79A7",
+    "taylor": "#882255",
+    "fisher": "#AA9900",
+}
+
+
+class Denoiser(NamedTuple):
+    """A trained DnCNN and what its quality is measured on.
+
+    Attributes:
+        graph: of the network, in evaluation mode.
+        state: its weights and running statistics.
+        clean: images ``[n, H, W, C]`` in [0, 1].
+        noisy: the same with noise, not clipped.
+        quality: ``state -> PSNR in dB`` of each image; pixels are not clipped, as in the release.
+    """
+
+    graph: Any
+    state: Any
+    clean: jax.Array
+    noisy: jax.Array
+    quality: Callable[[Any], jax.Array]
+
+
+def colour_denoiser(data: Path) -> Denoiser:
+    """The paper's own network, and the crops that its release was measured on.
+
+    Raises:
+        SystemExit: they are not there.
+    """
+    folder = data / "dncnn_color_paper"
+    if not folder.is_dir():
+        raise SystemExit(f"{folder}: expected the paper's DnCNN, got no such folder. Set --data.")
+    model = read_model(folder / "dncnn_color_sigma50.safetensors", DnCNN, eps=1e-4)
+    with np.load(folder / "crops_sigma50.npz") as crops:
+        clean, noisy = crops["clean_bgr_uint8"] / np.float32(255), crops["noisy_bgr"]
+    return denoiser(model, clean, noisy)
+
+
+def denoiser(model: DnCNN, clean: Any, noisy: Any) -> Denoiser:
+    """A network with images, compiled."""
+    graph, state = nnx.split(model)
+    clean, noisy = jnp.asarray(clean), jnp.asarray(noisy)
+
+    @jax.jit
+    def quality(state: Any, clean: jax.Array, noisy: jax.Array) -> jax.Array:
+        return psnr(nnx.merge(graph, state)(noisy), clean)
+
+    return Denoiser(graph, state, clean, noisy, lambda state: quality(state, clean, noisy))
+
+
+def published_scores(data: Path, state: Any) -> Any:
+    """The release's log α of its three layers as a tree of scores."""
+    folder = data / "dncnn_color_paper"
+    published = load_file(folder / "dncnn_color_sigma50_importance.safetensors")
+    scores = nnx.to_pure_dict(jax.tree.map(lambda _: False, state))
+    for place, number in LAYERS.items():
+        by_output = published[f"layer_{place}"].reshape(64, 64)  # [out, in]
+        scores["convs"][number]["kernel"] = by_output.T[None, None]  # HWIO
+    return scores
+
+
+def closed_form(
+    name: str, state: Any, select: str, *, loss_fn: Any, batches: Any, seed: int
+) -> Any:
+    """Scores by a strategy of `selcrypt_jax.importance`; those of gradients from the batches."""
+    function = getattr(importance, name)
+    if name in ("taylor", "fisher"):
+        return function(loss_fn, state, batches, select=select)
+    extra = {"key": jax.random.key(seed)} if name == "random" else {}
+    return function(state, select=select, **extra)
+
+
+def experiment_keys(seed: int, number: int, levels: int) -> Any:
+    """Keys of the protection with this number; a model that is shipped has random ones."""
+    secret = Secret(np.random.default_rng([seed, number]).bytes(32))
+    return level_keys(secret, number.to_bytes(16, "big"), levels=levels)
+
+
+def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any = None) -> list[Any]:
+    """The state as everybody gets it, under several keys.
+
+    By default with the Gaussian cipher, wrapped around, whose ciphertext has the distribution
+    that the release gives it.
+    """
+    cipher = cipher or GaussianCipher.fit(state, masks, wrap=True)
+    return [
+        encrypt(state, masks, experiment_keys(seed, number, len(masks)), cipher=cipher)
+        for number in range(keys)
+    ]
+
+
+def provenance(script: str, config: Any) -> dict[str, Any]:
+    """The command that repeats a result, and the versions that it was made with."""
+    options = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in asdict(config).items()
+        if name not in ("data", "out")
+    ]
+    return {
+        "command": f"python train/reproduce/{Path(script).name} --data DATA {' '.join(options)}",
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "selcrypt_jax": selcrypt_jax.__version__,
+        },
+    }
+
+
+def write_report(report: dict[str, Any], path: Path) -> None:
+    """Writes JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+class Cells:
+    """Results that took long, kept one a line as they come: a run that was killed goes on.
+
+    Args:
+        path: of the file; it is removed by `done`.
+        settings: what all results depend on; with others, the file is begun anew.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        self.path = path
+        self.found: dict[str, Any] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        head = json.dumps(settings, sort_keys=True)
+        if lines[:1] != [head]:
+            path.write_text(head + "\n", encoding="utf-8")
+            return
+        for line in lines[1:]:
+            try:
+                name, value = json.loads(line)
+            except ValueError:  # cut off as it was written
+                break
+            self.found[name] = value
+        kept = [head, *(json.dumps(item) for item in self.found.items())]
+        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The result of this name, made if it is not there."""
+        if name not in self.found:
+            self.found[name] = make()
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps([name, self.found[name]]) + "\n")
+        return self.found[name]
+
+    def done(self) -> None:
+        """Removes the file."""
+        self.path.unlink()

@@ -1,0 +1,268 @@
+"""Which weights of DnCNN to encrypt: PSS, published and learned here, against other strategies.
+
+Example::
+
+    python train/reproduce/dncnn_strategies.py --data DATA --out docs/results --network colour
+
+Encrypts what a strategy selects with the Gaussian cipher, wrapped around, and measures PSNR without
+a key: as many kernels in each of the paper's three layers, as in the release; and as many kernels
+of all convolutions together, wherever each strategy ranks them highest. PSS is learned from
+photographs of scikit-image (colour) or from ``train400`` (grey), never from test images, for each
+of the two selections and both objectives. Writes ``dncnn_strategies_NETWORK.json`` and ``.png``;
+a run that was killed goes on.
+
+References:
+    Tian, Zhou, Duan, CVPR 2021, section 4.2 and figure 4; and its published release.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import optax
+import tyro
+from _paper import (
+    COLOURS,
+    CONVOLUTIONS,
+    LAYERS,
+    Cells,
+    Denoiser,
+    closed_form,
+    colour_denoiser,
+    denoiser,
+    provenance,
+    published_scores,
+    without_a_key,
+    write_report,
+)
+from _tasks import denoising_loss, patch_batches, psnr, read_model
+from rich.progress import Progress
+
+from selcrypt_jax import LosslessCipher, PSSConfig, mask_counts, nested_masks, pss
+from selcrypt_jax.models import DnCNN
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
+THREE_LAYERS = rf"^convs/({'|'.join(map(str, LAYERS.values()))})/kernel$"
+KERNELS_A_LAYER = (11, 21, 41, 82, 164)
+# Of all convolutions of the colour network: 0.016, 0.05, 0.1, 0.40, 1 and 2 % of the weights.
+KERNELS_IN_ALL = (10, 31, 62, 246, 618, 1236)
+OBJECTIVES = {
+    "break": PSSConfig("break", steps=100, penalty=2e-3, optimizer=optax.adam(0.1, eps=2e-3)),
+    "keep": PSSConfig("keep", steps=100, penalty=1e-5, optimizer=optax.adam(0.1, eps=1e-5)),
+}
+CLOSED_FORM = ("random", "descend", "ascend", "mean", "l2", "taylor", "fisher")
+BATCHES = 40
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the data are, and how much is averaged over."""
+
+    data: Path
+    """Folder of the reference data."""
+
+    out: Path = Path("docs/results")
+    """Folder for the results; made if it does not exist."""
+
+    network: Literal["colour", "s15", "s25", "s50"] = "colour"
+    """The paper's colour network, or a grey one for noise of that σ."""
+
+    keys: int = 5
+    """Protections under different keys, of what PSS selects."""
+
+    other_keys: int = 3
+    """The same of what other strategies select, and with the lossless cipher."""
+
+    seeds: int = 3
+    """Runs of PSS, and draws of "random"."""
+
+
+def described(config: PSSConfig) -> str:
+    """The settings of PSS in one line."""
+    return f"{config.steps} steps, λ = {config.penalty:g}, Adam with rate 0.1 and ε = λ"
+
+
+def photographs() -> list[np.ndarray]:
+    """Colour photographs of scikit-image, uint8, BGR."""
+    import skimage.data
+
+    images = []
+    for name in PHOTOGRAPHS:
+        image = getattr(skimage.data, name)()
+        image = image[0] if isinstance(image, tuple) else image  # one of a stereo pair
+        images.append(image[..., ::-1])
+    return images
+
+
+def read(config: Config) -> tuple[Denoiser, Any]:
+    """The network, and ``seed -> batches`` to learn from."""
+    if config.network == "colour":
+        subject, images, sigma, patch = colour_denoiser(config.data), photographs(), 50, 48
+    else:
+        from _images import read_images
+
+        sigma, patch = int(config.network[1:]), 40
+        folder = config.data / "dncnn_gray"
+        model = read_model(folder / f"dncnn_{config.network}.safetensors", DnCNN)
+        images = read_images(folder / "train400", split="train", channels=1)
+        crops = []
+        for image in read_images(folder / "set12", split="test", channels=1):
+            top, left = ((side - 128) // 2 for side in image.shape[:2])
+            crops.append(image[top : top + 128, left : left + 128])
+        clean = np.stack(crops).astype(np.float32) / 255
+        noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
+        subject = denoiser(model, clean, clean + np.float32(sigma / 255) * noise)
+
+    def batches(seed: int) -> Any:
+        deviation = (sigma / 255, sigma / 255)
+        make = patch_batches(images, 8, patch, deviation, seed=seed)
+        return jax.tree.map(lambda *x: jnp.stack(x), *[make(n) for n in range(BATCHES)])
+
+    return subject, batches
+
+
+def main(config: Config) -> None:
+    """Runs the experiment; see `Config`."""
+    subject, batches_of = read(config)
+    state = subject.state
+    loss_fn = denoising_loss(subject.graph)
+    name = f"dncnn_strategies_{config.network}"
+    settings = {
+        "keys": [config.keys, config.other_keys],
+        "pss": {k: described(v) for k, v in OBJECTIVES.items()},
+    }
+    cells = Cells(config.out / f".{name}.jsonl", settings)
+    selections: dict[str, tuple[str, tuple[int, ...]]] = {
+        "each of three layers": (THREE_LAYERS, KERNELS_A_LAYER),
+        "all layers": (CONVOLUTIONS, KERNELS_IN_ALL),
+    }
+
+    def scores_of(strategy: str, select: str, seed: int) -> Any:
+        if strategy == "PSS, published":
+            return published_scores(config.data, state)
+        batches = batches_of(seed)
+        if not strategy.startswith("PSS, "):
+            return closed_form(strategy, state, select, loss_fn=loss_fn, batches=batches, seed=seed)
+        objective = OBJECTIVES[strategy.removeprefix("PSS, ")]
+        key = jax.random.key(seed)
+        return pss(loss_fn, state, batches, key=key, config=objective, select=select)
+
+    def quality(strategy: str, selection: str, seed: int) -> dict[str, Any]:
+        """Number of kernels → dB by key; of PSS over all layers with the lossless cipher too."""
+        select, counts = selections[selection]
+        scores = scores_of(strategy, select, seed)
+        scope = "leaf" if selection == "each of three layers" else "model"
+        leaves = [np.size(leaf) for leaf in jax.tree.leaves(scores) if not isinstance(leaf, bool)]
+        total = leaves[0] if scope == "leaf" else sum(leaves)
+        found: dict[str, Any] = {}
+        for count in counts:
+            masks = nested_masks(scores, [(count + 0.5) / total], scope=scope)
+            keys = config.keys if strategy.startswith("PSS") else config.other_keys
+            opened = without_a_key(state, masks, keys=keys, seed=seed)
+            row = {"gaussian": [float(subject.quality(s).mean()) for s in opened], "lossless": []}
+            if strategy.startswith("PSS") and scope == "model":
+                try:
+                    opened = without_a_key(
+                        state, masks, keys=config.other_keys, seed=seed, cipher=LosslessCipher()
+                    )
+                    row["lossless"] = [float(subject.quality(s).mean()) for s in opened]
+                except ValueError:  # too few kernels of a layer to hide among each other
+                    pass
+            found[str(count)] = row
+        return found
+
+    work = []
+    for selection in selections:
+        for strategy in ("PSS, published", *(f"PSS, {o}" for o in OBJECTIVES), *CLOSED_FORM):
+            published = strategy == "PSS, published"
+            if published and (selection == "all layers" or config.network != "colour"):
+                continue
+            many = strategy == "random" or (strategy.startswith("PSS") and not published)
+            work += [(selection, strategy, seed) for seed in range(config.seeds if many else 1)]
+    results: dict[str, Any] = {selection: {} for selection in selections}
+    with Progress() as progress:
+        for selection, strategy, seed in progress.track(work):
+            cell = cells.get(
+                f"{selection}/{strategy}/{seed}",
+                lambda s=selection, t=strategy, n=seed: quality(t, s, n),
+            )
+            results[selection].setdefault(strategy, []).append(cell)
+
+    nothing = jax.tree.map(lambda _: False, state)
+    conv = [c for n, c in mask_counts(state, nothing).items() if re.search(CONVOLUTIONS, n)]
+    report = {
+        **provenance(__file__, config),
+        "noisy": float(psnr(subject.noisy, subject.clean).mean()),
+        "untouched": float(subject.quality(state).mean()),
+        "conv_weights": sum(count.total for count in conv),
+        "pss": settings["pss"],
+        "db_without_a_key": {
+            selection: {
+                strategy: {count: summary([seed[count] for seed in seeds]) for count in seeds[0]}
+                for strategy, seeds in strategies.items()
+            }
+            for selection, strategies in results.items()
+        },
+    }
+    if config.network == "colour":
+        path = config.data / "dncnn_color_paper" / "release_reference.json"
+        report["release"] = json.loads(path.read_text())["strategies"]
+    write_report(report, config.out / f"{name}.json")
+    plot(report, config, config.out / f"{name}.png")
+    cells.done()
+
+
+def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and deviation over keys and seeds, of both ciphers."""
+    gaussian = np.array([seed["gaussian"] for seed in seeds])
+    lossless = [value for seed in seeds for value in seed["lossless"]]
+    return {
+        "mean": round(float(gaussian.mean()), 2),
+        "std": round(float(gaussian.std()), 2),
+        "lossless": round(float(np.mean(lossless)), 2) if lossless else None,
+    }
+
+
+def plot(report: dict[str, Any], config: Config, path: Path) -> None:
+    """PSNR against the number of kernels, for both selections."""
+    figure = matplotlib.figure.Figure(figsize=(11, 4.2), layout="constrained")
+    found = report["db_without_a_key"]
+    for axes, selection in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
+        for strategy, rows in found[selection].items():
+            pss_ = strategy.startswith("PSS")
+            # Below 0 dB the picture is long gone; one scale shows what can still be seen.
+            axes.errorbar(
+                [int(count) for count in rows],
+                [max(row["mean"], 5) for row in rows.values()],
+                [row["std"] if row["mean"] > 5 else 0 for row in rows.values()],
+                marker="o" if pss_ else "s",
+                ms=4,
+                lw=2 if pss_ else 1,
+                capsize=2,
+                color=COLOURS[strategy],
+                label=strategy,
+            )
+        axes.axhline(report["noisy"], color="grey", lw=0.8, ls="--")
+        axes.axhline(report["untouched"], color="grey", lw=0.8)
+        axes.set_xscale("log")
+        counts = [int(count) for count in next(iter(found[selection].values()))]
+        axes.set_xticks(counts, [str(count) for count in counts])
+        axes.minorticks_off()
+        axes.set(title=f"kernels encrypted in {selection}", xlabel="kernels")
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("PSNR without a key / dB (5 or less shown as 5)")
+    figure.axes[0].annotate("untouched", (KERNELS_A_LAYER[0], report["untouched"]), va="bottom")
+    figure.axes[0].annotate("noisy input", (KERNELS_A_LAYER[0], report["noisy"]), va="bottom")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))

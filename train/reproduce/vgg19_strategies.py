@@ -1,0 +1,206 @@
+"""Which weights of VGG19 to encrypt: accuracy on CIFAR-10 without a key, by strategy and share.
+
+Example::
+
+    python train/reproduce/vgg19_strategies.py --data DATA --out docs/results
+
+Encrypts what a strategy selects with the Gaussian cipher, wrapped around, and measures accuracy
+without a key: shares of the paper's four layers (0, 1, 4 and 8), and of all convolutions, as a
+share of each, and wherever a strategy ranks groups highest. PSS (objective "break") is learned from
+training images, for the four layers and for all. Writes ``vgg19_strategies.json`` and ``.png``; a
+run that was killed goes on.
+
+References:
+    Tian, Zhou, Duan, CVPR 2021, section 4.1 and figure 3.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.figure
+import numpy as np
+import tyro
+from _paper import (
+    COLOURS,
+    CONVOLUTIONS,
+    Cells,
+    closed_form,
+    provenance,
+    without_a_key,
+    write_report,
+)
+from _tasks import Vgg19Task, accuracy_of
+from flax import nnx
+from rich.progress import Progress
+
+from selcrypt_jax import PSSConfig, mask_counts, nested_masks, pss
+
+FOUR_LAYERS = r"^convs/(0|1|4|8)/kernel$"
+STRATEGIES = ("PSS, break", "random", "descend", "l2", "taylor", "fisher")
+
+
+class Selection(NamedTuple):
+    """A panel of the figure.
+
+    Attributes:
+        select: convolutions that take part.
+        scope: the share holds in each of them, or over all.
+        shares: of their kernels that are encrypted.
+        strategies: that are compared.
+    """
+
+    select: str
+    scope: Literal["leaf", "model"]
+    shares: tuple[float, ...]
+    strategies: tuple[str, ...] = STRATEGIES
+
+
+SELECTIONS = {
+    "of each of four layers": Selection(
+        FOUR_LAYERS, "leaf", (0.02, 0.04, 0.08, 0.16, 0.24, 0.4), (*STRATEGIES, "ascend", "mean")
+    ),
+    "of each of all layers": Selection(CONVOLUTIONS, "leaf", (0.0025, 0.005, 0.01, 0.02, 0.08)),
+    "anywhere in all layers": Selection(
+        CONVOLUTIONS, "model", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 6.05e-3)
+    ),
+}
+PSS = PSSConfig("break", steps=100, penalty=1e-4)
+DESCRIBED = f"{PSS.steps} steps, λ = {PSS.penalty:g}, Adam with rate 0.1 and ε = λ/10"
+BATCHES = 40
+
+
+@dataclass(frozen=True)
+class Config:
+    """Where the data are, and how much is averaged over."""
+
+    data: Path
+    """Folder of the reference data."""
+
+    out: Path = Path("docs/results")
+    """Folder for the results; made if it does not exist."""
+
+    keys: int = 2
+    """Protections under different keys."""
+
+    tests: int = 2000
+    """Test images; 10,000 are all of them."""
+
+    seed: int = 0
+    """Seed of PSS, of "random" and of the keys."""
+
+
+def main(config: Config) -> None:
+    """Runs the experiment; see `Config`."""
+    from _cifar import read_test
+
+    task = Vgg19Task(weights=config.data / "vgg19_cifar10.safetensors", data=config.data / "tfds")
+    learned = task.task(config.seed)
+    state = learned.params
+    graph, _ = nnx.split(learned.model)
+    accuracy = accuracy_of(graph, *read_test(task.data / "cifar10", config.tests))
+    batches = jax.tree.map(
+        lambda *x: jnp.stack(x), *[learned.batch(n) for n in range(1, BATCHES + 1)]
+    )
+    settings = {
+        "keys": config.keys, "tests": config.tests, "seed": config.seed, "pss": DESCRIBED
+    }  # fmt: skip
+    cells = Cells(config.out / ".vgg19_strategies.jsonl", settings)
+    scores: dict[tuple[str, str], Any] = {}
+
+    def scores_of(strategy: str, select: str) -> Any:
+        if (strategy, select) not in scores:
+            if strategy == "PSS, break":
+                key = jax.random.key(config.seed)
+                scores[strategy, select] = pss(
+                    learned.loss_fn, state, batches, key=key, config=PSS, select=select
+                )
+            else:
+                scores[strategy, select] = closed_form(
+                    strategy, state, select,
+                    loss_fn=learned.loss_fn, batches=batches, seed=config.seed,
+                )  # fmt: skip
+        return scores[strategy, select]
+
+    def without(strategy: str, selection: str, share: float) -> dict[str, Any]:
+        panel = SELECTIONS[selection]
+        masks = nested_masks(scores_of(strategy, panel.select), [share], scope=panel.scope)
+        counts = mask_counts(state, masks[0])
+        weights = sum(count.weights for count in counts.values())
+        opened = without_a_key(state, masks, keys=config.keys, seed=config.seed)
+        found = [accuracy(params)["accuracy"] for params in opened]
+        return {
+            "kernels": sum(count.groups for count in counts.values()),
+            "share_of_conv_weights": weights / conv_weights,
+            "accuracy": float(np.mean(found)),
+            "std": float(np.std(found)),
+        }
+
+    nothing = jax.tree.map(lambda _: False, state)
+    conv_weights = sum(
+        count.total
+        for name, count in mask_counts(state, nothing).items()
+        if name.startswith("convs/") and name.endswith("kernel")
+    )
+    work = [
+        (selection, strategy, share)
+        for selection, panel in SELECTIONS.items()
+        for strategy in panel.strategies
+        for share in panel.shares
+    ]
+    results: dict[str, Any] = {selection: {} for selection in SELECTIONS}
+    with Progress() as progress:
+        for selection, strategy, share in progress.track(work):
+            cell = cells.get(
+                f"{selection}/{strategy}/{share:g}",
+                lambda s=selection, t=strategy, f=share: without(t, s, f),
+            )
+            results[selection].setdefault(strategy, []).append({"share": share, **cell})
+    report = {
+        **provenance(__file__, config),
+        "pss": DESCRIBED,
+        "conv_weights": conv_weights,
+        "untouched": cells.get("untouched", lambda: accuracy(state)["accuracy"]),
+        "accuracy_without_a_key": results,
+    }
+    write_report(report, config.out / "vgg19_strategies.json")
+    plot(report, config.out / "vgg19_strategies.png")
+    cells.done()
+
+
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Accuracy against share, a panel a selection."""
+    results = report["accuracy_without_a_key"]
+    figure = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
+    for axes, selection in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
+        for strategy, rows in results[selection].items():
+            learned = strategy.startswith("PSS")
+            axes.errorbar(
+                [100 * row["share"] for row in rows],
+                [100 * row["accuracy"] for row in rows],
+                [100 * row["std"] for row in rows],
+                marker="o" if learned else "s",
+                ms=4,
+                lw=2 if learned else 1,
+                capsize=2,
+                color=COLOURS[strategy],
+                label=strategy,
+            )
+        axes.axhline(100 * report["untouched"], color="grey", lw=0.8)
+        axes.axhline(10, color="grey", lw=0.8, ls="--")
+        axes.set_xscale("log")
+        shares = [100 * share for share in SELECTIONS[selection].shares]
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.minorticks_off()
+        axes.set(xlabel=f"% of the kernels {selection}", ylim=(0, 90))
+        axes.grid(alpha=0.25)
+    figure.axes[0].set_ylabel("accuracy without a key / %")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, description=__doc__))
