@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 
 import selcrypt_jax as sj
 from selcrypt_jax.cli import main
@@ -48,6 +49,36 @@ def test_commands_of_the_readme(tmp_path, monkeypatch):
     alice = safetensors.numpy.load_file("alice.safetensors")["conv.weight"]
     assert (scope["params"]["conv.weight"] == alice).all()
     assert (alice != kernel).any()
+
+
+@pytest.mark.slow
+def test_training_commands_of_the_readme(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    section = re.findall(r"## Train, learn importance, evaluate\n(.*?)\n## ", text, re.DOTALL)[0]
+    (commands,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photographs", "set12"):
+        Path(folder).mkdir()
+        pixels = np.random.default_rng(0).integers(0, 255, (48, 48), np.uint8)
+        Image.fromarray(pixels).save(f"{folder}/0.png")
+    main(["keygen", "-o", "keys"])
+    short = {
+        "train/dncnn.py": "--depth 4 --width 32 --steps 2 --every 1 --batch 8 --patch 24",
+        "train/importance.py": "--steps 2 --every 1 --patch 24",
+    }
+    for line in commands.splitlines():
+        program, script, *args = line.split()
+        if program == "selcrypt":
+            # So few kernels need a larger share to hide among each other.
+            args[args.index("--budget") + 1] = "0.5"
+            assert main([script, *args]) == 0, line
+            continue
+        command = [sys.executable, ROOT / script, *args, *short.get(script, "").split()]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+    rows = json.loads(Path("levels/levels.json").read_text())
+    assert [row["level"] for row in rows] == [0, 1, 2, 3]
+    assert rows[-1]["psnr"] > rows[0]["psnr"]
 
 
 def test_names_in_the_readme_exist():

@@ -335,9 +335,11 @@ def test_scores_of_a_network_of_ones_own_are_those_of_the_library(mine, batches)
         # The script's batches lie on several devices: sums are in another order.
         np.testing.assert_allclose(score, scores[name], atol=1e-4)
     # An input that is always zero has nothing to break: the price of its gates alone moves them,
-    # all the way of ten steps.
-    np.testing.assert_allclose(found["hidden"][:, 3], -3.5 - 10 * 0.05, atol=0.01)
-    assert found["hidden"][:, :3].max() > -3.6
+    # all alike, and by less than Adam's rate a step. What matters has moved away from there.
+    unused, used = found["hidden"][:, 3], found["hidden"][:, :3]
+    assert np.ptp(unused) == 0
+    assert -3.5 - 10 * 0.05 <= unused[0] < -3.5
+    assert used.max() > unused[0] + 0.2
 
 
 @pytest.mark.slow

@@ -90,7 +90,10 @@ def main(config: Config) -> None:
     images = read_images(config.images, split="train", channels=channels, smallest=config.patch)
     tests = read_images(config.test, split="test", channels=channels, most=config.tests)
     weights, noise, test_noise = jax.random.split(jax.random.key(config.seed), 3)
-    model = DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights))
+    try:
+        model = DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.rate, config.steps // 20, config.steps

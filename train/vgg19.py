@@ -85,7 +85,12 @@ def main(config: Config) -> None:
 
     weights, noise = jax.random.split(jax.random.key(config.seed))
     classes = 10 if config.dataset == "cifar10" else 100
-    model = VGG19(classes, width=config.width, batch_norm=config.batch_norm, rngs=nnx.Rngs(weights))
+    try:
+        model = VGG19(
+            classes, width=config.width, batch_norm=config.batch_norm, rngs=nnx.Rngs(weights)
+        )
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, config.rate, config.steps // 20, config.steps
