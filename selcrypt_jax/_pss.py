@@ -6,6 +6,7 @@ leaves together (or leaf by leaf); the importance of a group is its ``log α``.
 
 import math
 import operator
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -241,6 +242,13 @@ def pss_learner(
             raise ValueError(
                 f"loss_fn: expected a finite, positive loss of the untouched network, got "
                 f"{float(rest)} on the first batch."
+            )
+        if rest >= broken:
+            warnings.warn(
+                f"loss_fn: the network's loss on the first batch, {float(rest):.3g}, is no better "
+                f"than with noise in place of what is selected, {float(broken):.3g}. Is it "
+                "trained, and are the batches what it was trained on?",
+                stacklevel=2,
             )
         cap = math.inf
         if config.objective == "break":

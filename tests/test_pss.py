@@ -270,6 +270,18 @@ def test_bad_input(call, message):
         call()
 
 
+@pytest.mark.parametrize("objective", ["keep", "break"])
+def test_a_network_that_never_learned_is_told(objective):
+    config = sj.PSSConfig(objective, steps=1, cap=1e3)
+    weights = np.random.default_rng(0).standard_normal((8, 6), np.float32)
+
+    def loss(params, x):  # the weights themselves are its worst
+        return jnp.exp(-jnp.mean((params["a"] - weights) ** 2))
+
+    with pytest.warns(UserWarning, match="is no better than with noise"):
+        sj.pss(loss, {"a": weights}, BATCHES, key=KEY, config=config)
+
+
 def test_a_loss_that_becomes_infinite_is_named_with_its_step():
     def loss(params, x):
         broken = jnp.abs(params["a"][0, 3] - 1) > 1e-6
