@@ -5,7 +5,6 @@ broadcast against their leaf (a kernel score of an HWIO leaf is ``(1, 1, I, O)``
 for the leaves that take no part. Higher is more important. They run under ``jit``.
 """
 
-import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,15 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ._groups import Granularity, Layout, group_shape, inner_axes
-from ._tree import AnyArray, Selector, is_array, named_leaves, select_differentiable, select_leaves
+from ._tree import (
+    AnyArray,
+    Selector,
+    is_array,
+    named_key,
+    named_leaves,
+    select_differentiable,
+    select_leaves,
+)
 
 LossFn = Callable[[PyTree, Any], Float[Array, ""]]
 
@@ -74,9 +81,8 @@ def random(
     """
 
     def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
-        word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
         shape = group_shape(leaf.shape, granularity, layout)
-        return jax.random.uniform(jax.random.fold_in(key, word), shape)
+        return jax.random.uniform(named_key(key, name), shape)
 
     return _by_leaf(score, params, select, granularity, layout)
 

@@ -233,7 +233,7 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
             f"masks: expected a sequence of one mask a level, got {type(masks).__name__}. "
             "For a single level pass (mask,)."
         )
-    whole = [_fit(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
+    whole = [checked_mask(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
     found: list[Ring] = []
     for name, leaf in params.leaves.items():
         if not is_array(leaf):
@@ -255,8 +255,12 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
     return found
 
 
-def _fit(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.ndarray]:
-    """The mask by the names of ``params``, each with as many axes as its leaf."""
+def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.ndarray]:
+    """The mask by the names of ``params``, each with as many axes as its leaf.
+
+    Raises:
+        ValueError, TypeError: it does not fit; ``what`` it is, for messages.
+    """
     given = named_leaves(mask, what).leaves
     result: dict[str, np.ndarray] = {}
     used: set[str] = set()

@@ -5,6 +5,7 @@ fit each other when their names do, whatever their containers: a mask made from 
 FrozenDict, an ``nnx.State`` or an Equinox module with the same paths.
 """
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
 Selector = str | Callable[[str, Any], bool] | None
 AnyArray = Array | np.ndarray
@@ -101,6 +102,12 @@ def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
             )
         result[name] = leaf
     return NamedLeaves(result, treedef)
+
+
+def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
+    """A key for the noise of one leaf; ciphers derive theirs from the whole digest."""
+    word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
+    return jax.random.fold_in(key, word)
 
 
 def is_array(leaf: Any) -> bool:

@@ -1,0 +1,18 @@
+"""Attacks on protected networks: what a thief gets, measured.
+
+A thief has the file, the code, the architecture, perhaps lower keys and some data. How bad a
+network is without a key says little; what counts is how good he can make it, against how good the
+architecture alone would become in his hands: the `advantage`.
+"""
+
+from ._advantage import Advantage as Advantage
+from ._advantage import advantage as advantage
+from ._detection import Detection as Detection
+from ._detection import detect as detect
+from ._detection import group_features as group_features
+from ._fill import clip_norm as clip_norm
+from ._fill import mean_fill as mean_fill
+from ._fill import resample as resample
+from ._fill import zero_fill as zero_fill
+from ._finetune import Checkpoint as Checkpoint
+from ._finetune import fine_tune as fine_tune

@@ -1,0 +1,63 @@
+"""How much more a protected file is worth to a thief than its architecture."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Advantage(NamedTuple):
+    """0: worth no more than a file in which everything is encrypted; 1: as good as the original.
+
+    Attributes:
+        mean: over keys.
+        low: lower end of the interval.
+        high: upper end.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+def advantage(
+    recovered: Sequence[float],
+    baseline: Sequence[float],
+    clean: float,
+    *,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Advantage:
+    """``(recovered − baseline) / (clean − baseline)``, with a bootstrap interval over keys.
+
+    Args:
+        recovered: quality after the attack, one value a key; higher is better.
+        baseline: quality after the same attack on a file in which everything is encrypted.
+        clean: quality of the original.
+        confidence: of the interval, in (0, 1).
+        seed: of the bootstrap.
+
+    Raises:
+        ValueError: no values, or an original that is no better than the baseline, so that there
+            is nothing to steal.
+    """
+    found, worthless = np.asarray(recovered, float), np.asarray(baseline, float)
+    if not found.size or not worthless.size:
+        raise ValueError("recovered, baseline: expected a value a key, got none.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}.")
+    if not clean > worthless.mean():
+        raise ValueError(
+            f"clean: expected more than the baseline, {worthless.mean():.4g}, got {clean:.4g}. An "
+            "attack on the architecture alone reaches the original: there is nothing to protect."
+        )
+
+    def of(found: np.ndarray, worthless: np.ndarray) -> np.ndarray:
+        below = worthless.mean(-1)
+        return (found.mean(-1) - below) / (clean - below)
+
+    rng = np.random.default_rng(seed)
+    draws = of(rng.choice(found, (2000, found.size)), rng.choice(worthless, (2000, worthless.size)))
+    tail = 100 * (1 - confidence) / 2
+    low, high = np.percentile(draws, [tail, 100 - tail])
+    return Advantage(float(of(found, worthless)), float(low), float(high))

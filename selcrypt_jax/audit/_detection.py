@@ -1,0 +1,160 @@
+"""Which groups are encrypted? A classifier that the thief trains on networks of his own."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from .._masks import checked_mask
+from .._tree import is_array, named_leaves
+
+
+class Detection(NamedTuple):
+    """How well encrypted groups are told from others.
+
+    Attributes:
+        auc: area under the ROC curve over all groups: 0.5 is a guess, 1 is certainty.
+        baseline: the same for the same groups in the network before encryption. What `auc` has
+            more than that is the cipher's own trace; the rest is the selection's.
+        scores: the classifier's, a pytree like the mask: higher is more suspect.
+    """
+
+    auc: float
+    baseline: float | None
+    scores: PyTree
+
+
+def group_features(
+    leaf: Float[np.ndarray, "..."], mask_shape: tuple[int, ...]
+) -> Float[np.ndarray, "groups features"]:
+    """Statistics of each group of a leaf, and of it among its neighbours.
+
+    Args:
+        leaf: weights.
+        mask_shape: of the mask: axes on which it has size 1 lie inside the group.
+
+    Returns:
+        Groups in C order of the mask. Logarithm of the norm, less the leaf's mean; rank of the
+        norm; mean and largest weight by norm; roughness inside of the group; and the cosine with
+        the mean of the groups that share its place on each axis.
+    """
+    wide = np.asarray(leaf, np.float64)
+    inside = [a for a, size in enumerate(mask_shape) if size == 1]
+    outside = [a for a in range(wide.ndim) if a not in inside]
+    # A copy with the inner axes last, [*groups, *inside].
+    ordered = wide.transpose(*outside, *inside)
+    grid = ordered.shape[: len(outside)]
+    flat = ordered.reshape(*grid, -1)
+    norm = np.sqrt((flat**2).sum(-1))
+    safe = np.maximum(norm, 1e-12)
+    log = np.log(safe)
+    rank = norm.ravel().argsort().argsort().reshape(grid) / max(norm.size - 1, 1)
+    rough = np.zeros(grid)
+    for axis in range(len(outside), ordered.ndim):
+        if ordered.shape[axis] > 1:
+            steps = np.diff(ordered, axis=axis) ** 2
+            rough += steps.reshape(*grid, -1).sum(-1)
+    features = [
+        log - log.mean(),
+        rank,
+        flat.mean(-1) / safe,
+        np.abs(flat).max(-1) / safe,
+        np.abs(flat.mean(-1)) / safe,
+        rough / safe**2,
+    ]
+    for axis in range(len(grid)):
+        mean = flat.mean(axis, keepdims=True)
+        length = np.sqrt((mean**2).sum(-1))
+        features.append((flat * mean).sum(-1) / (safe * np.maximum(length, 1e-12)))
+    columns = np.stack([feature.ravel() for feature in features], 1)
+    # Leaves have different numbers of axes: the rest of the columns is zero.
+    return np.pad(columns, ((0, 0), (0, 10 - columns.shape[1])))
+
+
+def detect(
+    params: PyTree,
+    mask: PyTree,
+    own: Sequence[tuple[PyTree, PyTree]],
+    *,
+    seed: int,
+    original: PyTree | None = None,
+) -> Detection:
+    """Trains a classifier on the thief's own protected networks, and tries it on this one.
+
+    Args:
+        params: protected parameters.
+        mask: the truth, to judge the classifier by; one that fits `params`.
+        own: protected parameters and mask of networks that the thief trained, selected and
+            encrypted himself, under keys of his own.
+        seed: of the classifier.
+        original: the network before encryption, for the baseline.
+
+    Returns:
+        AUC, and how suspect each group is. Leaves in whose mask nothing is selected take part
+        too: the thief does not know them.
+
+    Raises:
+        ValueError: masks that do not fit; none or all of the groups encrypted, so that there is
+            nothing to tell apart.
+    """
+    try:
+        from sklearn.ensemble import HistGradientBoostingClassifier
+        from sklearn.metrics import roc_auc_score
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "detection needs scikit-learn: pip install 'selcrypt-jax[audit]'"
+        ) from error
+
+    if not own:
+        raise ValueError("own: expected at least one protected network to learn from, got none.")
+    pairs = [_examples(params, mask, f"own[{i}]") for i, (params, mask) in enumerate(own)]
+    inputs = np.concatenate([x for x, _, _ in pairs])
+    truth = np.concatenate([y for _, y, _ in pairs])
+    features, labels, names = _examples(params, mask, "mask")
+    for what, values in (("own", truth), ("mask", labels)):
+        if values.all() or not values.any():
+            raise ValueError(
+                f"{what}: expected some groups that are encrypted and some that are not, got "
+                f"{int(values.sum())} of {values.size}."
+            )
+    classifier = HistGradientBoostingClassifier(
+        class_weight="balanced", max_iter=200, random_state=seed
+    )
+    classifier.fit(inputs, truth)
+
+    def suspicion(features: np.ndarray) -> np.ndarray:
+        return classifier.predict_proba(features)[:, 1]
+
+    scores = suspicion(features)
+    baseline = None
+    if original is not None:
+        plain, _, _ = _examples(original, mask, "original")
+        baseline = float(roc_auc_score(labels, suspicion(plain)))
+    by_leaf, start = {}, 0
+    for name, shape in names.items():
+        size = int(np.prod(shape))
+        by_leaf[name] = scores[start : start + size].reshape(shape)
+        start += size
+    tree = named_leaves(params).rebuild_only(by_leaf)
+    return Detection(float(roc_auc_score(labels, scores)), baseline, tree)
+
+
+def _examples(
+    params: PyTree, mask: PyTree, what: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, tuple[int, ...]]]:
+    """Features and truth of every group of the leaves whose masks are arrays, and their shapes."""
+    tree = named_leaves(params)
+    whole = checked_mask(tree, mask, what)
+    features, labels, shapes = [], [], {}
+    for name, leaf in tree.leaves.items():
+        truth = whole[name]
+        if not is_array(leaf) or truth.size == 1:
+            continue  # no groups to tell apart
+        features.append(group_features(np.asarray(jax.device_get(leaf)), truth.shape))
+        labels.append(truth.ravel())
+        shapes[name] = truth.shape
+    if not features:
+        raise ValueError(f"{what}: expected a leaf with more than one group, got none.")
+    return np.concatenate(features), np.concatenate(labels), shapes

@@ -1,0 +1,96 @@
+"""What a thief does without training: puts something else where he believes weights encrypted.
+
+Each attack is a pure function of the protected parameters and of a mask of what is suspected: the
+true one, a guess (see `selcrypt_jax.audit.detection_scores`), or everything.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._masks import split_rings
+from .._tree import named_key, named_leaves
+
+
+def zero_fill(params: PyTree, suspected: PyTree) -> PyTree:
+    """Zero in place of suspected weights: prunes them.
+
+    Args:
+        params: protected parameters; not changed.
+        suspected: one mask that fits them, as of `nested_masks`.
+
+    Returns:
+        A tree of the same structure. Leaves without suspects are passed through.
+
+    Raises:
+        ValueError, TypeError: the mask does not fit, see `encrypt`.
+    """
+    return _replace(params, suspected, lambda name, leaf, mask: jnp.zeros_like(leaf))
+
+
+def mean_fill(params: PyTree, suspected: PyTree) -> PyTree:
+    """The mean of the leaf's other weights. Arguments as of `zero_fill`."""
+
+    def value(name: str, leaf: Array, mask: np.ndarray) -> Array:
+        others = ~np.broadcast_to(mask, leaf.shape)
+        mean = leaf.astype(jnp.float32).mean(where=others) if others.any() else jnp.float32(0)
+        return jnp.broadcast_to(mean.astype(leaf.dtype), leaf.shape)
+
+    return _replace(params, suspected, value)
+
+
+def resample(params: PyTree, suspected: PyTree, *, key: PRNGKeyArray) -> PyTree:
+    """Weights drawn from the leaf's others, with replacement. Arguments as of `zero_fill`.
+
+    Args:
+        params: see `zero_fill`.
+        suspected: see `zero_fill`. Where nothing of a leaf is left, zero.
+        key: typed; each leaf has its own, from its name.
+    """
+
+    def value(name: str, leaf: Array, mask: np.ndarray) -> Array:
+        others = np.flatnonzero(~np.broadcast_to(mask, leaf.shape))
+        if not others.size:
+            return jnp.zeros_like(leaf)
+        which = jax.random.randint(named_key(key, name), leaf.shape, 0, others.size)
+        return leaf.reshape(-1)[jnp.asarray(others)[which]]
+
+    return _replace(params, suspected, value)
+
+
+def clip_norm(params: PyTree, suspected: PyTree, *, quantile: float = 0.5) -> PyTree:
+    """Suspected groups, scaled down to a quantile of the norms of the leaf's other groups.
+
+    Args:
+        params: see `zero_fill`.
+        suspected: see `zero_fill`; axes on which it has size 1 lie inside the group.
+        quantile: in [0, 1].
+    """
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile: expected a number in [0, 1], got {quantile}.")
+
+    def value(name: str, leaf: Array, mask: np.ndarray) -> Array:
+        axes = tuple(a for a, size in enumerate(mask.shape) if size == 1 != leaf.shape[a])
+        wide = leaf.astype(jnp.float32)
+        norms = jnp.sqrt(jnp.square(wide).sum(axes, keepdims=True))
+        if mask.all():
+            return leaf
+        limit = jnp.quantile(norms[jnp.asarray(~mask)], float(quantile))
+        scale = jnp.where(norms > limit, limit / jnp.where(norms > 0, norms, 1), 1)
+        return (wide * scale).astype(leaf.dtype)
+
+    return _replace(params, suspected, value)
+
+
+def _replace(
+    params: PyTree, suspected: PyTree, value: Callable[[str, Array, np.ndarray], Array]
+) -> PyTree:
+    tree = named_leaves(params)
+    new = dict(tree.leaves)
+    for ring in split_rings(tree, (suspected,)):
+        leaf = jnp.asarray(tree.leaves[ring.name])
+        new[ring.name] = jnp.where(ring.mask, value(ring.name, leaf, ring.mask), leaf)
+    return tree.rebuild(new)
