@@ -179,7 +179,10 @@ def test_importance_killed_at_random_ends_as_an_unbroken_run():
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        (("--batch", "12"), "--batch: expected a multiple of the 8 devices, got 12"),
+        (("--batch", "12"), "and a multiple of the 8 devices, got 12"),
+        (("--rate", "nan"), "--rate: expected a number in (0, 1e6], got nan"),
+        (("--out", "dncnn.safetensors"), "is also an input, which would be lost"),
+        (("--weights", "."), ".: expected one .safetensors file, got a folder"),
         (("--steps", "0"), "steps: expected at least 1, got 0"),
         (("--every", "0"), "--every: expected at least 1, got 0"),
         (("--penalty", "-1"), "penalty: expected at least 0, got -1.0"),
@@ -199,7 +202,14 @@ def test_what_is_wrong_with_importance_is_named(module, option, message):
         "patch": 24, "steps": 2,
     }  # fmt: skip
     name, value = option[0].removeprefix("--"), option[1]
-    kinds = {"weights": Path, "select": str, "sigma": lambda text: (float(text),), "penalty": float}
+    kinds = {
+        "weights": Path,
+        "out": Path,
+        "rate": float,
+        "select": str,
+        "sigma": lambda text: (float(text),),
+        "penalty": float,
+    }
     arguments[name] = kinds.get(name, int)(value)
     with pytest.raises(SystemExit) as caught:
         importance.main(importance.Dncnn(**arguments))
@@ -378,6 +388,7 @@ def test_batches_of_ones_own_come_in_turn(module, mine, monkeypatch):
                 np.testing.assert_array_equal(found[name], array[(number - 1) % 3])
 
 
+@pytest.mark.filterwarnings("ignore:.*is no better than with noise")  # nobody trained it
 @pytest.mark.parametrize("loss", ["loss_fn", "scanned"])
 def test_losses_may_do_what_jax_can(module, mine, monkeypatch, loss):
     """Index, reshape and scan, although batches are spread over the devices."""
@@ -397,8 +408,11 @@ def test_losses_may_do_what_jax_can(module, mine, monkeypatch, loss):
     [
         ({"loss": "loss_fn"}, "--loss: expected an import path module:name, got 'loss_fn'"),
         ({"loss": "./my_losses:loss_fn"}, "--loss: expected an import path .*, got './my_losses:l"),
-        ({"loss": "no_such_module:f"}, "--loss: expected 'no_such_module:f' to import, got: No mo"),
-        ({"loss": "my_losses:nothing"}, "got: module 'my_losses' has no attribute 'nothing'"),
+        ({"loss": "no_such_module:f"}, "expected 'no_such_module:f' to import, got ModuleNotFound"),
+        (
+            {"loss": "my_losses:nothing"},
+            "AttributeError: module 'my_losses' has no attribute 'nothing'",
+        ),
         ({"loss": "my_losses:batches"}, "--loss: expected a function, got {'x'"),
         ({"batches": "batches"}, "--batches: expected an import path module:name, got 'batches'"),
         ({"batches": "my_losses:rng"}, "--batches: expected arrays .*, got first axes"),
@@ -545,6 +559,56 @@ def test_levels_of_a_checkpoint_in_several_files(module):
     for name in names:
         np.testing.assert_array_equal(levels[2][1][name], tensors[name])
         assert ((levels[0][1][name] != tensors[name]).any()) == (tensors[name].ndim == 4)
+
+
+def test_a_locked_secret_opens_with_its_passphrase(module, protected, capsys):
+    evaluate = module("evaluate")
+    sj.write_secret("locked.key", protected, passphrase="open sesame")
+    Path("words").write_text("open sesame\n")
+    config = evaluate.Dncnn(
+        file=Path("public.safetensors"), images=Path("images"), secret=Path("locked.key"),
+        passphrase_file=Path("words"), tests=1,
+    )  # fmt: skip
+    assert [row["level"] for row in evaluate.measured(config)] == [0, 1, 2]
+
+
+def test_what_is_not_finite_is_null(module, capsys):
+    evaluate = module("evaluate")
+    tensors = load_file("dncnn.safetensors")
+    tensors["dncnn.0.weight"] = tensors["dncnn.0.weight"] * np.float32(np.nan)
+    save_file(tensors, "nan.safetensors")
+    config = evaluate.Dncnn(file=Path("nan.safetensors"), images=Path("images"))
+    with pytest.raises(SystemExit, match=r"'dncnn\.0\.weight': expected finite weights, got NaN"):
+        evaluate.measured(config)
+    # Broken by encryption it may be: that is a result.
+    secret = sj.Secret.generate()
+    sj.protect_file(
+        "nan.safetensors", "public.safetensors", secret=secret, fractions=[0.5], select="dncnn.2"
+    )
+    config = evaluate.Dncnn(
+        file=Path("public.safetensors"), images=Path("images"), out=Path("levels")
+    )
+    evaluate.main(config)
+    assert json.loads(capsys.readouterr().out) == {"level": 0, "psnr": None, "ssim": None}
+    assert "| 0, no key | not finite | not finite |" in Path("levels/levels.md").read_text()
+
+
+def test_nothing_is_learned_from_a_protected_file(module, protected):
+    with pytest.raises(SystemExit, match=r"public\.safetensors: .* Unlock it first"):
+        module("_tasks").read_tensors(Path("public.safetensors"))
+
+
+def test_what_cannot_be_written_is_told_before_measuring(module, protected):
+    evaluate = module("evaluate")
+    Path("file").write_text("x")
+    Path("folder/levels.md").mkdir(parents=True)
+    for out in ("file", "file/x", "folder"):
+        config = evaluate.Dncnn(
+            file=Path("public.safetensors"), images=Path("images"), out=Path(out)
+        )
+        with pytest.raises(SystemExit, match="--out: "):
+            evaluate.main(config)
+    assert [path.name for path in Path("folder").iterdir()] == ["levels.md"]
 
 
 def test_wrong_keys_and_files_end_with_a_message(protected):

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,12 +165,39 @@ def test_each_patch_has_a_deviation_of_its_own(module, sigma):
     assert found.mean() == pytest.approx((low + high) / 2, rel=0.1)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """Those of a script's command line."""
+
+    steps: int = 1
+    every: int = 1
+    patch: int = 1
+    seed: int = 0
+    batch: int = 8
+    rate: float = 0.1
+    decay: float = 0.0
+
+
 def test_batches_that_the_devices_cannot_share(module):
     assert jax.device_count() == 8
-    module("_loop").check_batch(16)
+    module("_loop").check_numbers(Numbers(batch=16))
     for batch in (0, -8, 12):
         with pytest.raises(SystemExit, match=rf"--batch: .*multiple of the 8 .*got {batch}\."):
-            module("_loop").check_batch(batch)
+            module("_loop").check_numbers(Numbers(batch=batch))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0), ("every", -1), ("patch", 0), ("seed", -1),
+        ("rate", np.nan), ("rate", 0.0), ("rate", 1e37), ("decay", np.nan), ("decay", -1.0),
+    ],
+)  # fmt: skip
+def test_numbers_that_no_step_can_be_made_with(module, name, value):
+    with pytest.raises(
+        SystemExit, match=rf"--{name}: expected .*, got {re.escape(f'{value:g}')}\."
+    ):
+        module("_loop").check_numbers(Numbers(**{name: value}))
 
 
 @dataclass(frozen=True)
@@ -226,7 +254,7 @@ def test_a_run_goes_on_with_its_own_settings_only(module, tmp_path, capsys):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_the_step_whose_loss_is_not_finite_is_named(module, tmp_path, value):
-    with pytest.raises(SystemExit, match=rf"step 3: expected a finite loss, got {value}\. Lower"):
+    with pytest.raises(SystemExit, match=rf"step 3: expected a finite loss, got {value}\. Not"):
         module("_loop").train(
             jnp.float32(0),
             lambda carry, batch, key: (carry, batch.mean()),
@@ -240,7 +268,109 @@ def test_the_step_whose_loss_is_not_finite_is_named(module, tmp_path, value):
         )
 
 
+def counted(module, tmp_path, steps, *, out="best", weights=lambda number: number, best=True):
+    """A run whose weights are a number, written by each measurement."""
+    loop = module("_loop")
+
+    def measure(number, carry, rows):
+        loop.write_tensors({"w": np.asarray(carry)}, tmp_path / out, {})
+        return {}
+
+    return loop.train(
+        jnp.float32(0),
+        lambda carry, batch, key: (jnp.float32(weights(float(batch.mean()))), batch.mean()),
+        lambda number: np.full(8, number, np.float32),
+        key=jax.random.key(0),
+        steps=steps,
+        every=1,
+        measure=measure,
+        checkpoints=tmp_path / "kept",
+        config=Settings(0.0, tmp_path / out, 1, tmp_path / "kept"),
+        best=tmp_path / out if best else None,
+    )
+
+
+def test_weights_that_went_wrong_in_the_last_step_are_not_kept(module, tmp_path):
+    def last(number):
+        return np.nan if number == 3 else number
+
+    with pytest.raises(SystemExit, match="step 3: expected finite weights, got NaN"):
+        counted(module, tmp_path, 3, weights=last)
+    assert float(load_file(tmp_path / "best")["w"]) == 2
+    assert not (tmp_path / "kept" / "3").exists()
+
+
+def test_a_run_goes_on_with_the_weights_that_were_best(module, tmp_path):
+    counted(module, tmp_path, 2)
+    with pytest.raises(SystemExit, match=r"other settings: --out was .*best and is .*other"):
+        counted(module, tmp_path, 3, out="other")
+    (tmp_path / "best").unlink()
+    with pytest.raises(SystemExit, match="best: expected the best weights of the run that"):
+        counted(module, tmp_path, 3)
+
+
+@pytest.mark.parametrize("what", ["rows/metadata", "carry", "rows"])
+def test_a_damaged_checkpoint_is_named(module, tmp_path, what):
+    counted(module, tmp_path, 2)
+    path = tmp_path / "kept" / "2" / what
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.write_text("{")
+    with pytest.raises(SystemExit, match=r"kept/2: expected a checkpoint .* Remove that folder"):
+        counted(module, tmp_path, 3)
+
+
+def test_what_cannot_be_written_is_told_before_the_work(module, tmp_path):
+    check = module("_loop").check_output
+    (tmp_path / "file").write_text("x")
+    check(tmp_path / "new" / "x")
+    check(tmp_path / "file")
+    os.mkfifo(tmp_path / "pipe")
+    for path, inputs, message in (
+        (tmp_path, (), "expected a file to write, got something else"),
+        (tmp_path / "pipe", (), "expected a file to write, got something else"),
+        (tmp_path / "file" / "x", (), r"--out: .*file: (Not a directory|File exists)"),
+        (tmp_path / "file", (tmp_path / "file",), "is also an input, which would be lost"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            check(path, *inputs)
+    folder = tmp_path / "file"
+    with pytest.raises(SystemExit, match=r"--checkpoints: .*file: expected a folder"):
+        module("_loop")._manager(folder)
+
+
+def test_outputs_are_for_everybody_and_links_stay(module, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    module("_loop").write_tensors({"w": np.zeros(1, np.float32)}, tmp_path / "link", {})
+    assert (tmp_path / "link").is_symlink()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "target").stat().st_mode & 0o777 == 0o666 & ~umask
+    with pytest.raises(SystemExit, match="expected finite numbers to write, got NaN or Inf in 'w'"):
+        module("_loop").write_tensors({"w": np.array([np.inf])}, tmp_path / "link", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
 # --- images -------------------------------------------------------------------------------------
+
+
+def test_images_of_16_bits_keep_their_greys(module, tmp_path):
+    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    for channels in (1, 3):
+        (image,) = module("_images").read_images(tmp_path, split="train", channels=channels)
+        np.testing.assert_array_equal(image[..., 0].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", None])
+def test_files_that_are_no_images_are_named(module, tmp_path, content):
+    if content is None:
+        Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.jpg")
+        content = (tmp_path / "x.jpg").read_bytes()[:300]
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"x\.jpg: expected an image, got .* Repair or remove it"):
+        module("_images").read_images(tmp_path, split="train", channels=1)
 
 
 def test_images_of_a_folder_are_read_in_the_order_of_their_names(module, tmp_path):

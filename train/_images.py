@@ -15,8 +15,9 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 class _TfdsImages(Sequence[np.ndarray]):
     """Those of a data set, each decoded when it is asked for: they may be many."""
 
-    def __init__(self, source: Any, most: int | None, channels: int, smallest: int):
+    def __init__(self, source: Any, folder: Path, most: int | None, channels: int, smallest: int):
         self.source = source
+        self.folder = folder
         self.length = min(most or len(source), len(source))
         self.channels = channels
         self.smallest = smallest
@@ -29,10 +30,14 @@ class _TfdsImages(Sequence[np.ndarray]):
             raise IndexError(index)
         pixels = self.source[index]["image"]
         image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-        return _pixels(image, f"image {index}", self.channels, self.smallest)
+        return _pixels(image, f"{self.folder}: image {index}", self.channels, self.smallest)
 
 
 def _pixels(image: Image.Image, what: str, channels: int, smallest: int) -> np.ndarray:
+    if image.mode == "F":
+        raise SystemExit(f"{what}: expected integer pixels, got floats. Save them as 8 or 16 bits.")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     if min(pixels.shape[:2]) < smallest:
         raise SystemExit(
@@ -63,7 +68,7 @@ def read_images(
     if most is not None and most < 1:
         raise SystemExit(f"--tests: expected at least 1, got {most}.")
     if prepared(folder):
-        return _TfdsImages(read_split(folder, split), most, channels, smallest)
+        return _TfdsImages(read_split(folder, split), folder, most, channels, smallest)
     paths = []
     if folder.is_dir():
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -74,8 +79,13 @@ def read_images(
         )
     images = []
     for path in paths[:most]:
-        with Image.open(path) as file:
-            images.append(_pixels(file, str(path), channels, smallest))
+        try:
+            with Image.open(path) as file:
+                images.append(_pixels(file, str(path), channels, smallest))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise SystemExit(
+                f"{path}: expected an image, got {error}. Repair or remove it."
+            ) from error
     return images
 
 

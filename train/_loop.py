@@ -1,6 +1,9 @@
 """A training loop that can be killed at any time and goes on where it was, bit for bit."""
 
+import inspect
 import json
+import math
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -9,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -16,7 +20,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 Row = dict[str, float]
 
@@ -32,6 +36,7 @@ def train(
     measure: Callable[[int, Any, list[Row]], Row],
     checkpoints: Path | None,
     config: Any,
+    best: Path | None = None,
 ) -> tuple[Any, list[Row]]:
     """Runs ``steps`` steps.
 
@@ -49,30 +54,34 @@ def train(
         measure: ``(number, carry, rows so far) -> row``; may write the best weights to a file.
         checkpoints: folder to go on from and to write to; None keeps nothing.
         config: the dataclass of the command line; a run does not go on with another one.
+        best: file that `measure` writes the best weights to: without it, a run does not go on,
+            since those of before would be lost.
 
     Returns:
         The last carry, and a row a measurement, of those before a restart too. Each is printed
         as JSON.
 
     Raises:
-        SystemExit: a loss that is not finite; the last checkpoint is from before. Or checkpoints
-            of other settings.
+        SystemExit: a loss or weights that are not finite, of which nothing is kept; checkpoints
+            that are damaged or of other settings.
     """
-    if every < 1:
-        raise SystemExit(f"--every: expected at least 1, got {every}.")
     split, copied = _shardings()
     carry = jax.device_put(carry, copied)
-    settings = _settings(config)
+    settings = _settings(config, best)
     rows: list[Row] = []
     first = 1
     manager = None
     if checkpoints is not None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
-        manager = ocp.CheckpointManager(checkpoints.absolute(), options=options)
+        manager = _manager(checkpoints)
         latest = manager.latest_step()
         if latest is not None:
             carry, rows = _restore(manager, latest, carry, settings, checkpoints)
             first = latest + 1
+            if best is not None and not best.is_file():
+                raise SystemExit(
+                    f"{best}: expected the best weights of the run that {checkpoints} is of, got "
+                    "no such file. Bring it back, or begin anew with another --checkpoints."
+                )
     for row in rows:
         print(json.dumps(row), flush=True)
     losses: list[jax.Array] = []
@@ -88,11 +97,17 @@ def train(
                 continue
             values = np.array(jax.device_get(losses))
             losses = []
-            if not np.isfinite(values).all():
-                wrong = number - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+            finite = np.isfinite(values)
+            if not finite.all() or _has_nan(carry):
+                wrong = number - len(values) + 1 + int(np.argmin(finite))
+                what = (
+                    f"step {number}: expected finite weights, got NaN"
+                    if finite.all()
+                    else f"step {wrong}: expected a finite loss, got {values[~finite][0]}"
+                )
                 raise SystemExit(
-                    f"step {wrong}: expected a finite loss, got {values[~np.isfinite(values)][0]}. "
-                    "Lower --rate. The last checkpoint is from before."
+                    f"{what}. Nothing of it was kept. Use a lower --rate"
+                    + (f", and begin anew: not {checkpoints}." if checkpoints else ".")
                 )
             row = {"step": number, "loss": float(values[-1]), **measure(number, carry, rows)}
             rows.append(row)
@@ -136,11 +151,72 @@ def gradient_step(
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a .safetensors file; it is whole, or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes a .safetensors file; it is whole, or the old one.
+
+    Raises:
+        SystemExit: tensors that are not finite, or a path that cannot be written.
+    """
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise SystemExit(
+                f"{path}: expected finite numbers to write, got NaN or Inf in {name!r}. Nothing "
+                "was written. Use a lower --rate."
+            )
+    path = path.resolve()
     new = path.with_name(f".{path.name}.new")
-    save_file(dict(tensors), new, metadata)
-    new.replace(path)
+    try:
+        new.write_bytes(save(dict(tensors), metadata))
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SystemExit(f"{path}: {error.strerror}") from error
+
+
+def check_output(path: Path, *inputs: Path) -> None:
+    """Refuses, before any work, a file that cannot be written or must not be.
+
+    Args:
+        path: of the output; the folder is made if it does not exist.
+        inputs: files that it must not replace.
+
+    Raises:
+        SystemExit: so it is.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"--out: {path.parent}: {error.strerror}") from error
+    if path.exists() and not path.is_file():
+        raise SystemExit(f"--out: {path}: expected a file to write, got something else there.")
+    if not os.access(path.resolve().parent, os.W_OK):
+        raise SystemExit(f"--out: {path.parent}: no permission to write there.")
+    for given in inputs:
+        if path.exists() and given.exists() and path.samefile(given):
+            raise SystemExit(
+                f"--out: {path}: is also an input, which would be lost. Choose another name."
+            )
+
+
+def check_numbers(config: Any) -> None:
+    """Refuses numbers of the command line that no step can be made with.
+
+    Raises:
+        SystemExit: so it is.
+    """
+    values = asdict(config)
+    for name, least in (("steps", 1), ("every", 1), ("patch", 1), ("seed", 0)):
+        if values.get(name, least) < least:
+            raise SystemExit(f"--{name}: expected at least {least}, got {values[name]}.")
+    if not 0 < values["rate"] <= 1e6:
+        raise SystemExit(f"--rate: expected a number in (0, 1e6], got {values['rate']:g}.")
+    if not 0 <= values.get("decay", 0) < math.inf:
+        raise SystemExit(f"--decay: expected a number from 0, got {values['decay']:g}.")
+    devices = jax.device_count()
+    batch = values.get("batch", devices)
+    if batch < 1 or batch % devices:
+        raise SystemExit(
+            f"--batch: expected at least 1, and a multiple of the {devices} devices, got {batch}."
+        )
 
 
 def _shardings() -> tuple[NamedSharding, NamedSharding]:
@@ -157,16 +233,15 @@ def _place(array: Any, *, split: NamedSharding, copied: NamedSharding) -> jax.Ar
     return jax.device_put(array, split if shared else copied)
 
 
-def check_batch(batch: int) -> None:
-    """Refuses a batch that the devices cannot share.
+@jax.jit
+def _any_nan(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isnan(leaf).any() for leaf in leaves]).any()
 
-    Raises:
-        SystemExit: so it is.
-    """
-    if batch < 1 or batch % jax.device_count():
-        raise SystemExit(
-            f"--batch: expected a multiple of the {jax.device_count()} devices, got {batch}."
-        )
+
+def _has_nan(carry: Any) -> bool:
+    """Whether weights went wrong in the last step, which the loss, taken before it, cannot show."""
+    floats = [x for x in jax.tree.leaves(carry) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return bool(_any_nan(floats))
 
 
 def _arrays(carry: Any) -> dict[str, jax.Array]:
@@ -179,10 +254,23 @@ def _arrays(carry: Any) -> dict[str, jax.Array]:
     }
 
 
-def _settings(config: Any) -> dict[str, str]:
-    """What the result depends on; not where it is written, or how often."""
-    free = {"out", "checkpoints", "every"}
-    return {name: str(value) for name, value in asdict(config).items() if name not in free}
+def _settings(config: Any, best: Path | None) -> dict[str, str]:
+    """What the result depends on; not how often it is kept."""
+    free = {"checkpoints", "every"} | (set() if best else {"out"})
+    settings = {name: str(value) for name, value in asdict(config).items() if name not in free}
+    script = Path(inspect.getfile(type(config))).name
+    return settings | {"script": script, "devices": str(jax.device_count())}
+
+
+def _manager(folder: Path) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return ocp.CheckpointManager(folder.absolute(), options=options)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"--checkpoints: {folder}: expected a folder for checkpoints: {error}"
+        ) from error
 
 
 def _save(
@@ -206,28 +294,40 @@ def _restore(
     settings: dict[str, str],
     folder: Path,
 ) -> tuple[Any, list[Row]]:
-    record: Any = manager.restore(
-        number,
-        args=ocp.args.Composite(rows=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
-    )["rows"]
-    then = record.get("settings", {})
+    damaged = (
+        f"{folder / str(number)}: expected a checkpoint of this script, got a damaged one or "
+        "something else. Remove that folder to go on from the one before, if there is one."
+    )
+    try:
+        record: Any = manager.restore(
+            number,
+            args=ocp.args.Composite(rows=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
+        )["rows"]
+        then, rows = record["settings"], record["rows"]
+    except Exception as error:  # of many kinds, by what is missing or half-written
+        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
     changed = [
         f"--{name.replace('_', '-')} was {then.get(name)} and is {settings.get(name)}"
         for name in sorted(then.keys() | settings.keys())
         if then.get(name) != settings.get(name)
     ]
+    if then.get("script") != settings["script"]:
+        changed = [f"they are of {then.get('script')}"]
     if changed:
         raise SystemExit(
             f"{folder}: the checkpoints are of a run with other settings: {'; '.join(changed)}. "
             "Use another folder, or the settings that they were made with."
         )
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
-    found: Any = manager.restore(
-        number,
-        args=ocp.args.Composite(
-            carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
-        ),
-    )
+    try:
+        found: Any = manager.restore(
+            number,
+            args=ocp.args.Composite(
+                carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
+            ),
+        )
+    except Exception as error:
+        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
     leaves, structure = jax.tree.flatten(carry)
     new = [
         jax.random.wrap_key_data(found.carry[str(index)], impl=jax.random.key_impl(leaf))
@@ -235,4 +335,4 @@ def _restore(
         else found.carry[str(index)]
         for index, leaf in enumerate(leaves)
     ]
-    return structure.unflatten(new), record["rows"]
+    return structure.unflatten(new), rows

@@ -43,11 +43,31 @@ def read_tensors(path: Path) -> dict[str, jax.Array]:
     """All tensors of a safetensors file.
 
     Raises:
-        SystemExit: it is none.
+        SystemExit: it is none, or a protected one, whose weights are not those of the network.
     """
+    if path.is_dir():
+        raise SystemExit(f"{path}: expected one .safetensors file, got a folder.")
+    if is_protected(path):
+        raise SystemExit(
+            f"{path}: expected a trained network, got a protected file. Unlock it first: selcrypt "
+            "unlock."
+        )
     try:
         return safetensors.flax.load_file(path)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise SystemExit(f"{path}: expected a .safetensors file: {error}") from None
+
+
+def is_protected(path: Path) -> bool:
+    """Whether a .safetensors file has a manifest.
+
+    Raises:
+        SystemExit: it is no such file.
+    """
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            return "selcrypt" in (file.metadata() or {})
+    except (OSError, safetensors.SafetensorError) as error:
         raise SystemExit(f"{path}: expected a .safetensors file: {error}") from None
 
 
@@ -133,7 +153,7 @@ def denoising_of(
     for index, image in enumerate(images):
         if min(image.shape[:2]) < 11:  # the window of SSIM
             raise SystemExit(
-                f"image {index}: expected at least 11×11 pixels, got {image.shape[1]}×"
+                f"test image {index}: expected at least 11×11 pixels, got {image.shape[1]}×"
                 f"{image.shape[0]}: SSIM needs them."
             )
         clean = jnp.asarray(image, jnp.float32)[None] / 255
@@ -308,5 +328,7 @@ def import_object(path: str, option: str) -> Any:
         sys.path.append(str(Path.cwd()))
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise SystemExit(f"{option}: expected {path!r} to import, got: {error}.") from error
+    except Exception as error:  # whatever the module does as it is imported
+        raise SystemExit(
+            f"{option}: expected {path!r} to import, got {type(error).__name__}: {error}."
+        ) from error

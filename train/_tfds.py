@@ -43,7 +43,11 @@ def read_split(folder: Path, split: str) -> Any:
         ) from None
     try:
         builder: Any = tfds.builder_from_directory(found[-1])
-        return builder.as_data_source(split)
+        source = builder.as_data_source(split)
+        for index in (0, len(source) - 1):  # files are opened when something is read of them
+            if "image" not in source[index]:
+                raise ValueError(f"no image in example {index}")
+        return source
     except Exception as error:  # of many kinds, by what is missing or half-written
         raise SystemExit(
             f"{found[-1]}: expected {folder.name} in ArrayRecord files with a split {split!r}, got "

@@ -23,7 +23,7 @@ import numpy as np
 import optax
 import tyro
 from _images import add_noise, checked_sigma, random_patches, read_images
-from _loop import Row, check_batch, gradient_step, train, write_tensors
+from _loop import Row, check_numbers, check_output, gradient_step, train, write_tensors
 from _tasks import denoising_of
 from flax import nnx
 
@@ -84,8 +84,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains; see `Config`."""
+    check_numbers(config)
+    check_output(config.out)
     sigma = checked_sigma(config.sigma)
-    check_batch(config.batch)
     channels = 3 if config.colour else 1
     images = read_images(config.images, split="train", channels=channels, smallest=config.patch)
     tests = read_images(config.test, split="test", channels=channels, most=config.tests)
@@ -136,6 +137,7 @@ def main(config: Config) -> None:
         measure=measure,
         checkpoints=config.checkpoints,
         config=config,
+        best=config.out,
     )
 
 

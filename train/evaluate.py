@@ -7,21 +7,25 @@ Examples::
         --images set12/ --sigma 25 --out results/
 
 Accuracy of VGG19, PSNR and SSIM of DnCNN. With a grant instead of the secret, up to its level; with
-neither, as everybody gets it. A file that is not protected has one row. Rows go to standard output,
+neither, as everybody gets it. A .safetensors file that is not protected has one row. A metric that
+is not a finite number is null: so broken may a level be. Rows go to standard output,
 one JSON object a line, a table to standard error; with ``--out``, the same as ``levels.json``,
 ``levels.md`` and ``levels.png``.
 """
 
+import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import matplotlib.figure
-import safetensors
 import tyro
-from _tasks import accuracy_of, denoising_of, model_in, read_tensors
+from _loop import check_output
+from _tasks import accuracy_of, denoising_of, is_protected, model_in, read_tensors
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
@@ -49,6 +53,9 @@ class Config:
 
     secret: Path | None = None
     """The owner's secret: opens every level."""
+
+    passphrase_file: Path | None = None
+    """File with the passphrase of a locked secret, in its first line."""
 
     grant: Path | None = None
     """A grant: opens its levels."""
@@ -98,13 +105,23 @@ def levels_of(config: Config) -> list[tuple[int | None, Any]]:
     """Level → its tensors, or None → those of a file that is not protected."""
     if config.secret is not None and config.grant is not None:
         raise SystemExit("--secret, --grant: expected one of them, got both.")
-    if config.file.suffix == ".safetensors" and not protected(config.file):
+    if config.file.suffix == ".safetensors" and not is_protected(config.file):
         if config.secret is not None or config.grant is not None:
             raise SystemExit(f"{config.file}: expected a protected file, got a plain one.")
-        return [(None, read_tensors(config.file))]
+        tensors = read_tensors(config.file)
+        for name, tensor in tensors.items():
+            if not jnp.isfinite(tensor).all():
+                raise SystemExit(
+                    f"{config.file}: {name!r}: expected finite weights, got NaN or Inf."
+                )
+        return [(None, tensors)]
     if config.secret is not None:
         highest = len(inspect_file(config.file).levels)
-        grant = issue_grant(config.file, level=highest, secret=read_secret(config.secret))
+        passphrase = None
+        if config.passphrase_file is not None:
+            passphrase = config.passphrase_file.read_text(encoding="utf-8").partition("\n")[0]
+        secret = read_secret(config.secret, passphrase=passphrase)
+        grant = issue_grant(config.file, level=highest, secret=secret)
     else:
         grant = None if config.grant is None else read_grant(config.grant)
         highest = 0 if grant is None else grant.key.level
@@ -112,15 +129,6 @@ def levels_of(config: Config) -> list[tuple[int | None, Any]]:
     for level in range(1, highest + 1):
         opened.append((level, open_model(config.file, grant, level=level)))
     return opened
-
-
-def protected(path: Path) -> bool:
-    """Whether a .safetensors file has a manifest."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            return "selcrypt" in (file.metadata() or {})
-    except (OSError, safetensors.SafetensorError) as error:
-        raise SystemExit(f"{path}: expected a .safetensors file: {error}") from None
 
 
 def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
@@ -134,7 +142,8 @@ def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
         model = model_in(tensors, str(config.file), kind, eps=eps)
         graph, params = nnx.split(model)
         quality = quality or measure_of(config, graph, model)
-        row = {"level": level, **quality(params)}
+        found = quality(params)
+        row = {"level": level} | {n: x if math.isfinite(x) else None for n, x in found.items()}
         rows.append(row)
         print(json.dumps(row), flush=True)
     return rows
@@ -160,15 +169,15 @@ def name_of(level: int | None) -> str:
     return "not protected" if level is None else "0, no key" if level == 0 else str(level)
 
 
-def number(name: str, value: float) -> str:
+def number(name: str, value: float | None) -> str:
     """A metric with its unit."""
+    if value is None:
+        return "not finite"
     return f"{100 * value:.2f} %" if name == "accuracy" else f"{value:.{2 + (name == 'ssim')}f}"
 
 
 def write(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     """The three files."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "levels.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     metrics = [name for name in rows[0] if name != "level"]
     lines = [
         f"| level | {' | '.join(UNITS[name] for name in metrics)} |",
@@ -177,24 +186,34 @@ def write(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     for row in rows:
         cells = " | ".join(number(name, row[name]) for name in metrics)
         lines.append(f"| {name_of(row['level'])} | {cells} |")
-    (out / "levels.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     figure = matplotlib.figure.Figure(figsize=(4.5 * len(metrics), 3.5), layout="constrained")
     for name, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0], strict=True):
         scale = 100 if name == "accuracy" else 1
         places = range(len(rows))
-        axes.plot(places, [scale * row[name] for row in rows], "o-", color="#D55E00")
+        values = [math.nan if row[name] is None else scale * row[name] for row in rows]
+        axes.plot(places, values, "o-", color="#D55E00")
         axes.set_xticks(places, [name_of(row["level"]) for row in rows])
         axes.set(xlabel="level", ylabel=UNITS[name] + (" / %" if name == "accuracy" else ""))
         axes.grid(alpha=0.3)
     figure.suptitle(config.file.name)
-    figure.savefig(out / "levels.png", dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    (out / "levels.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (out / "levels.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (out / "levels.png").write_bytes(picture.getvalue())
 
 
 def main(config: Vgg19 | Dncnn) -> None:
     """Measures; see `Config`."""
     try:
+        if config.out is not None:
+            for name in ("levels.json", "levels.md", "levels.png"):
+                check_output(config.out / name)
         rows = measured(config)
-    except (IntegrityError, OSError, ValueError) as error:
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise SystemExit(text) from error
+    except (IntegrityError, ValueError) as error:
         raise SystemExit(str(error)) from error
     metrics = [name for name in rows[0] if name != "level"]
     table = Table("level", *(UNITS[name] for name in metrics), title=config.file.name)

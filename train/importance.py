@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _loop import Row, check_batch, train, write_tensors
+from _loop import Row, check_numbers, check_output, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
 from selcrypt_jax import PSSConfig, PSSState, probability_open, pss_learner
@@ -96,13 +96,13 @@ class Custom(CustomTask, Config):
 
 def main(config: Vgg19 | Dncnn | Custom) -> None:
     """Learns; see `Config`."""
-    if not isinstance(config, Custom):
-        check_batch(config.batch)
+    check_numbers(config)
+    check_output(config.out, config.weights)
     task = config.task(config.seed)
     names = None if task.model is None else torch_names(task.model)
     layout = config.layout if isinstance(config, Custom) else "HWIO"
 
-    def selected(name: str, leaf: Any) -> bool:
+    def selected(name: str, leaf: Any) -> bool:  # by the name in the file
         if names is None:
             return re.search(config.select or "", name) is not None
         if config.select is None:
@@ -137,7 +137,7 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
         )
         state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
     except (TypeError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(f"{config.weights}: {error}") from error
 
     def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
         # The state has a key of its own, from which the noise of each step follows.

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import optax
 import tyro
 from _cifar import batches, normalised, read_test
-from _loop import Row, check_batch, gradient_step, train, write_tensors
+from _loop import Row, check_numbers, check_output, gradient_step, train, write_tensors
 from _tasks import accuracy_of
 from flax import nnx
 
@@ -78,7 +78,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Trains; see `Config`."""
-    check_batch(config.batch)
+    check_numbers(config)
+    check_output(config.out)
     folder = config.data / config.dataset
     source = batches(folder, config.batch, seed=config.seed)
     tests = read_test(folder, config.tests)
@@ -132,6 +133,7 @@ def main(config: Config) -> None:
         measure=measure,
         checkpoints=config.checkpoints,
         config=config,
+        best=config.out,
     )
 
 
