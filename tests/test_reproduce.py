@@ -101,7 +101,7 @@ def test_strategies_of_vgg19_are_near_the_measured_ones(script, tmp_path, monkey
     strategies.main(strategies.Config(DATA, tmp_path, keys=1, tests=500))
     report = json.loads((tmp_path / "vgg19_strategies.json").read_text())
     found = report["accuracy_without_a_key"]["of each of four layers"]
-    assert found["l2"][0]["kernels"] == 13_449  # floors of 8 %: the paper rounds to 13,452
+    assert found["l2"][0]["kernels"] == 13_448  # the release takes one more in each
     assert found["l2"][0]["share_of_conv_weights"] == pytest.approx(0.00605, abs=1e-5)
     assert found["l2"][0]["accuracy"] == pytest.approx(0.374, abs=0.1)
     assert found["random"][0]["accuracy"] == pytest.approx(0.778, abs=0.06)

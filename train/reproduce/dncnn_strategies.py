@@ -248,8 +248,8 @@ def plot(report: dict[str, Any], config: Config, path: Path) -> None:
                 color=COLOURS[strategy],
                 label=strategy,
             )
-        axes.axhline(report["noisy"], color="grey", lw=0.8, ls="--")
-        axes.axhline(report["untouched"], color="grey", lw=0.8)
+        axes.axhline(report["noisy"], color="grey", lw=0.8, ls="--", label="noisy input")
+        axes.axhline(report["untouched"], color="grey", lw=0.8, label="untouched")
         axes.set_xscale("log")
         counts = [int(count) for count in next(iter(found[selection].values()))]
         axes.set_xticks(counts, [str(count) for count in counts])
@@ -257,8 +257,6 @@ def plot(report: dict[str, Any], config: Config, path: Path) -> None:
         axes.set(title=f"kernels encrypted in {selection}", xlabel="kernels")
         axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("PSNR without a key / dB (5 or less shown as 5)")
-    figure.axes[0].annotate("untouched", (KERNELS_A_LAYER[0], report["untouched"]), va="bottom")
-    figure.axes[0].annotate("noisy input", (KERNELS_A_LAYER[0], report["noisy"]), va="bottom")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
     figure.savefig(path, dpi=150)
