@@ -190,7 +190,7 @@ def test_batches_that_the_devices_cannot_share(module):
     ("name", "value"),
     [
         ("steps", 0), ("every", -1), ("patch", 0), ("seed", -1),
-        ("rate", np.nan), ("rate", 0.0), ("rate", 1e37), ("decay", np.nan), ("decay", -1.0),
+        ("rate", np.nan), ("rate", 0.0), ("rate", np.inf), ("decay", np.nan), ("decay", -1.0),
     ],
 )  # fmt: skip
 def test_numbers_that_no_step_can_be_made_with(module, name, value):

@@ -207,8 +207,8 @@ def check_numbers(config: Any) -> None:
     for name, least in (("steps", 1), ("every", 1), ("patch", 1), ("seed", 0)):
         if values.get(name, least) < least:
             raise SystemExit(f"--{name}: expected at least {least}, got {values[name]}.")
-    if not 0 < values["rate"] <= 1e6:
-        raise SystemExit(f"--rate: expected a number in (0, 1e6], got {values['rate']:g}.")
+    if not 0 < values["rate"] < math.inf:
+        raise SystemExit(f"--rate: expected a number above 0, got {values['rate']:g}.")
     if not 0 <= values.get("decay", 0) < math.inf:
         raise SystemExit(f"--decay: expected a number from 0, got {values['decay']:g}.")
     devices = jax.device_count()
