@@ -25,6 +25,9 @@ import selcrypt_jax as sj
 from selcrypt_jax import cli
 from selcrypt_jax.models import VGG19, DnCNN, model_of, to_torch
 
+# Nobody trained the networks of these tests.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is no better than with noise")
+
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
 needs_data = pytest.mark.skipif(
@@ -388,7 +391,6 @@ def test_batches_of_ones_own_come_in_turn(module, mine, monkeypatch):
                 np.testing.assert_array_equal(found[name], array[(number - 1) % 3])
 
 
-@pytest.mark.filterwarnings("ignore:.*is no better than with noise")  # nobody trained it
 @pytest.mark.parametrize("loss", ["loss_fn", "scanned"])
 def test_losses_may_do_what_jax_can(module, mine, monkeypatch, loss):
     """Index, reshape and scan, although batches are spread over the devices."""

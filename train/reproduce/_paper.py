@@ -128,7 +128,7 @@ def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any =
 def provenance(script: str, config: Any) -> dict[str, Any]:
     """The command that repeats a result, and the versions that it was made with."""
     options = [
-        f"--{name.replace('_', '-')} {value}"
+        f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
         for name, value in asdict(config).items()
         if name not in ("data", "out")
     ]

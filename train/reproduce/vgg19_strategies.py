@@ -58,14 +58,17 @@ class Selection(NamedTuple):
     strategies: tuple[str, ...] = STRATEGIES
 
 
+PANELS = {
+    "four": "of each of four layers",
+    "each": "of each of all layers",
+    "anywhere": "anywhere in all layers",
+}
 SELECTIONS = {
-    "of each of four layers": Selection(
+    PANELS["four"]: Selection(
         FOUR_LAYERS, "leaf", (0.02, 0.04, 0.08, 0.16, 0.24, 0.4), (*STRATEGIES, "ascend", "mean")
     ),
-    "of each of all layers": Selection(CONVOLUTIONS, "leaf", (0.0025, 0.005, 0.01, 0.02, 0.08)),
-    "anywhere in all layers": Selection(
-        CONVOLUTIONS, "model", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 6.05e-3)
-    ),
+    PANELS["each"]: Selection(CONVOLUTIONS, "leaf", (0.0025, 0.005, 0.01, 0.02, 0.08)),
+    PANELS["anywhere"]: Selection(CONVOLUTIONS, "model", (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 6.05e-3)),
 }
 PSS = PSSConfig("break", steps=100, penalty=1e-4)
 DESCRIBED = f"{PSS.steps} steps, λ = {PSS.penalty:g}, Adam with rate 0.1 and ε = λ/10"
@@ -81,6 +84,9 @@ class Config:
 
     out: Path = Path("docs/results")
     """Folder for the results; made if it does not exist."""
+
+    panels: tuple[Literal["four", "each", "anywhere"], ...] = ("four", "each", "anywhere")
+    """Shares of each of four layers, of each of all, and of all together."""
 
     keys: int = 2
     """Protections under different keys."""
@@ -144,13 +150,14 @@ def main(config: Config) -> None:
         for name, count in mask_counts(state, nothing).items()
         if name.startswith("convs/") and name.endswith("kernel")
     )
+    selections = {name: SELECTIONS[name] for name in (PANELS[panel] for panel in config.panels)}
     work = [
         (selection, strategy, share)
-        for selection, panel in SELECTIONS.items()
+        for selection, panel in selections.items()
         for strategy in panel.strategies
         for share in panel.shares
     ]
-    results: dict[str, Any] = {selection: {} for selection in SELECTIONS}
+    results: dict[str, Any] = {selection: {} for selection in selections}
     with Progress() as progress:
         for selection, strategy, share in progress.track(work):
             cell = cells.get(
@@ -173,8 +180,9 @@ def main(config: Config) -> None:
 def plot(report: dict[str, Any], path: Path) -> None:
     """Accuracy against share, a panel a selection."""
     results = report["accuracy_without_a_key"]
-    figure = matplotlib.figure.Figure(figsize=(13, 4), layout="constrained")
-    for axes, selection in zip(figure.subplots(1, len(results), sharey=True), results, strict=True):
+    figure = matplotlib.figure.Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
+    grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, selection in zip(grid, results, strict=True):
         for strategy, rows in results[selection].items():
             learned = strategy.startswith("PSS")
             axes.errorbar(
