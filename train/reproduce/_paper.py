@@ -2,8 +2,9 @@
 
 import json
 import platform
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import selcrypt_jax
-from selcrypt_jax import GaussianCipher, Secret, encrypt, importance, level_keys
+from selcrypt_jax import GaussianCipher, Secret, encrypt, importance, level_keys, mask_counts
 from selcrypt_jax.models import DnCNN
 
 sys.path.append(str(Path(__file__).parent.parent))  # the scripts' own modules
@@ -123,6 +124,33 @@ def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any =
         encrypt(state, masks, experiment_keys(seed, number, len(masks)), cipher=cipher)
         for number in range(keys)
     ]
+
+
+def stacked(batch: Callable[[int], Any], numbers: range) -> Any:
+    """The batches of these numbers as `selcrypt_jax.pss` takes them: arrays ``[batches, ...]``."""
+    batches = [batch(number) for number in numbers]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def convolution_weights(state: Any) -> int:
+    """How many weights the kernels of all convolutions have."""
+    leaves = mask_counts(state, jax.tree.map(lambda _: False, state))
+    return sum(count.total for name, count in leaves.items() if re.search(CONVOLUTIONS, name))
+
+
+def draw(
+    axes: Any, strategy: str, x: Sequence[float], y: Sequence[float], error: Sequence[float]
+) -> None:
+    """The curve of a strategy, on a logarithmic axis of ``x``; that of PSS stands out."""
+    learned = strategy.startswith("PSS")
+    axes.errorbar(
+        x, y, error, marker="o" if learned else "s", ms=4, lw=2 if learned else 1, capsize=2,
+        color=COLOURS[strategy], label=strategy,
+    )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(x, [f"{value:g}" for value in x])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
 
 
 def provenance(script: str, config: Any) -> dict[str, Any]:

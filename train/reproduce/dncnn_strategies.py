@@ -16,35 +16,35 @@ References:
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
 import tyro
 from _paper import (
-    COLOURS,
     CONVOLUTIONS,
     LAYERS,
     Cells,
     Denoiser,
     closed_form,
     colour_denoiser,
+    convolution_weights,
     denoiser,
+    draw,
     provenance,
     published_scores,
+    stacked,
     without_a_key,
     write_report,
 )
 from _tasks import denoising_loss, patch_batches, psnr, read_model
 from rich.progress import Progress
 
-from selcrypt_jax import LosslessCipher, PSSConfig, mask_counts, nested_masks, pss
+from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
 from selcrypt_jax.models import DnCNN
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
@@ -122,7 +122,7 @@ def read(config: Config) -> tuple[Denoiser, Any]:
     def batches(seed: int) -> Any:
         deviation = (sigma / 255, sigma / 255)
         make = patch_batches(images, 8, patch, deviation, seed=seed)
-        return jax.tree.map(lambda *x: jnp.stack(x), *[make(n) for n in range(BATCHES)])
+        return stacked(make, range(BATCHES))
 
     return subject, batches
 
@@ -194,13 +194,11 @@ def main(config: Config) -> None:
             )
             results[selection].setdefault(strategy, []).append(cell)
 
-    nothing = jax.tree.map(lambda _: False, state)
-    conv = [c for n, c in mask_counts(state, nothing).items() if re.search(CONVOLUTIONS, n)]
     report = {
         **provenance(__file__, config),
         "noisy": float(psnr(subject.noisy, subject.clean).mean()),
         "untouched": float(subject.quality(state).mean()),
-        "conv_weights": sum(count.total for count in conv),
+        "conv_weights": convolution_weights(state),
         "pss": settings["pss"],
         "db_without_a_key": {
             selection: {
@@ -235,27 +233,14 @@ def plot(report: dict[str, Any], config: Config, path: Path) -> None:
     found = report["db_without_a_key"]
     for axes, selection in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
         for strategy, rows in found[selection].items():
-            pss_ = strategy.startswith("PSS")
+            counts = [int(count) for count in rows]
             # Below 0 dB the picture is long gone; one scale shows what can still be seen.
-            axes.errorbar(
-                [int(count) for count in rows],
-                [max(row["mean"], 5) for row in rows.values()],
-                [row["std"] if row["mean"] > 5 else 0 for row in rows.values()],
-                marker="o" if pss_ else "s",
-                ms=4,
-                lw=2 if pss_ else 1,
-                capsize=2,
-                color=COLOURS[strategy],
-                label=strategy,
-            )
+            quality = [max(row["mean"], 5) for row in rows.values()]
+            error = [row["std"] if row["mean"] > 5 else 0 for row in rows.values()]
+            draw(axes, strategy, counts, quality, error)
         axes.axhline(report["noisy"], color="grey", lw=0.8, ls="--", label="noisy input")
         axes.axhline(report["untouched"], color="grey", lw=0.8, label="untouched")
-        axes.set_xscale("log")
-        counts = [int(count) for count in next(iter(found[selection].values()))]
-        axes.set_xticks(counts, [str(count) for count in counts])
-        axes.minorticks_off()
         axes.set(title=f"kernels encrypted in {selection}", xlabel="kernels")
-        axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("PSNR without a key / dB (5 or less shown as 5)")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import optax
@@ -29,6 +28,7 @@ from _paper import (
     Cells,
     colour_denoiser,
     provenance,
+    stacked,
     without_a_key,
     write_report,
 )
@@ -88,7 +88,7 @@ def main(config: Config) -> None:
     state = subject.state
     loss_fn = denoising_loss(subject.graph)
     make = patch_batches(photographs(), 8, 48, (50 / 255, 50 / 255), seed=config.seed)
-    batches = jax.tree.map(lambda *x: jnp.stack(x), *[make(n) for n in range(BATCHES)])
+    batches = stacked(make, range(BATCHES))
     settings = {"keys": config.keys, "seed": config.seed, "recipes": DESCRIBED}
     cells = Cells(config.out / ".pss_cost.jsonl", settings)
 

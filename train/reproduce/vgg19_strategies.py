@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib.figure
 import numpy as np
 import tyro
 from _paper import (
-    COLOURS,
     CONVOLUTIONS,
     Cells,
     closed_form,
+    convolution_weights,
+    draw,
     provenance,
+    stacked,
     without_a_key,
     write_report,
 )
@@ -107,9 +108,7 @@ def main(config: Config) -> None:
     state = learned.params
     graph, _ = nnx.split(learned.model)
     accuracy = accuracy_of(graph, *read_test(task.data / "cifar10", config.tests))
-    batches = jax.tree.map(
-        lambda *x: jnp.stack(x), *[learned.batch(n) for n in range(1, BATCHES + 1)]
-    )
+    batches = stacked(learned.batch, range(1, BATCHES + 1))
     settings = {
         "keys": config.keys, "tests": config.tests, "seed": config.seed, "pss": DESCRIBED
     }  # fmt: skip
@@ -144,12 +143,7 @@ def main(config: Config) -> None:
             "std": float(np.std(found)),
         }
 
-    nothing = jax.tree.map(lambda _: False, state)
-    conv_weights = sum(
-        count.total
-        for name, count in mask_counts(state, nothing).items()
-        if name.startswith("convs/") and name.endswith("kernel")
-    )
+    conv_weights = convolution_weights(state)
     selections = {name: SELECTIONS[name] for name in (PANELS[panel] for panel in config.panels)}
     work = [
         (selection, strategy, share)
@@ -184,26 +178,13 @@ def plot(report: dict[str, Any], path: Path) -> None:
     grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axes, selection in zip(grid, results, strict=True):
         for strategy, rows in results[selection].items():
-            learned = strategy.startswith("PSS")
-            axes.errorbar(
-                [100 * row["share"] for row in rows],
-                [100 * row["accuracy"] for row in rows],
-                [100 * row["std"] for row in rows],
-                marker="o" if learned else "s",
-                ms=4,
-                lw=2 if learned else 1,
-                capsize=2,
-                color=COLOURS[strategy],
-                label=strategy,
+            shares, quality, error = (
+                [100 * row[name] for row in rows] for name in ("share", "accuracy", "std")
             )
+            draw(axes, strategy, shares, quality, error)
         axes.axhline(100 * report["untouched"], color="grey", lw=0.8)
         axes.axhline(10, color="grey", lw=0.8, ls="--")
-        axes.set_xscale("log")
-        shares = [100 * share for share in SELECTIONS[selection].shares]
-        axes.set_xticks(shares, [f"{share:g}" for share in shares])
-        axes.minorticks_off()
         axes.set(xlabel=f"% of the kernels {selection}", ylim=(0, 90))
-        axes.grid(alpha=0.25)
     figure.axes[0].set_ylabel("accuracy without a key / %")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
