@@ -57,7 +57,19 @@ def toy() -> tuple[_train.Subject, dict]:
     def metric(params):
         return float(np.mean(np.asarray(params["convs"]["0"]["kernel"]) == kernel)) * 100
 
-    subject = _train.Subject("toy", params, lambda p, b: 0.0, (), metric, "%", 0.0)
+    subject = _train.Subject(
+        name="toy",
+        graphdef=None,
+        params=params,
+        rest=None,
+        loss=lambda model, batch: 0.0,
+        loss_fn=lambda params, batch: 0.0,
+        batches=(),
+        examples=(),
+        metric=metric,
+        unit="%",
+        worthless=0.0,
+    )
     return subject, sj.importance.l2(params, select=_tiers.SELECT)
 
 

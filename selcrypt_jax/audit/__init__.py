@@ -7,6 +7,11 @@ architecture alone would become in his hands: the `advantage`.
 
 from ._advantage import Advantage as Advantage
 from ._advantage import advantage as advantage
+from ._attacks import ATTACKS as ATTACKS
+from ._attacks import Attack as Attack
+from ._attacks import Loot as Loot
+from ._attacks import run_attack as run_attack
+from ._cells import Cells as Cells
 from ._detection import Detection as Detection
 from ._detection import detect as detect
 from ._detection import group_features as group_features
@@ -15,4 +20,8 @@ from ._fill import mean_fill as mean_fill
 from ._fill import resample as resample
 from ._fill import zero_fill as zero_fill
 from ._finetune import Checkpoint as Checkpoint
+from ._finetune import TrainingLossFn as TrainingLossFn
 from ._finetune import fine_tune as fine_tune
+from ._subject import Subject as Subject
+from ._subject import normalisation_leaves as normalisation_leaves
+from ._subject import reset_normalisation as reset_normalisation

@@ -29,9 +29,13 @@ class Subject(NamedTuple):
 
     Attributes:
         name: for files and tables.
-        params: its ``nnx.Param`` state.
-        loss_fn: ``(params, batch) -> scalar`` for PSS, in evaluation mode.
+        graphdef: of the network, in evaluation mode.
+        params: its parameters and running statistics.
+        rest: its other state.
+        loss: ``(network, batch) -> scalar``.
+        loss_fn: the same of its params, for PSS.
         batches: arrays ``[batches, ...]`` for `loss_fn`, from the training data.
+        examples: the training data, arrays ``[examples, ...]`` as in a batch.
         metric: ``params -> float`` on test data; higher is better.
         unit: of the metric.
         worthless: the metric of knowing nothing: chance, or the noisy image left as it is.
@@ -39,9 +43,13 @@ class Subject(NamedTuple):
     """
 
     name: str
+    graphdef: nnx.GraphDef
     params: PyTree
+    rest: PyTree
+    loss: "ModelLoss"
     loss_fn: Callable[[PyTree, Any], Float[Array, ""]]
     batches: PyTree
+    examples: PyTree
     metric: Callable[[PyTree], float]
     unit: str
     worthless: float
@@ -131,7 +139,7 @@ def train_vgg19(
     graphdef, params, rest = _fit(
         model, cross_entropy, sample, steps=steps, rate=1e-3, key=fit, advance=advance
     )
-    graphdef, rest = _evaluating(graphdef, params, rest)
+    graphdef, params, rest = _evaluating(graphdef, params, rest)
 
     @jax.jit
     def accuracy(params: PyTree) -> Array:
@@ -140,9 +148,13 @@ def train_vgg19(
 
     return Subject(
         name="vgg19",
+        graphdef=graphdef,
         params=params,
+        rest=rest,
+        loss=cross_entropy,
         loss_fn=lambda params, batch: cross_entropy(nnx.merge(graphdef, params, rest), batch),
         batches=jax.vmap(sample)(jax.random.split(draw, 16)),
+        examples=(images, labels),
         metric=lambda params: float(accuracy(params)),
         unit="%",
         worthless=10.0,
@@ -184,7 +196,7 @@ def train_dncnn(
     graphdef, params, rest = _fit(
         model, squared_error, sample, steps=steps, rate=2e-3, key=fit, advance=advance
     )
-    graphdef, rest = _evaluating(graphdef, params, rest)
+    graphdef, params, rest = _evaluating(graphdef, params, rest)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
 
@@ -197,9 +209,13 @@ def train_dncnn(
 
     return Subject(
         name="dncnn",
+        graphdef=graphdef,
         params=params,
+        rest=rest,
+        loss=squared_error,
         loss_fn=lambda params, batch: squared_error(nnx.merge(graphdef, params, rest), batch),
         batches=jax.vmap(sample)(jax.random.split(draw, 16)),
+        examples=patches,
         metric=lambda params: mean_psnr(denoised(params)),
         unit="dB",
         worthless=mean_psnr(noisy),
@@ -215,9 +231,8 @@ def psnr(images: Float[Array, "n h w c"], clean: Float[Array, "n h w c"]) -> Flo
 
 def _evaluating(
     graphdef: nnx.GraphDef, params: nnx.State, rest: nnx.State
-) -> tuple[nnx.GraphDef, nnx.State]:
-    """The network in evaluation mode: running statistics, no dropout."""
+) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+    """The network in evaluation mode: running statistics, which join the parameters, no dropout."""
     model = nnx.merge(graphdef, params, rest)
     model.eval()
-    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
-    return graphdef, rest
+    return nnx.split(model, (nnx.Param, nnx.BatchStat), ...)

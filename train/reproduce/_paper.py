@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 import selcrypt_jax
 from selcrypt_jax import GaussianCipher, Secret, encrypt, importance, level_keys, mask_counts
+from selcrypt_jax.audit import Cells as Cells
 from selcrypt_jax.models import DnCNN
 
 sys.path.append(str(Path(__file__).parent.parent))  # the scripts' own modules
@@ -174,42 +175,3 @@ def write_report(report: dict[str, Any], path: Path) -> None:
     """Writes JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-
-
-class Cells:
-    """Results that took long, kept one a line as they come: a run that was killed goes on.
-
-    Args:
-        path: of the file; it is removed by `done`.
-        settings: what all results depend on; with others, the file is begun anew.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any]):
-        self.path = path
-        self.found: dict[str, Any] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        head = json.dumps(settings, sort_keys=True)
-        if lines[:1] != [head]:
-            path.write_text(head + "\n", encoding="utf-8")
-            return
-        for line in lines[1:]:
-            try:
-                name, value = json.loads(line)
-            except ValueError:  # cut off as it was written
-                break
-            self.found[name] = value
-        kept = [head, *(json.dumps(item) for item in self.found.items())]
-        path.write_text("\n".join(kept) + "\n", encoding="utf-8")
-
-    def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of this name, made if it is not there."""
-        if name not in self.found:
-            self.found[name] = make()
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([name, self.found[name]]) + "\n")
-        return self.found[name]
-
-    def done(self) -> None:
-        """Removes the file."""
-        self.path.unlink()

@@ -1,0 +1,237 @@
+"""Attacks by name: where a thief starts, what he trains, and how."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from .._masks import checked_mask
+from .._tree import named_leaves
+from ._fill import clip_norm, mean_fill, resample, zero_fill
+from ._finetune import fine_tune
+from ._subject import Subject, normalisation_leaves, reset_normalisation, whole_leaves
+from ._unshuffle import unshuffle
+
+
+class Loot(NamedTuple):
+    """What the thief has.
+
+    Attributes:
+        subject: architecture, loss, fresh weights; he does not look at its trained parameters.
+        params: the protected file's.
+        mask: what is encrypted. That he knows it is assumed: it can often be guessed.
+        key: for what he draws at random.
+    """
+
+    subject: Subject
+    params: PyTree
+    mask: PyTree
+    key: PRNGKeyArray
+
+
+Start = Callable[[Loot], PyTree]
+
+
+def _as_shipped(loot: Loot) -> PyTree:
+    return loot.params
+
+
+def _kernels_zero(loot: Loot) -> PyTree:
+    return zero_fill(_normalisation_averaged(loot), _without_normalisation(loot))
+
+
+def _fresh_where_encrypted(loot: Loot) -> PyTree:
+    """Weights as before training where the file's are encrypted; normalisation averaged."""
+    params = named_leaves(_normalisation_averaged(loot))
+    fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
+    masks = checked_mask(params, _without_normalisation(loot), "mask")
+    return params.rebuild(
+        {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in masks.items() if m.any()}
+    )
+
+
+def _from_scratch(loot: Loot) -> PyTree:
+    return loot.subject.fresh(loot.key)
+
+
+def _normalisation_reset(loot: Loot) -> PyTree:
+    """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
+    params = named_leaves(loot.params)
+    masks = checked_mask(params, loot.mask, "mask")
+    reset = named_leaves(reset_normalisation(loot.params, loot.subject.normalisation)).leaves
+    return params.rebuild({n: reset[n] for n, mask in masks.items() if mask.any() and n in reset})
+
+
+def _normalisation_averaged(loot: Loot) -> PyTree:
+    """Its own mean in each normalisation leaf in which something is encrypted.
+
+    The lossless cipher keeps the values up to their fine bits: only their order is lost.
+    """
+    params = named_leaves(loot.params)
+    masks = checked_mask(params, loot.mask, "mask")
+    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    return params.rebuild(
+        {n: jnp.full_like(leaf, leaf.mean()) for n, leaf in norms.items() if masks[n].any()}
+    )
+
+
+def _without_normalisation(loot: Loot) -> PyTree:
+    params = named_leaves(loot.params)
+    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    masks = checked_mask(params, loot.mask, "mask")
+    return params.rebuild_only({n: m for n, m in masks.items() if m.any() and n not in norms})
+
+
+def _pruned(loot: Loot) -> PyTree:
+    """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
+    params = named_leaves(loot.params)
+    masks = checked_mask(params, _without_normalisation(loot), "mask")
+    guesses = {}
+    for name, mask in masks.items():
+        if mask.any():
+            leaf = np.asarray(jax.device_get(params.leaves[name]), np.float64)
+            inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
+            norms = np.square(leaf).sum(inside, keepdims=True)
+            guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
+    return zero_fill(loot.params, params.rebuild_only(guesses))
+
+
+class Attack(NamedTuple):
+    """A way to get at the network's worth.
+
+    Attributes:
+        knows: what the thief must know, for people.
+        start: from what he goes on.
+        trains: which weights he trains with his data, if any; "order": none, but he looks for an
+            order of what is encrypted, with as many gradients.
+        statistics: whether he uses the network in training mode, so that running statistics are
+            estimated anew from his data; where the subject has no such mode, as it is.
+    """
+
+    knows: str
+    start: Start
+    trains: Literal["nothing", "all", "suspected", "normalisation", "order"]
+    statistics: bool = False
+
+
+_FILE = "the file"
+_PLACES = "what is encrypted"
+
+ATTACKS: Mapping[str, Attack] = {
+    "zero-fill": Attack(_PLACES, lambda x: zero_fill(x.params, x.mask), "nothing"),
+    "mean-fill": Attack(_PLACES, lambda x: mean_fill(x.params, x.mask), "nothing"),
+    "resample": Attack(_PLACES, lambda x: resample(x.params, x.mask, key=x.key), "nothing"),
+    "clip by norm": Attack(_PLACES, lambda x: clip_norm(x.params, x.mask), "nothing"),
+    "prune the largest": Attack(_FILE, _pruned, "nothing"),
+    "re-estimate statistics": Attack(_FILE, _as_shipped, "nothing", statistics=True),
+    "train all": Attack(_FILE, _as_shipped, "all"),
+    "train all, batch statistics": Attack(_FILE, _as_shipped, "all", statistics=True),
+    "train what is encrypted": Attack(_PLACES, _as_shipped, "suspected", statistics=True),
+    "train the normalisation": Attack(_FILE, _as_shipped, "normalisation", statistics=True),
+    "reset the normalisation, train all": Attack(
+        _PLACES, _normalisation_reset, "all", statistics=True
+    ),
+    "average the normalisation, train all": Attack(
+        _PLACES, _normalisation_averaged, "all", statistics=True
+    ),
+    "average and zero-fill, train all": Attack(_PLACES, _kernels_zero, "all", statistics=True),
+    "fresh weights where encrypted, train all": Attack(
+        _PLACES, _fresh_where_encrypted, "all", statistics=True
+    ),
+    "unshuffle": Attack(_PLACES, _as_shipped, "order"),
+    "from scratch": Attack("the architecture", _from_scratch, "all", statistics=True),
+}
+
+# One for all rates, so that they share a compiled step.
+_ADAM = optax.adam(1.0)
+
+
+def needs_data(attack: Attack) -> bool:
+    """Whether the thief needs some of the training data."""
+    return attack.trains != "nothing" or attack.statistics
+
+
+def run_attack(
+    attack: Attack,
+    loot: Loot,
+    batch: Callable[[int], Any],
+    *,
+    rate: float,
+    stops: Sequence[int],
+) -> Iterator[tuple[int, PyTree]]:
+    """Runs an attack, with Adam where it trains.
+
+    Args:
+        attack: one of `ATTACKS`, or your own.
+        loot: what the thief has.
+        batch: number of the step, from 1 → a batch of his data.
+        rate: learning rate.
+        stops: numbers of steps after which he stops to look.
+
+    Yields:
+        Steps and parameters at each stop; step 0 alone where he needs no data. A rate that
+        makes the loss infinite ends early.
+
+    Raises:
+        ValueError: an attack on normalisation, or on leaves, that the network does not have.
+    """
+    params = attack.start(loot)
+    if not needs_data(attack):
+        yield 0, params
+        return
+    subject = loot.subject
+    if attack.trains == "order":
+        yield from _unshuffled(params, loot, batch, stops)
+        return
+    statistics = attack.statistics and subject.training_loss_fn is not None
+    trainable: Any = True
+    if attack.trains == "suspected":
+        trainable = loot.mask
+    elif attack.trains == "normalisation":
+        norms = normalisation_leaves(params, subject.normalisation)
+        trainable = whole_leaves(named_leaves(params), norms)
+    for checkpoint in fine_tune(
+        params,
+        subject.training_loss_fn if statistics and subject.training_loss_fn else subject.loss_fn,
+        batch,
+        stops=stops,
+        optimizer=_ADAM,
+        rate=0.0 if attack.trains == "nothing" else rate,
+        trainable=trainable,
+        statistics=statistics,
+    ):
+        yield checkpoint.step, checkpoint.params
+
+
+def _unshuffled(
+    params: PyTree, loot: Loot, batch: Callable[[int], Any], stops: Sequence[int]
+) -> Iterator[tuple[int, PyTree]]:
+    few = [batch(number) for number in range(1, 3)]
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *few)
+    least = 2 * len(few) + 1
+    done = 0
+    for stop in stops:
+        found = unshuffle(
+            params,
+            loot.mask,
+            loot.subject.loss_fn,
+            batches,
+            key=jax.random.fold_in(loot.key, stop),
+            trials=max(stop - done, least),
+        )
+        params, done = found.params, stop
+        yield stop, params
+
+
+def applies(attack: Attack, subject: Subject) -> bool:
+    """Whether a network has what the attack is about."""
+    norms = normalisation_leaves(subject.params, subject.normalisation)
+    if attack.trains == "normalisation":
+        return bool(norms)
+    if attack.trains == "nothing" and attack.statistics:
+        return subject.training_loss_fn is not None
+    return True

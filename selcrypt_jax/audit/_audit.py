@@ -1,0 +1,195 @@
+"""A whole audit: networks, attacks, report."""
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from .. import __version__
+from ._cells import Cells
+from ._cipher import check_cipher
+from ._config import AuditConfig, SubjectConfig, make_subject
+from ._keysearch import key_search
+from ._records import AuditReport, Best, SubjectReport
+from ._report import write_report
+from ._run import Audit, Grid, protection_name
+from ._strategies import EVERYTHING
+
+# Shares that advice is sought among, ascending.
+BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7)
+
+
+def audit(
+    config: AuditConfig,
+    out: Path,
+    *,
+    quick: bool = False,
+    target_advantage: float | None = None,
+    console: Console | None = None,
+) -> AuditReport:
+    """Attacks networks, and writes ``audit.json``, plots and ``report.html``.
+
+    Args:
+        config: what is attacked and how.
+        out: folder for the results, made if it does not exist. A run that was killed goes on from
+            there, if its settings are the same.
+        quick: a reduced grid, see `Grid.quick`.
+        target_advantage: look for the smallest share that leaves the strongest thief of the grid
+            with no more than this, strategy by strategy, instead of trying the grid's shares.
+        console: where progress goes; standard output by default.
+
+    Returns:
+        What was found out.
+
+    Raises:
+        ValueError: see `make_subject` and `Audit`.
+        OSError: the folder cannot be made or written to; before anything is computed.
+    """
+    if target_advantage is not None and not 0 < target_advantage < 1:
+        raise ValueError(f"target advantage: expected a number in (0, 1), got {target_advantage}.")
+    console = Console() if console is None else console
+    out.mkdir(parents=True, exist_ok=True)
+    probe = out / ".selcrypt-audit"
+    probe.touch()  # better now than after minutes of work
+    probe.unlink()
+    grid = config.grid.quick() if quick else config.grid
+
+    reports, advice, kept = [], [], []
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=12),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
+        for described in config.subjects:
+            cells = _cells(out, described, grid)
+            kept.append(cells)
+            report, found = _audit_subject(described, grid, cells, target_advantage, progress)
+            reports.append(report)
+            advice += found
+        task = progress.add_task("The cipher, and keys", total=1)
+        checks, keys = check_cipher(seed=grid.seed), key_search()
+        progress.advance(task)
+    result = AuditReport(
+        version=__version__,
+        settings={
+            "subjects": [dataclasses.asdict(described) for described in config.subjects],
+            "grid": json.loads(json.dumps(dataclasses.asdict(grid))),
+            "quick": quick,
+            "target_advantage": target_advantage,
+            "jax": jax.__version__,
+            "backend": jax.default_backend(),
+        },
+        subjects=reports,
+        cipher=checks,
+        keys=keys,
+        advice=advice,
+    )
+    write_report(result, out)
+    for cells in kept:
+        cells.done()
+    return result
+
+
+def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
+    """Finished work of these settings; that of others lies beside it."""
+    settings = {
+        "version": __version__,
+        "subject": dataclasses.asdict(described),
+        # Which shares are tried is no matter: a cell is of one.
+        "grid": dataclasses.asdict(dataclasses.replace(grid, shares=(1.0,), strategies=("l2",))),
+    }
+    text = json.dumps(settings, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return Cells(out / f".audit-{digest}.jsonl", json.loads(text))
+
+
+def _audit_subject(
+    described: SubjectConfig,
+    grid: Grid,
+    cells: Cells,
+    target: float | None,
+    progress: Progress,
+) -> tuple[SubjectReport, list[dict[str, Any]]]:
+    start = time.perf_counter()
+    task = progress.add_task(f"{described.name}: read or train", total=None)
+    audit = Audit(described.name, make_subject(described), grid)
+    progress.update(task, total=1, completed=1)
+
+    def carry_out(plans: Iterable[tuple[str, float]], title: str) -> None:
+        work = list(audit.work(plans))
+        missing = [cell for cell in work if cell.name not in cells.found]
+        task = progress.add_task(
+            f"{described.name}: {title}", total=sum(cell.cost for cell in missing)
+        )
+        for cell in missing:
+            cells.get(cell.name, cell.run)
+            progress.advance(task, cell.cost)
+
+    carry_out([(EVERYTHING, 1.0)], "from the architecture alone")
+    if target is None:
+        plans = audit.plans()
+        carry_out(plans, "attack")
+        advice = []
+    else:
+        plans, advice = [], []
+        for strategy in grid.strategies:
+            found, tried = advise(audit, cells, strategy, target, carry_out)
+            advice.append({"subject": described.name, **found})
+            plans += [(strategy, share) for share in sorted(tried)]
+    return audit.report(cells.found, plans, time.perf_counter() - start), advice
+
+
+def advise(
+    audit: Audit,
+    cells: Cells,
+    strategy: str,
+    target: float,
+    carry_out: Callable[[Iterable[tuple[str, float]], str], None],
+) -> tuple[dict[str, Any], dict[float, Best]]:
+    """The smallest share of `BUDGETS` that meets a target, by bisection.
+
+    More encrypted is taken to be worth less to a thief. The strongest thief counts: most data,
+    most steps; and the mean over keys.
+
+    Returns:
+        The advice: ``strategy``, ``target``, ``protection``, ``share`` of the groups, and
+        ``advantage``, the last three None if none of them meets it; and what was tried.
+    """
+    baseline = audit.baseline(cells.found)
+    tried: dict[float, Best] = {}
+    low, high = 0, len(BUDGETS)
+    while low < high:
+        middle = (low + high) // 2
+        share = BUDGETS[middle]
+        carry_out([(strategy, share)], protection_name(strategy, share))
+        rows = audit.protection(cells.found, strategy, share, baseline).best
+        tried[share] = max(rows, key=lambda row: (row.data, row.steps))
+        gain = tried[share].advantage
+        if gain is not None and gain.mean <= target:
+            high = middle
+        else:
+            low = middle + 1
+    met = BUDGETS[high] if high < len(BUDGETS) else None
+    gain = tried[met].advantage if met is not None else None
+    return {
+        "strategy": strategy,
+        "target": target,
+        "protection": protection_name(strategy, met) if met is not None else None,
+        "share": met,
+        "advantage": gain._asdict() if gain is not None else None,
+    }, tried

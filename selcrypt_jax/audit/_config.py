@@ -1,0 +1,168 @@
+"""What to audit: a TOML file, or the name of a network that is built in."""
+
+import dataclasses
+import importlib
+import inspect
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._builtin import BUILT_IN
+from ._run import Grid
+from ._subject import Subject
+
+
+@dataclass(frozen=True)
+class SubjectConfig:
+    """How a network is made.
+
+    Attributes:
+        name: of the network in the report.
+        make: a built-in name, or the import path ``module:function`` of a function that returns
+            a `Subject`; the working folder is searched.
+        arguments: of the function.
+    """
+
+    name: str
+    make: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Networks, and what is tried on them."""
+
+    subjects: tuple[SubjectConfig, ...]
+    grid: Grid
+
+
+_DEMO = ("demo-vgg19", "demo-dncnn")
+# Of the demo's networks a thief can train many steps in a minute.
+_DEMO_GRID = Grid(
+    shares=(0.02, 0.08), data=(0.05, 0.2), steps=(50, 200), rates=(1e-3, 3e-3), keys=2
+)
+
+
+def read_config(config: str) -> AuditConfig:
+    """Reads a configuration.
+
+    Args:
+        config: ``demo``, ``demo-vgg19``, ``demo-dncnn``, or the path of a TOML file: a table
+            ``[subjects.NAME]`` for each network, with ``make`` and the function's arguments, and a
+            table ``[grid]``, see `Grid`.
+
+    Raises:
+        ValueError: something in it that means nothing.
+        OSError: no such file.
+    """
+    if config in ("demo", *_DEMO):
+        names = _DEMO if config == "demo" else (config,)
+        return AuditConfig(tuple(SubjectConfig(name, name, {}) for name in names), _DEMO_GRID)
+    path = Path(config)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{config}: expected demo, {', '.join(_DEMO)} or a TOML file, got no such file."
+        )
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected TOML: {error}") from None
+    _only_keys(str(path), content, ("subjects", "grid"))
+    tables = content.get("subjects")
+    if not isinstance(tables, dict) or not tables:
+        raise ValueError(
+            f"{path}: expected a table [subjects.NAME] for each network, got "
+            f"{'none' if not tables else type(tables).__name__}."
+        )
+    subjects = []
+    for name, table in tables.items():
+        if not isinstance(table, dict) or not isinstance(table.get("make"), str):
+            raise ValueError(
+                f'{path}: [subjects.{name}]: expected make = "module:function" or one of '
+                f"{', '.join(BUILT_IN)}, got {table.get('make') if isinstance(table, dict) else table!r}."
+            )
+        arguments = {key: value for key, value in table.items() if key != "make"}
+        subjects.append(SubjectConfig(name, table["make"], arguments))
+    return AuditConfig(tuple(subjects), _grid(f"{path}: [grid]", content.get("grid", {})))
+
+
+def _only_keys(what: str, table: Mapping[str, Any], known: Any) -> None:
+    unknown = sorted(set(table) - set(known))
+    if unknown:
+        raise ValueError(f"{what}: expected only {', '.join(known)}, got {unknown[0]!r}.")
+
+
+def _grid(what: str, table: Any) -> Grid:
+    if not isinstance(table, dict):
+        raise ValueError(f"{what}: expected a table, got {table!r}.")
+    fields = {field.name: field for field in dataclasses.fields(Grid)}
+    _only_keys(what, table, fields)
+    values = {}
+    for name, value in table.items():
+        default = fields[name].default
+        kind: Any = type(default[0] if isinstance(default, tuple) else default)
+        parts = value if isinstance(default, tuple) and isinstance(value, list) else [value]
+        good = isinstance(value, list) == isinstance(default, tuple) and all(
+            isinstance(part, (int, float) if kind is float else kind)
+            and isinstance(part, bool) == (kind is bool)
+            for part in parts
+        )
+        if not good:
+            many = "a list of " if isinstance(default, tuple) else ""
+            raise ValueError(
+                f"{what}: {name}: expected {many}{kind.__name__}, as {default!r}, got {value!r}."
+            )
+        values[name] = tuple(value) if isinstance(default, tuple) else value
+    try:
+        return Grid(**values)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+
+
+def make_subject(config: SubjectConfig) -> Subject:
+    """Makes a network: reads or trains it.
+
+    Raises:
+        ValueError: a function that cannot be imported or called with these arguments, or that
+            returns something else.
+    """
+    where = f"[subjects.{config.name}]"
+    function = BUILT_IN.get(config.make) or _imported(f"{where}: make", config.make)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # of something built in
+        signature = None
+    try:
+        if signature is not None:
+            signature.bind(**config.arguments)
+    except TypeError as error:
+        raise ValueError(f"{where}: {config.make}: {error}.") from None
+    subject = function(**config.arguments)
+    if not isinstance(subject, Subject):
+        raise ValueError(
+            f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}."
+        )
+    return subject
+
+
+def _imported(what: str, path: str) -> Callable[..., Any]:
+    module, colon, name = path.partition(":")
+    if not colon or not module or not name or module.startswith("."):
+        raise ValueError(
+            f"{what}: expected one of {', '.join(BUILT_IN)} or an import path module:function, got "
+            f"{path!r}."
+        )
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the module does as it is imported
+        raise ValueError(
+            f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}."
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{what}: expected a function, got {found!r}.")
+    return found

@@ -1,0 +1,290 @@
+"""The pictures of an audit. One column of panels, so that a phone shows them at a readable size."""
+
+import io
+import math
+import textwrap
+import xml.dom.minidom
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from ._records import Best, SubjectReport
+
+# Wong's palette, which colour-blind readers can tell apart, without the yellow, which is too pale
+# on white. Black is for the baseline.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_MARKERS = "os^Dv*P"
+_LINES: tuple[Any, ...] = ("-", (0, (1, 1)), "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
+_GREY = "0.45"
+_FONT: Any = {"font.size": 10.5, "legend.fontsize": 10, "axes.titlesize": 10.5}
+_WIDTH, _PANEL, _ROW = 4.2, 2.5, 0.2  # inches
+
+
+class _Style(NamedTuple):
+    color: str
+    marker: str
+    linestyle: Any
+
+
+_BASELINE = _Style("black", ".", "--")
+
+
+def draw_curves(report: SubjectReport) -> Figure:
+    """Metric against the thief's steps.
+
+    One panel for each share of data, the largest first; one curve for each protection: the best
+    that he reaches, mean over keys, shaded from the worst key to the best.
+    """
+    styles = _styles(report)
+    of = {protection.name: protection.best for protection in report.protections}
+    every = [best for rows in (*of.values(), report.baseline) for best in rows]
+    shares = sorted({best.data for best in every}, reverse=True)
+    place = _on_log_axis(best.steps for best in every)
+    with matplotlib.rc_context(_FONT):
+        names = [*of, "architecture alone", "original"]
+        figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+        for axis, data in zip(panels, shares, strict=False):
+            for name, rows in of.items():
+                _curve(axis, [row for row in rows if row.data == data], place, styles[name])
+            baseline = [row for row in report.baseline if row.data == data]
+            _curve(axis, baseline, place, _BASELINE)
+            axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1)
+            axis.set_title(data_name(data))
+            axis.set_ylabel(f"quality, {report.unit}")
+            axis.set_xlabel("training steps of the thief")
+            _log_ticks(axis, place, lambda steps: f"{steps:,g}")
+        if shares:
+            handles = [panels[0].plot([], [], **style._asdict())[0] for style in styles.values()]
+            handles += panels[0].plot([], [], **_BASELINE._asdict())
+            handles += panels[0].plot([], [], color=_GREY)
+            _legend(figure, handles, names)
+    return figure
+
+
+def draw_advantage(report: SubjectReport) -> Figure:
+    """Advantage, with its interval, against the share of all weights that is encrypted.
+
+    One panel for each share of data, the largest first, after the largest number of steps; one
+    line for each strategy.
+    """
+    every = [best for protection in report.protections for best in protection.best]
+    shares = sorted({best.data for best in every}, reverse=True)
+    strategies = list(dict.fromkeys(protection.strategy for protection in report.protections))
+    place = _on_log_axis(protection.share for protection in report.protections)
+    marks = {0.0: "0: no more than the architecture", 0.1: "0.1"}
+    with matplotlib.rc_context(_FONT):
+        names = [*strategies, *marks.values()]
+        figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+        handles: list[Any] = []
+        for axis, data in zip(panels, shares, strict=False):
+            steps = max(best.steps for best in every if best.data == data)
+            handles = []
+            for index, strategy in enumerate(strategies):
+                # A little aside of each other, since intervals at the same share would overlap.
+                aside = math.exp(0.015 * _width(place) * (index - (len(strategies) - 1) / 2))
+                found = sorted(
+                    (place[protection.share] * aside, best.advantage)
+                    for protection in report.protections
+                    for best in protection.best
+                    if protection.strategy == strategy
+                    and (best.data, best.steps) == (data, steps)
+                    and best.advantage is not None
+                )
+                handles.append(_intervals(axis, found, index))
+            handles.append(axis.axhline(0, color="black", linewidth=1, zorder=1))
+            handles.append(axis.axhline(0.1, color=_GREY, linestyle="--", linewidth=1, zorder=1))
+            axis.set_title(f"{data_name(data)}, {steps:,} steps")
+            axis.set_ylabel("advantage")
+            axis.set_xlabel("encrypted share of all weights, %")
+            _log_ticks(axis, place, lambda share: f"{100 * share:.2g}" if share < 1 else "100")
+        if shares:
+            _legend(figure, handles, names)
+    return figure
+
+
+def draw_levels(report: SubjectReport) -> Figure:
+    """Metric by permission level, for the protections whose levels were measured."""
+    styles = _styles(report)
+    with_levels = [protection for protection in report.protections if protection.levels]
+    with matplotlib.rc_context(_FONT):
+        names = [*(protection.name for protection in with_levels), "original"]
+        figure, (axis,) = _panels(report, len(with_levels[:1]), names)
+        handles: list[Any] = []
+        for protection in with_levels:
+            numbers = [level.level for level in protection.levels]
+            metrics = [level.metric for level in protection.levels]
+            handles += axis.plot(numbers, metrics, **styles[protection.name]._asdict())
+        if with_levels:
+            handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
+            axis.set_xlabel("permission level (0: no key)")
+            axis.set_ylabel(f"quality, {report.unit}")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            _legend(figure, handles, names)
+    return figure
+
+
+def data_name(data: float) -> str:
+    """A share of the training data in words."""
+    return f"{100 * data:.3g}\u00a0% of the training data" if data else "no training data"
+
+
+def inline_svg(figure: Figure, prefix: str, label: str) -> str:
+    """A figure as an element of a page.
+
+    Args:
+        figure: to draw.
+        prefix: of all ids. Matplotlib numbers them from 1 in each picture.
+        label: for those who cannot see it.
+
+    Returns:
+        ``<svg …>``, without prolog, metadata and size, as wide as what it stands in.
+    """
+    figure.suptitle("")  # the page has headings
+    file = io.BytesIO()
+    # Text stays text: for search, for screen readers, and for a small page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", metadata=nothing)
+    svg = xml.dom.minidom.parseString(file.getvalue()).documentElement
+    assert svg is not None
+    for element in (svg, *svg.getElementsByTagName("*")):
+        for name, value in list(element.attributes.items()):
+            if name == "id":
+                element.setAttribute(name, f"{prefix}-{value}")
+            elif name in ("href", "xlink:href") and value.startswith("#"):
+                element.setAttribute(name, f"#{prefix}-{value[1:]}")
+            elif "url(#" in value:
+                element.setAttribute(name, value.replace("url(#", f"url(#{prefix}-"))
+    for definitions in svg.getElementsByTagName("defs"):
+        for style in definitions.getElementsByTagName("style"):
+            definitions.removeChild(style)  # it would rule the page, which has its own
+    for name in ("width", "height"):
+        svg.removeAttribute(name)  # the page says how wide; the viewBox, how high
+    svg.setAttribute("role", "img")
+    svg.setAttribute("aria-label", label)
+    return svg.toxml()
+
+
+def _styles(report: SubjectReport) -> dict[str, _Style]:
+    """A colour for each strategy, as in the plot of advantages; other markers for other shares.
+
+    Where there is one strategy only, a colour for each protection.
+    """
+    strategies = list(dict.fromkeys(protection.strategy for protection in report.protections))
+    styles: dict[str, _Style] = {}
+    used = [0] * len(_COLOURS)
+    for index, protection in enumerate(report.protections):
+        colour = strategies.index(protection.strategy) if len(strategies) > 1 else index
+        colour %= len(_COLOURS)
+        number = used[colour]
+        used[colour] += 1
+        styles[protection.name] = _Style(
+            _COLOURS[colour], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)]
+        )
+    return styles
+
+
+def _panels(
+    report: SubjectReport, count: int, names: Sequence[str], **kwargs: Any
+) -> tuple[Figure, list[Axes]]:
+    """Panels in one column, with room for a legend; one that says so if there is nothing."""
+    title = textwrap.fill(report.title, 42, break_long_words=True)
+    rows = title.count("\n") + 2 + sum(_label(name).count("\n") + 1 for name in names)
+    height = _PANEL * max(count, 1) + _ROW * rows
+    # Some room between the label of an axis and the title of the next panel.
+    layout = ConstrainedLayoutEngine(hspace=0.05, h_pad=0.06, w_pad=0.06)
+    figure = Figure(figsize=(_WIDTH, height), layout=layout, dpi=180)
+    figure.suptitle(_plain(title), weight="bold", fontsize="medium")
+    panels = list(figure.subplots(max(count, 1), 1, squeeze=False, **kwargs).flat)
+    for axis in panels:
+        axis.spines[["top", "right"]].set_visible(False)
+        # On every panel, since a phone shows one at a time.
+        axis.tick_params(labelbottom=True, labelsize=_FONT["font.size"])
+    if not count:
+        panels[0].set_axis_off()
+        panels[0].text(0.5, 0.5, "not measured", ha="center", transform=panels[0].transAxes)
+    return figure, panels
+
+
+def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Style) -> None:
+    rows = sorted((row for row in rows if row.recovered), key=lambda row: row.steps)
+    x = [place[row.steps] for row in rows]
+    metrics = [finite(row.recovered) for row in rows]
+    axis.plot(x, [float(np.mean(row)) for row in metrics], **style._asdict(), markersize=5)
+    low, high = [min(row) for row in metrics], [max(row) for row in metrics]
+    axis.fill_between(x, low, high, color=style.color, alpha=0.12, linewidth=0)
+
+
+def _intervals(axis: Axes, found: list[tuple[float, Any]], index: int) -> Any:
+    means = np.array([each.mean for _, each in found], float)
+    ends = np.array([[each.low, each.high] for _, each in found], float).reshape(-1, 2)
+    number = index // len(_COLOURS)
+    return axis.errorbar(
+        [x for x, _ in found],
+        means,
+        # A bootstrap's interval need not contain the mean, and a bar has no negative length.
+        yerr=np.maximum([means - ends[:, 0], ends[:, 1] - means], 0),
+        color=_COLOURS[index % len(_COLOURS)],
+        marker=_MARKERS[number % len(_MARKERS)],
+        linestyle=_LINES[number % len(_LINES)],
+        markersize=5,
+        capsize=3,
+    )
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    """Infinite values as NaN: no axis reaches them."""
+    return [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _on_log_axis(values: Iterable[float]) -> dict[float, float]:
+    """Value → where it is drawn: a log axis has no 0, which goes before the smallest value."""
+    values = sorted(set(values))
+    smallest = min((value for value in values if value > 0), default=1.0)
+    return {value: value if value > 0 else smallest / 3 for value in values}
+
+
+def _width(place: dict[float, float]) -> float:
+    """Of the axis, in factors of e; something where there is one value or none."""
+    positions = place.values() or [1.0]
+    return math.log(max(positions) / min(positions)) or 1.0
+
+
+def _log_ticks(axis: Axes, place: dict[float, float], text: Callable[[float], str]) -> None:
+    """A tick at each value, and a number where there is room for one."""
+    axis.set_xscale("log")
+    width = _width(place)
+    low, high = min(place.values()), max(place.values())
+    axis.set_xlim(low * math.exp(-0.08 * width), high * math.exp(0.08 * width))
+    last, labels = -math.inf, []
+    for x in place.values():
+        room = math.log(x) - last > 0.11 * width
+        last = math.log(x) if room else last
+        labels.append(room)
+    axis.set_xticks(
+        list(place.values()),
+        [text(value) if room else "" for value, room in zip(place, labels, strict=True)],
+    )
+    axis.minorticks_off()
+
+
+def _legend(figure: Figure, handles: list[Any], names: Sequence[str]) -> None:
+    labels = [_plain(_label(name)) for name in names]
+    columns = 2 if max(len(name) for name in names) <= 20 else 1
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _label(name: str) -> str:
+    return textwrap.fill(name, 44, break_long_words=True, max_lines=3, placeholder="…")
+
+
+def _plain(text: str) -> str:
+    """Dollars would be mathematics; before matplotlib 3.10 an underscore hid a line of a legend."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text

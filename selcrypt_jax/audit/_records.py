@@ -1,0 +1,190 @@
+"""What an audit found out, as it is written to ``audit.json``."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ._advantage import Advantage
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a key holder gets.
+
+    Attributes:
+        level: 0 without a key, up to M.
+        share: of all weights that the level decrypts.
+        metric: mean over keys.
+    """
+
+    level: int
+    share: float
+    metric: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attack with one learning rate, on files under different keys.
+
+    Attributes:
+        attack: its name, see `ATTACKS`.
+        data: share of the training data that the thief has; 0 if the attack needs none.
+        rate: his learning rate; 0 if he does not train.
+        steps: number of steps → metric, one value a key.
+    """
+
+    attack: str
+    data: float
+    rate: float
+    steps: dict[int, list[float]]
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best that a thief reaches within a number of steps, over attacks, rates and stops.
+
+    Attributes:
+        data: share of the training data that he has.
+        steps: that he takes at most.
+        recovered: metric, one value a key.
+        attack: the one that was best for most keys.
+        advantage: over whoever has the architecture alone; None for the baseline itself, and where
+            that reaches the original, so that there is nothing to steal.
+    """
+
+    data: float
+    steps: int
+    recovered: list[float]
+    attack: str
+    advantage: Advantage | None
+
+
+@dataclass(frozen=True)
+class Climb:
+    """What a key holder reaches who attacks the levels above his own.
+
+    Attributes:
+        level: that he may open.
+        opened: its metric, one value a key.
+        recovered: the best after training with the strongest thief's data and steps.
+        without: the same if what he may not open were noise of the same distribution: what the
+            rings above his own are worth to him is the difference.
+    """
+
+    level: int
+    opened: list[float]
+    recovered: list[float]
+    without: list[float]
+
+
+@dataclass(frozen=True)
+class Protection:
+    """One way to protect the network, attacked.
+
+    Attributes:
+        name: for tables, as ``"pss 8 %"``.
+        strategy: how weights were selected.
+        share: of all weights that are encrypted.
+        shipped: metric without a key, one value a key.
+        levels: what keys give, level 0 first; empty if it was not measured.
+        attempts: all attacks.
+        best: for each share of data and number of steps.
+        detection: ``{"auc", "baseline"}``: how well encrypted groups are told from others, and
+            how well the same groups are before encryption; empty if it was not tried.
+        climbing: from the lowest and from the last level but one; empty if there is none.
+    """
+
+    name: str
+    strategy: str
+    share: float
+    shipped: list[float]
+    levels: list[Level]
+    attempts: list[Attempt]
+    best: list[Best]
+    detection: dict[str, float] = field(default_factory=dict)
+    climbing: list[Climb] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SubjectReport:
+    """A network and all that was tried on it.
+
+    Attributes:
+        name: short.
+        title: network, data.
+        unit: of the metric, "dB" or "%".
+        clean: metric of the original.
+        worthless: metric of knowing nothing.
+        weights: number of parameters, running statistics included.
+        examples: in the training data.
+        protections: from the smallest share to the largest, strategy by strategy.
+        baseline: the best that is reached from the architecture alone: from a file in which
+            everything is encrypted, or from fresh weights.
+        seconds: that it took.
+    """
+
+    name: str
+    title: str
+    unit: str
+    clean: float
+    worthless: float
+    weights: int
+    examples: int
+    protections: list[Protection]
+    baseline: list[Best]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CipherCheck:
+    """One property of a cipher, tried on chosen weights.
+
+    Attributes:
+        name: what must hold.
+        passed: whether it did.
+        found: what was measured.
+        expected: what a good cipher gives, in words.
+    """
+
+    name: str
+    passed: bool
+    found: float
+    expected: str
+
+
+@dataclass(frozen=True)
+class KeySearch:
+    """What it costs to guess a key.
+
+    Attributes:
+        key: which one, as ``"random secret"``.
+        bits: its entropy.
+        guesses_per_second: on one core of this machine, measured.
+        years: to try half of them on one core.
+    """
+
+    key: str
+    bits: float
+    guesses_per_second: float
+    years: float
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """``audit.json``.
+
+    Attributes:
+        version: of the library.
+        settings: the configuration.
+        subjects: the networks.
+        cipher: checks of the cipher.
+        keys: cost of guessing keys.
+        advice: target, protection and share of the smallest budget that meets the target, if it
+            was asked for; see `advise`.
+    """
+
+    version: str
+    settings: dict[str, Any]
+    subjects: list[SubjectReport]
+    cipher: list[CipherCheck]
+    keys: list[KeySearch]
+    advice: list[dict[str, Any]] = field(default_factory=list)

@@ -1,0 +1,459 @@
+"""The runner: protections × keys × data × attacks × rates, and what the best of them reach."""
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from .._dprm import Cipher, decrypt, encrypt
+from .._keys import level_keys
+from .._masks import mask_counts
+from .._ranks import Scope
+from .._tree import is_array, named_leaves
+from ._advantage import advantage
+from ._attacks import ATTACKS, Loot, applies, needs_data, run_attack
+from ._detection import detect
+from ._fill import resample
+from ._records import Attempt, Best, Climb, Level, Protection, SubjectReport
+from ._strategies import (
+    EVERYTHING,
+    check_strategy,
+    everything,
+    strategy_masks,
+    strategy_scores,
+)
+from ._subject import Subject, example_batches, place
+
+SCRATCH = "from scratch"
+# Attacks that need places or plain weights are of no use where everything is encrypted.
+_ON_EVERYTHING = (
+    "train all",
+    "train all, batch statistics",
+    "average the normalisation, train all",
+    SCRATCH,
+)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried.
+
+    Attributes:
+        strategies: ways to select, see `check_strategy`.
+        shares: of the groups that take part, encrypted.
+        data: shares of the training data that the thief has.
+        steps: numbers of steps at which he looks what he has got.
+        rates: learning rates of Adam.
+        attacks: names of `ATTACKS`; by default all.
+        keys: protections under different keys, each with other data in the thief's hands.
+        levels: permission levels.
+        scope: of the shares: in every leaf, or over the model.
+        detection: whether it is tried to find what is encrypted.
+        climbing: whether key holders attack the levels above their own.
+        seed: of everything. The keys are the audit's own.
+    """
+
+    strategies: tuple[str, ...] = ("l2", "pss", "pss+normalisation")
+    shares: tuple[float, ...] = (0.02, 0.08, 0.3)
+    data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
+    steps: tuple[int, ...] = (50, 200, 1000)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    attacks: tuple[str, ...] = tuple(name for name in ATTACKS if name != SCRATCH)
+    keys: int = 3
+    levels: int = 5
+    scope: Scope = "leaf"
+    detection: bool = True
+    climbing: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.strategies:
+            check_strategy(name)
+        for name in self.attacks:
+            if name not in ATTACKS:
+                raise ValueError(f"attacks: expected some of {list(ATTACKS)}, got {name!r}.")
+        for name in ("strategies", "shares", "data", "steps", "rates", "attacks"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}: expected at least one, got none.")
+        for name in ("shares", "data"):
+            for value in getattr(self, name):
+                if not 0 < value <= 1:
+                    raise ValueError(f"{name}: expected shares in (0, 1], got {value}.")
+        steps = list(self.steps)
+        if steps != sorted(set(steps)) or steps[0] < 1:
+            raise ValueError(f"steps: expected ascending numbers from 1, got {steps}.")
+        if not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
+            raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}.")
+        for name in ("keys", "levels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+
+    def quick(self) -> "Grid":
+        """A reduced grid: the strongest attacks, one key, few steps."""
+        return replace(
+            self,
+            shares=tuple(share for share in self.shares if share <= 0.1)[-1:] or self.shares[:1],
+            data=(0.05,) if 0.05 in self.data else self.data[:1],
+            steps=tuple(step for step in self.steps if step <= 200) or self.steps[:1],
+            rates=(1e-3,) if 1e-3 in self.rates else self.rates[:1],
+            attacks=tuple(name for name in self.attacks if name in _QUICK) or self.attacks,
+            keys=1,
+        )
+
+
+_QUICK = (
+    "zero-fill",
+    "resample",
+    "prune the largest",
+    "re-estimate statistics",
+    "train all, batch statistics",
+    "average and zero-fill, train all",
+    "train the normalisation",
+)
+
+
+class Work(NamedTuple):
+    """One cell: what is done, and how long it takes in steps of training.
+
+    Attributes:
+        name: of the cell.
+        cost: steps.
+        run: gives its result, as JSON.
+    """
+
+    name: str
+    cost: int
+    run: Callable[[], Any]
+
+
+class Audit:
+    """Everything that is tried on one network.
+
+    Args:
+        name: of the network.
+        subject: the network.
+        grid: what is tried.
+        cipher: `LosslessCipher()` unless given.
+
+    Raises:
+        ValueError: a network that is no better than knowing nothing: an attack on it proves
+            nothing.
+    """
+
+    def __init__(self, name: str, subject: Subject, grid: Grid, cipher: Cipher | None = None):
+        self.name = name
+        self.subject = subject._replace(params=place(subject.params))
+        self.grid = grid
+        self.cipher = cipher
+        self.clean = subject.metric(subject.params)
+        if not self.clean > subject.worthless:
+            raise ValueError(
+                f"{name}: expected a network that is better than knowing nothing "
+                f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
+                "anything to steal an audit proves nothing: train it, or check metric and weights."
+            )
+        self.scores: dict[str, PyTree] = {}
+
+    # --- protections ---
+
+    def masks(self, strategy: str, share: float) -> Sequence[PyTree]:
+        """Nested masks of a strategy; learned importance is learned once."""
+        if strategy == EVERYTHING:
+            return everything(self.subject)
+        if strategy not in self.scores:
+            self.scores[strategy] = strategy_scores(self.subject, strategy, self.grid.seed)
+        return strategy_masks(
+            self.subject,
+            strategy,
+            self.scores[strategy],
+            share,
+            levels=self.grid.levels,
+            scope=self.grid.scope,
+        )
+
+    def keys(self, number: int, levels: int) -> Any:
+        """Keys of the audit's own, from its seed; what is shipped has random ones."""
+        text = f"selcrypt/audit/{self.grid.seed}/{number}"
+        digest = hashlib.sha256(text.encode()).digest()
+        return level_keys(digest, digest[:16], levels=levels)
+
+    def protected(self, strategy: str, share: float, number: int) -> tuple[PyTree, PyTree]:
+        """The file under the keys of this number, and the mask of all that is encrypted."""
+        masks = self.masks(strategy, share)
+        keys = self.keys(number, len(masks))
+        return encrypt(self.subject.params, masks, keys, cipher=self.cipher), masks[-1]
+
+    # --- cells ---
+
+    def plans(self) -> list[tuple[str, float]]:
+        """Strategy and share of all protections; everything last."""
+        listed = [(s, share) for s in self.grid.strategies for share in self.grid.shares]
+        return [*listed, (EVERYTHING, 1.0)]
+
+    def work(self, plans: Iterable[tuple[str, float]]) -> Iterator[Work]:
+        """The cells of protections."""
+        for strategy, share in plans:
+            at = f"{self.name}/{strategy}/{share:g}"
+            if strategy != EVERYTHING:
+                yield Work(f"{at}/levels", 1, lambda s=strategy, f=share: self._levels(s, f))
+                if self.grid.detection:
+                    cost = self.grid.steps[-1]
+                    yield Work(
+                        f"{at}/detection", cost, lambda s=strategy, f=share: self._detection(s, f)
+                    )
+                for level in self._climbs():
+                    cost = 2 * self.grid.keys * self.grid.steps[-1]
+                    yield Work(
+                        f"{at}/climb/{level}",
+                        cost,
+                        lambda s=strategy, f=share, m=level: self._climb(s, f, m),
+                    )
+            for attack, data, rate in self._attempts(strategy):
+                cost = self.grid.keys * (self.grid.steps[-1] if data else 1)
+                yield Work(
+                    f"{at}/{attack}/{data:g}/{rate:g}",
+                    cost,
+                    lambda s=strategy, f=share, a=attack, d=data, r=rate: self._attempt(
+                        s, f, a, d, r
+                    ),
+                )
+
+    def _attempts(self, strategy: str) -> list[tuple[str, float, float]]:
+        """Attack, data and rate."""
+        listed = []
+        for name in _ON_EVERYTHING if strategy == EVERYTHING else self.grid.attacks:
+            attack = ATTACKS[name]
+            if not applies(attack, self.subject):
+                continue
+            trains = attack.trains != "nothing"
+            listed += [
+                (name, data, rate)
+                for data in (self.grid.data if needs_data(attack) else (0.0,))
+                for rate in (self.grid.rates if trains else (0.0,))
+            ]
+        return listed
+
+    def _levels(self, strategy: str, share: float) -> list[list[float]]:
+        """Rows of share of all weights, and metric by key; level 0 first."""
+        masks = self.masks(strategy, share)
+        params = self.subject.params
+        total = sum(count.total for count in mask_counts(params, masks[-1]).values())
+        shares = [0.0]
+        shares += [sum(c.weights for c in mask_counts(params, m).values()) / total for m in masks]
+        rows = [[share] for share in shares]
+        for number in range(self.grid.keys):
+            keys = self.keys(number, len(masks))
+            file = encrypt(params, masks, keys, cipher=self.cipher)
+            for level, row in enumerate(rows):
+                opened = file
+                if level:
+                    opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
+                row.append(self.subject.metric(opened))
+        return rows
+
+    def _attempt(
+        self, strategy: str, share: float, attack: str, data: float, rate: float
+    ) -> dict[str, list[float]]:
+        """Number of steps → metric by key; NaN where the thief's training blew up."""
+        asks = needs_data(ATTACKS[attack])
+        stops = list(self.grid.steps) if asks else [0]
+        found: dict[str, list[float]] = {str(step): [] for step in stops}
+        for number in range(self.grid.keys):
+            file, mask = self.protected(strategy, share, number)
+            loot = Loot(self.subject, file, mask, jax.random.key(number))
+            batch: Any = example_batches(self.subject, data, number)[1] if asks else None
+            reached = {
+                step: self.subject.metric(params)
+                for step, params in run_attack(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
+            }
+            for step in stops:
+                found[str(step)].append(reached.get(step, math.nan))
+        return found
+
+    def _climbs(self) -> list[int]:
+        """Levels from which it is tried to climb."""
+        return sorted({1, self.grid.levels - 1} - {0}) if self.grid.climbing else []
+
+    def _climb(self, strategy: str, share: float, level: int) -> list[list[float]]:
+        """By key: metric of the level; the best after training; the same without the rest."""
+        masks = self.masks(strategy, share)
+        attack = ATTACKS["train all, batch statistics"]
+        found: list[list[float]] = [[], [], []]
+        if level >= len(masks):
+            return found
+        above = masks_between(masks[level - 1], masks[-1])
+        for number in range(self.grid.keys):
+            keys = self.keys(number, len(masks))
+            file = encrypt(self.subject.params, masks, keys, cipher=self.cipher)
+            opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
+            key = jax.random.key(number)
+            starts = (opened, resample(opened, above, key=key))
+            batch = example_batches(self.subject, max(self.grid.data), number)[1]
+            found[0].append(self.subject.metric(opened))
+            for start, row in zip(starts, found[1:], strict=True):
+                loot = Loot(self.subject, start, above, key)
+                reached = run_attack(
+                    attack, loot, batch, rate=self.grid.rates[0], stops=self.grid.steps
+                )
+                row.append(
+                    max(self.subject.metric(p) for p in (start, *(params for _, params in reached)))
+                )
+        return found
+
+    def _detection(self, strategy: str, share: float) -> dict[str, float]:
+        """A thief protects networks of his own, and learns to tell what is encrypted."""
+        file, mask = self.protected(strategy, share, 0)
+        # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
+        names = [
+            name
+            for name, leaf in named_leaves(self.subject.params).leaves.items()
+            if is_array(leaf) and len(leaf.shape) > 1
+        ]
+        data = max(self.grid.data)
+        own = []
+        for number in (1, 2):
+            start = self.subject.fresh(jax.random.key(number))
+            loot = Loot(self.subject, start, False, jax.random.key(number))
+            batch = example_batches(self.subject, data, number)[1]
+            trained = start
+            for _, trained in run_attack(
+                ATTACKS[SCRATCH], loot, batch, rate=self.grid.rates[0], stops=[self.grid.steps[-1]]
+            ):
+                pass
+            theirs = self.subject._replace(params=trained)
+            scores = strategy_scores(theirs, strategy, number)
+            masks = strategy_masks(
+                theirs, strategy, scores, share, levels=self.grid.levels, scope=self.grid.scope
+            )
+            keys = self.keys(-number, len(masks))
+            protected = encrypt(trained, masks, keys, cipher=self.cipher)
+            own.append((_only(protected, names), _only(masks[-1], names)))
+        result = detect(
+            _only(file, names),
+            _only(mask, names),
+            own,
+            seed=self.grid.seed,
+            original=_only(self.subject.params, names),
+        )
+        return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
+
+    # --- what comes out ---
+
+    def attempts(self, cells: Mapping[str, Any], strategy: str, share: float) -> list[Attempt]:
+        """The attacks of a protection from its cells."""
+        at = f"{self.name}/{strategy}/{share:g}"
+        return [
+            Attempt(attack, data, rate, {int(step): v for step, v in cell.items()})
+            for attack, data, rate in self._attempts(strategy)
+            for cell in [cells[f"{at}/{attack}/{data:g}/{rate:g}"]]
+        ]
+
+    def best(
+        self, attempts: Sequence[Attempt], shipped: Sequence[float], baseline: Sequence[Best] | None
+    ) -> list[Best]:
+        """The best for each share of data and budget of steps; a thief may also do nothing."""
+        listed = []
+        for data in self.grid.data:
+            for most in self.grid.steps:
+                found = {"as shipped": np.asarray(shipped, float)}
+                for attempt in attempts:
+                    if attempt.data in (0, data):
+                        for step, values in attempt.steps.items():
+                            if step <= most:
+                                old = found.get(attempt.attack, np.full(len(values), -np.inf))
+                                found[attempt.attack] = np.fmax(old, values)
+                values = np.stack(list(found.values()))
+                names = list(found)
+                winner = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
+                recovered = values.max(0).tolist()
+                gain = None
+                if baseline is not None:
+                    (floor,) = (b for b in baseline if (b.data, b.steps) == (data, most))
+                    # Where the architecture alone reaches the original there is nothing to steal.
+                    if self.clean > np.mean(floor.recovered):
+                        gain = advantage(
+                            recovered, floor.recovered, self.clean, seed=self.grid.seed
+                        )
+                listed.append(Best(data, most, recovered, winner, gain))
+        return listed
+
+    def report(
+        self, cells: Mapping[str, Any], plans: Iterable[tuple[str, float]], seconds: float
+    ) -> SubjectReport:
+        """All that was found out of these protections."""
+        baseline = self.baseline(cells)
+        params = self.subject.params
+        leaves = [leaf for leaf in named_leaves(params).leaves.values() if is_array(leaf)]
+        return SubjectReport(
+            name=self.name,
+            title=self.subject.title,
+            unit=self.subject.unit,
+            clean=self.clean,
+            worthless=self.subject.worthless,
+            weights=sum(math.prod(leaf.shape) for leaf in leaves),
+            examples=self.subject.examples,
+            protections=[
+                self.protection(cells, strategy, share, baseline)
+                for strategy, share in plans
+                if strategy != EVERYTHING
+            ],
+            baseline=baseline,
+            seconds=round(seconds, 1),
+        )
+
+    def baseline(self, cells: Mapping[str, Any]) -> list[Best]:
+        """What the architecture alone is worth."""
+        attempts = self.attempts(cells, EVERYTHING, 1.0)
+        return self.best(attempts, [-math.inf] * self.grid.keys, None)
+
+    def protection(
+        self, cells: Mapping[str, Any], strategy: str, share: float, baseline: Sequence[Best]
+    ) -> Protection:
+        """One protection from its cells."""
+        at = f"{self.name}/{strategy}/{share:g}"
+        rows = cells[f"{at}/levels"]
+        attempts = self.attempts(cells, strategy, share)
+        shipped = rows[0][1:]
+        return Protection(
+            name=protection_name(strategy, share),
+            strategy=strategy,
+            share=rows[-1][0],
+            shipped=shipped,
+            levels=[
+                Level(level, row[0], float(np.mean(row[1:]))) for level, row in enumerate(rows)
+            ],
+            attempts=attempts,
+            best=self.best(attempts, shipped, baseline),
+            detection=cells.get(f"{at}/detection", {}),
+            climbing=[
+                Climb(level, *cells[f"{at}/climb/{level}"])
+                for level in self._climbs()
+                if cells[f"{at}/climb/{level}"][0]
+            ],
+        )
+
+
+def protection_name(strategy: str, share: float) -> str:
+    """As ``"pss 8 %"``."""
+    plain, plus, rest = strategy.partition("+")
+    return f"{plain} {100 * share:.3g} %" + (f" + {rest}" if plus else "")
+
+
+def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
+    """What the upper one of two nested masks adds."""
+    below = named_leaves(lower).leaves
+    tree = named_leaves(upper)
+    return tree.rebuild(
+        {name: mask & ~below[name] for name, mask in tree.leaves.items() if is_array(mask)}
+    )
+
+
+def _only(tree: PyTree, names: Iterable[str]) -> dict[str, Any]:
+    leaves = named_leaves(tree).leaves
+    return {name: leaves[name] for name in names}

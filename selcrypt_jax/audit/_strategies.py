@@ -1,0 +1,138 @@
+"""What is encrypted: strategies by name, for the owner's network and for those of a thief."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from .. import importance
+from .._masks import nested_masks
+from .._pss import PSSConfig, pss
+from .._ranks import Scope
+from .._tree import is_array, named_leaves
+from ._subject import Subject, floats, normalisation_leaves
+
+CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
+LEARNED = ("pss", "pss-keep")
+EVERYTHING = "everything"
+NORMALISATION = "+normalisation"
+BATCHES = 16
+
+
+def check_strategy(name: str) -> None:
+    """Refuses a name that means nothing.
+
+    Raises:
+        ValueError: it is not known.
+    """
+    plain = name.removesuffix(NORMALISATION)
+    if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
+        return
+    raise ValueError(
+        f"strategies: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
+        f"{NORMALISATION} behind it or not, got {name!r}."
+    )
+
+
+def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
+    """Importance by a strategy; of those with data, from the owner's.
+
+    Args:
+        subject: trained.
+        name: see `check_strategy`; what stands behind the + does not matter here.
+        seed: of what is drawn.
+    """
+    plain = name.removesuffix(NORMALISATION)
+    key, select = jax.random.key(seed), subject.select
+    if plain.startswith("scores:"):
+        return _scores_of_file(subject, plain.removeprefix("scores:"))
+    if plain == "random":
+        return importance.random(subject.params, key=key, select=select)
+    if plain in ("taylor", "fisher"):
+        function: Any = getattr(importance, plain)
+        return function(
+            subject.loss_fn, subject.params, owner_batches(subject, seed), select=select
+        )
+    if plain in CLOSED_FORM:
+        return getattr(importance, plain)(subject.params, select=select)
+    objective = "keep" if plain == "pss-keep" else "break"
+    config = PSSConfig(objective, penalty=1e-5 if objective == "keep" else 2e-3)
+    return pss(
+        subject.loss_fn,
+        subject.params,
+        owner_batches(subject, seed),
+        key=key,
+        config=config,
+        select=select,
+    )
+
+
+def owner_batches(subject: Subject, seed: int) -> PyTree:
+    """Batches of all the training data, stacked as `pss` wants them."""
+    every = np.arange(subject.examples)
+    batches = [subject.batch(every, np.random.default_rng([seed, 1, i])) for i in range(BATCHES)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+
+
+def strategy_masks(
+    subject: Subject,
+    name: str,
+    scores: PyTree,
+    share: float,
+    *,
+    levels: int = 1,
+    scope: Scope = "leaf",
+) -> Sequence[PyTree]:
+    """Nested masks of the best groups, with the normalisation where the strategy says so.
+
+    Args:
+        subject: protected.
+        name: of the strategy.
+        scores: by `strategy_scores`.
+        share: of the groups.
+        levels: M. Level m may decrypt 0.6 + 0.4·m/M of the groups, as in the paper; normalisation
+            opens with level 1.
+        scope: of the share.
+    """
+    fractions = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
+    masks = nested_masks(scores, fractions, scope=scope)
+    if not name.endswith(NORMALISATION):
+        return masks
+    norms = normalisation_leaves(subject.params, subject.normalisation)
+    if not norms:
+        raise ValueError(
+            f"strategies: {name}: expected a network with normalisation, got none whose names "
+            f"match {subject.normalisation!r}. Set the subject's normalisation, or leave it out."
+        )
+    tree = named_leaves(subject.params)
+    whole = {n: np.ones(np.shape(leaf), bool) for n, leaf in norms.items()}
+    return tuple(
+        tree.rebuild_only(
+            {n: m for n, m in named_leaves(mask).leaves.items() if is_array(m)} | whole
+        )
+        for mask in masks
+    )
+
+
+def everything(subject: Subject) -> Sequence[PyTree]:
+    """The mask of a file of which nothing but architecture and statistics is left."""
+    return (floats(subject.params),)
+
+
+def _scores_of_file(subject: Subject, path: str) -> PyTree:
+    tree = named_leaves(subject.params)
+    try:
+        found = safetensors.numpy.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path}: expected scores in a .safetensors file: {error}") from None
+    unknown = sorted(set(found) - set(tree.leaves))
+    if unknown:
+        raise ValueError(
+            f"{path}: expected scores under the names of the parameters, got {unknown[0]!r}. They "
+            f"are {list(tree.leaves)[:3]} and so on: save named scores of the audited tree."
+        )
+    return tree.rebuild_only(found)

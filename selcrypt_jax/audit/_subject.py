@@ -1,0 +1,128 @@
+"""A trained network with its data, as a thief would like to have it."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray, PyTree
+
+from .._importance import LossFn
+from .._tree import NamedLeaves, is_array, named_leaves
+from ._finetune import TrainingLossFn
+
+NORMALISATION = r"(?i)(^|[/._])(batch_?|layer_?|group_?|instance_?)?(bn|norm|norms)\d*([/._]|$)"
+_RESET = {"scale": 1.0, "weight": 1.0, "var": 1.0, "running_var": 1.0}
+
+
+class Subject(NamedTuple):
+    """What is protected and attacked.
+
+    Attributes:
+        title: network and data, for people.
+        params: trained parameters, running statistics included.
+        loss_fn: ``(params, batch) -> scalar`` in evaluation mode.
+        metric: ``params -> float`` on test data; higher is better.
+        unit: of the metric, ``"dB"`` or ``"%"``.
+        worthless: the metric of knowing nothing.
+        examples: how many there are in the training data.
+        batch: ``(which, rng) -> batch`` of some of the examples ``which``, indices of those that
+            the thief has, drawn with a NumPy generator. All batches have one shape.
+        fresh: ``key -> params`` before training, for whoever starts from the architecture.
+        training_loss_fn: the loss in training mode, if there is one; see `TrainingLossFn`.
+        select: leaves whose groups are selected, a regular expression; None: two axes or more.
+        normalisation: names of normalisation parameters and statistics, a regular expression.
+    """
+
+    title: str
+    params: PyTree
+    loss_fn: LossFn
+    metric: Callable[[PyTree], float]
+    unit: str
+    worthless: float
+    examples: int
+    batch: Callable[[Int[np.ndarray, " n"], np.random.Generator], Any]
+    fresh: Callable[[PRNGKeyArray], PyTree]
+    training_loss_fn: TrainingLossFn | None = None
+    select: str | None = None
+    normalisation: str = NORMALISATION
+
+
+def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[str, Any]:
+    """Scales, biases and running statistics of normalisation layers.
+
+    Args:
+        params: any pytree.
+        pattern: regular expression searched in the names of leaves.
+
+    Returns:
+        name → leaf, of the floats with one axis whose name matches; none if there are none.
+    """
+    return {
+        name: leaf
+        for name, leaf in named_leaves(params).leaves.items()
+        if is_array(leaf)
+        and leaf.ndim == 1
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+        and re.search(pattern, name)
+    }
+
+
+def reset_normalisation(params: PyTree, pattern: str = NORMALISATION) -> PyTree:
+    """What a thief puts where normalisation is encrypted: scale and variance 1, the rest 0.
+
+    Arguments as of `normalisation_leaves`; leaves called scale, weight, var or running_var become
+    one, the others zero.
+    """
+    tree = named_leaves(params)
+    found = normalisation_leaves(params, pattern)
+    return tree.rebuild(
+        {
+            name: jnp.full_like(leaf, _RESET.get(re.split(r"[/.]", name)[-1], 0.0))
+            for name, leaf in found.items()
+        }
+    )
+
+
+def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:
+    """A mask of leaves as a whole; ``False`` elsewhere."""
+    masks = {name: np.ones(np.shape(tree.leaves[name]), bool) for name in names}
+    return tree.rebuild_only(masks)
+
+
+def floats(params: PyTree) -> PyTree:
+    """A mask of everything that is a float."""
+    tree = named_leaves(params)
+    return whole_leaves(
+        tree,
+        [
+            name
+            for name, leaf in tree.leaves.items()
+            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+        ],
+    )
+
+
+def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Callable[[int], Any]]:
+    """The batches of a thief who has a share of the training data.
+
+    Args:
+        subject: with the data.
+        share: of its examples, in (0, 1]; at least one.
+        seed: of which ones, and of the batches.
+
+    Returns:
+        How many examples he has; number of the step → batch.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"data: expected shares of the training data in (0, 1], got {share}.")
+    count = max(1, round(share * subject.examples))
+    which = np.random.default_rng(seed).permutation(subject.examples)[:count]
+    return count, lambda step: subject.batch(which, np.random.default_rng([seed, step]))
+
+
+def place(params: PyTree) -> PyTree:
+    """The same on the device, so that it is sent there once and not at every step."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_array(leaf) else leaf, params)

@@ -1,0 +1,379 @@
+"""The runner of attacks on a toy network, its settings, and the command."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from audit_toy import toy_subject
+from rich.console import Console
+
+import selcrypt_jax as sj
+from selcrypt_jax import audit
+from selcrypt_jax.audit._audit import audit as run_audit
+from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
+from selcrypt_jax.audit._run import Audit, Grid
+from selcrypt_jax.audit._subject import example_batches
+from selcrypt_jax.cli import main
+
+SMALL = Grid(
+    strategies=("l2", "l2+normalisation"),
+    shares=(0.2,),
+    data=(0.2,),
+    steps=(5, 40),
+    rates=(1e-2,),
+    keys=2,
+    levels=2,
+)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return toy_subject()
+
+
+# --- attacks ------------------------------------------------------------------------------------
+
+
+def test_normalisation_is_found_and_reset(subject):
+    found = audit.normalisation_leaves(subject.params)
+    assert list(found) == ["norm/bias", "norm/mean", "norm/scale", "norm/var"]
+    norm = audit.reset_normalisation(subject.params)["norm"]
+    assert {name: float(leaf.mean()) for name, leaf in norm.items()} == {
+        "scale": 1, "var": 1, "bias": 0, "mean": 0
+    }  # fmt: skip
+    names = ["bn1/weight", "layers.3.bn.running_var", "batch_norm/mean", "layernorm_2/scale"]
+    assert set(audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(
+        names
+    )
+    others = ["abnormal/bias", "subnormal", "conv/bias", "dnbn"]
+    assert not audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in others})
+
+
+def test_statistics_are_estimated_anew(subject):
+    """Who has the kernels gets running statistics for nothing, without moving a weight."""
+    params = subject.params | {
+        "norm": subject.params["norm"]
+        | {"mean": subject.params["norm"]["mean"] + 1, "var": subject.params["norm"]["var"] * 9}
+    }
+    loot = audit.Loot(subject, params, True, jax.random.key(0))
+    _, batch = example_batches(subject, 1.0, 0)
+    attack = audit.ATTACKS["re-estimate statistics"]
+    ((step, found),) = audit.run_attack(attack, loot, batch, rate=1.0, stops=[80])
+    assert step == 80
+    for name in ("first", "last"):
+        np.testing.assert_array_equal(found[name]["kernel"], subject.params[name]["kernel"])
+    for name in ("mean", "var"):
+        np.testing.assert_allclose(
+            found["norm"][name], subject.params["norm"][name], atol=0.35, rtol=0.35
+        )
+    assert subject.metric(found) > subject.metric(params) + 5
+
+
+def test_statistics_move_as_they_would_in_a_loop_of_ones_own(subject):
+    _, batch = example_batches(subject, 1.0, 0)
+    expected = jax.tree.map(jnp.asarray, subject.fresh(jax.random.key(1)))
+    start = expected
+    for number in (1, 2, 3):
+        gradients, after = jax.grad(subject.training_loss_fn, has_aux=True)(expected, batch(number))
+        expected = jax.tree.map(lambda w, g: w - 0.1 * g, expected, gradients)
+        for name in ("mean", "var"):
+            expected["norm"][name] = after["norm"][name]
+    (found,) = audit.fine_tune(
+        start, subject.training_loss_fn, batch, stops=[3], optimizer=optax.sgd(1.0), rate=0.1,
+        statistics=True,
+    )  # fmt: skip
+    for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rates_share_a_compiled_step(subject):
+    compiled = []
+
+    def loss_fn(params, batch):
+        compiled.append(1)
+        return subject.loss_fn(params, batch)
+
+    _, batch = example_batches(subject, 0.1, 0)
+    optimizer = optax.adam(1.0)
+    for rate in (1e-3, 1e-2):
+        list(audit.fine_tune(
+            subject.params, loss_fn, batch, stops=[2], optimizer=optimizer, rate=rate
+        ))  # fmt: skip
+    assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("name", audit.ATTACKS)
+def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
+    attack = audit.ATTACKS[name]
+    masks = Audit("toy", subject, SMALL).masks("l2+normalisation", 0.2)
+    keys = sj.level_keys(bytes(32), bytes(16), levels=2)
+    file = sj.encrypt(subject.params, masks, keys)
+    before = jax.tree.map(np.array, file)
+    loot = audit.Loot(subject, file, masks[-1], jax.random.key(0))
+    _, batch = example_batches(subject, 0.5, 0)
+    reached = list(audit.run_attack(attack, loot, batch, rate=1e-3, stops=[1, 3]))
+    trains = attack.trains != "nothing" or attack.statistics
+    assert [step for step, _ in reached] == ([1, 3] if trains else [0])
+    changed = {
+        name: (np.asarray(a) != b).mean()
+        for (name, a), b in zip(
+            sj._tree.named_leaves(reached[-1][1]).leaves.items(),
+            jax.tree.leaves(before),
+            strict=True,
+        )
+    }
+    # Within few steps no better order may be found.
+    assert any(changed.values()) or attack.trains == "order"
+    if attack.trains == "normalisation":
+        assert not changed["first/kernel"]
+        assert not changed["last/kernel"]
+    if attack.trains == "suspected":
+        np.testing.assert_allclose(changed["first/kernel"], 0.2, atol=0.05)
+    if attack.trains == "order":
+        values = [np.asarray(tree["first"]["kernel"]) for tree in (file, reached[-1][1])]
+        np.testing.assert_array_equal(*(np.sort(v.ravel()) for v in values))
+    for a, b in zip(jax.tree.leaves(file), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_pruning_guesses_the_largest(subject):
+    mask = {"first": {"kernel": False}, "norm": False, "last": {"kernel": False}}
+    chosen = np.zeros((24, 64), bool)
+    chosen.flat[:100] = True
+    mask["first"] = {"kernel": chosen}
+    loot = audit.Loot(subject, subject.params, mask, jax.random.key(0))
+    ((_, found),) = audit.run_attack(
+        audit.ATTACKS["prune the largest"], loot, lambda _: None, rate=0, stops=[]
+    )
+    size = np.abs(subject.params["first"]["kernel"])
+    np.testing.assert_array_equal(
+        np.asarray(found["first"]["kernel"]) == 0, size >= np.sort(size.ravel())[-100]
+    )
+
+
+# --- what comes out -----------------------------------------------------------------------------
+
+
+class Identity:
+    """A cipher that encrypts nothing."""
+
+    def check(self, ring, leaf): ...
+
+    def run(self, leaves, rings, keys, *, inverse):
+        return dict(leaves)
+
+
+def report_of(subject, grid, cipher=None):
+    whole = Audit("toy", subject, grid, cipher)
+    plans = whole.plans()
+    cells = {cell.name: cell.run() for cell in whole.work(plans)}
+    return whole.report(cells, plans, 0.0)
+
+
+@pytest.mark.slow
+def test_a_report_of_a_toy(subject):
+    report = report_of(subject, SMALL)
+    assert report.weights == 24 * 64 + 4 * 64 + 64 * 8
+    assert report.clean == pytest.approx(30, abs=0.1)
+    kernels, both = report.protections
+    assert kernels.share == pytest.approx(0.2 * (24 * 64 + 64 * 8) / report.weights, abs=1e-3)
+    assert both.share == pytest.approx(kernels.share + 4 * 64 / report.weights, abs=1e-6)
+    for protection in report.protections:
+        metrics = [level.metric for level in protection.levels]
+        assert metrics[-1] == pytest.approx(report.clean)
+        assert metrics[0] == pytest.approx(np.mean(protection.shipped))
+        assert metrics[0] < report.clean - 10
+        assert [(best.data, best.steps) for best in protection.best] == [(0.2, 5), (0.2, 40)]
+        for best in protection.best:
+            every = [
+                values
+                for attempt in protection.attempts
+                for step, values in attempt.steps.items()
+                if step <= best.steps
+            ]
+            np.testing.assert_allclose(best.recovered, np.max([*every, protection.shipped], axis=0))
+            (floor,) = (b for b in report.baseline if (b.data, b.steps) == (best.data, best.steps))
+            expected = (np.mean(best.recovered) - np.mean(floor.recovered)) / (
+                report.clean - np.mean(floor.recovered)
+            )
+            assert best.advantage.mean == pytest.approx(expected)
+        # More steps give no less.
+        assert protection.best[1].recovered >= protection.best[0].recovered
+        assert 0 <= protection.detection["auc"] <= 1
+        (climb,) = protection.climbing  # of two levels, from the first
+        assert climb.level == 1
+        np.testing.assert_allclose(np.mean(climb.opened), metrics[1])
+        assert all(a >= b for a, b in zip(climb.recovered, climb.opened, strict=True))
+        assert len(climb.without) == 2
+
+
+def test_no_encryption_is_seen(subject):
+    grid = dataclasses.replace(
+        SMALL, detection=False, attacks=("train all",), keys=1, climbing=False
+    )
+    for protection in report_of(subject, grid, Identity()).protections:
+        assert all(best.advantage.mean == pytest.approx(1, abs=1e-3) for best in protection.best)
+
+
+def test_a_network_that_is_worth_nothing_is_refused(subject):
+    untrained = subject._replace(params=jax.tree.map(jnp.zeros_like, subject.params))
+    with pytest.raises(ValueError, match="better than knowing nothing"):
+        Audit("toy", untrained, SMALL)
+
+
+def test_training_that_blows_up_does_not_count(subject):
+    grid = dataclasses.replace(
+        SMALL, rates=(1e-2, 1e30), attacks=("train all",), detection=False, climbing=False,
+        keys=1,
+    )  # fmt: skip
+    report = report_of(subject, grid)
+    (wild,) = (a for a in report.protections[0].attempts if a.rate == 1e30)
+    assert np.isnan(wild.steps[40]).all()
+    assert np.isfinite(report.protections[0].best[-1].recovered).all()
+
+
+# --- settings -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategies": ("best",)}, "strategies: expected"),
+        ({"attacks": ("magic",)}, "attacks: expected"),
+        ({"shares": (0.0,)}, r"shares: expected shares in \(0, 1\]"),
+        ({"data": (1.5,)}, "data: expected shares"),
+        ({"steps": (10, 5)}, "steps: expected ascending"),
+        ({"rates": (float("nan"),)}, "rates: expected positive"),
+        ({"rates": ()}, "rates: expected at least one"),
+        ({"keys": 0}, "keys: expected at least 1"),
+    ],
+)
+def test_a_bad_grid(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(Grid(), **change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("subjects = 3", r"expected a table \[subjects.NAME\]"),
+        ("[subject.a]\nmake='dncnn'", "expected only subjects, grid, got 'subject'"),
+        ("[subjects.a]\nmake=3", "expected make"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nkeys=1.5", "keys: expected int"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nshares=0.1", "shares: expected a list of float"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nshare=[0.1]", "expected only .*, got 'share'"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nsteps=[5, 1]", "steps: expected ascending"),
+        ("[subjects.a", "expected TOML"),
+    ],
+)
+def test_a_bad_configuration(tmp_path, text, message):
+    path = tmp_path / "audit.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_config(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_no_such_configuration():
+    with pytest.raises(FileNotFoundError, match="expected demo"):
+        read_config("nothing.toml")
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "message"),
+    [
+        ("nothing", {}, "import path module:function"),
+        ("no_such_module:subject", {}, "expected 'no_such_module:subject' to import"),
+        ("audit_toy:toy_subject", {"wrong": 1}, "wrong"),
+        ("audit_toy:INPUTS", {}, "expected a function"),
+        ("builtins:dict", {}, "to return a Subject, got dict"),
+        ("dncnn", {"weights": "a"}, "missing a required argument: 'images'"),
+        ("dncnn", {"weights": "a", "images": "b", "tests": "c"}, "a: expected a .safetensors file"),
+    ],
+)
+def test_a_bad_subject(make, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_subject(SubjectConfig("mine", make, arguments))
+
+
+def test_the_demo_is_built_in():
+    config = read_config("demo")
+    assert [subject.make for subject in config.subjects] == ["demo-vgg19", "demo-dncnn"]
+    quick = config.grid.quick()
+    assert quick.shares == (0.08,)
+    assert quick.keys == 1
+    assert set(quick.attacks) < set(config.grid.attacks)
+
+
+# --- whole runs ---------------------------------------------------------------------------------
+
+CONFIG = AuditConfig(
+    (SubjectConfig("toy", "audit_toy:toy_subject", {"examples": 256}),),
+    dataclasses.replace(SMALL, attacks=("resample", "train all"), detection=False, climbing=False),
+)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
+    whole = run_audit(CONFIG, tmp_path / "whole", console=QUIET)
+    calls = []
+    attempt = Audit._attempt
+
+    def dying(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return attempt(self, *arguments)
+
+    monkeypatch.setattr(Audit, "_attempt", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run_audit(CONFIG, tmp_path / "killed", console=QUIET)
+    done = len(calls) - 1
+    again = run_audit(CONFIG, tmp_path / "killed", console=QUIET)
+    assert len(calls) == 4 + sum(len(p.attempts) for p in again.subjects[0].protections) + 3 - done
+    strip = {"seconds": 0.0}
+    assert [dataclasses.replace(s, **strip) for s in again.subjects] == [
+        dataclasses.replace(s, **strip) for s in whole.subjects
+    ]
+    assert not list((tmp_path / "killed").glob(".audit*"))
+
+
+@pytest.mark.slow
+def test_advice_is_the_smallest_share_that_meets_the_target(tmp_path):
+    report = run_audit(CONFIG, tmp_path, target_advantage=0.3, console=QUIET)
+    assert [row["strategy"] for row in report.advice] == list(SMALL.strategies)
+    for row in report.advice:
+        gains = {
+            round(p.best[-1].advantage.mean, 6): p.name
+            for p in report.subjects[0].protections
+            if p.strategy == row["strategy"]
+        }
+        assert len(gains) >= 3
+        if row["protection"] is None:
+            assert min(gains) > 0.3
+        else:
+            assert row["advantage"]["mean"] <= 0.3
+            assert gains[round(row["advantage"]["mean"], 6)] == row["protection"]
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("from audit_toy import toy_subject\n")
+    (tmp_path / "audit.toml").write_text(
+        '[subjects.mine]\nmake = "mine:toy_subject"\nexamples = 128\n'
+        '[grid]\nstrategies = ["l2"]\nshares = [0.2]\ndata = [0.5]\nsteps = [5]\nrates = [0.01]\n'
+        "keys = 1\nlevels = 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", "audit.toml", "-o", "out", "--quick"]) == 0
+    assert "report.html" in capsys.readouterr().out
+    content = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert content["subjects"][0]["title"] == "a teacher of 2,304 weights"
+    assert all(check["passed"] for check in content["cipher"])
+    assert main(["audit", "none.toml", "-o", "out"]) == 1
+    assert "expected demo" in capsys.readouterr().err
