@@ -249,7 +249,7 @@ def plan_rings(
             )
             continue
         below = 0
-        for level, count in enumerate(_merged(counts, weights, cipher), 1):
+        for level, count in enumerate(merged_counts(counts, weights, cipher), 1):
             if count == below:
                 continue
             ring = seal_mask(name, (ranks >= below) & (ranks < count))
@@ -305,7 +305,7 @@ def check_room(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> No
         )
 
 
-def _merged(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
+def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
     """The counts of a leaf's levels once rings of few orders have moved up."""
     if not cipher.permute:
         return list(counts)

@@ -415,9 +415,9 @@ def successor(params, change=1e-3):
 
 CIPHERS = [
     sj.LosslessCipher(),
-    sj.LosslessCipher(unit="group"),
     sj.LosslessCipher(permute=False),
-    sj.LosslessCipher(fine_bits=18),
+    pytest.param(sj.LosslessCipher(unit="group"), marks=pytest.mark.slow),
+    pytest.param(sj.LosslessCipher(fine_bits=18), marks=pytest.mark.slow),
 ]
 
 

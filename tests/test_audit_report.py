@@ -12,7 +12,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from selcrypt_jax.audit import _plots, _report
+from selcrypt_jax.audit import _json_report, _plots, _report
 from selcrypt_jax.audit._records import (
     Advantage,
     Attempt,
@@ -242,7 +242,7 @@ def without_nan(value):
 
 def test_what_is_written_is_read(written):
     made, folder = written
-    again = _report.read_report(folder / "audit.json")
+    again = _json_report.read_report(folder / "audit.json")
     assert isinstance(again, AuditReport)
     assert without_nan(dataclasses.asdict(again)) == without_nan(dataclasses.asdict(made))
     if made is CASES["typical"]:
@@ -261,7 +261,7 @@ def test_the_json_is_strict_and_says_what_is_what(folder_of):
     assert failed["best"][0]["advantage"] == {"mean": None, "low": None, "high": None}
     assert failed["attempts"][0]["steps"] == {"50": [None, None]}
     assert content["settings"] == {"limit": None}
-    again = _report.read_report(folder / "audit.json").subjects[0].protections[1]
+    again = _json_report.read_report(folder / "audit.json").subjects[0].protections[1]
     assert math.isnan(again.attempts[0].steps[50][0])
     assert again.best[0].advantage is not None
     assert CASES["typical"].subjects[0].baseline[0].advantage is None
@@ -270,7 +270,7 @@ def test_the_json_is_strict_and_says_what_is_what(folder_of):
 def test_settings_may_be_of_numpy_and_paths(tmp_path):
     settings = {"rate": np.float32(0.5), "steps": (1, np.int64(2)), "data": Path("a") / "b"}
     _report.write_report(report(settings=settings), tmp_path)
-    again = _report.read_report(tmp_path / "audit.json")
+    again = _json_report.read_report(tmp_path / "audit.json")
     assert again.settings == {"rate": 0.5, "steps": [1, 2], "data": str(Path("a") / "b")}
 
 
@@ -326,7 +326,7 @@ def test_bad_json_is_refused(case, folder_of, tmp_path):
     change(content)
     path.write_text(json.dumps(content), "utf-8")
     with pytest.raises(ValueError, match=message) as error:
-        _report.read_report(path)
+        _json_report.read_report(path)
     assert str(error.value).startswith(f"{path}: ")
     assert str(error.value).endswith("run the audit again.")
 
@@ -336,7 +336,7 @@ def test_bad_files_are_refused(raw, tmp_path):
     path = tmp_path / "audit.json"
     path.write_bytes(raw)
     with pytest.raises(ValueError, match=r"audit\.json: expected .*, got.* run the audit again"):
-        _report.read_report(path)
+        _json_report.read_report(path)
 
 
 def test_an_unfinished_or_older_audit_has_no_advice(tmp_path):
@@ -344,7 +344,7 @@ def test_an_unfinished_or_older_audit_has_no_advice(tmp_path):
     content = json.loads((tmp_path / "audit.json").read_text("utf-8"))
     del content["advice"]
     (tmp_path / "audit.json").write_text(json.dumps(content), "utf-8")
-    assert _report.read_report(tmp_path / "audit.json") == report()
+    assert _json_report.read_report(tmp_path / "audit.json") == report()
 
 
 # --- pictures -------------------------------------------------------------------------------------

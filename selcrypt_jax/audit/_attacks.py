@@ -7,13 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._masks import checked_mask
 from .._tree import named_leaves
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
-from ._subject import Subject, normalisation_leaves, reset_normalisation, whole_leaves
+from ._subject import (
+    Subject,
+    is_scale,
+    normalisation_leaves,
+    reset_normalisation,
+    whole_leaves,
+)
 from ._unshuffle import unshuffle
 
 
@@ -67,16 +73,20 @@ def _normalisation_reset(loot: Loot) -> PyTree:
 
 
 def _normalisation_averaged(loot: Loot) -> PyTree:
-    """Its own mean in each normalisation leaf in which something is encrypted.
+    """Means in the normalisation leaves in which something is encrypted; of scales, of their size.
 
     The lossless cipher keeps the values up to their fine bits: only their order is lost.
     """
     params = named_leaves(loot.params)
     masks = checked_mask(params, loot.mask, "mask")
     norms = normalisation_leaves(loot.params, loot.subject.normalisation)
-    return params.rebuild(
-        {n: jnp.full_like(leaf, leaf.mean()) for n, leaf in norms.items() if masks[n].any()}
-    )
+
+    def average(name: str, leaf: Array) -> Array:
+        # Scales of both signs would cancel out.
+        mean = jnp.sqrt(jnp.square(leaf).mean()) if is_scale(name) else leaf.mean()
+        return jnp.full_like(leaf, mean)
+
+    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items() if masks[n].any()})
 
 
 def _without_normalisation(loot: Loot) -> PyTree:

@@ -23,7 +23,7 @@ from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
 from ._keysearch import key_search
-from ._records import AuditReport, Best, SubjectReport
+from ._records import AuditReport, Best, CipherCheck, SubjectReport
 from ._report import write_report
 from ._run import Audit, Grid, protection_name
 from ._strategies import EVERYTHING
@@ -67,7 +67,7 @@ def audit(
     probe.unlink()
     grid = config.grid.quick() if quick else config.grid
 
-    reports, advice, kept = [], [], []
+    reports, advice, kept, checks = [], [], [], []
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
@@ -78,11 +78,15 @@ def audit(
         for described in config.subjects:
             cells = _cells(out, described, grid)
             kept.append(cells)
-            report, found = _audit_subject(described, grid, cells, target_advantage, progress)
+            report, found, two_files = _audit_subject(
+                described, grid, cells, target_advantage, progress
+            )
             reports.append(report)
             advice += found
+            checks += two_files
         task = progress.add_task("The cipher, and keys", total=1)
-        checks, keys = check_cipher(seed=grid.seed), key_search()
+        checks = [*check_cipher(seed=grid.seed), *checks]
+        keys = key_search()
         progress.advance(task)
     result = AuditReport(
         version=__version__,
@@ -124,7 +128,7 @@ def _audit_subject(
     cells: Cells,
     target: float | None,
     progress: Progress,
-) -> tuple[SubjectReport, list[dict[str, Any]]]:
+) -> tuple[SubjectReport, list[dict[str, Any]], list[CipherCheck]]:
     start = time.perf_counter()
     task = progress.add_task(f"{described.name}: read or train", total=None)
     audit = Audit(described.name, make_subject(described), grid)
@@ -151,7 +155,8 @@ def _audit_subject(
             found, tried = advise(audit, cells, strategy, target, carry_out)
             advice.append({"subject": described.name, **found})
             plans += [(strategy, share) for share in sorted(tried)]
-    return audit.report(cells.found, plans, time.perf_counter() - start), advice
+    two_files = audit.two_files()
+    return audit.report(cells.found, plans, time.perf_counter() - start), advice, two_files
 
 
 def advise(
@@ -176,6 +181,11 @@ def advise(
     while low < high:
         middle = (low + high) // 2
         share = BUDGETS[middle]
+        try:
+            audit.protected(strategy, share, 0)
+        except ValueError:  # too few weights to hide among each other
+            low = middle + 1
+            continue
         carry_out([(strategy, share)], protection_name(strategy, share))
         rows = audit.protection(cells.found, strategy, share, baseline).best
         tried[share] = max(rows, key=lambda row: (row.data, row.steps))

@@ -26,7 +26,8 @@ ModelLoss = Callable[[Any, Any], Float[Array, ""]]
 def evaluating(model: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
     """Graph, parameters with running statistics, and the rest, in evaluation mode."""
     model.eval()
-    return nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    parts: Any = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    return parts
 
 
 def training_loss(graphdef: nnx.GraphDef, rest: nnx.State, loss: ModelLoss) -> TrainingLossFn:
@@ -304,7 +305,8 @@ def _model(weights: str, kind: type, *, eps: float) -> Any:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path}: expected a .safetensors file: {error}") from None
     try:
-        model = model_of({n: t.astype(jnp.float32) for n, t in tensors.items()}, eps=eps)
+        wide: Any = {n: t.astype(jnp.float32) for n, t in tensors.items()}
+        model = model_of(wide, eps=eps)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(model, kind):

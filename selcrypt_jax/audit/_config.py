@@ -79,13 +79,14 @@ def read_config(config: str) -> AuditConfig:
         )
     subjects = []
     for name, table in tables.items():
-        if not isinstance(table, dict) or not isinstance(table.get("make"), str):
+        make = table.get("make") if isinstance(table, dict) else None
+        if not isinstance(make, str):
             raise ValueError(
                 f'{path}: [subjects.{name}]: expected make = "module:function" or one of '
-                f"{', '.join(BUILT_IN)}, got {table.get('make') if isinstance(table, dict) else table!r}."
+                f"{', '.join(BUILT_IN)}, got {make!r}."
             )
         arguments = {key: value for key, value in table.items() if key != "make"}
-        subjects.append(SubjectConfig(name, table["make"], arguments))
+        subjects.append(SubjectConfig(name, make, arguments))
     return AuditConfig(tuple(subjects), _grid(f"{path}: [grid]", content.get("grid", {})))
 
 

@@ -1,16 +1,12 @@
 """``audit.json``, the pictures, and a page for those who decide."""
 
-import dataclasses
 import importlib.resources
 import io
 import json
 import math
-import os
 import re
-import types
-import typing
 from collections.abc import Iterable, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
@@ -18,7 +14,7 @@ import numpy as np
 from markupsafe import Markup
 
 from .._atomic import new_file
-from .._json import json_object, show
+from ._json_report import plain, report_bytes
 from ._plots import data_name, draw_advantage, draw_curves, draw_levels, inline_svg
 from ._records import Advantage, AuditReport, Best, KeySearch, Protection, SubjectReport
 
@@ -26,7 +22,6 @@ _TARGET = 0.1  # the advantage that counts as "hardly more than the architecture
 _TRACE = 0.05  # AUC that a cipher may add
 _DRAW = {"curves": draw_curves, "advantage": draw_advantage, "levels": draw_levels}
 _MISSING = "–"
-_REMEDY = "Pass the audit.json that an audit of this version wrote, or run the audit again."
 _SECONDS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 
 
@@ -43,11 +38,9 @@ def write_report(report: AuditReport, folder: Path) -> None:
         OSError: the folder cannot be made or written to.
         TypeError: settings or advice that JSON cannot express.
     """
-    content = json.dumps(
-        _plain(dataclasses.asdict(report)), allow_nan=False, indent=1, ensure_ascii=False
-    )
+    content = report_bytes(report)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "audit.json", f"{content}\n".encode())
+    _write(folder / "audit.json", content)
     views = []
     for number, (subject, name) in enumerate(
         zip(report.subjects, _file_names(report.subjects), strict=True), 1
@@ -71,28 +64,6 @@ def write_report(report: AuditReport, folder: Path) -> None:
     _write(folder / "report.html", page.encode())
 
 
-def read_report(path: str | os.PathLike[str]) -> AuditReport:
-    """Reads an ``audit.json``.
-
-    Args:
-        path: of the file.
-
-    Returns:
-        What was written, but for numbers that were not finite, which are NaN, and for tuples in
-        the settings, which are lists.
-
-    Raises:
-        OSError: there is no such file, or it is closed to us.
-        ValueError: it is not JSON, or not of an audit.
-    """
-    name = os.fspath(path)
-    try:
-        value = json_object(Path(path).read_bytes(), name)
-    except ValueError as error:
-        raise ValueError(f"{error} {_REMEDY}") from None
-    return _read(AuditReport, value, name)
-
-
 # --- files ----------------------------------------------------------------------------------------
 
 
@@ -111,83 +82,14 @@ def _file_names(subjects: Iterable[SubjectReport]) -> list[str]:
     return names
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it: no tuples, no NaN."""
-    if isinstance(value, Advantage):
-        return _plain(value._asdict())
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
-    if isinstance(value, PurePath):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def _settings(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
     """Names with dots, and values as JSON has them."""
     if isinstance(value, dict) and value:
         for key, each in value.items():
             yield from _settings(each, f"{name}.{key}" if name else str(key))
     elif name:
-        text = value if isinstance(value, str) else json.dumps(_plain(value), ensure_ascii=False)
+        text = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
         yield name, text
-
-
-_WORDS = {str: "text", int: "an integer", float: "a number or null", bool: "true or false"}
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """A value of a type that occurs in the records."""
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any or (origin is types.UnionType and value is None):
-        return value
-    if origin is types.UnionType:
-        return _read(args[0], value, where)
-    if origin is list and isinstance(value, list):
-        return [_read(args[0], each, f"{where}[{i}]") for i, each in enumerate(value)]
-    if origin is dict and isinstance(value, dict):
-        return {
-            _key(args[0], key, where): _read(args[1], each, f"{where}[{show(key)}]")
-            for key, each in value.items()
-        }
-    if kind in _WORDS:
-        if kind is float and value is None:
-            return math.nan
-        if type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-    elif origin is None and isinstance(value, dict):
-        return _read_record(kind, value, where)
-    expected = _WORDS.get(kind, "a list" if origin is list else "an object")
-    raise _wrong(where, expected, show(value))
-
-
-def _key(kind: type, key: str, where: str) -> Any:
-    if kind is int and not re.fullmatch(r"0|[1-9][0-9]{0,15}", key):
-        raise _wrong(where, "numbers of steps as keys", show(key))
-    return kind(key)
-
-
-def _read_record(kind: Any, value: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    # What need not be measured has a default, and may be missing.
-    optional = {"detection", "advice"}
-    if value.keys() - hints.keys() or hints.keys() - value.keys() - optional:
-        raise _wrong(where, f"the keys {', '.join(hints)}", ", ".join(value) or "none")
-    return kind(
-        **{name: _read(hints[name], each, f"{where}: {name}") for name, each in value.items()}
-    )
-
-
-def _wrong(where: str, expected: str, got: str) -> ValueError:
-    return ValueError(f"{where}: expected {expected}, got {got}. {_REMEDY}")
-
-
-# --- words and numbers ----------------------------------------------------------------------------
 
 
 def _describe(kind: str, subject: SubjectReport) -> str:
@@ -241,6 +143,11 @@ def _verdict(subject: SubjectReport) -> str:
         else "the architecture alone was not tried"
     )
     original = f"the original has {_quality([subject.clean], subject)}"
+    if baseline and np.mean(baseline.recovered) >= subject.clean:
+        return (
+            f"There is nothing to steal: {original}, and {alone}. Whoever has as much data "
+            f"({thief}) trains as good a network himself, whatever is encrypted."
+        )
     if not rated:
         return (
             f"No advantage could be computed for the strongest thief tried ({thief}): {original}, "
@@ -441,6 +348,17 @@ def _view(
             {"name": _kept(p.name), **_detected(p.detection)}
             for p in subject.protections
             if p.detection
+        ],
+        "climbing": [
+            {
+                "name": _kept(p.name),
+                "level": climb.level,
+                "opened": _quality(climb.opened, subject, unit=False),
+                "recovered": _quality(climb.recovered, subject, unit=False),
+                "without": _quality(climb.without, subject, unit=False),
+            }
+            for p in subject.protections
+            for climb in p.climbing
         ],
         "advice": [_kept(sentence) for sentence in _how_much(subject, advice)],
         "figures": figures,

@@ -20,7 +20,7 @@ from ._advantage import advantage
 from ._attacks import ATTACKS, Loot, applies, needs_data, run_attack
 from ._detection import detect
 from ._fill import resample
-from ._records import Attempt, Best, Climb, Level, Protection, SubjectReport
+from ._records import Attempt, Best, CipherCheck, Climb, Level, Protection, SubjectReport
 from ._strategies import (
     EVERYTHING,
     check_strategy,
@@ -29,6 +29,7 @@ from ._strategies import (
     strategy_scores,
 )
 from ._subject import Subject, example_batches, place
+from ._twofiles import shared_keystream
 
 SCRATCH = "from scratch"
 # Attacks that need places or plain weights are of no use where everything is encrypted.
@@ -321,11 +322,11 @@ class Audit:
             start = self.subject.fresh(jax.random.key(number))
             loot = Loot(self.subject, start, False, jax.random.key(number))
             batch = example_batches(self.subject, data, number)[1]
-            trained = start
-            for _, trained in run_attack(
-                ATTACKS[SCRATCH], loot, batch, rate=self.grid.rates[0], stops=[self.grid.steps[-1]]
-            ):
-                pass
+            stops = [self.grid.steps[-1]]
+            reached = run_attack(
+                ATTACKS[SCRATCH], loot, batch, rate=self.grid.rates[0], stops=stops
+            )
+            trained = next((params for _, params in reached), start)
             theirs = self.subject._replace(params=trained)
             scores = strategy_scores(theirs, strategy, number)
             masks = strategy_masks(
@@ -342,6 +343,30 @@ class Audit:
             original=_only(self.subject.params, names),
         )
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
+
+    def two_files(self) -> list[CipherCheck]:
+        """Whether keystreams repeat between files of this network, or of its successor."""
+        strategy, share = self.grid.strategies[0], max(self.grid.shares)
+        masks = self.masks(strategy, share)
+        batch = example_batches(self.subject, 1.0, 0)[1]
+        loot = Loot(self.subject, self.subject.params, False, jax.random.key(0))
+        ((_, successor),) = run_attack(
+            ATTACKS["train all"], loot, batch, rate=self.grid.rates[0], stops=[1]
+        )
+        files = [
+            encrypt(params, masks, self.keys(number, len(masks)), cipher=self.cipher)
+            for number, params in enumerate([self.subject.params, self.subject.params, successor])
+        ]
+        return [
+            replace(
+                shared_keystream(files[0], other, masks[-1]),
+                name=f"{self.name}: {what} share no keystream",
+            )
+            for other, what in (
+                (files[1], "two files of one network"),
+                (files[2], "a network and its fine-tuned successor"),
+            )
+        ]
 
     # --- what comes out ---
 

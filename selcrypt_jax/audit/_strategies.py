@@ -1,5 +1,6 @@
 """What is encrypted: strategies by name, for the owner's network and for those of a thief."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,9 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
+from .._lossless import LosslessCipher
 from .._masks import nested_masks
+from .._plan import merged_counts
 from .._pss import PSSConfig, pss
 from .._ranks import Scope
 from .._tree import is_array, named_leaves
@@ -99,7 +102,7 @@ def strategy_masks(
         scope: of the share.
     """
     fractions = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
-    masks = nested_masks(scores, fractions, scope=scope)
+    masks = _merged(subject.params, nested_masks(scores, fractions, scope=scope))
     if not name.endswith(NORMALISATION):
         return masks
     norms = normalisation_leaves(subject.params, subject.normalisation)
@@ -116,6 +119,22 @@ def strategy_masks(
         )
         for mask in masks
     )
+
+
+def _merged(params: PyTree, masks: Sequence[PyTree]) -> Sequence[PyTree]:
+    """The masks with rings that are too small merged upwards, leaf by leaf, as in a file."""
+    tree = named_leaves(params)
+    named = [named_leaves(mask).leaves for mask in masks]
+    new: list[dict[str, np.ndarray]] = [{} for _ in masks]
+    for name, leaf in tree.leaves.items():
+        if not is_array(named[-1][name]):
+            continue
+        counts = [int(level[name].sum()) for level in named]
+        weights = math.prod(leaf.shape) // named[-1][name].size
+        for mask, count in zip(new, merged_counts(counts, weights, LosslessCipher()), strict=True):
+            whole = named[counts.index(count)][name] if count else np.zeros_like(named[-1][name])
+            mask[name] = whole
+    return tuple(tree.rebuild_only(mask) for mask in new)
 
 
 def everything(subject: Subject) -> Sequence[PyTree]:

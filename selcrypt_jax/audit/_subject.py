@@ -14,7 +14,7 @@ from .._tree import NamedLeaves, is_array, named_leaves
 from ._finetune import TrainingLossFn
 
 NORMALISATION = r"(?i)(^|[/._])(batch_?|layer_?|group_?|instance_?)?(bn|norm|norms)\d*([/._]|$)"
-_RESET = {"scale": 1.0, "weight": 1.0, "var": 1.0, "running_var": 1.0}
+_SCALES = ("scale", "weight", "var", "running_var")
 
 
 class Subject(NamedTuple):
@@ -79,11 +79,13 @@ def reset_normalisation(params: PyTree, pattern: str = NORMALISATION) -> PyTree:
     tree = named_leaves(params)
     found = normalisation_leaves(params, pattern)
     return tree.rebuild(
-        {
-            name: jnp.full_like(leaf, _RESET.get(re.split(r"[/.]", name)[-1], 0.0))
-            for name, leaf in found.items()
-        }
+        {name: jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0) for name, leaf in found.items()}
     )
+
+
+def is_scale(name: str) -> bool:
+    """Whether a normalisation leaf multiplies or divides, by the last part of its name."""
+    return re.split(r"[/.]", name)[-1] in _SCALES
 
 
 def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:

@@ -235,4 +235,5 @@ def _evaluating(
     """The network in evaluation mode: running statistics, which join the parameters, no dropout."""
     model = nnx.merge(graphdef, params, rest)
     model.eval()
-    return nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    parts: Any = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
+    return parts
