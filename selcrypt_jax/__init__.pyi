@@ -32,6 +32,7 @@ from ._masks import PaperLevels as PaperLevels
 from ._masks import Ring as Ring
 from ._masks import mask_counts as mask_counts
 from ._masks import nested_masks as nested_masks
+from ._masks import with_small_leaves as with_small_leaves
 from ._open import open_model as open_model
 from ._protect import Protected as Protected
 from ._protect import Selection as Selection

@@ -14,8 +14,9 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._groups import Ring
+from ._lossless import MINIMUM_HIDING, order_bits
 from ._ranks import Scope, Scores, ranked
-from ._tree import NamedLeaves, is_array, listed, named_leaves
+from ._tree import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
 
 
 @runtime_checkable
@@ -373,3 +374,76 @@ def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
         size = math.prod(shape) // max(ring.mask.size, 1)
         counts[ring.name] = LeafCount(groups, groups * size, math.prod(shape))
     return counts
+
+
+def smallest(shapes: Mapping[str, Sequence[int]], share: float) -> list[str]:
+    """The smallest leaves, as many as together have no more than a share of all weights.
+
+    Args:
+        shapes: name → shape.
+        share: in [0, 1].
+
+    Returns:
+        Their names, from the smallest on; of equal ones by name.
+
+    Raises:
+        ValueError: a share out of range.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"small: expected a share of all weights in [0, 1], got {share}.")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    room = _exact(share) * sum(sizes.values())
+    found = []
+    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
+        room -= sizes[name]
+        if room < 0:
+            break
+        found.append(name)
+    return found
+
+
+def with_small_leaves(
+    params: PyTree, masks: Sequence[PyTree], *, share: float = 0.01, select: Selector = None
+) -> tuple[PyTree, ...]:
+    """Adds small leaves as a whole to every level: what is hard to steal around.
+
+    Normalisation parameters, biases, the first and the last layer of a convolutional network are
+    its smallest leaves. All of the network's features pass through them, so that a thief takes
+    longer to learn them anew than to repair many times as many weights elsewhere; see
+    docs/security.md. Level 1 opens them.
+
+    Args:
+        params: that the masks are for.
+        masks: M nested masks, see `nested_masks`.
+        share: the smallest leaves are taken as long as together they have no more than this share
+            of all floats of `params`.
+        select: leaves that may be taken, see `nested_masks`'s scores; None for all floats. Those
+            with less than 128 bits of order, 35 weights, are too small to hide in.
+
+    Returns:
+        M nested masks.
+
+    Raises:
+        ValueError, TypeError: masks that do not fit, or a share out of range.
+
+    Example:
+        >>> masks = with_small_leaves(params, nested_masks(l2(params), [0.05, 0.08]))
+    """
+    tree = named_leaves(params)
+    floats = {
+        name: leaf.shape
+        for name, leaf in tree.leaves.items()
+        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    chosen = floats if select is None else select_leaves(params, select)
+    whole = {
+        name: np.ones(floats[name], bool)
+        for name in smallest(floats, share)
+        if name in chosen and order_bits(math.prod(floats[name])) >= MINIMUM_HIDING
+    }
+    new = []
+    for index, mask in enumerate(masks):
+        fitted = checked_mask(tree, mask, f"masks[{index}]")
+        kept = {name: leaf for name, leaf in fitted.items() if leaf.any()}
+        new.append(tree.rebuild_only(kept | whole))
+    return tuple(new)

@@ -15,7 +15,7 @@ from ._dtypes import SAFETENSORS
 from ._envelope import SealedRing
 from ._groups import Granularity, Layout, group_shape
 from ._lossless import MINIMUM_HIDING, LosslessCipher, order_bits
-from ._masks import Levels, as_levels, checked_score
+from ._masks import Levels, as_levels, checked_score, smallest
 from ._ranks import Scope, Scores, ranked
 from ._rings import seal_mask
 from ._safetensors import MAX_HEADER
@@ -303,6 +303,40 @@ def check_room(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> No
             f"a header has room for {MAX_HEADER / 1e6:,.0f} MB. Select larger groups "
             "(--granularity filter), a smaller share, fewer tensors, or split the checkpoint."
         )
+
+
+def small_rings(
+    tensors: Mapping[str, Any], share: float, select: Selector, cipher: LosslessCipher
+) -> dict[str, list[tuple[int, SealedRing]]]:
+    """Rings of level 1 that are small tensors as a whole, see `small_leaves`.
+
+    Args:
+        tensors: by name, with dtype and shape.
+        share: of all weights that they may have together.
+        select: see `choose_tensors`; None takes all floats.
+        cipher: see `LosslessCipher`.
+
+    Returns:
+        Tensor → its ring. Those that give less than 128 bits of order are not among them.
+    """
+    floats = {
+        name: info.shape
+        for name, info in tensors.items()
+        if SAFETENSORS[info.dtype].kind == "float"
+    }
+    chosen = floats if select is None else choose_tensors(tensors, select)
+    rings = {}
+    for name in smallest(floats, share):
+        info = tensors[name]
+        dtype, size = SAFETENSORS[info.dtype], math.prod(info.shape)
+        if name not in chosen or (cipher.permute and order_bits(size) < MINIMUM_HIDING):
+            continue
+        try:
+            cipher.check_size(f"tensor {name!r}", dtype, groups=size, weights=size)
+        except ValueError:
+            continue
+        rings[name] = [(1, seal_mask(name, np.ones(info.shape, bool)))]
+    return rings
 
 
 def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:

@@ -25,6 +25,7 @@ from ._plan import (
     given_scores,
     guess_layout,
     plan_rings,
+    small_rings,
     strategy_scores,
 )
 from ._ranks import Scope
@@ -194,6 +195,7 @@ def protect_file(
     layout: Layout | None = None,
     select: Selector = None,
     scope: Scope = "leaf",
+    small: float = 0.01,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     force: bool = False,
@@ -219,6 +221,10 @@ def protect_file(
         select: which tensors take part; None for floats with two axes or more, or for all that
             have scores.
         scope: ``"leaf"`` or ``"model"``; see `nested_masks`.
+        small: share of all weights. The smallest tensors that together have no more are encrypted
+            as a whole, beside `fractions`; level 1 opens them. Normalisation parameters, biases,
+            the first and the last layer are among them, which take a thief longer to learn anew
+            than many kernels; see `with_small_leaves`. 0 for none.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         force: replace an existing file.
@@ -262,6 +268,7 @@ def protect_file(
                 rings = plan_rings(tensors, scores, fractions, scope=scope, cipher=cipher)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from None
+            rings |= small_rings(tensors, small, select, cipher)
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
             for name, file in checkpoint.files.items():
                 here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}

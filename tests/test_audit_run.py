@@ -107,6 +107,7 @@ def test_rates_share_a_compiled_step(subject):
     assert len(compiled) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
@@ -212,6 +213,7 @@ def test_a_report_of_a_toy(subject):
         assert len(climb.without) == 2
 
 
+@pytest.mark.slow
 def test_no_encryption_is_seen(subject):
     grid = dataclasses.replace(
         SMALL, detection=False, attacks=("train all",), keys=1, climbing=False
@@ -226,6 +228,7 @@ def test_a_network_that_is_worth_nothing_is_refused(subject):
         Audit("toy", untrained, SMALL)
 
 
+@pytest.mark.slow
 def test_training_that_blows_up_does_not_count(subject):
     grid = dataclasses.replace(
         SMALL, rates=(1e-2, 1e30), attacks=("train all",), detection=False, climbing=False,

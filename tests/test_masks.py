@@ -13,6 +13,7 @@ from flax.core import FrozenDict
 from hypothesis import given
 from hypothesis import strategies as st
 
+import selcrypt_jax as sj
 from selcrypt_jax import LeafCount, PaperLevels, importance, mask_counts, nested_masks
 
 
@@ -203,3 +204,64 @@ def test_shares_in_single_precision_are_what_they_were_written_as():
 def test_shares_that_are_no_numbers(shares):
     with pytest.raises(TypeError, match="fractions"):
         nested_masks({"k": np.arange(100.0)}, shares)
+
+
+# --- small leaves -------------------------------------------------------------------------------
+
+
+def network():
+    rng = np.random.default_rng(0)
+    shapes = {
+        "first": (3, 3, 1, 8), "scale": (64,), "tiny": (8,), "middle": (60, 100), "last": (100, 50)
+    }  # fmt: skip
+    return {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} | {"step": 3}
+
+
+def test_small_leaves_join_every_level():
+    params = network()
+    scores = dict.fromkeys(params, False) | {"middle": np.abs(params["middle"])}
+    masks = sj.nested_masks(scores, [0.1, 0.2])
+    # Of 11,144 weights: 8 + 64 + 72 are 1.3 %.
+    wide = sj.with_small_leaves(params, masks, share=0.02)
+    for before, mask in zip(masks, wide, strict=True):
+        np.testing.assert_array_equal(mask["middle"], before["middle"])
+        assert mask["first"].all()
+        assert mask["scale"].all()
+        assert not np.any(mask["tiny"])  # 15 bits of order are too few to hide in
+        assert mask["last"] is False
+        assert mask["step"] is False
+    keys = sj.level_keys(bytes(32), bytes(16), levels=2)
+    for cipher in (None, sj.LosslessCipher(unit="group")):
+        file = sj.encrypt(params, wide, keys, cipher=cipher)
+        assert (np.asarray(file["first"]) != params["first"]).mean() > 0.9
+        opened = sj.decrypt(file, wide[:1], keys[:1], cipher=cipher)
+        np.testing.assert_array_equal(opened["first"], params["first"])
+        np.testing.assert_array_equal(opened["scale"], params["scale"])
+        assert (np.asarray(opened["middle"]) != params["middle"]).any()
+
+
+@pytest.mark.parametrize(
+    ("share", "names"),
+    [
+        (0, set()),
+        (0.001, set()),
+        (0.0065, {"scale"}),
+        (0.0129, {"scale"}),
+        (0.01293, {"scale", "first"}),
+        (0.5, {"scale", "first", "last"}),
+        (1, {"scale", "first", "last", "middle"}),
+    ],
+)
+def test_the_smallest_leaves_within_a_share(share, names):
+    params = network()
+    empty = dict.fromkeys(params, False)
+    (mask,) = sj.with_small_leaves(params, (empty,), share=share)
+    assert {name for name, leaf in mask.items() if np.any(leaf)} == names
+    (mask,) = sj.with_small_leaves(params, (empty,), share=share, select="^sc|^f|^t|^m")
+    assert {name for name, leaf in mask.items() if np.any(leaf)} == names - {"last"}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_bad_share_of_small_leaves(share):
+    with pytest.raises(ValueError, match="expected a share of all weights"):
+        sj.with_small_leaves(network(), (False,), share=share)

@@ -43,7 +43,7 @@ from selcrypt_jax import (
 from selcrypt_jax._dtypes import SAFETENSORS
 from selcrypt_jax._envelope import Envelope
 from selcrypt_jax._masks import as_levels
-from selcrypt_jax._plan import _merged, check_room, guess_layout
+from selcrypt_jax._plan import check_room, guess_layout, merged_counts
 from selcrypt_jax._rings import ring_mask, seal_mask
 from selcrypt_jax._safetensors import SafetensorsFile, header
 
@@ -498,8 +498,8 @@ def test_wide_leaves_need_no_x64():
     ],
 )
 def test_small_rings_are_merged_upwards(counts, weights, expected):
-    assert _merged(counts, weights, LosslessCipher()) == expected
-    assert _merged(counts, weights, LosslessCipher(permute=False)) == counts
+    assert merged_counts(counts, weights, LosslessCipher()) == expected
+    assert merged_counts(counts, weights, LosslessCipher(permute=False)) == counts
 
 
 def test_kernels_are_told_from_layout():
@@ -729,3 +729,47 @@ def test_bitmaps_are_bounded():
     bomb = ring._replace(mask_shape=(2, 2), groups=4)
     with pytest.raises(IntegrityError, match="expected a bitmap of 1 bytes with 4 groups"):
         ring_mask(bomb, 1, "f")
+
+
+# --- small tensors ------------------------------------------------------------------------------
+
+
+def test_small_tensors_are_encrypted_whole(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "first.weight": rng.standard_normal((8, 1, 3, 3)),
+        "norm.weight": rng.standard_normal(64),
+        "norm.bias": rng.standard_normal(64),
+        "tiny": rng.standard_normal(8),
+        "body.weight": rng.standard_normal((64, 64, 3, 3)),
+    }
+    tensors = {name: leaf.astype(np.float32) for name, leaf in tensors.items()}
+    tensors["steps"] = np.arange(3)
+    source, public = tmp_path / "model.safetensors", tmp_path / "public.safetensors"
+    safetensors.numpy.save_file(tensors, source, {"format": "pt"})
+    chosen = protect_file(source, public, secret=SECRET, signing=SIGNING, fractions=THREE)
+    assert chosen.groups.keys() == {"first.weight", "norm.weight", "norm.bias", "body.weight"}
+    file = safetensors.numpy.load_file(public)
+    for name in ("first.weight", "norm.weight", "norm.bias"):
+        assert (file[name] != tensors[name]).mean() > 0.9
+    for name in ("tiny", "steps"):
+        np.testing.assert_array_equal(file[name], tensors[name])
+    opened = open_model(public, key_of(public, 1))
+    for name in tensors:
+        same = name != "body.weight"
+        assert np.array_equal(opened[name], tensors[name]) == same
+    top = open_model(public, key_of(public, 3))
+    for name in tensors:
+        np.testing.assert_array_equal(top[name], tensors[name])
+
+    protect_file(source, tmp_path / "2", secret=SECRET, fractions=THREE, small=0, select="body")
+    np.testing.assert_array_equal(
+        safetensors.numpy.load_file(tmp_path / "2")["norm.bias"], tensors["norm.bias"]
+    )
+    chosen = protect_file(
+        source, tmp_path / "3", secret=SECRET, fractions=THREE, select="body|bias"
+    )
+    assert chosen.groups.keys() == {"norm.bias", "body.weight"}
+    with pytest.raises(ValueError, match=r"small: expected a share of all weights in \[0, 1\]"):
+        protect_file(source, tmp_path / "4", secret=SECRET, fractions=THREE, small=2)
+    assert not (tmp_path / "4").exists()

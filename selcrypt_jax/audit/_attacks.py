@@ -9,13 +9,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._finetune import fine_tune
 from .._masks import checked_mask
+from .._normalisation import is_scale
 from .._tree import named_leaves
 from ._fill import clip_norm, mean_fill, resample, zero_fill
-from ._finetune import fine_tune
 from ._subject import (
     Subject,
-    is_scale,
     normalisation_leaves,
     reset_normalisation,
     whole_leaves,

@@ -60,7 +60,7 @@ class Grid:
         seed: of everything. The keys are the audit's own.
     """
 
-    strategies: tuple[str, ...] = ("l2", "pss", "pss+normalisation")
+    strategies: tuple[str, ...] = ("l2", "pss", "l2+small")
     shares: tuple[float, ...] = (0.02, 0.08, 0.3)
     data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     steps: tuple[int, ...] = (50, 200, 1000)

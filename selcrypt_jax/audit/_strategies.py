@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from .. import importance
 from .._lossless import LosslessCipher
-from .._masks import nested_masks
+from .._masks import nested_masks, with_small_leaves
 from .._plan import merged_counts
 from .._pss import PSSConfig, pss
 from .._ranks import Scope
@@ -23,6 +23,7 @@ CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
 LEARNED = ("pss", "pss-keep")
 EVERYTHING = "everything"
 NORMALISATION = "+normalisation"
+SMALL = "+small"
 BATCHES = 16
 
 
@@ -32,12 +33,12 @@ def check_strategy(name: str) -> None:
     Raises:
         ValueError: it is not known.
     """
-    plain = name.removesuffix(NORMALISATION)
+    plain = name.removesuffix(NORMALISATION).removesuffix(SMALL)
     if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
         return
     raise ValueError(
         f"strategies: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
-        f"{NORMALISATION} behind it or not, got {name!r}."
+        f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
     )
 
 
@@ -49,7 +50,7 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
         name: see `check_strategy`; what stands behind the + does not matter here.
         seed: of what is drawn.
     """
-    plain = name.removesuffix(NORMALISATION)
+    plain = name.partition("+")[0]
     key, select = jax.random.key(seed), subject.select
     if plain.startswith("scores:"):
         return _scores_of_file(subject, plain.removeprefix("scores:"))
@@ -90,19 +91,21 @@ def strategy_masks(
     levels: int = 1,
     scope: Scope = "leaf",
 ) -> Sequence[PyTree]:
-    """Nested masks of the best groups, with the normalisation where the strategy says so.
+    """Nested masks of the best groups, with more where the strategy says so.
 
     Args:
         subject: protected.
         name: of the strategy.
         scores: by `strategy_scores`.
         share: of the groups.
-        levels: M. Level m may decrypt 0.6 + 0.4·m/M of the groups, as in the paper; normalisation
-            opens with level 1.
+        levels: M. Level m may decrypt 0.6 + 0.4·m/M of the groups, as in the paper; what stands
+            behind the + opens with level 1.
         scope: of the share.
     """
     fractions = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
     masks = _merged(subject.params, nested_masks(scores, fractions, scope=scope))
+    if name.endswith(SMALL):
+        return with_small_leaves(subject.params, masks)
     if not name.endswith(NORMALISATION):
         return masks
     norms = normalisation_leaves(subject.params, subject.normalisation)

@@ -1,6 +1,5 @@
 """A trained network with its data, as a thief would like to have it."""
 
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,12 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, PyTree
 
+from .._finetune import TrainingLossFn
 from .._importance import LossFn
+from .._normalisation import NORMALISATION, is_scale, normalisation_names
 from .._tree import NamedLeaves, is_array, named_leaves
-from ._finetune import TrainingLossFn
-
-NORMALISATION = r"(?i)(^|[/._])(batch_?|layer_?|group_?|instance_?)?(bn|norm|norms)\d*([/._]|$)"
-_SCALES = ("scale", "weight", "var", "running_var")
 
 
 class Subject(NamedTuple):
@@ -58,15 +55,15 @@ def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[s
         pattern: regular expression searched in the names of leaves.
 
     Returns:
-        name → leaf, of the floats with one axis whose name matches; none if there are none.
+        name → leaf, of the floats with one axis whose name matches, or beside which there are a
+        running mean and variance; none if there are none.
     """
+    leaves = named_leaves(params).leaves
+    shapes = {n: leaf.shape for n, leaf in leaves.items() if is_array(leaf)}
     return {
-        name: leaf
-        for name, leaf in named_leaves(params).leaves.items()
-        if is_array(leaf)
-        and leaf.ndim == 1
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
-        and re.search(pattern, name)
+        name: leaves[name]
+        for name in normalisation_names(shapes, pattern)
+        if jnp.issubdtype(leaves[name].dtype, jnp.floating)
     }
 
 
@@ -81,11 +78,6 @@ def reset_normalisation(params: PyTree, pattern: str = NORMALISATION) -> PyTree:
     return tree.rebuild(
         {name: jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0) for name, leaf in found.items()}
     )
-
-
-def is_scale(name: str) -> bool:
-    """Whether a normalisation leaf multiplies or divides, by the last part of its name."""
-    return re.split(r"[/.]", name)[-1] in _SCALES
 
 
 def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:

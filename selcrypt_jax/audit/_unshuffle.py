@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._finetune import Same, Structure
 from .._groups import group_positions
 from .._importance import LossFn, batch_count
 from .._masks import split_rings
 from .._tree import is_array, listed, named_leaves
-from ._finetune import _Same, _Structure
 
 _ADAM = optax.adam(0.1)  # of weights in standard deviations of their ring
 _STEPS = 50  # along the gradient before each assignment
@@ -119,9 +119,9 @@ def unshuffle(
             f"mask: expected floats, which have gradients, got integers in {listed(whole)}. Use "
             "method='swap'."
         )
-    structure = _Structure(
+    structure = Structure(
         tree.treedef,
-        tuple((n, None if is_array(leaf) else _Same(leaf)) for n, leaf in tree.leaves.items()),
+        tuple((n, None if is_array(leaf) else Same(leaf)) for n, leaf in tree.leaves.items()),
     )
     game = _Game(loss_fn, structure, arrays, tables, batches, count)
     search = _swap if method == "swap" else _assign
@@ -135,7 +135,7 @@ class _Game(NamedTuple):
     """What is the same in all trials."""
 
     loss_fn: LossFn
-    structure: _Structure
+    structure: Structure
     arrays: dict[str, Array]
     tables: dict[str, _Table]
     batches: PyTree
@@ -201,7 +201,7 @@ def _swap_step(
     batch: Any,
     *,
     loss_fn: LossFn,
-    structure: _Structure,
+    structure: Structure,
 ) -> tuple[_Orders, Array]:
     """The better of two orders, and its loss."""
     swapped = {n: order.at[pairs[n]].set(order[pairs[n][::-1]]) for n, order in orders.items()}
@@ -250,7 +250,7 @@ def _gradient_step(
     batch: Any,
     *,
     loss_fn: LossFn,
-    structure: _Structure,
+    structure: Structure,
 ) -> Any:
     point, state = carry
 

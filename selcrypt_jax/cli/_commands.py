@@ -132,6 +132,7 @@ def protect(
     layout: Literal["OIHW", "HWIO"] | None = None,
     select: str | None = None,
     scope: Literal["leaf", "model"] = "leaf",
+    small: float = 0.01,
     passphrase_file: Path | None = None,
     force: bool = False,
     as_json: Json = False,
@@ -141,8 +142,8 @@ def protect(
     The output has the same tensors and runs, badly, in every program that reads safetensors.
     Sign it, so that everybody can check that it is yours.
 
-    How bad it is without a key says little about what a thief can get back by fine-tuning.
-    Encrypting more, and normalisation parameters too (--select), makes that harder. Never publish
+    How bad it is without a key says little about what a thief can get back by fine-tuning:
+    selcrypt audit measures that. Encrypting more makes it harder. Never publish
     the same weights in two forms, plain or with another selection: the difference tells.
 
     Args:
@@ -166,6 +167,9 @@ def protect(
         select: Which tensors take part: a regular expression, searched in their names; "^(?!fc)"
             takes all that do not begin with fc. By default all floats with two axes or more.
         scope: Whether the budget holds in every tensor, or over all of them.
+        small: Share of all weights. The smallest tensors that together have no more are encrypted
+            as a whole, beside the budget: normalisation, biases, often the first and the last
+            layer. They are few, and harder to learn anew than many kernels. Level 1 opens them.
         passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
         force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
@@ -189,6 +193,7 @@ def protect(
         layout=layout,
         select=select,
         scope=scope,
+        small=small,
         force=force,
     )
     _print_inspection(

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .._importance import LossFn
-from .._masks import checked_mask
-from .._tree import is_array, named_leaves
+from ._importance import LossFn
+from ._masks import checked_mask
+from ._tree import is_array, named_leaves
 
 TrainingLossFn = Callable[[PyTree, Any], tuple[Float[Array, ""], PyTree]]
 """``(params, batch) -> (scalar, params)``: the loss in training mode, and the parameters with the
@@ -81,11 +81,9 @@ def fine_tune(
         masks = {name: whole[name] for name in floats}
     if not any(mask.any() for mask in masks.values()):
         raise ValueError("trainable: expected to select floats, got a mask that selects none.")
-    structure = _Structure(
+    structure = Structure(
         tree.treedef,
-        tuple(
-            (name, None if is_array(leaf) else _Same(leaf)) for name, leaf in tree.leaves.items()
-        ),
+        tuple((name, None if is_array(leaf) else Same(leaf)) for name, leaf in tree.leaves.items()),
     )
     chosen = {name: arrays.pop(name) for name in floats}
     step = partial(
@@ -106,25 +104,25 @@ def fine_tune(
         yield Checkpoint(number, tree.rebuild(leaves), float(values[-1]))
 
 
-class _Same:
+class Same:
     """A leaf that is no array: equal to itself alone, whatever it thinks of that."""
 
     def __init__(self, leaf: Any):
         self.leaf = leaf
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.leaf is self.leaf
+        return isinstance(other, Same) and other.leaf is self.leaf
 
     def __hash__(self) -> int:
         return id(self.leaf)
 
 
 @dataclass(frozen=True)
-class _Structure:
+class Structure:
     """A tree without its arrays; hashable, so that equal ones share a compiled step."""
 
     treedef: Any
-    leaves: tuple[tuple[str, _Same | None], ...]
+    leaves: tuple[tuple[str, Same | None], ...]
 
     def rebuild(self, arrays: Mapping[str, Array]) -> PyTree:
         return self.treedef.unflatten(
@@ -146,7 +144,7 @@ def _step(
     loss_fn: Any,
     optimizer: optax.GradientTransformation,
     statistics: bool,
-    structure: _Structure,
+    structure: Structure,
 ) -> tuple[Any, Array]:
     leaves, rest, state = carry
 
