@@ -15,7 +15,7 @@ import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
-from selcrypt_jax.audit._run import Audit, Grid
+from selcrypt_jax.audit._run import Audit, Grid, masks_between
 from selcrypt_jax.audit._subject import example_batches
 from selcrypt_jax.cli import main
 
@@ -140,6 +140,16 @@ def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
         np.testing.assert_array_equal(*(np.sort(v.ravel()) for v in values))
     for a, b in zip(jax.tree.leaves(file), jax.tree.leaves(before), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_between_two_levels():
+    lower = {"a": np.array([True, False, False]), "b": False, "c": False}
+    upper = {"a": np.array([True, True, False]), "b": np.array([True]), "c": False}
+    between = masks_between(lower, upper)
+    np.testing.assert_array_equal(between["a"], [False, True, False])
+    np.testing.assert_array_equal(between["b"], [True])
+    assert between["b"].dtype == bool
+    assert between["c"] is False
 
 
 def test_pruning_guesses_the_largest(subject):

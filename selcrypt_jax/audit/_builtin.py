@@ -82,20 +82,25 @@ def demo_dncnn(
     *,
     depth: int = 10,
     width: int = 32,
-    steps: int = 300,
+    steps: int = 400,
     crop: int = 192,
+    batch: int = 8,
     seed: int = 0,
     advance: Callable[..., None] | None = None,
 ) -> Subject:
-    """DnCNN on photographs of scikit-image, as `selcrypt demo` trains it; arguments as there."""
+    """DnCNN on photographs of scikit-image, as `selcrypt demo` trains it; arguments as there.
+
+    For somewhat longer, since what a thief trains better himself is not worth stealing; `batch` is
+    how many patches he takes in a step.
+    """
     from ..demo._train import SIGMA, train_dncnn
 
     said = {} if advance is None else {"advance": advance}
     trained = train_dncnn(depth=depth, width=width, steps=steps, crop=crop, seed=seed, **said)
     clean = np.asarray(trained.examples)
 
-    def batch(which: np.ndarray, rng: np.random.Generator) -> Any:
-        chosen = clean[rng.choice(which, 16)]
+    def draw(which: np.ndarray, rng: np.random.Generator) -> Any:
+        chosen = clean[rng.choice(which, batch)]
         noise = rng.standard_normal(chosen.shape, np.float32)
         return chosen + np.float32(SIGMA) * noise, chosen
 
@@ -103,9 +108,9 @@ def demo_dncnn(
         trained,
         "DnCNN, photographs, σ = 25",
         lambda rngs: DnCNN(depth=depth, width=width, rngs=rngs),
-        batch=16,
+        batch=batch,
     )
-    return subject._replace(batch=batch)
+    return subject._replace(batch=draw)
 
 
 def _of_demo(trained: Any, title: str, make: Callable[[nnx.Rngs], Any], *, batch: int) -> Subject:

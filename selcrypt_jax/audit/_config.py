@@ -40,9 +40,15 @@ class AuditConfig:
 
 
 _DEMO = ("demo-vgg19", "demo-dncnn")
-# Of the demo's networks a thief can train many steps in a minute.
+# The demo's networks are trained for some hundred steps: with much more data or time than this a
+# thief needs no file.
 _DEMO_GRID = Grid(
-    shares=(0.02, 0.08), data=(0.05, 0.2), steps=(50, 200), rates=(1e-3, 3e-3), keys=2
+    strategies=("pss", "pss+small"),
+    shares=(0.02, 0.08),
+    data=(0.01, 0.05),
+    steps=(20, 100),
+    rates=(1e-3, 3e-3),
+    keys=2,
 )
 
 

@@ -25,6 +25,7 @@ from ._strategies import (
     EVERYTHING,
     check_strategy,
     everything,
+    plain_strategy,
     strategy_masks,
     strategy_scores,
 )
@@ -100,7 +101,7 @@ class Grid:
         return replace(
             self,
             shares=tuple(share for share in self.shares if share <= 0.1)[-1:] or self.shares[:1],
-            data=(0.05,) if 0.05 in self.data else self.data[:1],
+            data=self.data[:1],
             steps=tuple(step for step in self.steps if step <= 200) or self.steps[:1],
             rates=(1e-3,) if 1e-3 in self.rates else self.rates[:1],
             attacks=tuple(name for name in self.attacks if name in _QUICK) or self.attacks,
@@ -159,24 +160,47 @@ class Audit:
                 f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
                 "anything to steal an audit proves nothing: train it, or check metric and weights."
             )
-        self.scores: dict[str, PyTree] = {}
+        # The owner's, 0, and those that a thief trains to learn from; importance in each.
+        self.networks = {0: self.subject}
+        self.scores: dict[tuple[int, str], PyTree] = {}
 
     # --- protections ---
 
-    def masks(self, strategy: str, share: float) -> Sequence[PyTree]:
-        """Nested masks of a strategy; learned importance is learned once."""
+    def masks(self, strategy: str, share: float, network: int = 0) -> Sequence[PyTree]:
+        """Nested masks of a strategy; learned importance is learned once a network."""
+        subject = self._network(network)
         if strategy == EVERYTHING:
-            return everything(self.subject)
-        if strategy not in self.scores:
-            self.scores[strategy] = strategy_scores(self.subject, strategy, self.grid.seed)
+            return everything(subject)
+        place = network, plain_strategy(strategy)
+        if place not in self.scores:
+            seed = self.grid.seed + network
+            self.scores[place] = strategy_scores(subject, strategy, seed)
         return strategy_masks(
-            self.subject,
+            subject,
             strategy,
-            self.scores[strategy],
+            self.scores[place],
             share,
             levels=self.grid.levels,
             scope=self.grid.scope,
         )
+
+    def _network(self, number: int) -> Subject:
+        """The owner's, or one that a thief trained himself."""
+        if number not in self.networks:
+            key = jax.random.key(number)
+            start = self.subject.fresh(key)
+            loot = Loot(self.subject, start, False, key)
+            batch = example_batches(self.subject, max(self.grid.data), number)[1]
+            reached = run_attack(
+                ATTACKS[SCRATCH],
+                loot,
+                batch,
+                rate=self.grid.rates[0],
+                stops=[self.grid.steps[-1]],
+            )
+            trained = next((params for _, params in reached), start)
+            self.networks[number] = self.subject._replace(params=trained)
+        return self.networks[number]
 
     def keys(self, number: int, levels: int) -> Any:
         """Keys of the audit's own, from its seed; what is shipped has random ones."""
@@ -316,24 +340,15 @@ class Audit:
             for name, leaf in named_leaves(self.subject.params).leaves.items()
             if is_array(leaf) and len(leaf.shape) > 1
         ]
-        data = max(self.grid.data)
         own = []
         for number in (1, 2):
-            start = self.subject.fresh(jax.random.key(number))
-            loot = Loot(self.subject, start, False, jax.random.key(number))
-            batch = example_batches(self.subject, data, number)[1]
-            stops = [self.grid.steps[-1]]
-            reached = run_attack(
-                ATTACKS[SCRATCH], loot, batch, rate=self.grid.rates[0], stops=stops
+            masks = self.masks(strategy, share, number)
+            protected = encrypt(
+                self._network(number).params,
+                masks,
+                self.keys(-number, len(masks)),
+                cipher=self.cipher,
             )
-            trained = next((params for _, params in reached), start)
-            theirs = self.subject._replace(params=trained)
-            scores = strategy_scores(theirs, strategy, number)
-            masks = strategy_masks(
-                theirs, strategy, scores, share, levels=self.grid.levels, scope=self.grid.scope
-            )
-            keys = self.keys(-number, len(masks))
-            protected = encrypt(trained, masks, keys, cipher=self.cipher)
             own.append((_only(protected, names), _only(masks[-1], names)))
         result = detect(
             _only(file, names),
@@ -475,7 +490,7 @@ def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
     below = named_leaves(lower).leaves
     tree = named_leaves(upper)
     return tree.rebuild(
-        {name: mask & ~below[name] for name, mask in tree.leaves.items() if is_array(mask)}
+        {n: mask & np.logical_not(below[n]) for n, mask in tree.leaves.items() if is_array(mask)}
     )
 
 

@@ -33,13 +33,18 @@ def check_strategy(name: str) -> None:
     Raises:
         ValueError: it is not known.
     """
-    plain = name.removesuffix(NORMALISATION).removesuffix(SMALL)
+    plain = plain_strategy(name)
     if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
         return
     raise ValueError(
         f"strategies: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
         f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
     )
+
+
+def plain_strategy(name: str) -> str:
+    """Without what stands behind the +."""
+    return name.removesuffix(NORMALISATION).removesuffix(SMALL)
 
 
 def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
@@ -50,7 +55,7 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
         name: see `check_strategy`; what stands behind the + does not matter here.
         seed: of what is drawn.
     """
-    plain = name.partition("+")[0]
+    plain = plain_strategy(name)
     key, select = jax.random.key(seed), subject.select
     if plain.startswith("scores:"):
         return _scores_of_file(subject, plain.removeprefix("scores:"))
