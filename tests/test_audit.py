@@ -99,6 +99,7 @@ def protected(seed, cipher=None, share=0.2):
     return params, masks[0], sj.encrypt(params, masks, keys, cipher=cipher)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cipher", "low", "high"),
     [
