@@ -77,6 +77,23 @@ def test_the_whole_way(selcrypt, public):
     assert not Path("x").exists()
 
 
+def test_whole_groups_move(selcrypt):
+    selcrypt("keygen -o keys")
+    selcrypt(f"{PROTECT} --unit group --small 0")
+    selcrypt("grant public.safetensors --level 3 --secret keys/secret.key -o 3.grant")
+    selcrypt("unlock public.safetensors --grant 3.grant -o 3.safetensors")
+    assert Path("3.safetensors").read_bytes() == Path("model.safetensors").read_bytes()
+    plain, moved = (
+        safetensors.numpy.load_file(name)["features.0.weight"]
+        for name in ("model.safetensors", "public.safetensors")
+    )
+    # Kernels changed places; each is still one, up to its fine bits.
+    changed = moved[(moved != plain).any((2, 3))]
+    distance = np.abs(changed[:, None] / plain.reshape(1, -1, 3, 3) - 1).max((2, 3)).min(1)
+    assert len(changed) > 100
+    assert (distance < 1 / 8).all()
+
+
 def test_json_says_the_same(selcrypt):
     made = json.loads(selcrypt("keygen -o keys --json"))
     found = json.loads(selcrypt(PROTECT + " --json"))

@@ -12,6 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from .. import _keyfiles
 from .._atomic import check_output
 from .._keys import Grant, Secret, SigningKey
+from .._lossless import LosslessCipher
 from .._storage import (
     Inspection,
     inspect_file,
@@ -133,6 +134,7 @@ def protect(
     select: str | None = None,
     scope: Literal["leaf", "model"] = "leaf",
     small: float = 0.01,
+    unit: Literal["weight", "group"] = "weight",
     passphrase_file: Path | None = None,
     force: bool = False,
     as_json: Json = False,
@@ -170,6 +172,8 @@ def protect(
         small: Share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside the budget: normalisation, biases, often the first and the last
             layer. They are few, and harder to learn anew than many kernels. Level 1 opens them.
+        unit: What the cipher moves about: single weights, or whole groups, which leave less of a
+            trace and have fewer orders.
         passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
         force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
@@ -194,6 +198,7 @@ def protect(
         select=select,
         scope=scope,
         small=small,
+        cipher=LosslessCipher(unit=unit),
         force=force,
     )
     _print_inspection(
