@@ -12,6 +12,7 @@ import safetensors.numpy
 from PIL import Image
 
 import selcrypt_jax as sj
+from selcrypt_jax import audit
 from selcrypt_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -86,8 +87,8 @@ def test_names_in_the_readme_exist():
         r"## What there is\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL
     )
     named = set(re.findall(r"`(?:selcrypt_jax\.)?([A-Za-z]\w*)(?:\.\w+)*`", section))
-    here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher)}
-    parts = {"DnCNN", "models", "run"}  # of selcrypt_jax.models and of Cipher
+    here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
+    parts = {"DnCNN", "models", "audit", "run"}  # of selcrypt_jax.models and of Cipher
     assert named - parts - here == set()
 
 
