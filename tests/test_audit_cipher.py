@@ -384,6 +384,7 @@ def words(leaf):
     return array.view(f"uint{8 * array.dtype.itemsize}")
 
 
+@pytest.mark.slow
 def test_two_selections_of_one_network_open_each_other():
     params, mask_a, mask_b = network(), selection(1), selection(2)
     mask_b["bias"] = False

@@ -705,6 +705,7 @@ def test_importance_and_levels_of_vgg19(module, capsys):
         fractions=[0.1, 0.3],
         importance="s.safetensors",
         scope="model",
+        small=0,
     )
     assert set(chosen.groups) <= convolutions
     found = run(
