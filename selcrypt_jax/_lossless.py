@@ -112,6 +112,15 @@ class LosslessCipher:
             weights=weights,
         )
 
+    def hides(self, dtype: Any, shape: Sequence[int]) -> bool:
+        """Whether a leaf of this dtype and shape could be encrypted weight by weight."""
+        size = math.prod(shape)
+        try:
+            self.check_size("leaf", dtype_of(dtype), groups=size, weights=size)
+        except ValueError:
+            return False
+        return True
+
     def check_size(self, what: str, dtype: Dtype, *, groups: int, weights: int) -> None:
         """As `check`, of a ring of ``groups`` groups with ``weights`` weights altogether."""
         try:

@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ._groups import Ring
-from ._lossless import MINIMUM_HIDING, order_bits
+from ._lossless import LosslessCipher
 from ._ranks import Scope, Scores, ranked
 from ._tree import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
 
@@ -403,7 +403,7 @@ def smallest(shapes: Mapping[str, Sequence[int]], share: float) -> list[str]:
 
 
 def with_small_leaves(
-    params: PyTree, masks: Sequence[PyTree], *, share: float = 0.01, select: Selector = None
+    params: PyTree, masks: Sequence[PyTree], *, share: float = 0.02, select: Selector = None
 ) -> tuple[PyTree, ...]:
     """Adds small leaves as a whole to every level: what is hard to steal around.
 
@@ -418,7 +418,8 @@ def with_small_leaves(
         share: the smallest leaves are taken as long as together they have no more than this share
             of all floats of `params`.
         select: leaves that may be taken, see `nested_masks`'s scores; None for all floats. Those
-            with less than 128 bits of order, 35 weights, are too small to hide in.
+            that `LosslessCipher` refuses, of 6 weights or fewer in float32, are too small to hide
+            in.
 
     Returns:
         M nested masks.
@@ -439,7 +440,7 @@ def with_small_leaves(
     whole = {
         name: np.ones(floats[name], bool)
         for name in smallest(floats, share)
-        if name in chosen and order_bits(math.prod(floats[name])) >= MINIMUM_HIDING
+        if name in chosen and LosslessCipher().hides(tree.leaves[name].dtype, floats[name])
     }
     new = []
     for index, mask in enumerate(masks):

@@ -317,7 +317,7 @@ def small_rings(
         cipher: see `LosslessCipher`.
 
     Returns:
-        Tensor → its ring. Those that give less than 128 bits of order are not among them.
+        Tensor → its ring. Those that the cipher refuses as too small are not among them.
     """
     floats = {
         name: info.shape
@@ -328,14 +328,8 @@ def small_rings(
     rings = {}
     for name in smallest(floats, share):
         info = tensors[name]
-        dtype, size = SAFETENSORS[info.dtype], math.prod(info.shape)
-        if name not in chosen or (cipher.permute and order_bits(size) < MINIMUM_HIDING):
-            continue
-        try:
-            cipher.check_size(f"tensor {name!r}", dtype, groups=size, weights=size)
-        except ValueError:
-            continue
-        rings[name] = [(1, seal_mask(name, np.ones(info.shape, bool)))]
+        if name in chosen and cipher.hides(SAFETENSORS[info.dtype], info.shape):
+            rings[name] = [(1, seal_mask(name, np.ones(info.shape, bool)))]
     return rings
 
 

@@ -195,7 +195,7 @@ def protect_file(
     layout: Layout | None = None,
     select: Selector = None,
     scope: Scope = "leaf",
-    small: float = 0.01,
+    small: float = 0.02,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     force: bool = False,

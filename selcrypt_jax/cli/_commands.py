@@ -133,7 +133,7 @@ def protect(
     layout: Literal["OIHW", "HWIO"] | None = None,
     select: str | None = None,
     scope: Literal["leaf", "model"] = "leaf",
-    small: float = 0.01,
+    small: float = 0.02,
     unit: Literal["weight", "group"] = "weight",
     passphrase_file: Path | None = None,
     force: bool = False,
