@@ -53,6 +53,7 @@ def images(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_dncnn_from_files(tmp_path, images):
     model = DnCNN(depth=4, width=8, rngs=nnx.Rngs(0))
     save(model, tmp_path / "dncnn.safetensors")
@@ -71,6 +72,7 @@ def test_dncnn_from_files(tmp_path, images):
     assert np.isfinite(crops.metric(crops.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -102,6 +102,7 @@ def test_levels_and_strategies_of_a_toy():
         assert metrics == pytest.approx({0.25: 75, 0.5: 50}, abs=0.5)
 
 
+@pytest.mark.slow
 def test_results_are_written(tmp_path):
     subject, scores = toy()
     tiers, _ = _tiers.protect_and_measure(

@@ -80,6 +80,7 @@ LEARN = (
 )
 
 
+@pytest.mark.slow
 def test_scores_say_what_is_encrypted(capsys):
     rows = run("importance.py", *LEARN, "--steps", 8, "--every", 4, "--out", "new/s.safetensors")
     assert [row["step"] for row in rows] == [4, 8]
@@ -488,6 +489,7 @@ def by_hand(path: str, *, grant: str | None = None) -> dict[str, float]:
     return {"psnr": psnr, "ssim": ssim}
 
 
+@pytest.mark.slow
 def test_every_level_is_measured(module, protected, capsys):
     rows = run(*EVALUATE, "--file", "public.safetensors", "--secret", "secret.key", "--out", "a/b")
     assert [row["level"] for row in rows] == [0, 1, 2]
