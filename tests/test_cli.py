@@ -99,7 +99,9 @@ def test_json_says_the_same(selcrypt):
     found = json.loads(selcrypt(PROTECT + " --json"))
     assert found["signer"] == made["signer"]
     assert found.pop("layout") == "OIHW"
-    assert found.pop("selected") == {"classifier.weight": 768, "features.0.weight": 153}
+    assert found.pop("selected") == {
+        "classifier.weight": 768, "features.0.weight": 153, "features.0.bias": 32
+    }  # fmt: skip
     assert found == json.loads(selcrypt("inspect public.safetensors --json"))
     assert [level["level"] for level in found["levels"]] == [1, 2, 3]
     grant = json.loads(

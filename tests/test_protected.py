@@ -239,7 +239,7 @@ def test_a_wrong_secret_opens_nothing(tmp_path):
 
 
 def test_rotate_changes_everything_but_the_model(tmp_path):
-    source, public = make(tmp_path, kernels(), {"note": "x"}, layout="HWIO")
+    source, public = make(tmp_path, kernels(), {"note": "x"}, layout="HWIO", small=0)
     before = read(public)
     rotate_file(public, tmp_path / "new", secret=SECRET, signing=SIGNING)
     after = read(tmp_path / "new")
@@ -268,7 +268,8 @@ def test_stock_readers_open_it(tmp_path):
 
 
 def test_verify_and_inspect_tell_what_there_is(tmp_path):
-    source, public = make(tmp_path, kernels(), layout="HWIO", cipher=LosslessCipher(unit="group"))
+    group = LosslessCipher(unit="group")
+    source, public = make(tmp_path, kernels(), layout="HWIO", cipher=group, small=0)
     found = verify_file(public, signer=SIGNING.public)
     assert found == inspect_file(public)
     assert found.signer == SIGNING.public.hex()
@@ -545,7 +546,7 @@ def test_given_scores_can_be_selected_from(tmp_path):
     write(tmp_path / "scores", scores)
     chosen = protect_file(
         source, tmp_path / "p", secret=SECRET, fractions=[0.5], importance=tmp_path / "scores",
-        select="conv",
+        select="conv", small=0,
     )  # fmt: skip
     assert chosen.groups == {"conv/kernel": 256}
     assert chosen.layout is None

@@ -554,7 +554,7 @@ def test_levels_of_a_checkpoint_in_several_files(module):
     Path("parts/model.safetensors.index.json").write_text(json.dumps(index))
     secret = sj.Secret.generate()
     sj.write_secret("secret.key", secret)
-    sj.protect_file("parts", "public", secret=secret, fractions=[0.2, 0.5])
+    sj.protect_file("parts", "public", secret=secret, fractions=[0.2, 0.5], small=0)
     evaluate = module("evaluate")
     config = evaluate.Dncnn(file=Path("public"), secret=Path("secret.key"), images=Path("images"))
     levels = evaluate.levels_of(config)
