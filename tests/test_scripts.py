@@ -108,9 +108,10 @@ def test_scores_say_what_is_encrypted(capsys):
         secret=secret,
         fractions=[0.25, 0.5],
         importance="new/s.safetensors",
+        small=0,
     )
     assert chosen.groups == {"dncnn.0.weight": 8, "dncnn.2.weight": 128, "dncnn.5.weight": 8}
-    options = "--secret secret.key --importance new/s.safetensors --budget 0.5 --levels 2"
+    options = "--secret secret.key --importance new/s.safetensors --budget 0.5 --levels 2 --small 0"
     assert cli.main(f"protect dncnn.safetensors -o cli.safetensors {options}".split()) == 0
     capsys.readouterr()
     for path in ("public.safetensors", "cli.safetensors"):
