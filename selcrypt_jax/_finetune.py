@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 
 from ._importance import LossFn
 from ._masks import checked_mask
-from ._tree import is_array, named_leaves
+from ._tree import NamedLeaves, is_array, named_leaves
 
 TrainingLossFn = Callable[[PyTree, Any], tuple[Float[Array, ""], PyTree]]
 """``(params, batch) -> (scalar, params)``: the loss in training mode, and the parameters with the
@@ -81,10 +81,7 @@ def fine_tune(
         masks = {name: whole[name] for name in floats}
     if not any(mask.any() for mask in masks.values()):
         raise ValueError("trainable: expected to select floats, got a mask that selects none.")
-    structure = Structure(
-        tree.treedef,
-        tuple((name, None if is_array(leaf) else Same(leaf)) for name, leaf in tree.leaves.items()),
-    )
+    structure = Structure.of(tree)
     chosen = {name: arrays.pop(name) for name in floats}
     step = partial(
         _step, loss_fn=loss_fn, optimizer=optimizer, statistics=statistics, structure=structure
@@ -123,6 +120,12 @@ class Structure:
 
     treedef: Any
     leaves: tuple[tuple[str, Same | None], ...]
+
+    @classmethod
+    def of(cls, tree: NamedLeaves) -> "Structure":
+        """That of a tree."""
+        same = {name: None if is_array(leaf) else Same(leaf) for name, leaf in tree.leaves.items()}
+        return cls(tree.treedef, tuple(same.items()))
 
     def rebuild(self, arrays: Mapping[str, Array]) -> PyTree:
         return self.treedef.unflatten(

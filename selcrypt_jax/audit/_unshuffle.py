@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._finetune import Same, Structure
+from .._finetune import Structure
 from .._groups import group_positions
 from .._importance import LossFn, batch_count
 from .._masks import split_rings
@@ -119,10 +119,7 @@ def unshuffle(
             f"mask: expected floats, which have gradients, got integers in {listed(whole)}. Use "
             "method='swap'."
         )
-    structure = Structure(
-        tree.treedef,
-        tuple((n, None if is_array(leaf) else Same(leaf)) for n, leaf in tree.leaves.items()),
-    )
+    structure = Structure.of(tree)
     game = _Game(loss_fn, structure, arrays, tables, batches, count)
     search = _swap if method == "swap" else _assign
     orders, used = search(game, key, trials)
