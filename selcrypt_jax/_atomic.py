@@ -251,3 +251,15 @@ def _exists(path: Path, advice: str) -> FileExistsError:
 
 def _appeared(path: Path) -> FileExistsError:
     return _exists(path, "It appeared meanwhile; nothing was written")
+
+
+def writable_folder(path: Path) -> None:
+    """Makes a folder if it is missing, and tries it: better now than after minutes of work.
+
+    Raises:
+        OSError: it cannot be made or written to.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / ".selcrypt-probe"
+    probe.touch()
+    probe.unlink()

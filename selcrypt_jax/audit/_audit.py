@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from .. import __version__
+from .._atomic import writable_folder
 from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
@@ -61,10 +62,7 @@ def audit(
     if target_advantage is not None and not 0 < target_advantage < 1:
         raise ValueError(f"target advantage: expected a number in (0, 1), got {target_advantage}.")
     console = Console() if console is None else console
-    out.mkdir(parents=True, exist_ok=True)
-    probe = out / ".selcrypt-audit"
-    probe.touch()  # better now than after minutes of work
-    probe.unlink()
+    writable_folder(out)
     grid = config.grid.quick() if quick else config.grid
 
     reports, advice, kept, checks = [], [], [], []

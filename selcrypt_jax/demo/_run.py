@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from .. import PSSConfig
+from .._atomic import writable_folder
 from . import DemoConfig
 from ._report import Result, draw_curves, draw_photographs, table, write_json
 from ._tiers import Tiers, learn, measurements, protect_and_measure
@@ -77,10 +78,7 @@ _QUICK = (
 def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     """See `selcrypt_jax.demo.run`."""
     console = Console() if console is None else console
-    config.out.mkdir(parents=True, exist_ok=True)
-    probe = config.out / ".selcrypt-demo"
-    probe.touch()  # better now than after minutes of work
-    probe.unlink()
+    writable_folder(config.out)
 
     plans = _QUICK if config.quick else _FULL
     results: dict[str, Result] = {}
