@@ -9,12 +9,12 @@ with a keyed permutation π, a keystream k, and the dtype's *fine bits* F. Integ
 so every device, every sharding and every engine gives the same bits. This module holds the
 definition; the engines are `_lossless_jax` and, without JAX, `_lossless_numpy`.
 
-How π and k are made (``B`` = 1024, ``n`` units, ``b = ceil(n / B)`` blocks):
+How π and k are made (``B`` = 4096, ``n`` units, ``b = ceil(n / B)`` blocks):
 
 - block r holds the units ``r, r + b, r + 2b, …``: a sample spread over the whole ring. The units
-  of a block are sorted by 22 random bits, ties by position: bits of
-  ``fold_in(fold_in(key, 0), r)``, the upper 22 of 32. That a pair ties with probability 2⁻²² is
-  a bias of 2⁻²³ in its order; the information in it is under 2⁻²⁵ bits a block.
+  of a block are sorted by 20 random bits, ties by position: bits of
+  ``fold_in(fold_in(key, 0), r)``, the upper 20 of 32. That a pair ties with probability 2⁻²⁰ is
+  a bias of 2⁻²¹ in its order; the information in it is under 2⁻¹⁷ bits a block.
 - weight number i of the ring is masked with number ``i mod B`` of the bits of
   ``fold_in(fold_in(key, 1), i div B)``, of the width of the dtype.
 """
@@ -27,8 +27,8 @@ from typing import Any, Literal
 
 from ._dtypes import DTYPES, Dtype
 
-BLOCK = 1024
-INDEX_BITS = 10
+BLOCK = 4096
+INDEX_BITS = 12
 PERMUTATION, MASK = 0, 1  # domains of the key of a ring in a leaf
 MINIMUM_HIDING = 128  # bits
 _COARSE_MANTISSA = 3  # top mantissa bits that are moved and not masked: eighths of an octave
@@ -48,7 +48,7 @@ class LosslessCipher:
             integer's; without `permute`: sign and mantissa, and all bits of an integer.
 
     With the defaults the signed histogram in eighths of an octave is kept exactly, in every ring
-    of every leaf and in every block of up to 1,024 of its units; given that histogram nothing
+    of every leaf and in every block of up to 4,096 of its units; given that histogram nothing
     else leaks. A lossless cipher in place that keeps the whole histogram can only be a
     permutation, so this is what there is.
 

@@ -18,7 +18,7 @@ from ._groups import Ring, group_positions
 from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
 from ._tree import padded, without_explicit_axes
 
-_AT_ONCE = 1 << 14  # blocks whose keystream is held in memory together: 16 M weights
+_AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
 
 
 def run(
@@ -171,7 +171,7 @@ def _permutation_blocks(
         key = jax.random.fold_in(jax.random.fold_in(key, PERMUTATION), block)
         bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> INDEX_BITS
         # What lies behind the end of a short block sorts last and so stays there.
-        bits = jnp.where(index < length.astype(jnp.uint32), bits, jnp.uint32(2**22 - 1))
+        bits = jnp.where(index < length.astype(jnp.uint32), bits, jnp.uint32(2 ** (32 - INDEX_BITS) - 1))
         order = lax.sort(bits << INDEX_BITS | index, is_stable=False)
         return (order & (BLOCK - 1)).astype(jnp.uint16)
 

@@ -67,7 +67,7 @@ class JaxDraws:
         return jax.random.fold_in(key, np.uint32(data))
 
     def bits(self, key, dtype):
-        return np.asarray(jax.random.bits(key, (1024,), dtype))
+        return np.asarray(jax.random.bits(key, (4096,), dtype))
 
 
 class OpenSSLDraws:
@@ -82,7 +82,7 @@ class OpenSSLDraws:
 
     def bits(self, key, dtype):
         dtype = np.dtype(dtype).newbyteorder("<")
-        stream = self._stream(key, b"random_bits", 0, 1024 * dtype.itemsize)
+        stream = self._stream(key, b"random_bits", 0, 4096 * dtype.itemsize)
         return np.frombuffer(stream, dtype).astype(dtype.newbyteorder("="))
 
 
@@ -110,15 +110,15 @@ def oracle_ring(name, leaf, ring, key, draws, *, unit="weight", permute=True, fi
     x = flat[positions].reshape(ring.sum() if unit == "group" else len(positions), -1)
 
     moved = x.copy()
-    blocks = -(-len(x) // 1024)
+    blocks = -(-len(x) // 4096)
     for r in range(blocks if permute else 0):
         units = np.arange(r, len(x), blocks)
         draw = draws.bits(draws.fold_in(draws.fold_in(key, 0), r), "uint32")[: len(units)]
-        moved[units] = x[units[np.argsort(draw >> 10, kind="stable")]]
+        moved[units] = x[units[np.argsort(draw >> 12, kind="stable")]]
 
     k = [
         draws.bits(draws.fold_in(draws.fold_in(key, 1), i), flat.dtype)
-        for i in range(-(-len(positions) // 1024))
+        for i in range(-(-len(positions) // 4096))
     ]
     k = np.concatenate(k)[: len(positions)]
     flat[positions] = moved.ravel() ^ (k & flat.dtype.type(fine))
@@ -171,11 +171,11 @@ def test_definition_on_every_dtype(cipher, dtype):
     )
 
 
-@pytest.mark.parametrize("size", [1023, 1024, 1025, 5000])
+@pytest.mark.parametrize("size", [4095, 4096, 4097, 9000])
 def test_definition_at_the_edges_of_blocks(size):
     # Two leaves of different sizes share the tables that the blocks are drawn into.
-    params = {"a": weights(size), "b/c": weights(2000)}
-    masks = ({"a": True, "b/c": np.arange(2000) < 1030},)
+    params = {"a": weights(size), "b/c": weights(6000)}
+    masks = ({"a": True, "b/c": np.arange(6000) < 4100},)
     keys = make_keys(1)
     assert_same(
         jax.tree.map(np.asarray, encrypt(params, masks, keys)),

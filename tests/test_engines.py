@@ -73,7 +73,7 @@ def test_same_bits_for_every_form(dtype, cipher):
 
 
 @pytest.mark.parametrize(
-    "weights", [1024, 1025, 2049, pytest.param(70_000, marks=pytest.mark.slow)]
+    "weights", [4096, 4097, 8193, pytest.param(70_000, marks=pytest.mark.slow)]
 )
 def test_same_bits_around_the_ends_of_blocks(weights):
     params = {"w": jnp.asarray(payload(weights, (weights,), "float32"))}

@@ -112,11 +112,11 @@ def decrypt_ring(content, entry, ring, bitmap, key, cipher):
     else:
         fine = 2 ** (8 * width) - 1 if mantissa is None else 2 ** (8 * width - 1) + 2**mantissa - 1
     order = list(range(len(units)))
-    blocks = -(-len(units) // 1024)
+    blocks = -(-len(units) // 4096)
     for r in range(blocks if cipher["permute"] else 0):
         block = list(range(r, len(units), blocks))
-        words = stream(fold(fold(key, 0), r), b"random_bits", 0, 4096)
-        rank = [int.from_bytes(words[4 * j : 4 * j + 4], "little") >> 10 for j in range(1024)]
+        words = stream(fold(fold(key, 0), r), b"random_bits", 0, 16384)
+        rank = [int.from_bytes(words[4 * j : 4 * j + 4], "little") >> 12 for j in range(4096)]
         for place, j in enumerate(sorted(range(len(block)), key=lambda j: rank[j])):
             order[block[place]] = block[j]
 
@@ -124,8 +124,8 @@ def decrypt_ring(content, entry, ring, bitmap, key, cipher):
     for i, unit in enumerate(units):
         for w, position in enumerate(unit):
             number = i * len(unit) + w
-            words = stream(fold(fold(key, 1), number // 1024), b"random_bits", 0, 1024 * width)
-            at = number % 1024 * width
+            words = stream(fold(fold(key, 1), number // 4096), b"random_bits", 0, 4096 * width)
+            at = number % 4096 * width
             k = int.from_bytes(words[at : at + width], "little")
             plain[order[i], w] = int(numbers[position]) ^ (k & fine)
     for unit, values in zip(units, plain, strict=True):

@@ -53,7 +53,7 @@ def check_cipher(cipher: Cipher | None = None, *, seed: int = 0) -> list[CipherC
         that the cipher refuses, an order that cannot be read) has passed, with NaN as `found`,
         and says so. A cipher that is in order fails one of them with a probability below 1e-6:
         each check bounds its own by 1e-8, with Hoeffding's inequality for shares of bits and with
-        ``P(k agree) <= b**k / k!`` for permutations in ``b`` blocks of up to 1,024 units.
+        ``P(k agree) <= b**k / k!`` for permutations in ``b`` blocks of up to 4,096 units.
 
     Raises:
         ValueError: the cipher refuses float32 rings of 48 weights and more.

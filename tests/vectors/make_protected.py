@@ -62,7 +62,7 @@ def make_source(path: Path) -> None:
         "conv/kernel": rng.standard_normal((3, 3, 8, 16)).astype(np.float32),
         "conv/bias": rng.standard_normal(16).astype(np.float32),
         "dense/kernel": rng.standard_normal((40, 30)).astype(np.float16),
-        "long": rng.standard_normal((2, 1100)).astype(np.float16),
+        "long": rng.integers(-128, 128, (2, 7000), np.int8),
         "quantised": rng.integers(-128, 128, (30, 20), np.int8),
         "steps": np.array(7, np.int64),
     }
