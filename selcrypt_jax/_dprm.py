@@ -6,6 +6,7 @@ This module checks the input and derives the keys; what happens to the weights o
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,6 +60,7 @@ def encrypt(
     keys: Keys,
     *,
     cipher: Cipher | None = None,
+    donate: bool = False,
 ) -> PyTree:
     """Encrypts what nested masks select, each ring under its own key.
 
@@ -76,6 +78,9 @@ def encrypt(
             never encrypt two different trees**: draw a new model id for each. (The bits of
             "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
         cipher: `LosslessCipher()` unless given.
+        donate: whether the memory of the selected leaves may be used for the result, as by
+            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, and nothing is copied.
+            Under a jit of your own its arguments say this, and this one does nothing.
 
     Returns:
         A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
@@ -94,7 +99,7 @@ def encrypt(
     References:
         Tian, Zhou, Duan, CVPR 2021, section 3.2.
     """
-    return _transform(params, masks, keys, cipher, inverse=False)
+    return _transform(params, masks, keys, cipher, inverse=False, donate=donate)
 
 
 def decrypt(
@@ -103,6 +108,7 @@ def decrypt(
     keys: Keys,
     *,
     cipher: Cipher | None = None,
+    donate: bool = False,
 ) -> PyTree:
     """Decrypts the rings that a level opens; the higher ones stay as they are.
 
@@ -111,6 +117,7 @@ def decrypt(
         masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
         keys: ``keys[:m]``.
         cipher: as in `encrypt`.
+        donate: as in `encrypt`.
 
     Returns:
         A tree of the same structure, in which rings 1..m are as before encryption: bit for bit
@@ -119,7 +126,7 @@ def decrypt(
     Raises:
         ValueError, TypeError: as in `encrypt`.
     """
-    return _transform(params, masks, keys, cipher, inverse=True)
+    return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
 
 
 def _transform(
@@ -129,6 +136,7 @@ def _transform(
     cipher: Cipher | None,
     *,
     inverse: bool,
+    donate: bool,
 ) -> PyTree:
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
@@ -157,7 +165,17 @@ def _transform(
         name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
         for name, leaf in given.items()
     }
-    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse)
+    more: dict[str, Any] = {}
+    if donate and isinstance(cipher, LosslessCipher):
+        # Not an array that is in the tree twice, nor one of NumPy: that is its owner's, and JAX
+        # may only have borrowed its memory.
+        times = Counter(id(leaf) for leaf in tree.leaves.values())
+        more["donate"] = {
+            name
+            for name, leaf in given.items()
+            if isinstance(leaf, jax.Array) and times[id(leaf)] == 1
+        }
+    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse, **more)
     return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
 
 

@@ -73,16 +73,78 @@ def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
     Returns:
         int32 array; groups in C order of the mask, weights of a group in C order of the leaf.
     """
-    inside = [size if mask.shape[axis] == 1 and size != 1 else 1 for axis, size in enumerate(shape)]
-    strides = np.array([math.prod(shape[axis + 1 :]) for axis in range(len(shape))], np.int64)
-    offsets = (np.indices(inside).reshape(len(shape), math.prod(inside)).T @ strides).astype(
-        np.int32
-    )
-    # Much faster than argwhere: positions in the mask, taken apart axis by axis.
-    rest = np.flatnonzero(mask).astype(np.int32)
-    first = np.zeros(len(rest), np.int32)
-    for axis in reversed(range(len(shape))):
-        if mask.shape[axis] > 1:
-            rest, index = np.divmod(rest, np.int32(mask.shape[axis]))
-            first += index * np.int32(strides[axis])
+    first, offsets, _ = _corners(shape, mask.shape, np.flatnonzero(mask))
     return first[:, None] + offsets
+
+
+def unit_positions(
+    shape: Sequence[int], masks: Sequence[np.ndarray], unit: Literal["weight", "group"]
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Flat positions of all selected weights as the cipher counts them.
+
+    Args:
+        shape: of the leaf.
+        masks: disjoint and of one shape, see `group_positions`.
+        unit: ``"group"``: as there; ``"weight"``: single weights in C order of the leaf, so that
+            only the set of positions matters, and not the shape of the mask.
+
+    Returns:
+        int32 ``[units, weights in a unit]``, and for each mask which units are its own, in order.
+    """
+    label = np.zeros(masks[0].shape, np.min_scalar_type(len(masks)))
+    for number, mask in enumerate(masks, 1):
+        label |= mask * label.dtype.type(number)
+    groups = np.flatnonzero(label != 0)
+    label = label.reshape(-1)[groups]
+    own = [np.flatnonzero(label == number) for number in range(1, len(masks) + 1)]
+    first, offsets, step = _corners(shape, masks[0].shape, groups)
+    count, size = len(first), len(offsets)
+    if unit == "group" or size == 1:
+        return first[:, None] + offsets, own
+    within = np.arange(size)
+    if not count or offsets[-1] < step:  # groups lie one after the other: OIHW
+        positions = first[:, None] + offsets
+        own = [(mine[:, None] * size + within).reshape(-1) for mine in own]
+    elif first[-1] < offsets[1]:  # all first weights come first, and then all second ones: HWIO
+        positions = offsets[:, None] + first
+        own = [(within[:, None] * count + mine).reshape(-1) for mine in own]
+    else:
+        flat = (first[:, None] + offsets).reshape(-1)
+        order = np.argsort(flat)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        positions, rank = flat[order], rank.reshape(count, size)
+        own = [np.sort(rank[mine], axis=None) for mine in own]
+    return positions.reshape(-1, 1), own
+
+
+def _corners(
+    shape: Sequence[int], mask_shape: Sequence[int], groups: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Where groups lie.
+
+    Returns:
+        The first weight of each group; those of a group, counted from there; both ascending; and
+        the least distance that the first weights of two groups can have.
+    """
+    axes = range(len(shape))
+    strides = [math.prod(shape[axis + 1 :]) for axis in axes]
+    inside = [size if mask_shape[axis] == 1 and size != 1 else 1 for axis, size in enumerate(shape)]
+    offsets = np.zeros(1, np.int32)
+    for axis in axes:
+        if inside[axis] > 1:
+            along = np.arange(inside[axis], dtype=np.int32) * np.int32(strides[axis])
+            offsets = (offsets[:, None] + along).reshape(-1)
+    outside = [axis for axis in axes if mask_shape[axis] > 1]
+    steps = [strides[axis] for axis in outside]
+    counted = [math.prod(mask_shape[axis + 1 :]) for axis in outside]
+    rest = groups.astype(np.int32)
+    if len({step // count for step, count in zip(steps, counted, strict=True)}) <= 1:
+        # The axes outside of groups are neighbours: one step a group.
+        first = rest * np.int32(steps[-1] if steps else 1)
+    else:
+        first = np.zeros(len(rest), np.int32)
+        for axis in reversed(outside):
+            rest, index = np.divmod(rest, np.int32(mask_shape[axis]))
+            first += index * np.int32(strides[axis])
+    return first, offsets, min(steps, default=math.prod(shape))

@@ -21,7 +21,7 @@ How π and k are made (``B`` = 4096, ``n`` units, ``b = ceil(n / B)`` blocks):
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -149,12 +149,18 @@ class LosslessCipher:
             )
 
     def run(
-        self, leaves: Mapping[str, Any], rings: Sequence[Any], keys: Any, *, inverse: bool
+        self,
+        leaves: Mapping[str, Any],
+        rings: Sequence[Any],
+        keys: Any,
+        *,
+        inverse: bool,
+        donate: Collection[str] = (),
     ) -> dict[str, Any]:
-        """See `Cipher.run`."""
+        """See `Cipher.run`; the leaves named in `donate` are used up."""
         from ._lossless_jax import run  # the definition alone does not need JAX
 
-        return run(self, leaves, rings, keys, inverse=inverse)
+        return run(self, leaves, rings, keys, inverse=inverse, donate=donate)
 
 
 def dtype_of(dtype: Any) -> Dtype:

@@ -5,61 +5,178 @@ It opens a file without starting JAX. The definition is in `_lossless`, that of 
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
+from ._groups import unit_positions
 from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
 
 _BLOCK_BYTES = 64  # of the ChaCha20 block function
 _KEY_BYTES = 32
 
 
-def rewrite_ring(
+def rewrite_leaf(
     bits: np.ndarray,
-    positions: np.ndarray,
-    key: bytes,
+    shape: Sequence[int],
+    rings: Sequence[tuple[np.ndarray, bytes]],
     name: str,
     *,
     cipher: LosslessCipher,
     fine: int,
     inverse: bool,
-) -> np.ndarray:
-    """Encrypts (or, inverse, decrypts) one ring of one leaf, in place.
+) -> list[np.ndarray]:
+    """Encrypts (or, inverse, decrypts) rings of one leaf, in place.
 
     Args:
         bits: unsigned integers ``[weights]``, writable: the bit patterns of the leaf in C order.
-        positions: of the ring in it, ``[groups, weights in a group]``, see
-            `selcrypt_jax._groups.group_positions`.
-        key: 32 bytes, the cipher key of the ring's level.
+        shape: of the leaf.
+        rings: disjoint masks, see `group_positions`, each with the cipher key of its level.
         name: of the leaf.
-        cipher: its `unit` and `permute` are used.
+        cipher: see `LosslessCipher`.
         fine: ``cipher.fine_mask(dtype of the leaf)``.
         inverse: whether to decrypt.
 
     Returns:
-        The ring's plaintext, in the order of the cipher.
+        The plaintext of each ring, in the order of the cipher.
     """
-    if cipher.unit == "weight" or positions.shape[1] == 1:
-        positions = positions.reshape(-1)
-        if (positions[1:] < positions[:-1]).any():  # PyTorch's kernels lie in order already
-            positions = np.sort(positions)
-    positions = positions.astype(np.intp)  # what NumPy would make of them three times
-    key = _leaf_key(key, name)
-    source = _permutation(_fold_in(key, PERMUTATION), len(positions)) if cipher.permute else None
-    ring = bits[positions]
-    mask = _mask(_fold_in(key, MASK), ring.size, bits.dtype, fine).reshape(ring.shape)
-    if inverse:
-        ring ^= mask
-        plain = np.empty_like(ring) if source is not None else ring
-        if source is not None:
-            plain[source] = ring
-        bits[positions] = plain
-    else:
-        plain = ring
-        bits[positions] = (ring if source is None else ring[source]) ^ mask
+    plain: list[np.ndarray] = [bits[:0]] * len(rings)
+    for positions, numbers in _together(shape, [mask for mask, _ in rings], cipher.unit):
+        # A leaf is too large for a cache and its selected weights are not: it is gone through
+        # once for all rings, and not ring by ring.
+        size = positions.shape[1]
+        # One index an entry, as wide as NumPy wants it: everything else is a slower loop.
+        positions = positions.astype(np.intp)[:, 0] if size == 1 else positions
+        dense = bits[positions]
+        for index, units in numbers:
+            tables = ring_tables(
+                (len(units), size),
+                leaf_key(rings[index][1], name),
+                cipher=cipher,
+                fine=fine,
+                dtype=bits.dtype,
+            )
+            ring = dense[units]
+            dense[units], plain[index] = _moved(ring, *tables, inverse=inverse)
+        bits[positions] = dense
     return plain
+
+
+def _moved(
+    ring: np.ndarray, source: np.ndarray | None, mask: np.ndarray | None, *, inverse: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ring encrypted (or decrypted), and the one of the two that is plaintext."""
+    if not inverse:
+        moved = ring if source is None else ring[source]
+        return moved if mask is None else moved ^ mask.reshape(ring.shape), ring
+    if mask is not None:
+        ring = ring ^ mask.reshape(ring.shape)
+    if source is None:
+        return ring, ring
+    plain = np.empty_like(ring)
+    plain[source] = ring
+    return plain, plain
+
+
+def _together(
+    shape: Sequence[int], masks: Sequence[np.ndarray], unit: Literal["weight", "group"]
+) -> Iterator[tuple[np.ndarray, list[tuple[int, np.ndarray]]]]:
+    """Rings whose masks have the same shape.
+
+    Yields:
+        The positions of all their units, ``[units, weights in a unit]``, and for each ring, by its
+        index, which of them are its own, in order.
+    """
+    for same in sorted({mask.shape for mask in masks}):
+        which = [index for index, mask in enumerate(masks) if mask.shape == same]
+        positions, own = unit_positions(shape, [masks[index] for index in which], unit)
+        yield positions, list(zip(which, own, strict=True))
+
+
+class LeafTables(NamedTuple):
+    """What the cipher does with the rings of a leaf, as arrays ``[selected weights]``.
+
+    Attributes:
+        positions: int32, of the weights in the leaf.
+        source: int32, which of them each is taken from; None where none moves.
+        mask: that each is masked with, before it is moved or after; None where none is.
+    """
+
+    positions: np.ndarray
+    source: np.ndarray | None
+    mask: np.ndarray | None
+
+
+def leaf_tables(
+    shape: Sequence[int],
+    rings: Sequence[tuple[np.ndarray, bytes]],
+    *,
+    cipher: LosslessCipher,
+    fine: int,
+    dtype: np.dtype,
+    inverse: bool,
+) -> LeafTables:
+    """What `rewrite_leaf` does with a leaf, for another engine to do.
+
+    Encryption takes each weight from its source and then masks it; decryption masks first.
+
+    Args:
+        shape: of the leaf.
+        rings: disjoint masks, each with the key of the ring in this leaf, see `leaf_key`.
+        cipher: see `LosslessCipher`.
+        fine: ``cipher.fine_mask(dtype of the leaf)``.
+        dtype: unsigned, as wide as the leaf's.
+        inverse: whether to decrypt.
+    """
+    parts = []
+    for positions, numbers in _together(shape, [mask for mask, _ in rings], cipher.unit):
+        units, size = positions.shape
+        source = np.arange(units, dtype=np.int32)
+        mask = np.zeros((units, size), dtype) if fine else None
+        for index, own in numbers:
+            order, words = ring_tables(
+                (len(own), size), rings[index][1], cipher=cipher, fine=fine, dtype=dtype
+            )
+            if order is not None and inverse:
+                source[own[order]] = own
+            elif order is not None:
+                source[own] = own[order]
+            if mask is not None and words is not None:
+                mask[own] = words.reshape(-1, size)
+        if size > 1:
+            source = source[:, None] * size + np.arange(size, dtype=np.int32)
+        parts.append(LeafTables(positions.reshape(-1), source.reshape(-1), mask))
+    ends = np.cumsum([0] + [len(part.positions) for part in parts])
+    joined = [
+        np.concatenate([part.positions for part in parts]),
+        np.concatenate([p.source + s for p, s in zip(parts, ends, strict=False)]).astype(np.int32),
+        np.concatenate([part.mask.reshape(-1) for part in parts]) if fine else None,
+    ]
+    return LeafTables(joined[0], joined[1] if cipher.permute else None, joined[2])
+
+
+def ring_tables(
+    shape: Sequence[int], key: bytes, *, cipher: LosslessCipher, fine: int, dtype: np.dtype
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """What the cipher does with a ring.
+
+    Args:
+        shape: number of units, and of weights in each.
+        key: 32 bytes, of the ring in its leaf, see `leaf_key`.
+        cipher: its `permute` is used.
+        fine: ``cipher.fine_mask(dtype)``.
+        dtype: unsigned, as wide as the leaf's.
+
+    Returns:
+        The unit that each unit is taken from, or None where none moves; the keystream of all
+        weights, cut to the fine bits, or None where there are none.
+    """
+    units, size = shape
+    source = _permutation(_fold_in(key, PERMUTATION), units) if cipher.permute else None
+    return source, _mask(_fold_in(key, MASK), units * size, dtype, fine) if fine else None
 
 
 def _keystream(key: bytes, domain: bytes, size: int, counter: int = 0) -> bytes:
@@ -71,7 +188,7 @@ def _fold_in(key: bytes, data: int) -> bytes:
     return _keystream(key, b"fold_in", _KEY_BYTES, data)
 
 
-def _leaf_key(key: bytes, name: str) -> bytes:
+def leaf_key(key: bytes, name: str) -> bytes:
     """The key of a ring in a leaf, as `selcrypt_jax._dprm` derives it."""
     digest = hashlib.sha256(b"selcrypt/v1/leaf\0" + name.encode("utf-8", "surrogatepass")).digest()
     for word in np.frombuffer(digest, "<u4"):
@@ -79,16 +196,18 @@ def _leaf_key(key: bytes, name: str) -> bytes:
     return key
 
 
-def _blocks_of_bits(key: bytes, blocks: int, size: int) -> bytearray:
-    """``size`` bytes of random bits from ``fold_in(key, i)`` for each of the blocks i."""
+def _blocks_of_bits(key: bytes, size: int, total: int) -> bytearray:
+    """``total`` random bytes, of which each ``fold_in(key, i)`` from i = 0 on gives ``size``."""
+    blocks = -(-total // size)
     children = _keystream(key, b"fold_in", blocks * _BLOCK_BYTES)
     zeros, nonce = bytes(size), bytes(4) + b"random_bits\0"
-    result = bytearray(blocks * size)
+    result = bytearray(total)
     view = memoryview(result)
     for block in range(blocks):
         child = children[block * _BLOCK_BYTES :][:_KEY_BYTES]
         stream = Cipher(ChaCha20(child, nonce), mode=None).encryptor()
-        stream.update_into(zeros, view[block * size : (block + 1) * size])
+        place = view[block * size : (block + 1) * size]
+        stream.update_into(zeros[: len(place)], place)
     return result
 
 
@@ -96,20 +215,22 @@ def _permutation(key: bytes, units: int) -> np.ndarray:
     """``source[i]``: the unit that unit i is taken from."""
     blocks = block_count(units)
     length = -(-units // blocks)  # of the longest block
-    bits = np.frombuffer(_blocks_of_bits(key, blocks, 4 * BLOCK), "<u4").reshape(blocks, BLOCK)
-    index = np.arange(length, dtype=np.uint32)
-    packed = bits[:, :length] >> INDEX_BITS << INDEX_BITS | index
+    bits = _blocks_of_bits(key, 4 * length, 4 * length * blocks)
+    packed = np.frombuffer(bits, "<u4").reshape(blocks, length)
+    packed = packed >> INDEX_BITS << INDEX_BITS | np.arange(length, dtype=np.uint32)
     if length > 1:
         # Blocks that are one unit short: what lies behind their end sorts last and so stays.
         packed[units - (length - 1) * blocks :, -1] = 2**32 - 1
     packed.sort(axis=1)
-    place = (packed & (BLOCK - 1)).astype(np.intp)
-    return (place.T * blocks + np.arange(blocks)).ravel()[:units]
+    packed &= BLOCK - 1
+    packed *= np.uint32(blocks)
+    packed += np.arange(blocks, dtype=np.uint32)[:, None]
+    return packed.T.astype(np.intp).reshape(-1)[:units]
 
 
 def _mask(key: bytes, weights: int, dtype: np.dtype, fine: int) -> np.ndarray:
-    if not fine:
-        return np.zeros(weights, dtype)
-    bits = _blocks_of_bits(key, block_count(weights), BLOCK * dtype.itemsize)
-    words = np.frombuffer(bits, dtype.newbyteorder("<"))[:weights].astype(dtype, copy=False)
-    return words & dtype.type(fine)
+    width = dtype.itemsize
+    bits = _blocks_of_bits(key, width * min(BLOCK, weights), width * weights)
+    words = np.frombuffer(bits, dtype.newbyteorder("<")).astype(dtype, copy=False)
+    words &= dtype.type(fine)
+    return words

@@ -241,7 +241,7 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
             continue  # its masks are False: _fit has seen to that
         previous = np.zeros((1,) * leaf.ndim, bool)
         for index, mask in enumerate(whole):
-            lost = previous & ~mask[name]
+            lost = previous > mask[name]
             if lost.any():
                 where = tuple(int(i) for i in np.argwhere(lost)[0])
                 raise ValueError(
@@ -249,7 +249,7 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
                     f"masks[{index - 1}] has. Expected nested masks: a level may decrypt all "
                     "that the levels below may. See nested_masks."
                 )
-            added = mask[name] & ~previous
+            added = mask[name] > previous
             if added.any() and math.prod(leaf.shape):  # nothing to hide in an empty leaf
                 found.append(Ring(name, index + 1, added))
             previous = mask[name]

@@ -10,9 +10,8 @@ import numpy as np
 
 from ._dtypes import SAFETENSORS
 from ._envelope import DAMAGED, NO_DIGEST, IntegrityError, SealedRing
-from ._groups import group_positions
 from ._lossless import LosslessCipher
-from ._lossless_numpy import rewrite_ring
+from ._lossless_numpy import rewrite_leaf
 
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
@@ -81,9 +80,10 @@ def rewrite_tensor(
     """
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
-    done = []
+    found = list(rings)
+    masks: list[np.ndarray] = []
     taken = np.False_
-    for level, ring in rings:
+    for level, ring in found:
         mask = ring_mask(ring, level, what)
         if (taken & mask).any():
             raise IntegrityError(
@@ -91,17 +91,20 @@ def rewrite_tensor(
                 f"that of a lower level. {DAMAGED}"
             )
         taken = taken | mask
-        plain = rewrite_ring(
-            bits,
-            group_positions(info.shape, mask),
-            keys[level],
-            ring.tensor,
-            cipher=cipher,
-            fine=cipher.fine_mask(dtype),
-            inverse=inverse,
-        )
+        masks.append(mask)
+    plain = rewrite_leaf(
+        bits,
+        info.shape,
+        [(mask, keys[level]) for mask, (level, _) in zip(masks, found, strict=True)],
+        found[0][1].tensor,
+        cipher=cipher,
+        fine=cipher.fine_mask(dtype),
+        inverse=inverse,
+    )
+    done = []
+    for (level, ring), weights in zip(found, plain, strict=True):
         digest = hashlib.sha256(b"selcrypt/v1/ring\0")
-        digest.update(np.ascontiguousarray(plain).data)
+        digest.update(np.ascontiguousarray(weights).data)
         if inverse and digest.hexdigest() != ring.sha256:
             raise IntegrityError(
                 f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "

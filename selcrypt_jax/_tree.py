@@ -205,10 +205,9 @@ def without_explicit_axes(function: Callable[..., Array], leaf: Array) -> Callab
 
 
 def padded(count: int) -> int:
-    """``count`` rounded up to one of a few sizes, so that few are compiled.
+    """``count`` rounded up to one of a few sizes, at most a quarter more, so that few are compiled.
 
-    Powers of two up to 64, where compiling costs more than the work; beyond, at most a quarter
-    more than ``count``.
+    All numbers to 8, and four in each octave beyond: 10, 12, 14, 16, 20, 24, …
     """
-    step = 1 << max(count.bit_length() - (3 if count > 64 else 0), 0)
-    return -(-count // step) * step if count & (count - 1) else count
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step

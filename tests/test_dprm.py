@@ -756,3 +756,43 @@ def test_arrays_that_are_none(leaf, message):
 def test_a_cipher_is_an_object():
     with pytest.raises(TypeError, match="cipher: expected an object with check and run"):
         encrypt({"w": weights(20, 20)}, (True,), make_keys(1), cipher=LosslessCipher)
+
+
+# --- donation ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("impl", ["threefry", "chacha20"])
+def test_donated_leaves_are_used_up(impl):
+    keys = make_keys(2, IMPLEMENTATIONS[impl])
+    expected = encrypt(PARAMS, MASKS, keys)
+    given = {name: jnp.array(leaf, copy=True) for name, leaf in PARAMS.items()}
+    protected = encrypt(given, MASKS, keys, donate=True)
+    assert_same(jax.tree.map(np.asarray, protected), jax.tree.map(np.asarray, expected))
+    assert {name: leaf.is_deleted() for name, leaf in given.items()} == {
+        "conv": True,
+        "half": True,
+        "int": False,
+    }
+    opened = decrypt(protected, MASKS, keys, donate=True)
+    assert_same(jax.tree.map(np.asarray, opened), PARAMS)
+    assert protected["conv"].is_deleted()
+
+
+def test_what_is_not_ours_is_not_used_up():
+    keys = make_keys(1, chacha20_impl)
+    twice = jnp.asarray(weights(40, 40))
+    mine = weights(3, 3, 30, 30, seed=1)
+    before = mine.copy()
+    params = {"a": twice, "b": {"c": twice}, "d": mine}
+    protected = encrypt(params, ({"a": True, "b": False, "d": True},), keys, donate=True)
+    assert protected["b"]["c"] is twice
+    assert not twice.is_deleted()
+    np.testing.assert_array_equal(mine, before)
+    assert (np.asarray(protected["d"]) != before).any()
+
+
+def test_nothing_is_used_up_by_a_call_that_fails():
+    params = {"a": jnp.asarray(weights(40, 40)), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match="too small to hide in"):
+        encrypt(params, ({"a": True, "b": True},), make_keys(1), donate=True)
+    assert not params["a"].is_deleted()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,18 @@ import pytest
 from hypothesis import given, settings
 from strategies import bits, cases, is_array, octets, payload, two_rings
 
-from selcrypt_jax import LosslessCipher, Secret, encrypt, level_key, ring_keys
+from selcrypt_jax import (
+    LosslessCipher,
+    Secret,
+    _lossless_jax,
+    chacha20_impl,
+    decrypt,
+    encrypt,
+    level_key,
+    ring_keys,
+)
 from selcrypt_jax._dtypes import DTYPES, SAFETENSORS
-from selcrypt_jax._groups import group_positions
-from selcrypt_jax._lossless_numpy import rewrite_ring
+from selcrypt_jax._lossless_numpy import rewrite_leaf
 from selcrypt_jax._masks import split_rings
 from selcrypt_jax._tree import named_leaves
 
@@ -29,13 +38,15 @@ def run(params, masks, *, cipher, inverse=False, given=None):
         for name, leaf in tree.leaves.items()
         if is_array(leaf)
     }
-    for ring in split_rings(tree, masks):
-        leaf = result[ring.name] = np.ascontiguousarray(result[ring.name])
-        rewrite_ring(
+    rings = split_rings(tree, masks)
+    for name in {ring.name for ring in rings}:
+        leaf = result[name] = np.ascontiguousarray(result[name])
+        own = [(r.mask, KEY.lower(r.level).cipher_key()) for r in rings if r.name == name]
+        rewrite_leaf(
             bits(leaf).reshape(-1),
-            group_positions(leaf.shape, ring.mask),
-            KEY.lower(ring.level).cipher_key(),
-            ring.name,
+            leaf.shape,
+            own,
+            name,
             cipher=cipher,
             fine=cipher.fine_mask(leaf.dtype),
             inverse=inverse,
@@ -44,10 +55,16 @@ def run(params, masks, *, cipher, inverse=False, given=None):
 
 
 def assert_engines_agree(params, masks, cipher):
-    expected = named_leaves(encrypt(params, masks, ring_keys(KEY), cipher=cipher)).leaves
     actual = run(params, masks, cipher=cipher)
-    for name, leaf in actual.items():
-        assert octets(leaf) == octets(expected[name]), name
+    # Tables made by NumPy, as on a CPU, and tables made by XLA, as elsewhere.
+    for on_host in (True, False):
+        with patch.object(_lossless_jax, "on_host", lambda *_, made=on_host: made):
+            protected = encrypt(params, masks, ring_keys(KEY), cipher=cipher)
+            opened = decrypt(protected, masks, ring_keys(KEY), cipher=cipher)
+        for name, leaf in actual.items():
+            assert octets(leaf) == octets(named_leaves(protected).leaves[name]), name
+        for name, leaf in named_leaves(params).leaves.items():
+            assert octets(named_leaves(opened).leaves[name]) == octets(leaf), name
     back = run(params, masks, cipher=cipher, inverse=True, given=actual)
     for name, leaf in named_leaves(params).leaves.items():
         assert octets(back[name]) == octets(leaf), name
@@ -78,6 +95,31 @@ def test_same_bits_for_every_form(dtype, cipher):
 def test_same_bits_around_the_ends_of_blocks(weights):
     params = {"w": jnp.asarray(payload(weights, (weights,), "float32"))}
     assert_engines_agree(params, (False, True), LosslessCipher())
+
+
+def test_xla_makes_the_tables_under_jit_and_for_other_keys():
+    leaves = {"w": jnp.ones(3)}
+    keys = jax.random.split(jax.random.key(0, impl=chacha20_impl), 2)
+    assert _lossless_jax.on_host(leaves, keys)
+    assert not _lossless_jax.on_host(leaves, jax.random.split(jax.random.key(0), 2))
+    assert not jax.jit(lambda w: [_lossless_jax.on_host({"w": w}, keys)])(jnp.ones(3))[0]
+    assert not jax.jit(lambda k: [_lossless_jax.on_host(leaves, k)])(keys)[0]
+
+
+@pytest.mark.parametrize("inner", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1), (0, 1, 2), ()])
+@pytest.mark.parametrize("unit", ["weight", "group"])
+def test_masks_of_all_shapes(inner, unit):
+    shape = (6, 40, 35)
+    params = {"w": jnp.asarray(payload(5, shape, "float32")), "v": jnp.ones((30, 30))}
+    groups = tuple(1 if axis in inner else size for axis, size in enumerate(shape))
+    first = np.random.default_rng(0).random(groups) < 0.4
+    first.flat[0] = True
+    # The second ring's mask has another shape: what is left of the leaf, or in smaller groups.
+    rest = ~np.broadcast_to(first, shape)
+    every = np.ones((30, 30), bool)
+    few = first.size < 36 and unit == "group"  # too few to permute
+    masks = ({"w": not few and first, "v": few and every}, {"w": first | rest, "v": every})
+    assert_engines_agree(params, masks, LosslessCipher(unit=unit))
 
 
 def test_dtypes_are_as_their_library_says():

@@ -41,9 +41,8 @@ from selcrypt_jax import (
 )
 from selcrypt_jax._dtypes import SAFETENSORS
 from selcrypt_jax._envelope import _context, _signed_message
-from selcrypt_jax._groups import group_positions
 from selcrypt_jax._lossless import LosslessCipher
-from selcrypt_jax._lossless_numpy import rewrite_ring
+from selcrypt_jax._lossless_numpy import rewrite_leaf
 from selcrypt_jax._safetensors import SafetensorsFile, header
 
 SECRET = Secret(bytes(range(32)))
@@ -1084,10 +1083,10 @@ def forged_digests(given: Released, masks: list[np.ndarray]) -> Forgery:
     key, cipher = given.key.lower(len(masks)), LosslessCipher()
     boxes, levels = [], []
     for level, mask in enumerate(masks, 1):
-        plain = rewrite_ring(
+        (plain,) = rewrite_leaf(
             bits,
-            group_positions(SHAPE, mask),
-            key.lower(level).cipher_key(),
+            SHAPE,
+            [(mask, key.lower(level).cipher_key())],
             "w",
             cipher=cipher,
             fine=cipher.fine_mask(SAFETENSORS["F16"]),
