@@ -3,10 +3,7 @@
 The definition is in `_lossless`.
 """
 
-import os
-from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -17,10 +14,10 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Key, PRNGKeyArray
 
-from ._chacha import chacha20_impl
 from ._groups import Ring, unit_positions
 from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
-from ._lossless_numpy import LeafTables, leaf_tables
+from ._lossless_host import on_host, run_on_host
+from ._lossless_sharded import shards_of
 from ._tree import padded, without_explicit_axes
 
 _AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
@@ -37,7 +34,7 @@ def run(
 ) -> dict[str, Array]:
     """Encrypts or decrypts rings with `LosslessCipher`: see `Cipher.run`."""
     if on_host(leaves, keys):
-        return _run_on_host(cipher, leaves, rings, keys, inverse=inverse, donate=donate)
+        return run_on_host(cipher, leaves, rings, keys, inverse=inverse, donate=donate)
     result = dict(leaves)
     started = set(donate)
     for batch in _batches([_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings)]):
@@ -61,103 +58,41 @@ def run(
                     size,
                     fine=plan.fine,
                     inverse=inverse,
+                    flat=leaf.ndim < 2 or _is_whole(leaf),
                 )
     return result
 
 
-def on_host(leaves: Mapping[str, Array], keys: Key[Array, " keys"]) -> bool:
-    """Whether NumPy and OpenSSL may make the tables: known ChaCha20 keys, and leaves on CPUs.
+def _is_whole(leaf: Array) -> bool:
+    """Whether it lies on one device. Under a jit of somebody else's it may be spread over all."""
+    return jax.device_count() == 1 if isinstance(leaf, Tracer) else shards_of(leaf) == 1
 
-    There they take a tenth of the time of XLA's sort, and the bits are the same. On an accelerator
-    the tables would have to be moved, and are made where they are used.
+
+def _read(bits: Array, positions: Array, *, flat: bool) -> Array:
+    """The values at flat positions; 0 out of bounds.
+
+    Flat arrays are faster. But to flatten a leaf that is sharded along another axis than its first
+    one would gather it on each device.
     """
-    if isinstance(keys, Tracer) or jax.random.key_impl(keys) != chacha20_impl:
-        return False
-    return not any(
-        isinstance(leaf, Tracer) or any(d.platform != "cpu" for d in leaf.devices())
-        for leaf in leaves.values()
-    )
+    if flat:
+        return bits.reshape(-1).at[positions].get(mode="fill", fill_value=0)
+    return bits.at[_indices(positions, bits.shape)].get(mode="fill", fill_value=0)
 
 
-def _run_on_host(
-    cipher: LosslessCipher,
-    leaves: Mapping[str, Array],
-    rings: Sequence[Ring],
-    keys: Key[Array, " keys"],
-    *,
-    inverse: bool,
-    donate: Collection[str],
-) -> dict[str, Array]:
-    words = np.asarray(jax.random.key_data(keys)).astype("<u4")
-    of_leaf: dict[str, list[tuple[np.ndarray, bytes]]] = {}
-    for ring, key in zip(rings, words, strict=False):
-        of_leaf.setdefault(ring.name, []).append((ring.mask, key.tobytes()))
-
-    def tables(name: str) -> LeafTables:
-        leaf = leaves[name]
-        made = leaf_tables(
-            leaf.shape,
-            of_leaf[name],
-            cipher=cipher,
-            fine=cipher.fine_mask(leaf.dtype),
-            dtype=np.dtype(f"u{leaf.dtype.itemsize}"),
-            inverse=inverse,
-        )
-        return _padded_tables(made, leaf.size)
-
-    result = dict(leaves)
-    # Few at a time: tables take three times the room of what is selected.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: deque[tuple[str, Future[LeafTables]]] = deque()
-        for name in [*of_leaf, *[None] * (os.cpu_count() or 1)]:
-            if name is not None:
-                waiting.append((name, pool.submit(tables, name)))
-            if waiting and (name is None or len(waiting) > (os.cpu_count() or 1)):
-                first, future = waiting.popleft()
-                move = _move_in_place if first in donate else _move
-                with jax.debug_nans(False), jax.debug_infs(False):
-                    result[first] = move(
-                        result[first], *jax.device_put(future.result()), inverse=inverse
-                    )
-    return result
+def _write(bits: Array, positions: Array, values: Array, *, flat: bool) -> Array:
+    """With these values at flat positions; out of bounds nothing is written. See `_read`."""
+    if flat:
+        return bits.reshape(-1).at[positions].set(values, mode="drop").reshape(bits.shape)
+    return bits.at[_indices(positions, bits.shape)].set(values, mode="drop")
 
 
-def _padded_tables(tables: LeafTables, size: int) -> LeafTables:
-    """Padded with positions out of bounds, so that few lengths are compiled."""
-    count = len(tables.positions)
-    room = padded(count) - count
-    if not room:
-        return tables
-    behind = np.arange(count, count + room, dtype=np.int32)
-    return LeafTables(
-        np.concatenate([tables.positions, np.full(room, size, np.int32)]),
-        None if tables.source is None else np.concatenate([tables.source, behind]),
-        None if tables.mask is None else np.pad(tables.mask, (0, room)),
-    )
-
-
-def _move_leaf(
-    leaf: Array, positions: Array, source: Array | None, mask: Array | None, *, inverse: bool
-) -> Array:
-    """Does with a leaf what its tables say, see `LeafTables`."""
-
-    def move(leaf: Array, positions: Array, source: Array | None, mask: Array | None) -> Array:
-        bits = lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype.itemsize)).reshape(-1)
-        ring = bits.at[positions].get(mode="fill", fill_value=0)
-        if inverse and mask is not None:
-            ring = ring ^ mask
-        if source is not None:
-            ring = ring.at[source].get(mode="promise_in_bounds")
-        if not inverse and mask is not None:
-            ring = ring ^ mask
-        bits = bits.at[positions].set(ring, mode="drop")
-        return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
-
-    return without_explicit_axes(move, leaf)(leaf, positions, source, mask)
-
-
-_move = jax.jit(_move_leaf, static_argnames="inverse")
-_move_in_place = jax.jit(_move_leaf, static_argnames="inverse", donate_argnames="leaf")
+def _indices(positions: Array, shape: Sequence[int]) -> tuple[Array, ...]:
+    """Axis by axis; what is out of bounds stays so, on the first axis."""
+    indices = []
+    for size in reversed(shape[1:]):
+        indices.append(positions % size)
+        positions = positions // size
+    return positions, *reversed(indices)
 
 
 class _Plan(NamedTuple):
@@ -300,11 +235,12 @@ def _rewrite_leaf(
     *,
     fine: int,
     inverse: bool,
+    flat: bool,
 ) -> Array:
     """Encrypts or decrypts one ring: ``units`` units of ``size`` weights each."""
     # On unsigned views only: a float that is moved as a float may lose its NaN payload.
     unsigned = _unsigned(leaf.dtype.itemsize)
-    bits = lax.bitcast_convert_type(leaf, unsigned).reshape(-1)
+    bits = lax.bitcast_convert_type(leaf, unsigned)
     source = positions
     if permutation is not None:
         number = jnp.arange(len(positions), dtype=jnp.int32)
@@ -315,19 +251,26 @@ def _rewrite_leaf(
         moved = (place * blocks + block) * size + within
         source = positions[jnp.where(unit < units, moved, number)]
     read, written = (positions, source) if inverse else (source, positions)
-    ring = bits.at[read].get(mode="fill", fill_value=0)
     if mask is not None:
-        ring = ring ^ (mask.reshape(-1) & jnp.array(fine, unsigned))
-    bits = bits.at[written].set(ring, mode="drop")
-    return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
+        mask = mask.reshape(-1) & jnp.array(fine, unsigned)
+    if permutation is None and mask is not None and not flat:
+        # Where nothing moves, every device can mask what it has: nothing of the leaf is sent.
+        own = _write(jnp.zeros_like(bits), positions, mask, flat=False)
+        return lax.bitcast_convert_type(bits ^ own, leaf.dtype)
+    ring = _read(bits, read, flat=flat)
+    if mask is not None:
+        ring = ring ^ mask
+    return lax.bitcast_convert_type(_write(bits, written, ring, flat=flat), leaf.dtype)
 
 
-def _rewrite_sharded(leaf: Array, *tables: Array | None, fine: int, inverse: bool) -> Array:
-    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse)
+def _rewrite_sharded(
+    leaf: Array, *tables: Array | None, fine: int, inverse: bool, flat: bool
+) -> Array:
+    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse, flat=flat)
     return without_explicit_axes(rewrite, leaf)(leaf, *tables)
 
 
-_rewrite = jax.jit(_rewrite_sharded, static_argnames=("fine", "inverse"))
+_rewrite = jax.jit(_rewrite_sharded, static_argnames=("fine", "inverse", "flat"))
 _rewrite_in_place = jax.jit(
-    _rewrite_sharded, static_argnames=("fine", "inverse"), donate_argnames="leaf"
+    _rewrite_sharded, static_argnames=("fine", "inverse", "flat"), donate_argnames="leaf"
 )

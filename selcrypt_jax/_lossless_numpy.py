@@ -158,6 +158,55 @@ def leaf_tables(
     return LeafTables(joined[0], joined[1] if cipher.permute else None, joined[2])
 
 
+def leaf_chunks(
+    shape: Sequence[int],
+    rings: Sequence[tuple[np.ndarray, bytes]],
+    *,
+    cipher: LosslessCipher,
+    fine: int,
+    dtype: np.dtype,
+    inverse: bool,
+    most: int,
+) -> Iterator[LeafTables]:
+    """As `leaf_tables`, in parts that can be done one after the other.
+
+    Args:
+        shape: of the leaf.
+        rings: disjoint masks, each with the key of the ring in this leaf, see `leaf_key`.
+        cipher: see `LosslessCipher`.
+        fine: ``cipher.fine_mask(dtype of the leaf)``.
+        dtype: unsigned, as wide as the leaf's.
+        inverse: whether to decrypt.
+        most: weights in a part, unless a permutation block of the ring has more.
+    """
+    for mask, key in rings:
+        positions, _ = unit_positions(shape, [mask], cipher.unit)
+        units, size = positions.shape
+        blocks = block_count(units)
+        length = -(-units // blocks)
+        source, words = ring_tables((units, size), key, cipher=cipher, fine=fine, dtype=dtype)
+        if source is not None and inverse:
+            back = np.empty_like(source)
+            back[source] = np.arange(units)
+            source = back
+        step = max(most // (length * size), 1)
+        place = np.empty(units, np.int32)  # of a unit in its part
+        within = np.arange(size, dtype=np.int32)
+        for block in range(0, blocks, step):
+            these = np.arange(block, min(block + step, blocks))
+            part = (np.arange(length)[:, None] * blocks + these).reshape(-1)
+            part = part[part < units]
+            moved = None
+            if source is not None:
+                place[part] = np.arange(len(part), dtype=np.int32)
+                moved = (place[source[part]][:, None] * size + within).reshape(-1)
+            yield LeafTables(
+                positions[part].reshape(-1),
+                moved,
+                None if words is None else words.reshape(-1, size)[part].reshape(-1),
+            )
+
+
 def ring_tables(
     shape: Sequence[int], key: bytes, *, cipher: LosslessCipher, fine: int, dtype: np.dtype
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -196,10 +245,10 @@ def leaf_key(key: bytes, name: str) -> bytes:
     return key
 
 
-def _blocks_of_bits(key: bytes, size: int, total: int) -> bytearray:
-    """``total`` random bytes, of which each ``fold_in(key, i)`` from i = 0 on gives ``size``."""
+def _blocks_of_bits(key: bytes, size: int, total: int, first: int = 0) -> bytearray:
+    """``total`` random bytes, of which each ``fold_in(key, i)`` from `first` on gives ``size``."""
     blocks = -(-total // size)
-    children = _keystream(key, b"fold_in", blocks * _BLOCK_BYTES)
+    children = _keystream(key, b"fold_in", blocks * _BLOCK_BYTES, first)
     zeros, nonce = bytes(size), bytes(4) + b"random_bits\0"
     result = bytearray(total)
     view = memoryview(result)
@@ -228,9 +277,31 @@ def _permutation(key: bytes, units: int) -> np.ndarray:
     return packed.T.astype(np.intp).reshape(-1)[:units]
 
 
-def _mask(key: bytes, weights: int, dtype: np.dtype, fine: int) -> np.ndarray:
+def mask_words(
+    key: bytes, numbers: np.ndarray, weights: int, dtype: np.dtype, fine: int
+) -> np.ndarray:
+    """What weights of a ring are masked with.
+
+    Args:
+        key: 32 bytes, of the ring in its leaf, see `leaf_key`.
+        numbers: of the weights in the ring, ascending.
+        weights: of the ring in all.
+        dtype: unsigned, as wide as the leaf's.
+        fine: ``cipher.fine_mask(dtype of the leaf)``.
+    """
+    if not len(numbers):
+        return np.zeros(0, dtype)
+    first = int(numbers[0]) // BLOCK * BLOCK
+    last = min(-(-(int(numbers[-1]) + 1) // BLOCK) * BLOCK, weights)
+    words = _mask(_fold_in(key, MASK), last, dtype, fine, skip=first // BLOCK)
+    return words[numbers - first]
+
+
+def _mask(key: bytes, weights: int, dtype: np.dtype, fine: int, skip: int = 0) -> np.ndarray:
+    """For the weights of a ring, without those of the first blocks."""
     width = dtype.itemsize
-    bits = _blocks_of_bits(key, width * min(BLOCK, weights), width * weights)
+    size = width * min(BLOCK, weights)
+    bits = _blocks_of_bits(key, size, width * weights - skip * size, skip)
     words = np.frombuffer(bits, dtype.newbyteorder("<")).astype(dtype, copy=False)
     words &= dtype.type(fine)
     return words
