@@ -7,6 +7,7 @@ PyTorch's, so that other load meets both. Prints medians.
 - PSS and training (Adam) of DnCNN, 17×64, 16 grey patches of 40×40.
 """
 
+import importlib
 import os
 import statistics
 import sys
@@ -18,66 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from _steps import classification, denoising, noisy_images, pss_step
 from flax import nnx
 
-from selcrypt_jax import PSSConfig, pss_learner
-from selcrypt_jax.models import VGG19, DnCNN
+from selcrypt_jax.models import DnCNN
 
-CONVOLUTIONS = r"^convs/\d+/kernel$"
 PATCHES = (16, 40, 40, 1)
 BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
-def pss_step(loss_fn: Any, params: Any, batch: Any) -> Callable[[], Any]:
-    """A call is one step of PSS."""
-    learner = pss_learner(loss_fn, params, config=PSSConfig(steps=1), select=CONVOLUTIONS)
-    batches = jax.tree.map(lambda leaf: leaf[None], batch)
-    state = learner.init(params, batches, key=jax.random.key(0))
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = learner.run(params, batches, state, 1)
-        return jax.block_until_ready(metrics)
-
-    return step
-
-
-def vgg19_pss() -> Callable[[], Any]:
-    """Of VGG19, batch 64."""
-    model = VGG19(rngs=nnx.Rngs(0))
-    model.eval()
-    graph, params = nnx.split(model)
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        logits = nnx.merge(graph, params)(batch["image"])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-
-    images = jax.random.normal(jax.random.key(0), (64, 32, 32, 3))
-    return pss_step(loss_fn, params, {"image": images, "label": jnp.arange(64) % 10})
-
-
-def denoising() -> tuple[Any, Any, Any]:
-    """DnCNN, its loss and a batch."""
-    clean = jax.random.uniform(jax.random.key(0), PATCHES)
-    noisy = clean + 0.1 * jax.random.normal(jax.random.key(1), PATCHES)
-    return DnCNN(rngs=nnx.Rngs(0)), clean, noisy
-
-
-def dncnn_pss() -> Callable[[], Any]:
-    """Of DnCNN, in evaluation mode."""
-    model, clean, noisy = denoising()
-    model.eval()
-    graph, params = nnx.split(model)
-
-    def loss_fn(params: Any, batch: Any) -> jax.Array:
-        return jnp.square(nnx.merge(graph, params)(batch[0]) - batch[1]).mean()
-
-    return pss_step(loss_fn, params, (noisy, clean))
-
-
 def dncnn_training() -> Callable[[], Any]:
     """Of DnCNN, in training mode, with Adam."""
-    model, clean, noisy = denoising()
+    model, (clean, noisy) = DnCNN(rngs=nnx.Rngs(0)), noisy_images(PATCHES)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adam(1e-3)
 
@@ -138,7 +91,7 @@ def torch_training(torch: Any) -> Callable[[], Any]:
 
 
 def torch_pss(torch: Any) -> Callable[[], Any]:
-    """As `dncnn_pss`: sampled hard-concrete gates, noise in place of what they select, Adam."""
+    """As `pss_step`: sampled hard-concrete gates, noise in place of what they select, Adam."""
     net, clean, noisy = torch_dncnn(torch)
     net.eval().requires_grad_(False)
     kernels = {n: p for n, p in net.named_parameters() if p.ndim == 4}
@@ -170,12 +123,12 @@ def torch_pss(torch: Any) -> Callable[[], Any]:
 def main(repeats: int = 10) -> None:
     """Measures all of it."""
     steps = {
-        "DnCNN, PSS": dncnn_pss(),
+        "DnCNN, PSS": pss_step(denoising(PATCHES)),
         "DnCNN, training": dncnn_training(),
-        "VGG19, PSS": vgg19_pss(),
+        "VGG19, PSS": pss_step(classification(64)),
     }
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError:
         print("PyTorch is not installed: ours alone")
     else:

@@ -72,9 +72,9 @@ def run(*command: str | Path) -> None:
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
 
-def python(program: str, *arguments: Path) -> Contender:
+def python(program: str, *arguments: Path, interpreter: str = sys.executable) -> Contender:
     """A Python program that writes nothing; -P: with the installed packages, not this folder's."""
-    return Contender([sys.executable, "-P", "-c", program, *arguments])
+    return Contender([interpreter, "-P", "-c", program, *arguments])
 
 
 def vgg19() -> Tensors:
@@ -182,8 +182,16 @@ def contenders(
     return {name: rows[name] for name in NAMES if name in only}, files
 
 
-def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) -> None:
-    """Runs all in turns and prints the tables."""
+def compile_in(folder: Path) -> None:
+    """Compiled modules for all processes, as once installed, and none beside the sources."""
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def timings(
+    rows: dict[str, Contender], files: dict[str, Path], repeats: int
+) -> dict[str, list[float]]:
+    """Runs all in turns; name → seconds."""
     for file in files.values():
         file.read_bytes()
     for contender in rows.values():
@@ -194,7 +202,12 @@ def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) ->
     for _ in range(repeats):
         for name, contender in rows.items():
             times[name].append(contender.seconds())
+    return times
 
+
+def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) -> None:
+    """Runs all in turns and prints the tables."""
+    times = timings(rows, files, repeats)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     print(f"{'process':<16} {'median':>10} {'min':>10}  to CryptoTensors")
     for name, median in medians.items():
@@ -229,9 +242,7 @@ def main() -> None:
         versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
         print(f"Python {sys.version.split()[0]}, {', '.join(versions)}")
         print(f"{os.cpu_count()} CPUs, {args.repeats} runs of each\n")
-        # Compiled modules for all, as once installed, and none beside the sources.
-        os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        compile_in(folder)
         compare(rows, files, args.repeats)
 
 

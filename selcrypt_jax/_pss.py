@@ -255,7 +255,7 @@ def pss_learner(
             # Noise may also make a loss overflow; then the network is broken well before.
             broken = jnp.where(jnp.isfinite(broken), broken, 100 * rest)
             cap = config.cap or 4 * float(jnp.maximum(broken, rest))
-        log_alpha = {name: jnp.full(shape, config.start) for name, shape in shapes.items()}
+        log_alpha = {n: jnp.full(shape, config.start, jnp.float32) for n, shape in shapes.items()}
         # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
         return PSSState(
             log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
