@@ -3,7 +3,8 @@
 The definition is in `_lossless`.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -40,23 +41,21 @@ def run(
     for batch in _batches([_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings)]):
         permutations = _tables(batch, keys, "permutation") if cipher.permute else None
         masks = _tables(batch, keys, "mask")
-        for plan in batch:
-            leaf = result[plan.name]
-            # From its second ring on, the array is ours to overwrite.
-            ours = plan.name in started and not isinstance(leaf, Tracer)
-            started.add(plan.name)
-            sizes = np.int32(plan.units), np.int32(plan.weights // plan.units)
-            positions, units, size = jax.device_put((plan.positions, *sizes))
+        for plans in _alike(batch):
+            (name, fine), leaf = (plans[0].name, plans[0].fine), result[plans[0].name]
+            # From its second time on, the array is ours to overwrite.
+            ours = name in started and not isinstance(leaf, Tracer)
+            started.add(name)
+            positions = np.stack([plan.positions for plan in plans])
+            sizes = np.array([(plan.units, plan.weights // plan.units) for plan in plans], np.int32)
             # Bits are moved, nothing is computed: a NaN in the leaf is not ours to report.
             with jax.debug_nans(False), jax.debug_infs(False):
-                result[plan.name] = (_rewrite_in_place if ours else _rewrite)(
+                result[name] = (_rewrite_in_place if ours else _rewrite)(
                     leaf,
-                    positions,
-                    None if permutations is None else permutations[plan.ring],
-                    masks.get(plan.ring),
-                    units,
-                    size,
-                    fine=plan.fine,
+                    *jax.device_put((positions, sizes)),
+                    None if permutations is None else [permutations[p.ring] for p in plans],
+                    [masks[plan.ring] for plan in plans] if fine else None,
+                    fine=fine,
                     inverse=inverse,
                     flat=leaf.ndim < 2 or _is_whole(leaf),
                 )
@@ -118,6 +117,15 @@ def _plan(cipher: LosslessCipher, index: int, ring: Ring, leaf: Array) -> _Plan:
     room[: positions.size] = positions.ravel()
     fine = cipher.fine_mask(leaf.dtype)
     return _Plan(index, ring.name, room, units, positions.size, fine, leaf.dtype)
+
+
+def _alike(plans: Sequence[_Plan]) -> Iterable[list[_Plan]]:
+    """Plans for one leaf with tables of one size, so that one small program does all of them."""
+    groups: dict[Any, list[_Plan]] = {}
+    for plan in plans:
+        size = len(plan.positions), padded(block_count(plan.units))
+        groups.setdefault((plan.name, size), []).append(plan)
+    return groups.values()
 
 
 def _batches(plans: Sequence[_Plan]) -> list[list[_Plan]]:
@@ -195,7 +203,7 @@ def _map_blocks(
 ) -> Array:
     block = key_by_key(block, keys)
     # A few blocks at a time: their state stays in the cache, and memory is bounded.
-    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=64)
+    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=16)
 
 
 @jax.jit
@@ -228,21 +236,51 @@ def _mask_blocks(keys: Key[Array, " keys"], ring: Array, block: Array, *, dtype:
 def _rewrite_leaf(
     leaf: Array,
     positions: Array,
-    permutation: Array | None,
-    mask: Array | None,
-    units: Array,
-    size: Array,
+    sizes: Array,
+    permutations: Sequence[Array] | None,
+    masks: Sequence[Array] | None,
     *,
     fine: int,
     inverse: bool,
     flat: bool,
 ) -> Array:
-    """Encrypts or decrypts one ring: ``units`` units of ``size`` weights each."""
+    """Encrypts or decrypts rings of one leaf, one after the other.
+
+    Args:
+        leaf: the array.
+        positions: ``[rings, weights]``, see `_Plan`.
+        sizes: ``[rings, 2]``: the number of units, and of weights in each.
+        permutations: of each ring, or None where nothing moves.
+        masks: of each ring, or None where nothing is masked.
+        fine: mask of the fine bits.
+        inverse: whether to decrypt.
+        flat: see `_read`.
+    """
     # On unsigned views only: a float that is moved as a float may lose its NaN payload.
-    unsigned = _unsigned(leaf.dtype.itemsize)
-    bits = lax.bitcast_convert_type(leaf, unsigned)
+    bits = lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype.itemsize))
+    tables: Any = positions, sizes, *(t and jnp.stack(t) for t in (permutations, masks))
+    rewrite = partial(_rewrite_ring, fine=fine, inverse=inverse, flat=flat)
+    if len(positions) == 1:
+        bits = rewrite(bits, *jax.tree.map(operator.itemgetter(0), tables))
+    else:
+        bits, _ = lax.scan(lambda bits, ring: (rewrite(bits, *ring), None), bits, tables)
+    return lax.bitcast_convert_type(bits, leaf.dtype)
+
+
+def _rewrite_ring(
+    bits: Array,
+    positions: Array,
+    sizes: Array,
+    permutation: Array | None,
+    mask: Array | None,
+    *,
+    fine: int,
+    inverse: bool,
+    flat: bool,
+) -> Array:
     source = positions
     if permutation is not None:
+        units, size = sizes[0], sizes[1]
         number = jnp.arange(len(positions), dtype=jnp.int32)
         unit, within = number // size, number % size
         blocks = -(-units // BLOCK)
@@ -252,25 +290,19 @@ def _rewrite_leaf(
         source = positions[jnp.where(unit < units, moved, number)]
     read, written = (positions, source) if inverse else (source, positions)
     if mask is not None:
-        mask = mask.reshape(-1) & jnp.array(fine, unsigned)
+        mask = mask.reshape(-1) & jnp.array(fine, bits.dtype)
     if permutation is None and mask is not None and not flat:
         # Where nothing moves, every device can mask what it has: nothing of the leaf is sent.
-        own = _write(jnp.zeros_like(bits), positions, mask, flat=False)
-        return lax.bitcast_convert_type(bits ^ own, leaf.dtype)
+        return bits ^ _write(jnp.zeros_like(bits), positions, mask, flat=False)
     ring = _read(bits, read, flat=flat)
-    if mask is not None:
-        ring = ring ^ mask
-    return lax.bitcast_convert_type(_write(bits, written, ring, flat=flat), leaf.dtype)
+    return _write(bits, written, ring if mask is None else ring ^ mask, flat=flat)
 
 
-def _rewrite_sharded(
-    leaf: Array, *tables: Array | None, fine: int, inverse: bool, flat: bool
-) -> Array:
+def _rewrite_sharded(leaf: Array, *tables: Any, fine: int, inverse: bool, flat: bool) -> Array:
     rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse, flat=flat)
     return without_explicit_axes(rewrite, leaf)(leaf, *tables)
 
 
-_rewrite = jax.jit(_rewrite_sharded, static_argnames=("fine", "inverse", "flat"))
-_rewrite_in_place = jax.jit(
-    _rewrite_sharded, static_argnames=("fine", "inverse", "flat"), donate_argnames="leaf"
-)
+_OPTIONS = ("fine", "inverse", "flat")
+_rewrite = jax.jit(_rewrite_sharded, static_argnames=_OPTIONS)
+_rewrite_in_place = jax.jit(_rewrite_sharded, static_argnames=_OPTIONS, donate_argnames="leaf")
