@@ -27,7 +27,7 @@ from ._lossless_sharded import (
     positions_in_shard,
     sharded_tables,
     shards_of,
-    stream_by_shard,
+    stream_tables,
 )
 from ._tree import padded
 
@@ -127,16 +127,11 @@ def _run_sharded(
 ) -> Array:
     """A leaf on several devices, see `_lossless_sharded`."""
     fine = cipher.fine_mask(leaf.dtype)
+    as_it_is = _moves_as_it_is(leaf)
     if not cipher.permute:
-
-        def move(shard: Array, positions: np.ndarray, source: None, mask: np.ndarray) -> Array:
-            tables = _padded_tables(LeafTables(positions, source, mask), shard.size)
-            return _move(shard, *tables, inverse=inverse, as_it_is=_moves_as_it_is(shard))
-
-        new = stream_by_shard(leaf, rings, cipher=cipher, fine=fine, move=move)
-        if donate:
-            leaf.delete()
-        return new
+        tables = stream_tables(leaf, rings, cipher=cipher, fine=fine)
+        mask_shards = _mask_shards_in_place if donate else _mask_shards
+        return mask_shards(leaf, *tables, as_it_is=as_it_is, sharding=leaf.sharding)
     ours = donate
     for part in sharded_tables(leaf, rings, cipher=cipher, fine=fine, inverse=inverse):
         # NumPy's arrays and not JAX's: every process has the same ones.
@@ -144,7 +139,7 @@ def _run_sharded(
             leaf,
             *_padded_tables(part, leaf.size),
             inverse=inverse,
-            as_it_is=_moves_as_it_is(leaf),
+            as_it_is=as_it_is,
             sharding=leaf.sharding,
         )
         ours = True
@@ -231,6 +226,23 @@ def _move_leaf_spread(
     return moved(leaf, positions, source, mask)
 
 
+def _mask_leaf_spread(
+    leaf: Array, positions: Array, words: Array, *, as_it_is: bool, sharding: NamedSharding
+) -> Array:
+    """The stream form: each device masks what it has, see `stream_tables`."""
+
+    def mask(shard: Array, positions: Array, words: Array) -> Array:
+        tables = positions.reshape(-1), None, words.reshape(-1)
+        return _move_leaf(shard, *tables, inverse=False, as_it_is=as_it_is)
+
+    own = PartitionSpec(*sharding.mesh.axis_names)
+    masked: Any = jax.shard_map(
+        mask, mesh=sharding.mesh, in_specs=(sharding.spec, own, own), out_specs=sharding.spec,
+        check_vma=False,  # replicas have tables of their own, which are the same
+    )  # fmt: skip
+    return masked(leaf, positions, words)
+
+
 def _moves_as_it_is(leaf: Array) -> bool:
     """Whether a leaf may be moved without a view of its bits.
 
@@ -247,3 +259,7 @@ _move_in_place = jax.jit(_move_leaf, static_argnames=_OPTIONS, donate_argnames="
 _SPREAD = (*_OPTIONS, "sharding")
 _move_spread = jax.jit(_move_leaf_spread, static_argnames=_SPREAD)
 _move_spread_in_place = jax.jit(_move_leaf_spread, static_argnames=_SPREAD, donate_argnames="leaf")
+_mask_shards = jax.jit(_mask_leaf_spread, static_argnames=("as_it_is", "sharding"))
+_mask_shards_in_place = jax.jit(
+    _mask_leaf_spread, static_argnames=("as_it_is", "sharding"), donate_argnames="leaf"
+)

@@ -6,19 +6,22 @@ device, one bounded chunk after the other. The bits are those of one device.
 """
 
 import math
+import operator
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._groups import unit_positions
 from ._lossless import BLOCK, LosslessCipher
 from ._lossless_numpy import LeafTables, leaf_chunks, mask_words
+from ._tree import padded
 
 _CHUNK = 1 << 20  # weights that pass through all devices together
 _ROOM = 32  # a chunk and its tables take about as much as this part of a shard, sixteen times
@@ -96,67 +99,91 @@ def sharded_tables(
     )
 
 
-def stream_by_shard(
+def stream_tables(
     leaf: Array,
     rings: Sequence[tuple[np.ndarray, bytes]],
     *,
     cipher: LosslessCipher,
     fine: int,
-    move: Any,
-) -> Array:
-    """The stream form, which is its own inverse.
+) -> tuple[Array, Array]:
+    """What the stream form does, for each device with its own shard.
 
     Args:
-        leaf: the array.
+        leaf: the array, for its shape, dtype and sharding.
         rings: disjoint masks, each with the key of the ring in this leaf.
         cipher: see `LosslessCipher`.
         fine: ``cipher.fine_mask(dtype)``.
-        move: ``(shard, positions, None, mask) -> shard``, on the device of the shard.
+
+    Returns:
+        Positions in the shard and what is masked there, ``[*mesh, weights]``, a row on each device.
     """
+    sharding: Any = leaf.sharding
+    mesh, shard_shape = sharding.mesh, sharding.shard_shape(leaf.shape)
+    here = {
+        _shard_number(shard.index, leaf.shape, shard_shape) for shard in leaf.addressable_shards
+    }
     dtype = np.dtype(f"u{leaf.dtype.itemsize}")
-    selected = []
+    parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in here}
+    most = np.zeros(math.prod(map(operator.floordiv, leaf.shape, shard_shape)), np.int64)
     for mask, key in rings:
-        positions, _ = unit_positions(leaf.shape, [mask], cipher.unit)
-        selected.append((positions.reshape(-1), key))
-    known: dict[Any, LeafTables] = {}  # replicas have the same tables
-    parts = []
-    for shard in leaf.addressable_shards:
-        bounds = tuple(s.indices(size)[:2] for s, size in zip(shard.index, leaf.shape, strict=True))
-        if bounds not in known:
-            known[bounds] = _tables_of_shard(selected, leaf.shape, bounds, dtype, fine)
-        tables = known[bounds]
-        parts.append(
-            move(shard.data, tables.positions, None, tables.mask)
-            if len(tables.positions)
-            else shard.data
+        positions = unit_positions(leaf.shape, [mask], cipher.unit)[0].reshape(-1)
+        shards, local = _in_shards(positions, leaf.shape, shard_shape)
+        most += np.bincount(shards, minlength=len(most))
+        own = np.flatnonzero(np.isin(shards, list(here)))
+        words = mask_words(key, own, len(positions), dtype, fine)
+        for number in here:
+            which = shards[own] == number
+            parts[number].append((local[own[which]], words[which]))
+    room = padded(int(most.max()))
+    # Of a device that has more room than weights the rest is out of bounds.
+    found = {
+        number: (
+            _filled([p for p, _ in part], room, np.int32, math.prod(shard_shape)),
+            _filled([w for _, w in part], room, dtype, 0),
         )
-    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, parts)
+        for number, part in parts.items()
+    }
+    indices = sharding.devices_indices_map(leaf.shape)
+    one_each = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+
+    def row(index: Any, which: int) -> np.ndarray:
+        place = tuple(part.start or 0 for part in index[:-1])
+        number = _shard_number(indices[mesh.devices[place]], leaf.shape, shard_shape)
+        return found[number][which].reshape(*[1] * mesh.devices.ndim, room)
+
+    positions, words = (
+        jax.make_array_from_callback((*mesh.devices.shape, room), one_each, partial(row, which=i))
+        for i in range(2)
+    )
+    return positions, words
 
 
-def _tables_of_shard(
-    selected: Sequence[tuple[np.ndarray, bytes]],
-    shape: Sequence[int],
-    bounds: Sequence[tuple[int, int]],
-    dtype: np.dtype,
-    fine: int,
-) -> LeafTables:
-    """Those of the selected weights that lie in a shard, by their positions in it."""
-    found, words = [], []
-    for positions, key in selected:
-        numbers = np.arange(len(positions))
-        rest = positions
-        local = np.zeros(len(positions), np.int32)
-        stride = 1
-        # From the last axis on, and only with what is still inside.
-        for axis in reversed(range(len(shape))):
-            start, stop = bounds[axis]
-            rest, index = np.divmod(rest, np.int32(shape[axis]))
-            if stop - start < shape[axis]:
-                inside = (index >= start) & (index < stop)
-                numbers, rest, local = numbers[inside], rest[inside], local[inside]
-                index = index[inside] - np.int32(start)
-            local += index * np.int32(stride)
-            stride *= stop - start
-        found.append(local)
-        words.append(mask_words(key, numbers, len(positions), dtype, fine))
-    return LeafTables(np.concatenate(found), None, np.concatenate(words))
+def _filled(parts: Sequence[np.ndarray], room: int, dtype: Any, fill: int) -> np.ndarray:
+    whole = np.concatenate(parts)
+    return np.concatenate([whole, np.full(room - len(whole), fill)]).astype(dtype)
+
+
+def _shard_number(index: Any, shape: Sequence[int], shard_shape: Sequence[int]) -> int:
+    """The number of a shard among all of them, in C order."""
+    number = 0
+    for part, size, width in zip(index, shape, shard_shape, strict=True):
+        number = number * (size // width) + (part.start or 0) // width
+    return number
+
+
+def _in_shards(
+    positions: np.ndarray, shape: Sequence[int], shard_shape: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The number of the shard that each flat position lies in, and where it lies there."""
+    shards, local = np.zeros_like(positions), np.zeros_like(positions)
+    shards_so_far = stride = 1
+    rest = positions
+    for size, width in zip(reversed(shape), reversed(shard_shape), strict=True):
+        rest, index = np.divmod(rest, np.int32(size))
+        if width < size:
+            shard, index = np.divmod(index, np.int32(width))
+            shards += shard * np.int32(shards_so_far)
+            shards_so_far *= size // width
+        local += index * np.int32(stride)
+        stride *= width
+    return shards, local
