@@ -7,6 +7,7 @@ latter. The sections:
 - file: opening a protected file, as whole processes, beside CryptoTensors and tensorizer;
 - random: random bits, beside JAX's generators;
 - pss: a step of learning importance, beside one of training;
+- forward: networks that decrypt inside of the program, beside the same in the clear;
 - scaling: how time, work and memory grow with weights, share and devices, and what compiles.
 
 Each is a process of its own. Contenders run in turns, so that other load meets all of them, and
@@ -36,6 +37,7 @@ MODULES = {
     "file": "_file",
     "random": "_generators",
     "pss": "_learning",
+    "forward": "_forward",
     "scaling": "_scaling",
 }
 PACKAGES = (
