@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from ._groups import Ring
 from ._lossless import LosslessCipher
+from ._multihost import gathered, is_spread
 from ._ranks import Scope, Scores, ranked
 from ._tree import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
 
@@ -210,7 +211,7 @@ def _concrete(leaf: Any, what: str) -> np.ndarray:
             f"{what}: expected a concrete array, got a traced one. Masks decide which shapes are "
             "compiled: make them outside jit, vmap and grad, and close over them."
         )
-    return np.asarray(jax.device_get(leaf))
+    return gathered(leaf) if is_spread(leaf) else np.asarray(jax.device_get(leaf))
 
 
 def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
@@ -437,14 +438,26 @@ def with_small_leaves(
         if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
     }
     chosen = floats if select is None else select_leaves(params, select)
-    whole = {
-        name: np.ones(floats[name], bool)
+    names = [
+        name
         for name in smallest(floats, share)
         if name in chosen and LosslessCipher().hides(tree.leaves[name].dtype, floats[name])
-    }
+    ]
+    return with_whole_leaves(tree, masks, names)
+
+
+def with_whole_leaves(
+    params: NamedLeaves, masks: Sequence[PyTree], names: Iterable[str]
+) -> tuple[PyTree, ...]:
+    """Adds leaves as a whole to every level.
+
+    Raises:
+        ValueError, TypeError: masks that do not fit.
+    """
+    whole = {name: np.ones(np.shape(params.leaves[name]), bool) for name in names}
     new = []
     for index, mask in enumerate(masks):
-        fitted = checked_mask(tree, mask, f"masks[{index}]")
+        fitted = checked_mask(params, mask, f"masks[{index}]")
         kept = {name: leaf for name, leaf in fitted.items() if leaf.any()}
-        new.append(tree.rebuild_only(kept | whole))
+        new.append(params.rebuild_only(kept | whole))
     return tuple(new)

@@ -15,7 +15,8 @@ import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
-from selcrypt_jax.audit._run import Audit, Grid, masks_between
+from selcrypt_jax.audit._grid import Grid
+from selcrypt_jax.audit._run import Audit, masks_between
 from selcrypt_jax.audit._subject import example_batches
 from selcrypt_jax.cli import main
 

@@ -23,10 +23,11 @@ from .._atomic import writable_folder
 from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
+from ._grid import Grid
 from ._keysearch import key_search
 from ._records import AuditReport, Best, CipherCheck, SubjectReport
 from ._report import write_report
-from ._run import Audit, Grid, protection_name
+from ._run import Audit, protection_name
 from ._strategies import EVERYTHING
 
 # Shares that advice is sought among, ascending.

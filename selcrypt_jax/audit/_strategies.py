@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from .. import importance
 from .._lossless import LosslessCipher
-from .._masks import nested_masks, with_small_leaves
+from .._masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._plan import merged_counts
 from .._pss import PSSConfig, pss
 from .._ranks import Scope
@@ -119,14 +119,7 @@ def strategy_masks(
             f"strategies: {name}: expected a network with normalisation, got none whose names "
             f"match {subject.normalisation!r}. Set the subject's normalisation, or leave it out."
         )
-    tree = named_leaves(subject.params)
-    whole = {n: np.ones(np.shape(leaf), bool) for n, leaf in norms.items()}
-    return tuple(
-        tree.rebuild_only(
-            {n: m for n, m in named_leaves(mask).leaves.items() if is_array(m)} | whole
-        )
-        for mask in masks
-    )
+    return with_whole_leaves(named_leaves(subject.params), masks, norms)
 
 
 def _merged(params: PyTree, masks: Sequence[PyTree]) -> Sequence[PyTree]:
