@@ -1,9 +1,12 @@
 from . import importance as importance
+from ._calibrate import Calibration as Calibration
+from ._calibrate import calibrate_levels as calibrate_levels
 from ._chacha import chacha20_impl as chacha20_impl
 from ._chacha import chacha20_key as chacha20_key
 from ._dprm import Cipher as Cipher
 from ._dprm import decrypt as decrypt
 from ._dprm import encrypt as encrypt
+from ._dprm import unlocking as unlocking
 from ._envelope import IntegrityError as IntegrityError
 from ._gates import hard_concrete as hard_concrete
 from ._gates import probability_open as probability_open

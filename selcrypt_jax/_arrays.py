@@ -72,7 +72,12 @@ class ArraySource:
 
     def read(self, name: str) -> bytearray:
         """See `TensorSource`."""
-        array = np.asarray(self._arrays[name])
+        array = self._arrays[name]
+        if not getattr(array, "is_fully_addressable", True):
+            from ._multihost import gathered
+
+            array = gathered(array)
+        array = np.asarray(array)
         if sys.byteorder == "big" or not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("<"))
         return bytearray(array.tobytes())

@@ -46,10 +46,18 @@ class Protection:
 
     @classmethod
     def new(
-        cls, secret: Secret, levels: int, cipher: LosslessCipher, signing: SigningKey | None
+        cls,
+        secret: Secret,
+        levels: int,
+        cipher: LosslessCipher,
+        signing: SigningKey | None,
+        model_id: bytes | None = None,
     ) -> "Protection":
-        """A protection with a model id of its own, so that no keystream is used twice."""
-        key = level_key(secret, new_model_id(), level=levels, levels=levels)
+        """A protection with a model id of its own, so that no keystream is used twice.
+
+        Where several processes protect together, they have agreed on a new one.
+        """
+        key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
         return cls(key, cipher, signing)
 
     def seal(

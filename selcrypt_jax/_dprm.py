@@ -4,10 +4,11 @@ This module checks the input and derives the keys; what happens to the weights o
 `Cipher`'s: `selcrypt_jax._lossless` (the default) or `selcrypt_jax._gaussian` (the paper's).
 """
 
+import functools
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -127,6 +128,39 @@ def decrypt(
         ValueError, TypeError: as in `encrypt`.
     """
     return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
+
+
+def unlocking(
+    function: Callable[..., Any],
+    masks: Sequence[PyTree],
+    *,
+    cipher: Cipher | None = None,
+) -> Callable[..., Any]:
+    """A function of parameters as one of protected parameters and keys, to be compiled as a whole.
+
+    What is at rest in device memory stays encrypted; a compiled step decrypts what it needs, and
+    frees it. When that is, leaf by leaf or at the beginning, is for XLA to schedule: its schedulers
+    for accelerators save memory, the one for CPUs saves time. Every call decrypts anew: use it
+    where parameters must not lie in the clear, and `decrypt` once where they may.
+
+    Args:
+        function: ``(params, *args, **kwargs) -> anything``.
+        masks: ``masks[:m]`` for level m.
+        cipher: as in `encrypt`.
+
+    Returns:
+        ``(protected, keys, *args, **kwargs) -> anything``.
+
+    Example:
+        >>> forward = jax.jit(unlocking(apply, masks[:2]))
+        >>> logits = forward(protected, keys[:2], images)
+    """
+
+    @functools.wraps(function)
+    def unlocked(protected: PyTree, keys: Keys, *args: Any, **kwargs: Any) -> Any:
+        return function(decrypt(protected, masks, keys, cipher=cipher), *args, **kwargs)
+
+    return unlocked
 
 
 def _transform(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from ._atomic import new_folder
 from ._json import json_object
 
 METADATA_FILE = "selcrypt.json"
+_INNER = "checkpoint"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
 
 
@@ -68,13 +69,7 @@ class OrbaxCheckpoint(ArraySource):
         self.tree = named_leaves(restored, str(self.path))
         super().__init__(self.tree.leaves, str(self.path))
         self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
-        self.metadata: dict[str, str] | None = None
-        if (folder / METADATA_FILE).exists():
-            what = str(self.path / METADATA_FILE)
-            metadata = json_object((folder / METADATA_FILE).read_bytes(), what)
-            if not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError(f"{what}: expected text for every key. It is damaged.")
-            self.metadata = metadata
+        self.metadata = _read_metadata(self.path)
 
     def close(self) -> None:
         """Nothing is open."""
@@ -103,12 +98,104 @@ def orbax_output(
             name: as_array(data[name], info.dtype, info.shape)
             for name, info in like.tensors.items()
         }
-        inner = folder.absolute() / "checkpoint"
+        inner = folder.absolute() / _INNER
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(inner, like.tree.rebuild(leaves))
-        for item in list(inner.iterdir()):
-            item.rename(folder / item.name)
-        inner.rmdir()
-        if metadata:
-            text = json.dumps(metadata, ensure_ascii=False, indent=1)
-            (folder / METADATA_FILE).write_bytes(text.encode())
+        _put_together(folder, metadata)
+
+
+def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Moves what Orbax wrote, into a new folder as it wants it, to where it belongs."""
+    inner = folder / _INNER
+    for item in list(inner.iterdir()):
+        item.rename(folder / item.name)
+    inner.rmdir()
+    if metadata:
+        text = json.dumps(dict(metadata), ensure_ascii=False, indent=1)
+        (folder / METADATA_FILE).write_bytes(text.encode())
+
+
+def _read_metadata(path: Path) -> dict[str, str] | None:
+    file = path / METADATA_FILE
+    if not file.exists():
+        return None
+    metadata = json_object(file.read_bytes(), str(file))
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file}: expected text for every key. It is damaged.")
+    return metadata
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str]) -> None:
+    """Writes a pytree with metadata of ours, from all processes together.
+
+    It appears under its name when all have written their part, and only then; see `new_folder`.
+
+    Args:
+        path: of the folder, which all processes see; there must be nothing of this name.
+        tree: of arrays.
+        metadata: of ours.
+
+    Raises:
+        ValueError, OSError: it cannot be written; in all processes.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    folder, problem = None, None
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                folder = stack.enter_context(new_folder(path))
+            except OSError as error:
+                problem = error
+        name = _agreed_on("" if folder is None else str(folder), problem)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(Path(name) / _INNER, tree)
+        if folder is not None:
+            try:
+                _put_together(folder, metadata)
+                stack.close()
+            except OSError as error:
+                problem = error
+        _agreed_on("", problem)
+
+
+def _agreed_on(text: str, problem: OSError | None) -> str:
+    """What the first process says; or what it saw go wrong, for the others must not wait for it."""
+    from ._multihost import from_first
+
+    said = json.dumps([text, None if problem is None else str(problem)])
+    text, failure = json.loads(from_first(said.encode()))
+    if failure is not None:
+        raise problem or OSError(failure)
+    return text
+
+
+def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, str]]:
+    """Reads a pytree and metadata of ours; each process what it is to have.
+
+    Args:
+        path: of the folder.
+        like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+
+    Raises:
+        ValueError: no checkpoint of ours, or one of another tree.
+        OSError: it cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{path}: expected the folder of an Orbax checkpoint, got none.")
+    metadata = _read_metadata(folder)
+    if metadata is None:
+        raise ValueError(
+            f"{path}: expected a protected Orbax checkpoint, got a folder without {METADATA_FILE}. "
+            "Protect it, or name the folder that holds that file."
+        )
+    arguments = ocp.checkpoint_utils.construct_restore_args(like)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            return checkpointer.restore(folder, item=like, restore_args=arguments), metadata
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: Orbax cannot read it: {error}") from error

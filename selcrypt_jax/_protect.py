@@ -1,5 +1,7 @@
 """Protecting pytrees in memory and checkpoints on disk."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,12 +14,27 @@ from jaxtyping import PyTree
 
 from ._arrays import ArraySource, as_array
 from ._atomic import check_output, new_file
-from ._checkpoint import AnyPath, Job, Protection, checkpoint_outputs, open_checkpoint
+from ._checkpoint import (
+    AnyPath,
+    Checkpoint,
+    Job,
+    Protection,
+    checkpoint_outputs,
+    open_checkpoint,
+)
 from ._envelope import Envelope, SealedRing, check_unprotected
 from ._groups import Granularity, Layout
 from ._keys import Secret, SigningKey
 from ._lossless import LosslessCipher
 from ._masks import Levels, as_levels, split_rings
+from ._multihost import (
+    from_first,
+    gathered,
+    is_spread,
+    put,
+    shared_model_id,
+    the_same_everywhere,
+)
 from ._plan import (
     Strategy,
     check_room,
@@ -28,7 +45,7 @@ from ._plan import (
     small_rings,
     strategy_scores,
 )
-from ._ranks import Scope
+from ._ranks import Scope, Scores
 from ._rings import seal_mask
 from ._safetensors import SafetensorsFile, header
 from ._storage import AnyGrant, grant_key
@@ -71,6 +88,41 @@ class Protected:
             file.write(header(layout, self.metadata))
             for name in source.tensors:
                 file.write(source.read(name))
+
+    def save_orbax(self, path: AnyPath) -> None:
+        """Writes a protected Orbax checkpoint, as `selcrypt protect` makes it from one.
+
+        On several hosts each process writes what it has; all have to call this, with the path of a
+        folder that they share.
+
+        Args:
+            path: of the folder; there must be nothing of this name.
+
+        Raises:
+            ValueError: leaves that a file cannot hold.
+            OSError: it cannot be written. There is no folder then.
+        """
+        from ._orbax import save_tree
+
+        save_tree(path, self.params, self.metadata)
+
+    @classmethod
+    def load_orbax(cls, path: AnyPath, like: PyTree) -> "Protected":
+        """Reads what `save_orbax` or `selcrypt protect` wrote; for `unlock`.
+
+        Args:
+            path: of the folder.
+            like: a tree with its structure, shapes and dtypes, of arrays or of
+                ``jax.ShapeDtypeStruct``; arrays are placed as those of `like`. On several hosts
+                each process reads its own part.
+
+        Raises:
+            ValueError: no protected checkpoint, or a `like` that does not fit.
+            OSError: it cannot be read.
+        """
+        from ._orbax import load_tree
+
+        return cls(*load_tree(path, like))
 
 
 class Selection(NamedTuple):
@@ -142,16 +194,40 @@ def protect(
         levels = len(masks)
     else:
         scores = named_leaves(masks, "scores").leaves
-        given = {name: np.asarray(leaf) for name, leaf in scores.items() if is_array(leaf)}
+        given = {
+            name: gathered(leaf) if is_spread(leaf) else np.asarray(leaf)
+            for name, leaf in scores.items()
+            if is_array(leaf)
+        }
         found = given_scores(ArraySource(given, "scores"), source.tensors, None, "scores")
         rings = plan_rings(source.tensors, found, fractions, scope=scope, cipher=cipher)
         levels = _levels_of(rings)
-    protection = Protection.new(secret, levels, cipher, signing)
-    shipped: dict[str, bytearray] = {}
-    job = Job(source, metadata, rings, None, "params")
-    envelope = protection.encrypt(job, shipped.__setitem__)
-    leaves = {name: _leaf(shipped[name], source, name, tree.leaves[name]) for name in rings}
-    return Protected(tree.rebuild(leaves), {**(metadata or {}), **envelope.entries()})
+    together = any(is_spread(leaf) for leaf in tree.leaves.values())
+    model_id = shared_model_id() if together else None
+    protection = Protection.new(secret, levels, cipher, signing, model_id)
+    leaves: dict[str, Any] = {}
+
+    def keep(name: str, data: bytearray) -> None:
+        if name in rings:
+            leaves[name] = _leaf(data, source, name, tree.leaves[name])
+
+    envelope = protection.encrypt(Job(source, metadata, rings, None, "params"), keep)
+    entries = {**(metadata or {}), **envelope.entries()}
+    if together:
+        entries = _agreed(envelope, entries)
+    return Protected(tree.rebuild(leaves), entries)
+
+
+def _agreed(envelope: Envelope, entries: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of the first process, whose boxes are sealed under nonces of its own."""
+    manifest = envelope.manifest
+    shipped = repr((manifest.tensors, manifest.levels, manifest.signer, manifest.metadata))
+    if not the_same_everywhere(hashlib.sha256(shipped.encode()).digest()):
+        raise ValueError(
+            "protect: expected the same parameters, masks, secret and signing key in all "
+            "processes, got different ones. Nothing of it can be used: read them from one place."
+        )
+    return json.loads(from_first(json.dumps(entries).encode()))
 
 
 def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
@@ -245,19 +321,10 @@ def protect_file(
                 file.ask_stock_reader()
         tensors = checkpoint.tensors
         if importance is not None:
-            _check_unused(strategy=strategy, granularity=granularity, layout=layout)
             check_output(output, importance)
-            given = stack.enter_context(SafetensorsFile(importance))
-            scores = given_scores(given, tensors, select, str(importance))
-        else:
-            granularity = granularity or "kernel"
-            try:
-                names = choose_tensors(tensors, select)
-                metadata = next(iter(checkpoint.files.values())).metadata or {}
-                layout = layout or guess_layout(tensors, names, metadata, granularity)
-            except ValueError as error:
-                raise ValueError(f"{checkpoint.path}: {error}") from None
-            scores = strategy_scores(checkpoint, names, strategy or "l2", granularity, layout)
+        scores, layout = checkpoint_scores(
+            checkpoint, stack, importance, strategy, granularity, layout, select
+        )
         if scope == "leaf":
             for file in checkpoint.files.values():
                 here = [shape for name, shape in scores.shapes.items() if name in file.tensors]
@@ -279,6 +346,34 @@ def protect_file(
     return Selection(protection.key.model_id, layout, groups)
 
 
+def checkpoint_scores(
+    checkpoint: Checkpoint,
+    stack: ExitStack,
+    importance: AnyPath | None,
+    strategy: Strategy | None,
+    granularity: Granularity | None,
+    layout: Layout | None,
+    select: Selector,
+) -> tuple[Scores, Layout | None]:
+    """Scores from a file of their own, or by a strategy; and the layout, given or told.
+
+    Args: see `protect_file`; ``stack`` closes the file.
+    """
+    tensors = checkpoint.tensors
+    if importance is not None:
+        _check_unused(strategy=strategy, granularity=granularity, layout=layout)
+        given = stack.enter_context(SafetensorsFile(importance))
+        return given_scores(given, tensors, select, str(importance)), None
+    granularity = granularity or "kernel"
+    try:
+        names = choose_tensors(tensors, select)
+        metadata = next(iter(checkpoint.files.values())).metadata or {}
+        layout = layout or guess_layout(tensors, names, metadata, granularity)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+    return strategy_scores(checkpoint, names, strategy or "l2", granularity, layout), layout
+
+
 def _check_unused(**options: object) -> None:
     given = [name for name, value in options.items() if value is not None]
     if given:
@@ -296,7 +391,7 @@ def _leaf(data: bytes | bytearray, source: ArraySource, name: str, like: Any) ->
     """An array from its bytes, of the kind and where ``like`` is."""
     info = source.tensors[name]
     array = as_array(data, info.dtype, info.shape)
-    return jax.device_put(array, like.sharding) if isinstance(like, jax.Array) else array
+    return put(array, like.sharding) if isinstance(like, jax.Array) else array
 
 
 def _levels_of(rings: Rings) -> int:

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import os
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ from selcrypt_jax import (
     nested_masks,
     new_model_id,
     ring_keys,
+    unlocking,
 )
 
 IMPLEMENTATIONS = {
@@ -796,3 +799,60 @@ def test_nothing_is_used_up_by_a_call_that_fails():
     with pytest.raises(ValueError, match="too small to hide in"):
         encrypt(params, ({"a": True, "b": True},), make_keys(1), donate=True)
     assert not params["a"].is_deleted()
+
+
+# --- inside of a program ------------------------------------------------------------------------
+
+
+def chain(params, x, *, scale):
+    for name in sorted(params):
+        x = jnp.tanh(scale * (x @ params[name]))
+    return x
+
+
+@pytest.mark.parametrize("permute", [True, False])
+def test_a_program_unlocks_for_itself(permute):
+    cipher = LosslessCipher(permute=permute)
+    params = {f"layer{i}": jnp.asarray(weights(48, 48, seed=i)) for i in range(3)}
+    masks = nested_masks(importance.l2(params), [0.3, 0.6])
+    keys = make_keys(2, chacha20_impl)
+    protected = encrypt(params, masks, keys, cipher=cipher)
+    x = jnp.asarray(weights(4, 48))
+    forward = jax.jit(unlocking(chain, masks, cipher=cipher))
+    expected = jax.jit(chain)(params, x, scale=0.1)
+    np.testing.assert_array_equal(forward(protected, keys, x, scale=0.1), expected)
+    lower = jax.jit(unlocking(chain, masks[:1], cipher=cipher))(protected, keys[:1], x, scale=0.1)
+    assert not (lower == expected).all()
+
+
+ROOM = """
+import jax, jax.numpy as jnp
+from selcrypt_jax import LosslessCipher, importance, level_keys, nested_masks, unlocking
+
+def chain(params, x):
+    for name in sorted(params):
+        x = jnp.tanh(x @ params[name])
+    return x
+
+params = {f"layer{i:02}": jax.random.normal(jax.random.key(i), (256, 256)) for i in range(12)}
+masks = nested_masks(importance.l2(params), [0.05])
+keys = level_keys(bytes(32), bytes(16), levels=1)
+forward = jax.jit(unlocking(chain, masks, cipher=LosslessCipher(permute=False)))
+program = forward.lower(params, keys, jnp.ones((4, 256))).compile()
+size = sum(leaf.nbytes for leaf in params.values())
+print(program.memory_analysis().temp_size_in_bytes / size)
+"""
+
+
+@pytest.mark.slow
+def test_a_program_need_not_hold_all_of_the_plaintext():
+    # One device, and the scheduler that saves memory, as accelerators have it.
+    flags = {"XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false"}
+    run = subprocess.run(
+        [sys.executable, "-c", ROOM],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | flags,
+    )
+    assert float(run.stdout) < 0.5

@@ -1,17 +1,16 @@
 """What to audit: a TOML file, or the name of a network that is built in."""
 
 import dataclasses
-import importlib
 import inspect
-import sys
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._imported import imported
 from ._builtin import BUILT_IN
-from ._run import Grid
+from ._grid import Grid
 from ._subject import Subject
 
 
@@ -137,7 +136,7 @@ def make_subject(config: SubjectConfig) -> Subject:
             returns something else.
     """
     where = f"[subjects.{config.name}]"
-    function = BUILT_IN.get(config.make) or _imported(f"{where}: make", config.make)
+    function = BUILT_IN.get(config.make) or imported(f"{where}: make", config.make, tuple(BUILT_IN))
     try:
         signature = inspect.signature(function)
     except ValueError:  # of something built in
@@ -153,23 +152,3 @@ def make_subject(config: SubjectConfig) -> Subject:
             f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}."
         )
     return subject
-
-
-def _imported(what: str, path: str) -> Callable[..., Any]:
-    module, colon, name = path.partition(":")
-    if not colon or not module or not name or module.startswith("."):
-        raise ValueError(
-            f"{what}: expected one of {', '.join(BUILT_IN)} or an import path module:function, got "
-            f"{path!r}."
-        )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module does as it is imported
-        raise ValueError(
-            f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}."
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{what}: expected a function, got {found!r}.")
-    return found

@@ -15,6 +15,7 @@ from .. import __version__
 from ..demo import DemoConfig
 from ..demo import run as run_demo
 from . import _commands
+from ._calibrate import calibrate
 
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
@@ -74,6 +75,7 @@ COMMANDS: dict[str, Any] = {
     "inspect": _commands.inspect,
     "verify": _commands.verify,
     "rotate": _commands.rotate,
+    "calibrate": calibrate,
     "audit": audit,
     "demo": demo,
     "version": version,
@@ -120,7 +122,7 @@ def _end(number: int, _: Any) -> None:
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
         args = ["version"]
-    # One command's parser is made, not nine: a start takes long enough.
+    # One command's parser is made, not ten: a start takes long enough.
     chosen = {args[0]: COMMANDS[args[0]]} if args and args[0] in COMMANDS else COMMANDS
     try:
         tyro.extras.subcommand_cli_from_dict(

@@ -3,7 +3,7 @@
 import getpass
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,8 +127,9 @@ def protect(
     signing: Path | None = None,
     importance: Path | None = None,
     strategy: Strategy | None = None,
-    budget: float = 0.08,
-    levels: int = 5,
+    budget: float | None = None,
+    levels: int | None = None,
+    fractions: tuple[float, ...] = (),
     granularity: Literal["kernel", "filter", "weight"] | None = None,
     layout: Literal["OIHW", "HWIO"] | None = None,
     select: str | None = None,
@@ -159,9 +160,12 @@ def protect(
         strategy: How importance is judged without data. l2, the default, takes the kernels of
             largest norm. These stay large, so a thief can guess where they are, though not what
             they were; random tells nothing.
-        budget: Share of the groups that is encrypted, in every tensor that takes part.
-        levels: How many levels of quality. Each opens an equal part of the budget; in small
-            tensors, where a part would be too little to hide, the next higher level opens it.
+        budget: Share of the groups that is encrypted, in every tensor that takes part; 0.08 by
+            default.
+        levels: How many levels of quality, 5 by default. Each opens an equal part of the budget; in
+            small tensors, where a part would be too little to hide, the next higher level opens it.
+        fractions: Share of the groups that each level opens, ascending; the last one is all that is
+            encrypted. In place of budget and levels. selcrypt calibrate finds them.
         granularity: What is selected: kernels (the default; of a dense layer, single weights),
             whole filters, or weights. Positions of single weights take about a bit a weight.
         layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX. By default it is
@@ -180,17 +184,14 @@ def protect(
     """
     from .._protect import protect_file  # the start of JAX, which the other commands don't need
 
-    if levels < 1:
-        raise ValueError(f"levels: expected at least 1, got {levels}.")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
+    shares = _shares(budget, levels, fractions)
     _check_output(out, secret, signing, importance, passphrase_file)
     chosen = protect_file(
         file,
         out,
         secret=_read_secret(secret, passphrase_file),
         signing=_read_signing(signing, passphrase_file),
-        fractions=[budget * level / levels for level in range(1, levels + 1)],
+        fractions=shares,
         importance=importance,
         strategy=strategy,
         granularity=granularity,
@@ -209,6 +210,24 @@ def protect(
             "Not signed: only who has a grant will notice if it is altered. Use --signing.",
             file=sys.stderr,
         )
+
+
+def _shares(budget: float | None, levels: int | None, fractions: Sequence[float]) -> list[float]:
+    """What each level opens."""
+    if fractions:
+        if budget is not None or levels is not None:
+            raise ValueError(
+                "fractions: expected them alone, got budget or levels too, which they decide. "
+                "Leave those out."
+            )
+        return list(fractions)
+    budget = 0.08 if budget is None else budget
+    levels = 5 if levels is None else levels
+    if levels < 1:
+        raise ValueError(f"levels: expected at least 1, got {levels}.")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
+    return [budget * level / levels for level in range(1, levels + 1)]
 
 
 def grant(

@@ -1,0 +1,190 @@
+"""A network that is encrypted in levels by counts, and measured."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PRNGKeyArray, PyTree
+
+from ._chacha import chacha20_key
+from ._dprm import decrypt, encrypt
+from ._groups import Ring
+from ._lossless import LosslessCipher
+from ._masks import as_levels, checked_mask, checked_score, with_small_leaves
+from ._plan import merged_counts
+from ._ranks import Scope, Scores, ranked
+from ._tree import Selector, is_array, listed, named_leaves
+
+
+class Network:
+    """A network that is encrypted by counts of its most important groups, and measured.
+
+    A *count* is a number of groups of the whole model; with scope "leaf" it stands for the same
+    share of every leaf. Metrics are such that higher is better: times ``sign``.
+
+    Args: see `calibrate_levels`.
+    """
+
+    def __init__(
+        self,
+        eval_fn: Callable[[PyTree], Any],
+        params: PyTree,
+        scores: PyTree,
+        key: PRNGKeyArray,
+        keys: int,
+        scope: Scope,
+        small: float,
+        select: Selector,
+        cipher: LosslessCipher | None,
+        sign: float,
+    ) -> None:
+        if scope not in ("leaf", "model"):
+            raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+        self.cipher = LosslessCipher() if cipher is None else cipher
+        self.tree, self.params, self.keys, self.sign = named_leaves(params), params, keys, sign
+        self.scope: Scope = scope
+        self._eval_fn, self._key, self.calls = eval_fn, key, 0
+        given = named_leaves(scores, "scores")
+        arrays = {
+            name: score
+            for name, leaf in given.leaves.items()
+            if (score := checked_score(name, leaf)) is not None
+        }
+        groups = {name: np.ones(score.shape, bool) for name, score in arrays.items()}
+        checked_mask(self.tree, given.rebuild_only(groups), "scores")
+        # A leaf without weights has nothing to rank, and nothing to hide.
+        shapes = {name: score.shape for name, score in arrays.items() if score.size}
+        self._scores = Scores(shapes, arrays.__getitem__)
+        self.groups = sum(math.prod(shape) for shape in shapes.values())
+        if not self.groups:
+            raise ValueError(
+                f"scores: expected at least one leaf with groups, got {listed(given.leaves)}."
+            )
+        none = self.tree.rebuild_only({})
+        (small_mask,) = with_small_leaves(params, [none], share=small, select=select)
+        self._small = {n: m for n, m in named_leaves(small_mask).leaves.items() if is_array(m)}
+
+    def fraction(self, count: int) -> float:
+        """The shortest decimal of which ``nested_masks`` takes so many groups."""
+        share = Fraction(count, self.groups)
+        for digits in itertools.count(1):
+            number = Fraction(math.ceil(share * 10**digits), 10**digits)
+            if math.floor(number * self.groups) == count:
+                return float(number)
+        raise AssertionError
+
+    def _cumulative(self, counts: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        """What each level opens, without small leaves; rings of few orders merged upwards."""
+        levels = as_levels([self.fraction(count) for count in counts])
+        masks: list[dict[str, np.ndarray]] = [{} for _ in counts]
+        for name, ranks, opened in ranked(self._scores, levels.counts, self.scope):
+            weights = math.prod(self.tree.leaves[name].shape) // ranks.size
+            for mask, count in zip(masks, merged_counts(opened, weights, self.cipher), strict=True):
+                mask[name] = ranks < count
+        return masks
+
+    def masks(self, counts: Sequence[int]) -> tuple[PyTree, ...]:
+        """Nested masks of all levels."""
+        return tuple(
+            self.tree.rebuild_only({n: m for n, m in mask.items() if m.any()} | self._small)
+            for mask in self._cumulative(counts)
+        )
+
+    def closed(self, level: int, counts: Sequence[int]) -> tuple[PyTree, ...]:
+        """Masks of what a level leaves encrypted; rings are merged as all levels want it."""
+        if not level:
+            return self.masks(counts)
+        masks = self._cumulative(counts)
+        opened = masks[level - 1]
+        return tuple(
+            self.tree.rebuild_only(
+                {n: m & ~opened[n] for n, m in mask.items() if n not in self._small}
+            )
+            for mask in masks[level:]
+        )
+
+    def refusal(self, counts: Sequence[int]) -> str | None:
+        """Why these counts make no rings, or None."""
+        masks = self._cumulative(counts)
+        below = {name: np.zeros_like(mask) for name, mask in masks[0].items()}
+        for level, mask in enumerate(masks, 1):
+            added = {name: mask[name] & ~below[name] for name in mask}
+            if not any(ring.any() for ring in added.values()):
+                return "a level adds no groups, or too few to hide in, to those below it"
+            for name, ring in added.items():
+                if ring.any() and name not in self._small:
+                    try:
+                        self.cipher.check(Ring(name, level, ring), self.tree.leaves[name])
+                    except ValueError as error:
+                        return str(error)
+            below = mask
+        return None
+
+    def ring_keys(self, count: int) -> list[PRNGKeyArray]:
+        """Keys that were never used."""
+        self._key, drawn = jax.random.split(self._key)
+        words = np.asarray(jax.random.bits(drawn, (count, 8), "uint32"))
+        return [chacha20_key(row.tobytes()) for row in words]
+
+    def measure(self, params: PyTree) -> float:
+        """The metric; higher is better."""
+        self.calls += 1
+        value = self._eval_fn(params)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"eval_fn: expected a number, got {type(value).__name__}. Return the metric alone."
+            ) from None
+        if not math.isfinite(number):
+            raise ValueError(
+                f"eval_fn: expected a finite number, got {number}, at call {self.calls}. Encrypted "
+                "weights may overflow: return the worst finite value, such as chance, instead."
+            )
+        return self.sign * number
+
+    def sample(self, masks: Sequence[PyTree]) -> float:
+        """The metric with these encrypted, under new keys."""
+        keys = self.ring_keys(len(masks))
+        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
+
+    def check(self, counts: Sequence[int], precision: float) -> tuple[np.ndarray, bool]:
+        """What levels 0 to M-1 give, ``[keys, levels]``; whether level M is exact.
+
+        Args:
+            counts: of the levels.
+            precision: see `is_precise`.
+        """
+        masks = self.masks(counts)
+        rows: list[list[float]] = []
+        exact = True
+        while len(rows) < self.keys and not is_precise(np.array(rows), precision):
+            keys = self.ring_keys(len(masks))
+            protected = encrypt(self.params, masks, keys, cipher=self.cipher)
+            rows.append([])
+            for level in range(len(masks) + 1):
+                opened = decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
+                if level < len(masks):
+                    rows[-1].append(self.measure(opened))
+                    continue
+                after = named_leaves(opened).leaves
+                exact &= all(
+                    leaf is after[name] or np.array_equal(_octets(leaf), _octets(after[name]))
+                    for name, leaf in self.tree.leaves.items()
+                    if is_array(leaf)
+                )
+        return np.array(rows), exact
+
+
+def is_precise(values: np.ndarray, precision: float) -> bool:
+    """Whether the means of three values or more, over the first axis, are known as precisely."""
+    count = len(values)
+    return count >= 3 and bool((values.std(0, ddof=1) <= precision * math.sqrt(count)).all())
+
+
+def _octets(leaf: Any) -> np.ndarray:
+    return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
