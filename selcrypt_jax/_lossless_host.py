@@ -148,6 +148,8 @@ def _run_sharded(
 
 def _padded_tables(tables: LeafTables, size: int) -> LeafTables:
     """Padded with positions out of bounds, so that few lengths are compiled."""
+    if tables.positions is None:
+        return tables
     count = len(tables.positions)
     room = padded(count) - count
     if not room:
@@ -162,7 +164,7 @@ def _padded_tables(tables: LeafTables, size: int) -> LeafTables:
 
 def _move_leaf(
     leaf: Array,
-    positions: Array,
+    positions: Array | None,
     source: Array | None,
     mask: Array | None,
     *,
@@ -183,7 +185,7 @@ def _move_leaf(
     """
     unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
     bits = (leaf if as_it_is else lax.bitcast_convert_type(leaf, unsigned)).reshape(-1)
-    ring = bits.at[positions].get(mode="fill", fill_value=0)
+    ring = bits if positions is None else bits.at[positions].get(mode="fill", fill_value=0)
     ring = gather(lax.bitcast_convert_type(ring, unsigned))
     if inverse and mask is not None:
         ring = ring ^ mask
@@ -191,7 +193,8 @@ def _move_leaf(
         ring = ring.at[source].get(mode="promise_in_bounds")
     if not inverse and mask is not None:
         ring = ring ^ mask
-    bits = bits.at[positions].set(lax.bitcast_convert_type(ring, bits.dtype), mode="drop")
+    ring = lax.bitcast_convert_type(ring, bits.dtype)
+    bits = ring if positions is None else bits.at[positions].set(ring, mode="drop")
     return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
 
 

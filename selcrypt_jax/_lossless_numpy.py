@@ -5,6 +5,7 @@ It opens a file without starting JAX. The definition is in `_lossless`, that of 
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -17,6 +18,7 @@ from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, blo
 
 _BLOCK_BYTES = 64  # of the ChaCha20 block function
 _KEY_BYTES = 32
+_STRIP = 16  # rows that are transposed together: all at once takes three times as long
 
 
 def rewrite_leaf(
@@ -48,9 +50,11 @@ def rewrite_leaf(
         # A leaf is too large for a cache and its selected weights are not: it is gone through
         # once for all rings, and not ring by ring.
         size = positions.shape[1]
-        # One index an entry, as wide as NumPy wants it: everything else is a slower loop.
-        positions = positions.astype(np.intp)[:, 0] if size == 1 else positions
-        dense = bits[positions]
+        whole = size == 1 and len(positions) == len(bits)  # in order, as they lie there
+        if size == 1 and not whole:
+            # One index an entry, as wide as NumPy wants it: everything else is a slower loop.
+            positions = positions.astype(np.intp)[:, 0]
+        dense = bits if whole else bits[positions]
         for index, units in numbers:
             tables = ring_tables(
                 (len(units), size),
@@ -59,9 +63,12 @@ def rewrite_leaf(
                 fine=fine,
                 dtype=bits.dtype,
             )
-            ring = dense[units]
-            dense[units], plain[index] = _moved(ring, *tables, inverse=inverse)
-        bits[positions] = dense
+            all_of_them = len(units) == len(dense)
+            ring = dense.copy() if all_of_them else dense[units]
+            new, plain[index] = _moved(ring, *tables, inverse=inverse)
+            dense[... if all_of_them else units] = new
+        if not whole:
+            bits[positions] = dense
     return plain
 
 
@@ -100,12 +107,12 @@ class LeafTables(NamedTuple):
     """What the cipher does with the rings of a leaf, as arrays ``[selected weights]``.
 
     Attributes:
-        positions: int32, of the weights in the leaf.
+        positions: int32, of the weights in the leaf; None for all of them in order.
         source: int32, which of them each is taken from; None where none moves.
         mask: that each is masked with, before it is moved or after; None where none is.
     """
 
-    positions: np.ndarray
+    positions: np.ndarray | None
     source: np.ndarray | None
     mask: np.ndarray | None
 
@@ -134,28 +141,44 @@ def leaf_tables(
     parts = []
     for positions, numbers in _together(shape, [mask for mask, _ in rings], cipher.unit):
         units, size = positions.shape
-        source = np.arange(units, dtype=np.int32)
-        mask = np.zeros((units, size), dtype) if fine else None
+        source = np.arange(units, dtype=np.int32) if cipher.permute else None
+        mask = np.empty((units, size), dtype) if fine else None
         for index, own in numbers:
             order, words = ring_tables(
                 (len(own), size), rings[index][1], cipher=cipher, fine=fine, dtype=dtype
             )
-            if order is not None and inverse:
-                source[own[order]] = own
-            elif order is not None:
-                source[own] = own[order]
+            if source is not None and order is not None:
+                if inverse:
+                    source[own[order]] = own
+                else:
+                    source[own] = own[order]
             if mask is not None and words is not None:
-                mask[own] = words.reshape(-1, size)
-        if size > 1:
-            source = source[:, None] * size + np.arange(size, dtype=np.int32)
-        parts.append(LeafTables(positions.reshape(-1), source.reshape(-1), mask))
-    ends = np.cumsum([0] + [len(part.positions) for part in parts])
-    joined = [
-        np.concatenate([part.positions for part in parts]),
-        np.concatenate([p.source + s for p, s in zip(parts, ends, strict=False)]).astype(np.int32),
-        np.concatenate([part.mask.reshape(-1) for part in parts]) if fine else None,
-    ]
-    return LeafTables(joined[0], joined[1] if cipher.permute else None, joined[2])
+                words = words.reshape(-1, size)
+                if len(own) == units:
+                    mask = words
+                else:
+                    mask[own] = words
+        if source is not None and size > 1:
+            source = (source[:, None] * size + np.arange(size, dtype=np.int32)).reshape(-1)
+        whole = positions.shape == (math.prod(shape), 1)
+        parts.append(LeafTables(None if whole else positions.reshape(-1), source, mask))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[LeafTables]) -> LeafTables:
+    """Tables for one leaf, one after the other."""
+    if len(parts) == 1:
+        positions, source, mask = parts[0]
+        return LeafTables(positions, source, None if mask is None else mask.reshape(-1))
+    positions = [part.positions for part in parts if part.positions is not None]
+    starts = np.cumsum([0, *map(len, positions[:-1])], dtype=np.int32)
+    sources = [p.source + s for p, s in zip(parts, starts, strict=True) if p.source is not None]
+    masks = [part.mask.reshape(-1) for part in parts if part.mask is not None]
+    return LeafTables(
+        np.concatenate(positions),
+        np.concatenate(sources) if sources else None,
+        np.concatenate(masks) if masks else None,
+    )
 
 
 def leaf_chunks(
@@ -274,7 +297,10 @@ def _permutation(key: bytes, units: int) -> np.ndarray:
     packed &= BLOCK - 1
     packed *= np.uint32(blocks)
     packed += np.arange(blocks, dtype=np.uint32)[:, None]
-    return packed.T.astype(np.intp).reshape(-1)[:units]
+    source = np.empty((length, blocks), np.intp)
+    for start in range(0, blocks, _STRIP):
+        source[:, start : start + _STRIP] = packed[start : start + _STRIP].T
+    return source.reshape(-1)[:units]
 
 
 def mask_words(
