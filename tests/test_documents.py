@@ -92,9 +92,32 @@ def test_names_in_the_readme_exist():
     assert named - parts - here == set()
 
 
+NOTEBOOKS = pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda path: path.name
+)
+
+
+def code_cells(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@NOTEBOOKS
+def test_notebook_is_saved_as_it_ran(notebook):
+    cells = code_cells(notebook)
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))  # all of them, in order, in a new kernel
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    for output in outputs:
+        assert output["output_type"] != "error", output["evalue"]
+        assert output.get("name") != "stderr", output["text"]
+    assert notebook.stat().st_size < 300_000
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("notebook", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda p: p.name)
-def test_notebook(notebook, tmp_path):
-    cells = json.loads(notebook.read_text())["cells"]
-    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+@NOTEBOOKS
+def test_notebook(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    code = ["".join(cell["source"]) for cell in code_cells(notebook)]
     assert "bit-exact: True" in run("\n".join(code), tmp_path)
