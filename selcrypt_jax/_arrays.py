@@ -65,7 +65,7 @@ class ArraySource:
                 raise ValueError(
                     f"{what} {name!r}: expected one of {', '.join(sorted(_CODES))}, got "
                     f"{array.dtype}, which a file cannot hold. Convert it, or keep it out of "
-                    "the tree (random state: nnx.state(model, nnx.Param, nnx.BatchStat))."
+                    "the tree (random state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
                 )
             self.tensors[name] = ArrayInfo(code, tuple(array.shape))
         self._arrays = arrays

@@ -309,6 +309,8 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
             f"{what}: expected booleans, got {array.dtype}. Make masks with nested_masks."
         )
     if not is_array(leaf):
+        if not exact:  # a plain True for the subtree above: all of its arrays
+            return np.asarray(False)
         if array.any():
             raise ValueError(
                 f"{what}: expected False, since the leaf of params is no array but "

@@ -56,17 +56,19 @@ class Network:
         }
         groups = {name: np.ones(score.shape, bool) for name, score in arrays.items()}
         checked_mask(self.tree, given.rebuild_only(groups), "scores")
-        # A leaf without weights has nothing to rank, and nothing to hide.
+        none = self.tree.rebuild_only({})
+        (small_mask,) = with_small_leaves(params, [none], share=small, select=select)
+        self._small = {n: m for n, m in named_leaves(small_mask).leaves.items() if is_array(m)}
+        # A leaf without weights has nothing to rank, and nothing to hide; one that is encrypted as
+        # a whole needs no place in the order, unless there is no other: as in `protect_file`.
         shapes = {name: score.shape for name, score in arrays.items() if score.size}
+        shapes = {n: shape for n, shape in shapes.items() if n not in self._small} or shapes
         self._scores = Scores(shapes, arrays.__getitem__)
         self.groups = sum(math.prod(shape) for shape in shapes.values())
         if not self.groups:
             raise ValueError(
                 f"scores: expected at least one leaf with groups, got {listed(given.leaves)}."
             )
-        none = self.tree.rebuild_only({})
-        (small_mask,) = with_small_leaves(params, [none], share=small, select=select)
-        self._small = {n: m for n, m in named_leaves(small_mask).leaves.items() if is_array(m)}
 
     def fraction(self, count: int) -> float:
         """The shortest decimal of which ``nested_masks`` takes so many groups."""

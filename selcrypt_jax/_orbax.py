@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from ._json import json_object
 
 METADATA_FILE = "selcrypt.json"
 _INNER = "checkpoint"
+_VALUE = "/value"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
 
 
@@ -67,7 +68,11 @@ class OrbaxCheckpoint(ArraySource):
             except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
                 raise ValueError(f"{self.path}: Orbax cannot read it: {error}") from error
         self.tree = named_leaves(restored, str(self.path))
-        super().__init__(self.tree.leaves, str(self.path))
+        self.stored = _stored_names(self.tree.leaves)
+        super().__init__(
+            {name: self.tree.leaves[stored] for name, stored in self.stored.items()},
+            str(self.path),
+        )
         self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
         self.metadata = _read_metadata(self.path)
 
@@ -100,7 +105,8 @@ def orbax_output(
         }
         inner = folder.absolute() / _INNER
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(inner, like.tree.rebuild(leaves))
+            stored = {like.stored[name]: leaf for name, leaf in leaves.items()}
+            checkpointer.save(inner, like.tree.rebuild(stored))
         _put_together(folder, metadata)
 
 
@@ -113,6 +119,30 @@ def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
     if metadata:
         text = json.dumps(dict(metadata), ensure_ascii=False, indent=1)
         (folder / METADATA_FILE).write_bytes(text.encode())
+
+
+def _stored_names(stored: Iterable[str]) -> dict[str, str]:
+    """Names as `named_leaves` has them → those in the checkpoint.
+
+    Of an ``nnx.State`` Orbax keeps a further step ``value`` for each variable.
+    """
+    names = list(stored)
+    of_state = bool(names) and all(name.endswith(_VALUE) for name in names)
+    return {name.removesuffix(_VALUE) if of_state else name: name for name in names}
+
+
+def _nested(leaves: Mapping[str, Any]) -> Any:
+    """Leaves by name as dictionaries in dictionaries, which is how Orbax names them as we do."""
+    if list(leaves) == [""]:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *steps, last = name.split("/")
+        inner = tree
+        for step in steps:
+            inner = inner.setdefault(step, {})
+        inner[last] = leaf
+    return tree
 
 
 def _read_metadata(path: Path) -> dict[str, str] | None:
@@ -141,6 +171,10 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
     import jax
     import orbax.checkpoint as ocp
 
+    from ._tree import is_array, named_leaves
+
+    leaves = named_leaves(tree).leaves
+    nested = _nested({name: leaf for name, leaf in leaves.items() if is_array(leaf)})
     folder, problem = None, None
     with ExitStack() as stack:
         if jax.process_index() == 0:
@@ -150,7 +184,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
                 problem = error
         name = _agreed_on("" if folder is None else str(folder), problem)
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(Path(name) / _INNER, tree)
+            checkpointer.save(Path(name) / _INNER, nested)
         if folder is not None:
             try:
                 _put_together(folder, metadata)
@@ -184,6 +218,8 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
     """
     import orbax.checkpoint as ocp
 
+    from ._tree import is_array, listed, named_leaves
+
     folder = Path(path).absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"{path}: expected the folder of an Orbax checkpoint, got none.")
@@ -193,9 +229,20 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
             f"{path}: expected a protected Orbax checkpoint, got a folder without {METADATA_FILE}. "
             "Protect it, or name the folder that holds that file."
         )
-    arguments = ocp.checkpoint_utils.construct_restore_args(like)
+    tree = named_leaves(like, "like")
+    given = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
-            return checkpointer.restore(folder, item=like, restore_args=arguments), metadata
+            found: Any = checkpointer.metadata(folder)
+            stored = _stored_names(named_leaves(found.item_metadata.tree).leaves)
+            if stored.keys() != given.keys():
+                raise ValueError(
+                    f"expected a tree with {listed(stored)}, got one with {listed(given)}"
+                )
+            item = _nested({stored[name]: leaf for name, leaf in given.items()})
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            restored = checkpointer.restore(folder, item=item, restore_args=arguments)
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
+    leaves = named_leaves(restored).leaves
+    return tree.rebuild({name: leaves[stored[name]] for name in given}), metadata

@@ -82,12 +82,15 @@ def guess_layout(
 ) -> Layout:
     """Where the output and input axes of kernels are.
 
-    Spatial axes are short and lie behind them in PyTorch, before them in JAX. Without a leaf of
-    three axes or more that says so, the metadata's ``format`` does.
+    The metadata's ``format`` says so for PyTorch. Else shapes do: spatial axes are short and lie
+    behind them in PyTorch, before them in JAX. Without a leaf of three axes or more the metadata
+    have the last word.
 
     Raises:
         ValueError: the leaves do not agree, or nothing tells.
     """
+    if metadata.get("format") == "pt":
+        return "OIHW"
     votes: dict[Layout, str] = {}
     for name in names:
         shape = tensors[name].shape
@@ -98,10 +101,8 @@ def guess_layout(
             votes["HWIO" if first < last else "OIHW"] = name
     if len(votes) == 1:
         return next(iter(votes))
-    by_format: dict[str, Layout] = {"pt": "OIHW", "np": "HWIO", "flax": "HWIO", "jax": "HWIO"}
-    layout = by_format.get(metadata.get("format", ""))
-    if layout is not None:
-        return layout
+    if metadata.get("format") in ("np", "flax", "jax"):
+        return "HWIO"
     flat = all(len(tensors[name].shape) < 3 for name in names)
     if granularity == "weight" or (granularity == "kernel" and not votes and flat):
         return "HWIO"  # a kernel of two axes is one weight in either

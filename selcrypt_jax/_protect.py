@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -279,7 +280,8 @@ def protect_file(
     """Protects a checkpoint for release, tensor by tensor.
 
     The output has the same names, dtypes and shapes, and runs at level 0 in every program that
-    reads safetensors.
+    reads safetensors. Of tensors that are bit for bit alike, such as tied weights that were saved
+    twice, the same weights are encrypted, whether they take part or not.
 
     Args:
         path: a safetensors file; or the index, or the folder, of a checkpoint in several files.
@@ -331,11 +333,16 @@ def protect_file(
                 check_room(here, as_levels(fractions), str(file.path))
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
+            whole = small_rings(tensors, small, select, cipher)
+            # What is encrypted as a whole needs no place in the order, unless there is no other.
+            ordered = {n: shape for n, shape in scores.shapes.items() if n not in whole}
+            scores = scores._replace(shapes=ordered or scores.shapes)
             try:
                 rings = plan_rings(tensors, scores, fractions, scope=scope, cipher=cipher)
             except ValueError as error:
                 raise ValueError(f"{checkpoint.path}: {error}") from None
-            rings |= small_rings(tensors, small, select, cipher)
+            rings |= whole
+            rings |= _rings_of_copies(checkpoint, rings)
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
             for name, file in checkpoint.files.items():
                 here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
@@ -344,6 +351,42 @@ def protect_file(
                     out.protected(job, protection)
     groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
     return Selection(protection.key.model_id, layout, groups)
+
+
+def _rings_of_copies(checkpoint: Checkpoint, rings: Rings) -> Rings:
+    """The same rings for tensors that are bit for bit alike, as tied weights that were saved twice.
+
+    What is encrypted in one and plain in the other would be plain.
+    """
+    like: dict[Any, list[str]] = {}
+    sources = {name: file for file in checkpoint.files.values() for name in file.tensors}
+    for name, info in checkpoint.tensors.items():
+        if math.prod(info.shape):
+            like.setdefault((info.dtype, tuple(info.shape)), []).append(name)
+    found: Rings = {}
+    for names in like.values():
+        if len(names) == 1 or rings.keys().isdisjoint(names):
+            continue
+        starts: dict[bytes, list[str]] = {}
+        for name in names:
+            file = sources[name]
+            few = file.chunks(name, 64) if isinstance(file, SafetensorsFile) else file.chunks(name)
+            starts.setdefault(bytes(next(iter(few))[:64]), []).append(name)
+        for alike in starts.values():  # most are told apart by how they start
+            digests: dict[bytes, list[str]] = {}
+            for name in alike if len(alike) > 1 else ():
+                digest = hashlib.sha256()
+                for piece in sources[name].chunks(name):
+                    digest.update(piece)
+                digests.setdefault(digest.digest(), []).append(name)
+            for copies in digests.values():
+                first = next((name for name in copies if name in rings), None)
+                if first is not None:
+                    found |= {
+                        name: [(level, ring._replace(tensor=name)) for level, ring in rings[first]]
+                        for name in copies
+                    }
+    return found
 
 
 def checkpoint_scores(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16 and float8
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors
 import safetensors.numpy
@@ -774,3 +775,81 @@ def test_small_tensors_are_encrypted_whole(tmp_path):
     with pytest.raises(ValueError, match=r"small: expected a share of all weights in \[0, 1\]"):
         protect_file(source, tmp_path / "4", secret=SECRET, fractions=THREE, small=2)
     assert not (tmp_path / "4").exists()
+
+
+# --- what bit users -------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_is_small_is_not_too_small(tmp_path):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "body.weight": rng.standard_normal((128, 128), np.float32),
+        "head.weight": rng.standard_normal((1, 64), np.float32),  # 8 % of it hide nothing
+    }
+    path = write(tmp_path / "m", tensors, {"format": "pt"})
+    chosen = protect_file(path, tmp_path / "p", secret=SECRET, fractions=[0.08])
+    assert chosen.groups == {"body.weight": 1310, "head.weight": 64}
+    with pytest.raises(ValueError, match=r"head\.weight.*too small to hide in"):
+        protect_file(path, tmp_path / "q", secret=SECRET, fractions=[0.08], small=0)
+
+
+def test_pytorch_says_the_layout_itself(tmp_path):
+    # A class token looks like a kernel whose spatial axes come first.
+    tensors = {"cls_token": np.ones((1, 1, 64), np.float32)}
+    tensors["fc.weight"] = np.random.default_rng(0).standard_normal((64, 32), np.float32)
+    path = write(tmp_path / "m", tensors, {"format": "pt"})
+    chosen = protect_file(
+        path, tmp_path / "p", secret=SECRET, fractions=[0.5], granularity="filter"
+    )
+    assert chosen.layout == "OIHW"
+
+
+@pytest.mark.parametrize("select", [None, "embed"])
+def test_copies_have_the_same_selection(tmp_path, select):
+    # What is encrypted in one copy and plain in the other would be plain.
+    rng = np.random.default_rng(0)
+    tied = rng.standard_normal((64, 32), np.float32)
+    other = np.concatenate([tied[:1], rng.standard_normal((63, 32), np.float32)])
+    tensors = {"embed": tied, "head": tied.copy(), "other": other}  # one that starts alike
+    path = write(tmp_path / "m", tensors)
+    protect_file(
+        path, tmp_path / "p", secret=SECRET, fractions=[0.04, 0.08], strategy="random",
+        layout="OIHW", small=0, select=select,
+    )  # fmt: skip
+    public = safetensors.numpy.load_file(tmp_path / "p")
+    hidden = {name: public[name] != tensor for name, tensor in tensors.items()}
+    assert hidden["embed"].sum() == round(0.08 * 64 * 32 - 0.5)
+    assert (hidden["embed"] == hidden["head"]).all()
+    assert (hidden["embed"] != hidden["other"]).any()
+    assert octets(public["embed"]) != octets(public["head"])  # each under its own keys
+    grant = issue_grant(tmp_path / "p", level=2, secret=SECRET)
+    assert_same(open_model(tmp_path / "p", grant), tensors)
+
+
+def test_true_stands_for_all_arrays_of_a_tree():
+    params = {"w": np.random.default_rng(0).standard_normal((32, 32)), "act": np.tanh}
+    params["w"] = params["w"].astype(np.float32)
+    released = protect(params, (True,), secret=SECRET)
+    assert released.params["act"] is np.tanh
+    key = level_key(SECRET, released.model_id, level=1, levels=1)
+    assert octets(unlock(released, key)["w"]) == octets(params["w"])
+
+
+def test_a_state_has_its_names_in_orbax(tmp_path):
+    model = nnx.Linear(32, 32, rngs=nnx.Rngs(0))
+    state = nnx.state(model)
+    released = protect(state, nested_masks(importance.l2(state), [0.5]), secret=SECRET)
+    released.save_orbax(tmp_path / "ours")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "plain", state)
+    protect_file(tmp_path / "plain", tmp_path / "theirs", secret=SECRET, fractions=[0.5])
+    for path in (tmp_path / "ours", tmp_path / "theirs"):
+        grant = issue_grant(path, level=1, secret=SECRET)
+        assert set(open_model(path, grant)) == {"bias", "kernel"}
+        for opened in (
+            open_model(path, grant, like=state),
+            unlock(Protected.load_orbax(path, state), grant),
+        ):
+            assert octets(opened["kernel"].get_value()) == octets(model.kernel.get_value())
+    with pytest.raises(ValueError, match=r"expected a tree with 'bias', 'kernel', got one with"):
+        Protected.load_orbax(tmp_path / "ours", {"kernel": state["kernel"].get_value()})

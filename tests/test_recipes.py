@@ -186,10 +186,7 @@ def test_equinox_shared_weights_are_one_leaf():
     model = Tied(jax.random.key(0))
     arrays = [x for x in jax.tree.leaves(model) if is_array(x)]
     assert [x.shape for x in arrays] == [(16, 8)]
-    with pytest.raises(ValueError, match="expected False, since the leaf of params is no array"):
-        protect(model, (True,), secret=SECRET)
-    masks = nested_masks(importance.l2(model, layout="OIHW"), [1.0])
-    public: Any = protect(model, masks, secret=SECRET).params
+    public: Any = protect(model, (True,), secret=SECRET).params
     embedding, head = public.shared()
     assert octets(embedding.weight) == octets(head.weight)
     assert octets(head.weight) != octets(arrays[0])
@@ -373,20 +370,17 @@ def test_protect_says_that_it_cannot_tell(tmp_path, monkeypatch):
 
 
 def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
-    """The truth about them, as the recipe tells it."""
     monkeypatch.chdir(tmp_path)
     weight = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
     save_file({"embed.weight": weight, "lm_head.weight": weight.copy()}, "model", {"format": "pt"})
-    cases: list[Any] = [("l2", 0.45, 0.55), ("random", 0.7, 0.8)]
-    for strategy, least, most in cases:
+    strategies: list[Any] = ["l2", "random"]
+    for strategy in strategies:
         public = f"public-{strategy}"
         protect_file("model", public, secret=SECRET, fractions=[0.5], strategy=strategy, small=0)
         found = load_file(public)
         one, two = found["embed.weight"], found["lm_head.weight"]
         assert (one != two).mean() > 0.4
-        # What a thief has: by l2 half of the weights, but two random halves hide a quarter.
-        plain = (one == weight) | (two == weight)
-        assert least < plain.mean() < most, strategy
+        assert ((one == weight) == (two == weight)).all(), strategy
         opened = open_model(public, issue_grant(public, level=1, secret=SECRET))
         assert octets(opened["embed.weight"]) == octets(opened["lm_head.weight"]) == octets(weight)
 
@@ -438,7 +432,7 @@ def test_packed_codes_are_selected_at_random(tmp_path, monkeypatch):
 # --- Orbax ----------------------------------------------------------------------------------------
 
 
-def test_orbax_names_have_one_more_step_for_a_state(recipe):
+def test_orbax_adds_a_step_for_a_state_that_names_do_not_have(recipe):
     scope = recipe("An Orbax checkpoint of NNX")
     assert {"conv/kernel", "norm/mean"} <= inspect_names("public")
     model = scope["model"]
@@ -446,7 +440,7 @@ def test_orbax_names_have_one_more_step_for_a_state(recipe):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path("state").absolute(), state)
     protect_file("state", "state-public", secret=SECRET, fractions=[0.25, 0.5])
-    assert {"conv/kernel/value", "norm/mean/value"} <= inspect_names("state-public")
+    assert {"conv/kernel", "norm/mean"} <= inspect_names("state-public")
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(Path("state-public").absolute(), state)
     nnx.update(model, restored)
