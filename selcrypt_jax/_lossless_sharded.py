@@ -159,8 +159,8 @@ def stream_tables(
 
 
 def _filled(parts: Sequence[np.ndarray], room: int, dtype: Any, fill: int) -> np.ndarray:
-    whole = np.concatenate(parts)
-    return np.concatenate([whole, np.full(room - len(whole), fill)]).astype(dtype)
+    rest = np.full(room - sum(map(len, parts)), fill, dtype)
+    return np.concatenate([*parts, rest])
 
 
 def _shard_number(index: Any, shape: Sequence[int], shard_shape: Sequence[int]) -> int:
