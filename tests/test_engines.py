@@ -107,8 +107,19 @@ def test_xla_makes_the_tables_under_jit_and_for_other_keys():
     assert not jax.jit(lambda k: [_lossless_host.on_host(leaves, k)])(keys)[0]
 
 
-@pytest.mark.parametrize("inner", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1), (0, 1, 2), ()])
-@pytest.mark.parametrize("unit", ["weight", "group"])
+INNER = [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1), (0, 1, 2), ()]
+
+
+@pytest.mark.parametrize(
+    ("unit", "inner"),
+    [("weight", (1,))]
+    + [
+        pytest.param(unit, inner, marks=pytest.mark.slow)
+        for unit in ("weight", "group")
+        for inner in INNER
+        if (unit, inner) != ("weight", (1,))
+    ],
+)
 def test_masks_of_all_shapes(inner, unit):
     shape = (6, 40, 35)
     params = {"w": jnp.asarray(payload(5, shape, "float32")), "v": jnp.ones((30, 30))}

@@ -28,7 +28,6 @@ from selcrypt_jax import (
     inspect_file,
     issue_grant,
     mask_counts,
-    nested_masks,
     open_model,
     protect,
     protect_file,
@@ -111,7 +110,7 @@ def test_a_reader_runs_it(title, tmp_path):
     run(BLOCKS[title][0] + check, tmp_path)
 
 
-@pytest.mark.parametrize("title", recipes(slow=lambda title: title == "A Flax transformer"))
+@pytest.mark.parametrize("title", recipes(slow=lambda title: title not in FAST))
 def test_the_top_level_is_the_original_and_level_0_runs(title, recipe):
     scope = recipe(title)
     original, public, opened = (scope[name] for name in ("original", "public", "opened"))
@@ -138,6 +137,7 @@ def test_the_top_level_is_the_original_and_level_0_runs(title, recipe):
 # --- JAX ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nnx_takes_statistics_and_no_random_state(recipe):
     scope = recipe("Flax NNX")
     shares = changed(scope["public"], scope["original"])
@@ -151,6 +151,7 @@ def test_nnx_takes_statistics_and_no_random_state(recipe):
     assert isinstance(nnx.state(scope["model"], nnx.Param, nnx.BatchStat), tuple)
 
 
+@pytest.mark.slow
 def test_linen_takes_both_collections(recipe):
     scope = recipe("Flax Linen, with BatchNorm")
     shares = changed(scope["public"], scope["original"])
@@ -159,6 +160,7 @@ def test_linen_takes_both_collections(recipe):
     assert 0.4 < shares["params/Conv_0/kernel"] < 0.6
 
 
+@pytest.mark.slow
 def test_equinox_is_oihw_and_has_statistics_beside_the_module(recipe):
     scope = recipe("Equinox")
     model, _ = scope["original"]
@@ -192,6 +194,7 @@ def test_equinox_shared_weights_are_one_leaf():
     assert octets(head.weight) != octets(arrays[0])
 
 
+@pytest.mark.slow
 def test_haiku_names_and_axes(recipe):
     scope = recipe("Haiku")
     shapes = {name: leaf.shape for name, leaf in named_leaves(scope["original"]).leaves.items()}
@@ -212,6 +215,7 @@ def test_flax_transposed_convolution_is_hwio():
     assert up.kernel[...].shape == (2, 2, 8, 5)
 
 
+@pytest.mark.slow
 def test_optax_trains_what_the_level_sees_and_nothing_else(recipe):
     scope = recipe("Optax: train what a level may see")
     basic, tuned, frozen = scope["basic"], scope["tuned"], scope["frozen"]
@@ -232,6 +236,7 @@ def test_optax_trains_what_the_level_sees_and_nothing_else(recipe):
     assert [leaf.shape for leaf in jax.tree.leaves(adam.mu)] == [(32,), (16, 32)]
 
 
+@pytest.mark.slow
 def test_lora_adapters_alone(recipe):
     scope = recipe("LoRA adapters")
     assert named_leaves(scope["original"]).leaves.keys() == {"lora/lora_a", "lora/lora_b"}
@@ -294,6 +299,7 @@ def test_protect_says_that_it_cannot_tell_the_layout_of_attention(recipe, capsys
 # --- PyTorch --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pytorch_layouts_kernel_by_kernel(recipe):
     scope = recipe("A PyTorch state dict")
     groups = scope["chosen"].groups
@@ -385,6 +391,7 @@ def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
         assert octets(opened["embed.weight"]) == octets(opened["lm_head.weight"]) == octets(weight)
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_keeps_its_files(recipe):
     recipe("A sharded Hugging Face folder")
     names = sorted(path.name for path in Path("llm").iterdir())
@@ -398,6 +405,7 @@ def test_a_hugging_face_folder_keeps_its_files(recipe):
     assert len(inspect_file("public").levels) == 2
 
 
+@pytest.mark.slow
 def test_quantised_weights_take_part_by_name_only(recipe):
     scope = recipe("Quantised weights")
     shares = changed(scope["public"], scope["original"])
@@ -432,6 +440,7 @@ def test_packed_codes_are_selected_at_random(tmp_path, monkeypatch):
 # --- Orbax ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_orbax_adds_a_step_for_a_state_that_names_do_not_have(recipe):
     scope = recipe("An Orbax checkpoint of NNX")
     assert {"conv/kernel", "norm/mean"} <= inspect_names("public")
@@ -467,6 +476,7 @@ def test_orbax_of_a_checkpoint_manager(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("silero_vad") is None, reason="needs silero-vad")
+@pytest.mark.slow
 def test_silero_vad_level_by_level(recipe):
     scope = recipe("A real network: Silero VAD")
     original, levels = scope["original"], scope["levels"]
