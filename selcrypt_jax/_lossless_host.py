@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -29,7 +30,7 @@ from ._lossless_sharded import (
     shards_of,
     stream_tables,
 )
-from ._tree import padded
+from ._tree import padded, without_explicit_axes
 
 T = TypeVar("T")
 
@@ -198,6 +199,12 @@ def _move_leaf(
     return lax.bitcast_convert_type(bits.reshape(leaf.shape), leaf.dtype)
 
 
+def _move_whole_leaf(leaf: Array, *tables: Any, inverse: bool, as_it_is: bool) -> Array:
+    """As `_move_leaf`, of a leaf on one device, which may be one of a mesh with explicit axes."""
+    move = partial(_move_leaf, inverse=inverse, as_it_is=as_it_is)
+    return without_explicit_axes(move, leaf)(leaf, *tables)
+
+
 def _move_leaf_spread(
     leaf: Array,
     positions: Array,
@@ -257,8 +264,8 @@ def _moves_as_it_is(leaf: Array) -> bool:
 
 
 _OPTIONS = ("inverse", "as_it_is")
-_move = jax.jit(_move_leaf, static_argnames=_OPTIONS)
-_move_in_place = jax.jit(_move_leaf, static_argnames=_OPTIONS, donate_argnames="leaf")
+_move = jax.jit(_move_whole_leaf, static_argnames=_OPTIONS)
+_move_in_place = jax.jit(_move_whole_leaf, static_argnames=_OPTIONS, donate_argnames="leaf")
 _SPREAD = (*_OPTIONS, "sharding")
 _move_spread = jax.jit(_move_leaf_spread, static_argnames=_SPREAD)
 _move_spread_in_place = jax.jit(_move_leaf_spread, static_argnames=_SPREAD, donate_argnames="leaf")

@@ -160,6 +160,20 @@ def test_bounded_chunks_go_through_all_devices(spec):
     assert held <= 2.5 * 4 * shard
 
 
+@pytest.mark.parametrize("permute", [True, False])
+def test_a_mesh_of_one_device(permute):
+    # What jax.make_mesh gives on a machine with one device, explicit axes by default.
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:1])
+    given = {"w": jax.device_put(PARAMS["dense"], NamedSharding(mesh, P(None, "a")))}
+    masks, keys = ({"w": MASKS[1]["dense"]},), KEYS[:1]
+    cipher = LosslessCipher(permute=permute)
+    expected = encrypt({"w": PARAMS["dense"]}, masks, keys, cipher=cipher)
+    protected = encrypt(given, masks, keys, cipher=cipher)
+    assert_like(protected, expected, given)
+    opened = decrypt(protected, masks, keys, cipher=cipher, donate=True)
+    assert_like(opened, {"w": PARAMS["dense"]}, given)
+
+
 def test_a_leaf_that_does_not_divide_is_no_array():
     # Uneven shards are JAX's to refuse: there is no such array that could be given to us.
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
