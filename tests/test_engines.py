@@ -136,6 +136,8 @@ def test_masks_of_all_shapes(inner, unit):
 
 def test_dtypes_are_as_their_library_says():
     for name, dtype in DTYPES.items():
+        if not hasattr(np, name) and not hasattr(ml_dtypes, name):
+            continue  # of a later version
         if dtype.kind == "float":
             info = ml_dtypes.finfo(name)
             signed = float(info.min) < 0
