@@ -30,7 +30,7 @@ from ._lossless_sharded import (
     shards_of,
     stream_tables,
 )
-from ._tree import padded, without_explicit_axes
+from ._tree import padded, unsigned, without_explicit_axes
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def run_on_host(
                 of_leaf[name],
                 cipher=cipher,
                 fine=cipher.fine_mask(leaf.dtype),
-                dtype=np.dtype(f"u{leaf.dtype.itemsize}"),
+                dtype=unsigned(leaf),
                 inverse=inverse,
             )
             return name, _padded_tables(made, leaf.size)
@@ -184,10 +184,10 @@ def _move_leaf(
         as_it_is: see `_moves_as_it_is`.
         gather: of the part of the ring that a device has makes the ring.
     """
-    unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-    bits = (leaf if as_it_is else lax.bitcast_convert_type(leaf, unsigned)).reshape(-1)
+    word = unsigned(leaf)
+    bits = (leaf if as_it_is else lax.bitcast_convert_type(leaf, word)).reshape(-1)
     ring = bits if positions is None else bits.at[positions].get(mode="fill", fill_value=0)
-    ring = gather(lax.bitcast_convert_type(ring, unsigned))
+    ring = gather(lax.bitcast_convert_type(ring, word))
     if inverse and mask is not None:
         ring = ring ^ mask
     if source is not None:

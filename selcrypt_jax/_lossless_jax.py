@@ -19,7 +19,7 @@ from ._groups import Ring, unit_positions
 from ._lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
 from ._lossless_host import on_host, run_on_host
 from ._lossless_sharded import shards_of
-from ._tree import padded, without_explicit_axes
+from ._tree import padded, unsigned, without_explicit_axes
 
 _AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
 
@@ -145,10 +145,6 @@ def _batches(plans: Sequence[_Plan]) -> list[list[_Plan]]:
     return batches
 
 
-def _unsigned(itemsize: int) -> Any:
-    return jnp.dtype(f"uint{8 * itemsize}")
-
-
 def _tables(
     plans: Sequence[_Plan], keys: Key[Array, " keys"], kind: Literal["permutation", "mask"]
 ) -> dict[int, Array]:
@@ -175,7 +171,7 @@ def _tables(
     if kind == "permutation":
         table = _permutation_blocks(keys, ring, block, length)
     else:
-        table = _mask_blocks(keys, ring, block, dtype=_unsigned(wanted[0].dtype.itemsize))
+        table = _mask_blocks(keys, ring, block, dtype=unsigned(wanted[0]))
     return {
         plan.ring: _rows(table, jax.device_put(np.int32(end - size)), size)
         for plan, size, end in zip(wanted, rows, ends, strict=True)
@@ -257,7 +253,7 @@ def _rewrite_leaf(
         flat: see `_read`.
     """
     # On unsigned views only: a float that is moved as a float may lose its NaN payload.
-    bits = lax.bitcast_convert_type(leaf, _unsigned(leaf.dtype.itemsize))
+    bits = lax.bitcast_convert_type(leaf, unsigned(leaf))
     tables: Any = positions, sizes, *(t and jnp.stack(t) for t in (permutations, masks))
     rewrite = partial(_rewrite_ring, fine=fine, inverse=inverse, flat=flat)
     if len(positions) == 1:

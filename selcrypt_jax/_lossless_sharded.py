@@ -21,7 +21,7 @@ from jaxtyping import Array
 from ._groups import unit_positions
 from ._lossless import BLOCK, LosslessCipher
 from ._lossless_numpy import LeafTables, leaf_chunks, mask_words
-from ._tree import padded
+from ._tree import padded, unsigned
 
 _CHUNK = 1 << 20  # weights that pass through all devices together
 _ROOM = 32  # a chunk and its tables take about as much as this part of a shard, sixteen times
@@ -93,7 +93,7 @@ def sharded_tables(
         rings,
         cipher=cipher,
         fine=fine,
-        dtype=np.dtype(f"u{leaf.dtype.itemsize}"),
+        dtype=unsigned(leaf),
         inverse=inverse,
         most=min(max(shard // _ROOM, BLOCK), _CHUNK),
     )
@@ -122,7 +122,7 @@ def stream_tables(
     here = {
         _shard_number(shard.index, leaf.shape, shard_shape) for shard in leaf.addressable_shards
     }
-    dtype = np.dtype(f"u{leaf.dtype.itemsize}")
+    dtype = unsigned(leaf)
     parts: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {number: [] for number in here}
     most = np.zeros(math.prod(map(operator.floordiv, leaf.shape, shard_shape)), np.int64)
     for mask, key in rings:

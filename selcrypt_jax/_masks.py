@@ -15,7 +15,7 @@ from jaxtyping import PyTree
 
 from ._groups import Ring
 from ._lossless import LosslessCipher
-from ._multihost import gathered, is_spread
+from ._multihost import gathered
 from ._ranks import Scope, Scores, ranked
 from ._tree import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
 
@@ -211,7 +211,7 @@ def _concrete(leaf: Any, what: str) -> np.ndarray:
             f"{what}: expected a concrete array, got a traced one. Masks decide which shapes are "
             "compiled: make them outside jit, vmap and grad, and close over them."
         )
-    return gathered(leaf) if is_spread(leaf) else np.asarray(jax.device_get(leaf))
+    return gathered(leaf)
 
 
 def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:

@@ -7,13 +7,13 @@ of them, one array at a time.
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from ._keys import new_model_id
+from ._tree import unsigned
 
 
 def is_spread(array: Any) -> bool:
@@ -21,12 +21,14 @@ def is_spread(array: Any) -> bool:
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
-def gathered(array: Array) -> np.ndarray:
-    """The whole of an array that is spread, bit for bit.
+def gathered(array: Any) -> np.ndarray:
+    """The whole of an array, bit for bit, also where it is spread.
 
     Raises:
         ValueError: spread in a way that has no mesh.
     """
+    if not is_spread(array):
+        return np.asarray(array)
     if array.is_fully_replicated:
         return np.asarray(array.addressable_data(0))
     if not isinstance(array.sharding, NamedSharding):
@@ -35,8 +37,7 @@ def gathered(array: Array) -> np.ndarray:
             "with jax.device_put."
         )
     # Sent as integers: not every number goes through the communication of a CPU as it is.
-    width = array.dtype.itemsize
-    bits = jnp.dtype(f"uint{8 * width}")
+    bits = unsigned(array)
 
     def as_bits(array: Array) -> Array:
         if array.dtype == bool:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
@@ -195,11 +194,7 @@ def protect(
         levels = len(masks)
     else:
         scores = named_leaves(masks, "scores").leaves
-        given = {
-            name: gathered(leaf) if is_spread(leaf) else np.asarray(leaf)
-            for name, leaf in scores.items()
-            if is_array(leaf)
-        }
+        given = {name: gathered(leaf) for name, leaf in scores.items() if is_array(leaf)}
         found = given_scores(ArraySource(given, "scores"), source.tensors, None, "scores")
         rings = plan_rings(source.tensors, found, fractions, scope=scope, cipher=cipher)
         levels = _levels_of(rings)

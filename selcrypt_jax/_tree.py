@@ -115,6 +115,11 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def unsigned(leaf: Any) -> np.dtype:
+    """The unsigned integers that are as wide as the elements of an array."""
+    return np.dtype(f"u{leaf.dtype.itemsize}")
+
+
 def listed(names: Iterable[str], limit: int = 12) -> str:
     """Names for an error message, cut after ``limit``."""
     names = list(names)
