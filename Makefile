@@ -2,7 +2,7 @@
 
 python = .venv/bin/python
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow lint docs
 
 .venv/installed: pyproject.toml
 	python3 -m venv .venv
@@ -22,3 +22,6 @@ lint: .venv/installed
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright --pythonpath $(python)
+
+docs: .venv/installed
+	.venv/bin/mkdocs build --strict

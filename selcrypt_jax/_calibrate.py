@@ -101,7 +101,7 @@ def calibrate_levels(
             cipher takes.
         TypeError: an `eval_fn` that gives no number.
 
-    Example:
+    Examples:
         >>> levels = calibrate_levels(psnr_of, params, scores, [20, 24, 28], key=key)
         >>> released = protect(params, levels.masks, secret=secret)
     """

@@ -91,7 +91,7 @@ def encrypt(
             the levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
         TypeError: traced masks; raw integers or old-style keys.
 
-    Example:
+    Examples:
         >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
         >>> keys = level_keys(secret, model_id, levels=3)
         >>> protected = encrypt(params, masks, keys)
@@ -121,7 +121,7 @@ def decrypt(
         donate: as in `encrypt`.
 
     Returns:
-        A tree of the same structure, in which rings 1..m are as before encryption: bit for bit
+        A tree of the same structure, in which rings 1..m are as before encryption, bit for bit
         with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here.
 
     Raises:
@@ -151,7 +151,7 @@ def unlocking(
     Returns:
         ``(protected, keys, *args, **kwargs) -> anything``.
 
-    Example:
+    Examples:
         >>> forward = jax.jit(unlocking(apply, masks[:2]))
         >>> logits = forward(protected, keys[:2], images)
     """

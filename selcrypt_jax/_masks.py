@@ -130,9 +130,9 @@ def nested_masks(
             a leaf gets what its groups are worth. `mask_counts` shows what each leaf got.
 
     Returns:
-        M pytrees of the structure of ``scores``: NumPy booleans of each score leaf's shape, and
-        ``False`` where there is no score. Mask m is contained in mask m + 1. Of equal scores the
-        lower index is taken first (over the model: by name of the leaf, then index).
+        M pytrees of the structure of ``scores``, with NumPy booleans of each score leaf's shape
+        and ``False`` where there is no score. Mask m is contained in mask m + 1. Of equal scores
+        the lower index is taken first (over the model: by name of the leaf, then index).
 
     Raises:
         ValueError: fractions out of range or not ascending; a level that adds nothing to the
@@ -430,7 +430,7 @@ def with_small_leaves(
     Raises:
         ValueError, TypeError: masks that do not fit, or a share out of range.
 
-    Example:
+    Examples:
         >>> masks = with_small_leaves(params, nested_masks(l2(params), [0.05, 0.08]))
     """
     tree = named_leaves(params)

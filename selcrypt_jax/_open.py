@@ -24,15 +24,16 @@ def open_model(
             ``jax.ShapeDtypeStruct``; see Returns.
 
     Returns:
-        name → NumPy array; or, with `like`, a tree of that structure: NumPy arrays where it has
-        some, else JAX arrays, placed as those of `like`. Its leaves that are no arrays stay.
+        name → NumPy array; or, with `like`, a tree of that structure, with NumPy arrays where it
+        has some, and else JAX arrays, placed as those of `like`. Its leaves that are no arrays
+        stay.
 
     Raises:
         ValueError: no protected file, a grant that is not for it, or a `like` that does not fit.
         IntegrityError: the file is not what its owner made.
         OSError: a file that cannot be read.
 
-    Example:
+    Examples:
         >>> params = open_model("model.safetensors", "alice.grant")
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """

@@ -173,7 +173,7 @@ def protect(
             that a file cannot hold, metadata under names of ours.
         TypeError: traced masks or scores.
 
-    Example:
+    Examples:
         >>> released = protect(params, masks, secret=secret, signing=signing)
         >>> released.save("model.safetensors")
     """

@@ -387,7 +387,7 @@ def pss(
     Raises:
         ValueError: nothing selected; weights or a loss that are not finite, with the step.
 
-    Example:
+    Examples:
         >>> scores = pss(loss_fn, params, batches, key=jax.random.key(0))
         >>> masks = nested_masks(scores, [0.02, 0.05, 0.08], scope="model")
 

@@ -29,7 +29,7 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
             52. None leaves it out.
 
     Returns:
-        One record a key: the owner's secret, a level key, and the passphrase. The rate is per
+        One record for each of the owner's secret, a level key, and the passphrase. The rate is per
         second of processor time, all threads together, and so that of one core. ``years`` is
         ``2**(bits - 1) / rate``, infinite where that is more than a float holds.
 

@@ -96,10 +96,9 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
             20 are listed.
         TypeError: another model.
 
-    Example::
-
-        model = DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
-        nnx.update(model, from_torch(model, safetensors.numpy.load_file(path)))
+    Examples:
+        >>> model = DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
+        >>> nnx.update(model, from_torch(model, safetensors.numpy.load_file(path)))
     """
     expected = _variables(model)
     given: dict[str, np.ndarray] = {}
@@ -146,17 +145,16 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
             such as scores or masks. Leaves that are no arrays, as ``False``, are left out.
 
     Returns:
-        PyTorch name → array in C order, OIHW: the inverse of `from_torch`. BatchNorm's counters
-        ``num_batches_tracked`` are left out: ``load_state_dict`` of a plain dict does without.
+        PyTorch name → array in C order, OIHW; the inverse of `from_torch`. BatchNorm's counters
+        ``num_batches_tracked`` are left out, and ``load_state_dict`` of a plain dict does without.
 
     Raises:
         ValueError: arrays in `tree` that are none of the model's, or do not fit them.
         TypeError: another model.
 
-    Example::
-
-        scores = pss(loss_fn, nnx.state(model, nnx.Param), batches, key=jax.random.key(0))
-        save_file(to_torch(model, scores), "scores.safetensors")  # selcrypt protect --importance
+    Examples:
+        >>> scores = pss(loss_fn, nnx.state(model, nnx.Param), batches, key=jax.random.key(0))
+        >>> save_file(to_torch(model, scores), "scores.safetensors")  # for protect --importance
     """
     variables = _variables(model)
     if tree is None:
@@ -216,10 +214,9 @@ def model_of(tensors: Mapping[str, np.ndarray], *, eps: float = 1e-5) -> VGG19 |
     Raises:
         ValueError: tensors of another architecture.
 
-    Example::
-
-        model = model_of(safetensors.numpy.load_file(path))
-        model.eval()
+    Examples:
+        >>> model = model_of(safetensors.numpy.load_file(path))
+        >>> model.eval()
     """
     shapes = {
         name.removeprefix("module."): tuple(np.shape(array)) for name, array in tensors.items()
