@@ -1,0 +1,544 @@
+#!/usr/bin/env node
+// A complete reader of protected files, with nothing but Node (20 or later):
+//
+//     node reader.mjs public.safetensors alice.grant out.safetensors [--signer signing.pub]
+//
+// It writes the checkpoint that the grant unlocks, or one line that says why not. It follows
+// FORMAT.md; "§" names a section of it.
+import {
+  createCipheriv, createDecipheriv, createHash, createPublicKey, hkdfSync, verify,
+} from 'node:crypto';
+import {
+  closeSync, existsSync, fstatSync, openSync, readFileSync, readSync, renameSync, rmSync, writeSync,
+} from 'node:fs';
+import { endianness } from 'node:os';
+import { parseArgs } from 'node:util';
+import { inflateSync } from 'node:zlib';
+
+const check = (passed, message) => { if (!passed) throw new Error(message); };
+
+function* chunks(bytes) { // Node hashes, reads and writes less than 2 GiB in a call
+  for (let i = 0; i < bytes.length; i += 2 ** 30) yield bytes.subarray(i, i + 2 ** 30);
+}
+
+function sha256(...parts) {
+  const hash = createHash('sha256');
+  for (const part of parts) {
+    const bytes = typeof part === 'string' ? Buffer.from(part) : part;
+    for (const chunk of chunks(bytes)) hash.update(chunk);
+  }
+  return hash.digest();
+}
+
+function u32(n) {
+  const bytes = Buffer.alloc(4);
+  bytes.writeUInt32LE(n);
+  return bytes;
+}
+
+const u64 = (n) => Buffer.concat([u32(n % 2 ** 32), u32(Math.floor(n / 2 ** 32))]);
+const product = (shape) => shape.reduce((a, b) => a * b, 1);
+const same = (a, b) => a.length === b.length && a.every((x, i) => x === b[i]);
+const isCount = (x) => Number.isSafeInteger(x) && x >= 0;
+const isShape = (x) => Array.isArray(x) && x.every(isCount);
+const isHex = (x, size) => typeof x === 'string' && x.length === 2 * size && !/[^0-9a-f]/.test(x);
+
+// --- § Notation ----------------------------------------------------------------------------------
+
+// Node would skip what is no base64, and take several texts for the same bytes.
+function unbase64(text, what) {
+  const bytes = Buffer.from(text, 'base64');
+  check(bytes.toString('base64') === text, `${what}: not base64`);
+  return bytes;
+}
+
+function decode(bytes, what) {
+  try {
+    return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
+  } catch {
+    throw new Error(`${what}: not UTF-8`);
+  }
+}
+
+// JSON.parse swallows double keys and puts a key like "7" before all others, so it only checks the
+// grammar here. Objects are Maps; a number that is not whole, or has a sign, is NaN.
+function parseJSON(text, what) {
+  try {
+    JSON.parse(text);
+  } catch {
+    throw new Error(`${what}: not JSON`);
+  }
+  let at = 0;
+  const peek = () => {
+    while (' \t\n\r'.includes(text[at])) at++;
+    return text[at];
+  };
+  const string = () => {
+    const start = at++;
+    while (text[at] !== '"') at += text[at] === '\\' ? 2 : 1;
+    const value = JSON.parse(text.slice(start, ++at));
+    check(value.isWellFormed(), `${what}: a lone surrogate`); // in UTF-8 it would be U+FFFD
+    return value;
+  };
+  const items = (end, item) => { // of a list or an object
+    at++;
+    while (peek() !== end) {
+      item();
+      if (peek() === ',') at++;
+    }
+    at++;
+  };
+  const value = () => {
+    if (peek() === '"') return string();
+    if (text[at] === '[') {
+      const list = [];
+      items(']', () => list.push(value()));
+      return list;
+    }
+    if (text[at] === '{') {
+      const map = new Map();
+      items('}', () => {
+        const key = string();
+        check(!map.has(key), `${what}: the key ${key} twice`);
+        peek(); // the colon
+        at++;
+        map.set(key, value());
+      });
+      return map;
+    }
+    const start = at;
+    while (at < text.length && !',]} \t\n\r'.includes(text[at])) at++;
+    const word = text.slice(start, at);
+    if (word === 'null') return null;
+    if (word === 'true' || word === 'false') return word === 'true';
+    return /^(0|[1-9]\d*)$/.test(word) ? Number(word) : NaN;
+  };
+  return value();
+}
+
+// An object with exactly these fields.
+function fields(map, names, what) {
+  check(map instanceof Map && map.size === names.length && names.every((name) => map.has(name)),
+    `${what}: not an object of ${names.join(', ')}`);
+  return Object.fromEntries(map);
+}
+
+// --- § Grants and keys ---------------------------------------------------------------------------
+
+function readKeyFile(path, kind, names) {
+  const bytes = readFileSync(path);
+  check(bytes.length <= 65536, `${path}: too long`);
+  const lines = decode(bytes, path).split('\n').map((line) => line.trim())
+    .filter((line) => line && !line.startsWith('#'));
+  check(!/^(age-encryption\.org\/|-----BEGIN AGE)/.test(lines[0]),
+    `${path}: sealed with age, open it with that first`);
+  check(lines[0] === kind, `${path}: not a file that begins with ${kind}`);
+  const found = new Map();
+  for (const line of lines.slice(1)) {
+    const [, name, text] = line.match(/^([a-z-]+)\s*:\s*(.*)$/) ?? [];
+    check(name && !found.has(name), `${path}: a line that is no field, or a field twice`);
+    found.set(name, text);
+  }
+  check(!found.has('sealed'), `${path}: locked with a passphrase, write it without one first`);
+  const order = names.filter((name) => name !== 'signer' || found.has(name));
+  const { checksum, ...values } = fields(found, [...order, 'checksum'], path);
+  const text = [kind, ...order.map((name) => `${name}: ${values[name]}`)].join('\n');
+  check(sha256('selcrypt/v1/file\0', text).toString('hex', 0, 8) === checksum,
+    `${path}: the checksum does not fit, so there is a typing error`);
+  const key = unbase64(values.key, path);
+  check(key.length === 32, `${path}: the key has not 32 bytes`);
+  return { ...values, key };
+}
+
+function readGrant(path) {
+  const names = ['model-id', 'level', 'signer', 'key'];
+  const { level, signer = null, key, ...rest } = readKeyFile(path, 'selcrypt-grant-v1', names);
+  check(isHex(rest['model-id'], 16) && (signer === null || isHex(signer, 32))
+    && /^[1-9]\d{0,4}$/.test(level) && Number(level) <= 65536, `${path}: a wrong field`);
+  return { modelId: rest['model-id'], level: Number(level), signer, key };
+}
+
+// --- § Reading, 1: the file, by safetensors' own rules -------------------------------------------
+
+// Bits, and of what can be encrypted (§ Cipher) also those of the mantissa and of the sign.
+const DTYPES = new Map(Object.entries({
+  F64: [64, 52, 1], F32: [32, 23, 1], F16: [16, 10, 1], BF16: [16, 7, 1],
+  F8_E4M3: [8, 3, 1], F8_E4M3FNUZ: [8, 3, 1], F8_E5M2: [8, 2, 1], F8_E5M2FNUZ: [8, 2, 1],
+  F8_E8M0: [8, 0, 0],
+  I64: [64, null], I32: [32, null], I16: [16, null], I8: [8, null],
+  U64: [64, null], U32: [32, null], U16: [16, null], U8: [8, null],
+  BOOL: [8], C64: [64], F4: [4], F6_E2M3: [6], F6_E3M2: [6],
+}));
+
+function readAt(file, position, length) {
+  const bytes = Buffer.from(new ArrayBuffer(length)); // its own, so that typed arrays are aligned
+  for (const chunk of chunks(bytes)) {
+    for (let done = 0; done < chunk.length;) {
+      const count = readSync(file, chunk, done, chunk.length - done, position);
+      check(count > 0, 'the file became shorter while it was read');
+      done += count;
+      position += count;
+    }
+  }
+  return bytes;
+}
+
+function readHeader(file) {
+  const { size } = fstatSync(file);
+  check(size >= 8, 'no safetensors file: too short');
+  const first = readAt(file, 0, 8);
+  const length = first.readUInt32LE(0) + 2 ** 32 * first.readUInt32LE(4);
+  check(length <= 100_000_000 && 8 + length <= size, 'no safetensors file, or a cut one');
+  const text = decode(readAt(file, 8, length), 'header');
+  check(text[0] === '{', 'header: does not begin with {');
+  const header = parseJSON(text, 'header');
+  const metadata = header.has('__metadata__') ? header.get('__metadata__') : new Map();
+  check(metadata instanceof Map && [...metadata.values()].every((text) => typeof text === 'string'),
+    '__metadata__: not text for text');
+  header.delete('__metadata__');
+
+  const tensors = [...header].map(([name, entry]) => {
+    const what = `tensor ${name}`;
+    const { dtype, shape, data_offsets: offsets } =
+      fields(entry, ['dtype', 'shape', 'data_offsets'], what);
+    check(DTYPES.has(dtype) && isShape(shape) && isShape(offsets) && offsets.length === 2,
+      `${what}: a wrong field`);
+    const [bits] = DTYPES.get(dtype);
+    check(shape.every((_, i) => isCount(bits * product(shape.slice(0, i + 1))))
+      && bits * product(shape) === 8 * (offsets[1] - offsets[0]), `${what}: a wrong length`);
+    return { name, dtype, shape, start: offsets[0], stop: offsets[1] };
+  });
+  let stop = 0;
+  for (const tensor of tensors.toSorted((a, b) => a.start - b.start || a.stop - b.stop)) {
+    check(tensor.start === stop, `tensor ${tensor.name}: a hole or an overlap before it`);
+    stop = tensor.stop;
+  }
+  check(8 + length + stop === size, 'the data end before the file, or behind it');
+  return { metadata, tensors, start: 8 + length };
+}
+
+// --- § Reading, 2: § Manifest and § Metadata -----------------------------------------------------
+
+function parseManifest(text) {
+  const map = parseJSON(text, 'manifest');
+  const format = map instanceof Map ? map.get('format') : undefined;
+  check(!/^selcrypt-v(?!1$)\d+$/.test(format), `the file has the later format ${format}`);
+  const manifest = fields(map, ['format', 'model_id', 'cipher', 'levels', 'metadata', 'shard',
+    'signer', 'tensors'], 'manifest');
+  const { model_id: modelId, levels, metadata, shard, signer, tensors } = manifest;
+  const cipher = fields(manifest.cipher, ['name', 'unit', 'permute', 'fine_bits'], 'cipher');
+  check(format === 'selcrypt-v1' && isHex(modelId, 16)
+    && (metadata === null || isHex(metadata, 32)) && (signer === null || isHex(signer, 32))
+    && (shard === null || (isShape(shard) && shard.length === 2 && shard[0] >= 1
+      && shard[0] <= shard[1]))
+    && Array.isArray(levels) && levels.length >= 1 && levels.length <= 65536
+    && tensors instanceof Map, 'manifest: a wrong field');
+  check(cipher.name === 'lossless' && ['weight', 'group'].includes(cipher.unit)
+    && typeof cipher.permute === 'boolean'
+    && (cipher.fine_bits === null || isCount(cipher.fine_bits)), 'cipher: a wrong field');
+  for (const level of levels) {
+    const { groups, weights } = fields(level, ['groups', 'weights'], 'level');
+    check(isCount(groups) && isCount(weights), 'level: a wrong field');
+  }
+  for (const [name, entry] of tensors) {
+    const tensor = fields(entry, ['dtype', 'shape', 'sha256'], `manifest, tensor ${name}`);
+    check(typeof tensor.dtype === 'string' && isShape(tensor.shape) && isHex(tensor.sha256, 32),
+      `manifest, tensor ${name}: a wrong field`);
+    tensors.set(name, tensor);
+  }
+  return { modelId, cipher, levels: levels.map((level) => Object.fromEntries(level)), metadata,
+    signer, tensors };
+}
+
+function readMetadata(metadata) {
+  const text = metadata.get('selcrypt');
+  check(text !== undefined, 'the file is not protected');
+  const manifest = parseManifest(text);
+  const boxNames = manifest.levels.map((_, i) => `selcrypt.box.${i + 1}`);
+  const ours = new Set(['selcrypt', ...boxNames]);
+  if (manifest.signer !== null) ours.add('selcrypt.signature');
+  for (const key of ours) check(metadata.has(key), `metadata: no ${key}`);
+  const caller = [...metadata].filter(([key]) => !ours.has(key));
+  for (const [key] of caller) check(!key.startsWith('selcrypt.'), `metadata: unknown ${key}`);
+
+  const entries = caller.map((entry) => entry.map((text) => Buffer.from(text)))
+    .sort(([a], [b]) => Buffer.compare(a, b)) // JavaScript's own order is not that of UTF-8
+    .flatMap(([key, value]) => [u64(key.length), key, u64(value.length), value]);
+  check(manifest.metadata === null ? caller.length === 0
+    : sha256('selcrypt/v1/metadata\0', ...entries).toString('hex') === manifest.metadata,
+  "the caller's metadata were changed");
+  const boxes = boxNames.map((name) => metadata.get(name));
+  const signature = metadata.get('selcrypt.signature');
+  return { ...manifest, text, boxes, signature, caller };
+}
+
+// --- § Reading, 3 and 4: § Signature, and the table of tensors -----------------------------------
+
+function checkSignature({ signer, text, boxes, signature }) {
+  const x = Buffer.from(signer, 'hex').toString('base64url');
+  const key = createPublicKey({ format: 'jwk', key: { kty: 'OKP', crv: 'Ed25519', x } });
+  const digests = [text, ...boxes].map((part) => sha256(part));
+  const message = Buffer.concat([Buffer.from('selcrypt/v1/signature\0'), ...digests]);
+  check(verify(null, message, key, unbase64(signature, 'signature')),
+    'the signature does not fit');
+}
+
+function checkTable(table, tensors) {
+  check(tensors.length === table.size, 'there are more or fewer tensors than in the manifest');
+  for (const { name, dtype, shape } of tensors) {
+    const entry = table.get(name);
+    check(entry?.dtype === dtype && same(entry.shape, shape), `tensor ${name}: not the manifest's`);
+  }
+}
+
+// --- § Reading, 5: § Keys and § Boxes ------------------------------------------------------------
+
+const hkdf = (key, info) => Buffer.from(hkdfSync('sha256', key, '', `selcrypt/v1/${info}`, 32));
+
+function unseal(box, m, key, manifestText) {
+  const what = `box ${m}`;
+  const bytes = unbase64(box, what);
+  check(bytes.length >= 12 + 16, `${what}: too short`);
+  const nonce = bytes.subarray(0, 12);
+  const aead = createDecipheriv('chacha20-poly1305', key, nonce, { authTagLength: 16 });
+  aead.setAAD(Buffer.concat([Buffer.from('selcrypt/v1/box\0'), u32(m), sha256(manifestText)]));
+  aead.setAuthTag(bytes.subarray(-16));
+  const content = aead.update(bytes.subarray(12, -16));
+  try {
+    aead.final();
+  } catch {
+    throw new Error(`${what}: does not open; the key is another file's, or something was changed`);
+  }
+  return content;
+}
+
+// The rings of level m, each with its tensor and its mask.
+function openBox(manifest, tensors, m, key) {
+  const what = `box ${m}`;
+  const content = unseal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text);
+  const length = content.length >= 4 ? content.readUInt32LE() : Infinity;
+  check(4 + length <= content.length, `${what}: cut`);
+  let at = 4 + length;
+  const table = parseJSON(decode(content.subarray(4, at), what), what);
+  const { rings } = fields(table, ['rings'], what);
+  check(Array.isArray(rings), `${what}: no list of rings`);
+  const sum = { groups: 0, weights: 0 };
+  const names = new Set();
+  const opened = rings.map((entry) => {
+    const ring = fields(entry, ['tensor', 'mask_shape', 'groups', 'bytes', 'sha256'], what);
+    const { mask_shape: maskShape, groups } = ring;
+    const tensor = tensors.get(ring.tensor);
+    check(tensor && !names.has(ring.tensor), `${what}: an unknown tensor, or one twice`);
+    names.add(ring.tensor);
+    const [bits, mantissa] = DTYPES.get(tensor.dtype);
+    const elements = product(tensor.shape);
+    check(mantissa !== undefined && (manifest.cipher.fine_bits ?? 0) <= (mantissa ?? bits)
+      && elements > 0 && tensor.shape.length <= 63
+      && isShape(maskShape) && maskShape.length === tensor.shape.length
+      && maskShape.every((n, axis) => n === 1 || n === tensor.shape[axis])
+      && isCount(groups) && groups >= 1 && isCount(ring.bytes) && isHex(ring.sha256, 32)
+      && at + ring.bytes <= content.length, `${what}, tensor ${ring.tensor}: a wrong field`);
+    const bitmap = content.subarray(at, at + ring.bytes);
+    const mask = readMask(bitmap, product(maskShape), groups, `${what}, tensor ${ring.tensor}`);
+    at += ring.bytes;
+    const size = elements / product(maskShape); // of a group
+    sum.groups += groups;
+    sum.weights += groups * size;
+    return { tensor, maskShape, mask, groups, size, sha256: ring.sha256 };
+  });
+  const expected = manifest.levels[m - 1];
+  check(at === content.length && sum.groups === expected.groups && sum.weights === expected.weights,
+    `${what}: holds more or less than the manifest says`);
+  return opened;
+}
+
+// One zlib stream of exactly these bits and nothing behind it, of which Node says nothing.
+function readMask(bitmap, bits, groups, what) {
+  const length = Math.ceil(bits / 8);
+  let mask = new Uint8Array();
+  try {
+    const { buffer, engine } = inflateSync(bitmap, { maxOutputLength: length, info: true });
+    if (engine.bytesWritten === bitmap.length) mask = buffer;
+  } catch { /* also a stream that is longer */ }
+  let count = 0;
+  for (const byte of mask) for (let rest = byte; rest; rest &= rest - 1) count++;
+  check(mask.length === length && count === groups && !((mask.at(-1) << (bits % 8 || 8)) & 255),
+    `${what}: a wrong bitmap`);
+  return mask;
+}
+
+// --- § Reading, 6: § Boxes, the ring's weights, and § Cipher -------------------------------------
+
+// Where the weights of a ring lie in the tensor, in the order of the ring.
+function positions({ tensor, maskShape, mask, groups, size }, byGroup, taken) {
+  let groupOf = Uint32Array.of(0); // for each element, grown axis by axis
+  tensor.shape.forEach((n, axis) => {
+    const step = maskShape[axis] === 1 ? 0 : 1;
+    const grown = new Uint32Array(groupOf.length * n);
+    for (let i = 0, to = 0; i < groupOf.length; i++) {
+      const first = groupOf[i] * maskShape[axis];
+      for (let j = 0; j < n; j++) grown[to++] = first + j * step;
+    }
+    groupOf = grown;
+  });
+  const isIn = (group) => mask[group >> 3] & (128 >> (group & 7));
+  const next = new Uint32Array(byGroup ? product(maskShape) : 0); // place of a group's next weight
+  for (let group = 0, place = 0; group < next.length; group++) {
+    next[group] = place;
+    if (isIn(group)) place += size;
+  }
+  const found = new Uint32Array(groups * size);
+  for (let i = 0, place = 0; i < groupOf.length; i++) {
+    if (!isIn(groupOf[i])) continue;
+    check(!taken[i], `tensor ${tensor.name}: its rings overlap`);
+    taken[i] = 1;
+    found[byGroup ? next[groupOf[i]]++ : place++] = i;
+  }
+  return found;
+}
+
+// An array of its own: a Buffer may be part of a larger one, at an odd place.
+function stream(key, domain, counter, length) {
+  const iv = Buffer.concat([u32(counter), Buffer.from(domain.padEnd(12, '\0'))]);
+  return new Uint8Array(createCipheriv('chacha20', key, iv).update(Buffer.alloc(length)));
+}
+const fold = (key, n) => stream(key, 'fold_in', n, 32);
+const bits = (key, length) => stream(key, 'random_bits', 0, length).buffer;
+
+// F of a dtype, as its 32-bit words, the lowest first; or as one narrower word.
+function fineBits({ permute, fine_bits: fine }, [width, mantissa, sign]) {
+  const all = mantissa ?? width;
+  let count = fine ?? (!permute ? all : mantissa === null ? 0 : Math.max(mantissa - 3, 0));
+  const words = [];
+  for (let left = width; left > 0; left -= 32, count = Math.max(count - 32, 0)) {
+    words.push(2 ** Math.min(count, 32) - 1);
+  }
+  if (fine === null && !permute && sign) words[words.length - 1] += 2 ** ((width - 1) % 32);
+  return words;
+}
+
+// π⁻¹ of the units of a ring.
+function unpermute(c, units, key) {
+  const x = new c.constructor(c.length);
+  const size = c.length / units;
+  const blocks = Math.ceil(units / 4096);
+  for (let r = 0; r < blocks; r++) {
+    const count = Math.ceil((units - r) / blocks);
+    // Twenty random bits, and in place of the others the unit's number: ties stay in order.
+    const order = new Uint32Array(bits(fold(key, r), 4 * count))
+      .map((word, j) => (word & 0xfffff000) | j).sort();
+    for (let j = 0; j < count; j++) {
+      const from = (r + j * blocks) * size;
+      const to = (r + (order[j] & 4095) * blocks) * size;
+      for (let i = 0; i < size; i++) x[to + i] = c[from + i];
+    }
+  }
+  return x;
+}
+
+// Decrypts a ring where it lies. A weight of 64 bits is two words of 32, which spares BigInt.
+function decryptRing(ring, cipher, cipherKey, bytes, taken) {
+  const { name, dtype } = ring.tensor;
+  const fine = fineBits(cipher, DTYPES.get(dtype));
+  const Words = { 8: Uint8Array, 16: Uint16Array }[DTYPES.get(dtype)[0]] ?? Uint32Array;
+  const lanes = fine.length; // words of a weight
+  const data = new Words(bytes.buffer);
+  const byGroup = cipher.unit === 'group';
+  const at = positions(ring, byGroup, taken);
+  let key = cipherKey;
+  const leaf = sha256('selcrypt/v1/leaf\0', name);
+  for (let i = 0; i < 32; i += 4) key = fold(key, leaf.readUInt32LE(i));
+
+  let x = new Words(at.length * lanes);
+  for (let i = 0; i < x.length; i++) x[i] = data[at[Math.floor(i / lanes)] * lanes + i % lanes];
+  const maskKey = fold(key, 1);
+  for (let i = 0; i < x.length && fine.some(Boolean); i += 4096 * lanes) {
+    const count = Math.min(4096 * lanes, x.length - i);
+    const k = new Words(bits(fold(maskKey, i / (4096 * lanes)), count * Words.BYTES_PER_ELEMENT));
+    for (let j = 0; j < count; j++) x[i + j] ^= k[j] & fine[j % lanes];
+  }
+  if (cipher.permute) x = unpermute(x, byGroup ? ring.groups : at.length, fold(key, 0));
+  check(sha256('selcrypt/v1/ring\0', Buffer.from(x.buffer)).toString('hex') === ring.sha256,
+    `tensor ${name}: was decrypted to other weights than were encrypted`);
+  for (let i = 0; i < x.length; i++) data[at[Math.floor(i / lanes)] * lanes + i % lanes] = x[i];
+}
+
+// --- § Unlocking ---------------------------------------------------------------------------------
+
+function write(path, manifest, tensors, contents) {
+  const json = (pairs) => // not of an object, which would put keys like "7" first
+    `{${pairs.map(([key, text]) => `${JSON.stringify(key)}:${text}`).join()}}`;
+  const caller = json(manifest.caller.map(([key, text]) => [key, JSON.stringify(text)]));
+  const entries = manifest.metadata === null ? [] : [['__metadata__', caller]];
+  let start = 0;
+  for (const { name, dtype, shape, start: from, stop } of tensors) {
+    const offsets = [start, start += stop - from];
+    entries.push([name, JSON.stringify({ dtype, shape, data_offsets: offsets })]);
+  }
+  const text = Buffer.from(json(entries));
+  const padding = Buffer.alloc(-text.length & 7, ' ');
+  const head = [u64(text.length + padding.length), text, padding];
+
+  const unfinished = `${path}.unfinished`;
+  const file = openSync(unfinished, 'wx');
+  try {
+    for (const bytes of [...head, ...contents]) {
+      for (const chunk of chunks(bytes)) {
+        for (let done = 0; done < chunk.length;) done += writeSync(file, chunk, done);
+      }
+    }
+    closeSync(file);
+    renameSync(unfinished, path);
+  } catch (error) {
+    rmSync(unfinished, { force: true });
+    throw error;
+  }
+}
+
+function main() {
+  const options = { signer: { type: 'string' } };
+  const { values, positionals } = parseArgs({ allowPositionals: true, options });
+  check(positionals.length === 3, 'usage: node reader.mjs FILE GRANT OUTPUT [--signer VERIFY_KEY]');
+  const [path, grantPath, output] = positionals;
+  check(endianness() === 'LE', 'this needs a little-endian machine');
+  check(!existsSync(output), `${output}: exists already`);
+  const grant = readGrant(grantPath);
+  const signers = grant.signer === null ? [] : [grant.signer];
+  if (values.signer !== undefined) {
+    const { key } = readKeyFile(values.signer, 'selcrypt-verify-key-v1', ['key']);
+    signers.push(key.toString('hex'));
+  }
+
+  const file = openSync(path);
+  const { metadata, tensors, start } = readHeader(file); // § Reading, 1
+  const manifest = readMetadata(metadata); // 2
+  check(signers.every((signer) => signer === manifest.signer), // 3
+    'the file is not from the signer who is expected, or was altered');
+  if (manifest.signer !== null) checkSignature(manifest);
+  checkTable(manifest.tensors, tensors); // 4
+  check(grant.modelId === manifest.modelId, 'the grant is for another file'); // 5
+  check(grant.level <= manifest.levels.length, 'the grant is for a level that is not there');
+  const byName = new Map(tensors.map((tensor) => [tensor.name, { ...tensor, rings: [] }]));
+  for (let m = grant.level, key = grant.key; m >= 1; m--, key = hkdf(key, 'down')) {
+    for (const ring of openBox(manifest, byName, m, key)) {
+      ring.tensor.rings.push([ring, hkdf(key, 'cipher')]);
+    }
+  }
+  const contents = [...byName.values()].map((tensor) => { // 6
+    const bytes = readAt(file, start + tensor.start, tensor.stop - tensor.start);
+    check(sha256(bytes).toString('hex') === manifest.tensors.get(tensor.name).sha256,
+      `tensor ${tensor.name}: was changed`);
+    const taken = new Uint8Array(tensor.rings.length ? product(tensor.shape) : 0);
+    for (const [ring, key] of tensor.rings) decryptRing(ring, manifest.cipher, key, bytes, taken);
+    return bytes;
+  });
+  write(output, manifest, tensors, contents);
+}
+
+try {
+  main();
+} catch (error) {
+  // One line; a name from a file must not write to the terminal.
+  console.error(`reader.mjs: ${error.message.slice(0, 300).replace(/\p{Cc}+/gu, ' ')}`);
+  process.exitCode = 1;
+}
