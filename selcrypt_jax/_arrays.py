@@ -63,9 +63,9 @@ class ArraySource:
             code = _CODES.get(str(array.dtype))
             if code is None or DTYPES[str(array.dtype)].bits < 8:
                 raise ValueError(
-                    f"{what} {name!r}: expected one of {', '.join(sorted(_CODES))}, got "
-                    f"{array.dtype}, which a file cannot hold. Convert it, or keep it out of "
-                    "the tree (random state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
+                    f"{what} {name!r}: expected one of the dtypes that a safetensors file can "
+                    f"hold, got {array.dtype}. Convert it, or keep it out of the tree (random "
+                    "state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
                 )
             self.tensors[name] = ArrayInfo(code, tuple(array.shape))
         self._arrays = arrays

@@ -160,7 +160,8 @@ def _check_target(path: Path, force: bool) -> tuple[Path, int | None]:
     except (FileNotFoundError, NotADirectoryError):
         mode = None
     if mode is not None and stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, "expected a file as output, got a folder", str(path))
+        text = "expected a file as output, got a folder. Name a file in it"
+        raise IsADirectoryError(errno.EISDIR, text, str(path))
     if mode is not None and not stat.S_ISREG(mode):
         raise ValueError(
             f"{path}: expected a regular file as output, got a pipe or device. Write a file, "

@@ -10,7 +10,7 @@ from ._lossless import LosslessCipher
 from ._measured import Network
 from ._ranks import Scope
 from ._search import Evaluation, Search
-from ._tree import Selector
+from ._tree import Selector, check_key
 
 
 class Calibration(NamedTuple):
@@ -107,8 +107,9 @@ def calibrate_levels(
     """
     sign = 1.0 if higher_is_better else -1.0
     wanted = _check_targets(targets, sign)
+    check_key(key)
     if keys < 1:
-        raise ValueError(f"keys: expected at least 1, got {keys}.")
+        raise ValueError(f"keys: expected at least 1, got {keys}. 3 tell how much keys matter.")
     network = Network(eval_fn, params, scores, key, keys, scope, small, select, cipher, sign)
     search = Search(network, wanted, budget, tolerance, progress)
     values, spreads, exact = search.run()
@@ -125,16 +126,23 @@ def calibrate_levels(
 
 
 def _check_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
+    if isinstance(targets, str) or not hasattr(targets, "__len__"):
+        raise TypeError(
+            "targets: expected a number for each level from 0 on, got "
+            f"{type(targets).__name__}. Pass a list, such as [20, 24, 28]."
+        )
     if not len(targets):
-        raise ValueError("targets: expected a number for each level from 0 on, got none.")
+        raise ValueError(
+            "targets: expected a number for each level from 0 on, got none. Pass some."
+        )
     wanted: list[float | None] = []
     for level, target in enumerate(targets):
         if target is None and level == 0 and len(targets) > 1:
             wanted.append(None)
             continue
-        if target is None or not math.isfinite(target):
+        if target is None or isinstance(target, str) or not math.isfinite(target):
             raise ValueError(
-                f"targets[{level}]: expected a finite number, got {target}. None, as bad as it "
+                f"targets[{level}]: expected a finite number, got {target!r}. None, as bad as it "
                 "gets, is for level 0 alone, with levels above it."
             )
         wanted.append(sign * float(target))

@@ -18,7 +18,7 @@ from ._envelope import (
     Tensor,
     metadata_digest,
 )
-from ._keys import LevelKey, Secret, SigningKey, level_key, new_model_id
+from ._keys import LevelKey, Secret, SigningKey, check_signing, level_key, new_model_id
 from ._lossless import LosslessCipher
 from ._safetensors import SafetensorsFile, header
 from ._shards import ShardIndex, check_shards, find_shards
@@ -57,6 +57,7 @@ class Protection:
 
         Where several processes protect together, they have agreed on a new one.
         """
+        check_signing(signing)
         key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
         return cls(key, cipher, signing)
 

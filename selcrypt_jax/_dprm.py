@@ -224,7 +224,8 @@ def _placed(array: Array, like: Any) -> Array:
 def _check_leaf(name: str, leaf: Any) -> None:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
         raise ValueError(
-            f"params {name!r}: expected a JAX or NumPy array, got {type(leaf).__name__}."
+            f"params {name!r}: expected a JAX or NumPy array, got {type(leaf).__name__}. Pass the "
+            "arrays themselves, or set its mask to False."
         )
     dtype = leaf.dtype  # np.dtype() does not take the dtypes of typed keys
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):

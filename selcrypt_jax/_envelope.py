@@ -387,7 +387,7 @@ class Envelope:
             raise IntegrityError(
                 f"{self.what}: expected a file signed by {signer.hex()}, got one "
                 + (f"signed by {actual.hex()}" if actual else "without a signature")
-                + ". It is not from this owner, or was altered."
+                + ". It is another's, or was altered: get it from its owner."
             )
         if actual is None:
             return

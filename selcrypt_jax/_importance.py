@@ -52,7 +52,8 @@ def _numbers(name: str, leaf: AnyArray) -> Array:
             "may be packed codes. Use importance.random, or leave the leaf out with `select`."
         )
     narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
-    return jnp.asarray(leaf).astype(jnp.float32 if narrow else leaf.dtype)
+    array = jnp.asarray(leaf)  # of a float64 JAX may hold 32 bits, which will do for scores
+    return array.astype(jnp.float32) if narrow else array
 
 
 def random(
@@ -246,7 +247,7 @@ def _by_gradient(
     @jax.jit
     def add(total: dict[str, Array], arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
         def loss(chosen: dict[str, AnyArray]) -> Array:
-            return loss_fn(tree.rebuild(arrays | chosen), batch)
+            return checked_loss(loss_fn(tree.rebuild(arrays | chosen), batch))
 
         gradients = jax.grad(loss)({name: arrays[name] for name in chosen})
         return {
@@ -266,6 +267,18 @@ def _by_gradient(
     for index in range(count):
         total = add(total, arrays, jax.tree.map(operator.itemgetter(index), batches))
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
+
+
+def checked_loss(loss: Any) -> Array:
+    """The loss, once it is sure to be one.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not is_array(loss) or loss.shape != ():
+        actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__
+        raise TypeError(f"loss_fn: expected a scalar array, got {actual}. Return the loss alone.")
+    return loss
 
 
 def batch_count(batches: PyTree) -> int:

@@ -1,7 +1,9 @@
 """Functions of the user's own, by import path."""
 
+import functools
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,44 @@ def imported(what: str, path: str, known: Sequence[str] = ()) -> Callable[..., A
         ValueError: no such path, or something that cannot be imported or called.
     """
     module, colon, name = path.partition(":")
-    if not colon or not module or not name or module.startswith("."):
+    if not colon or not module or not name or module.startswith(".") or module.endswith(".py"):
         others = f"one of {', '.join(known)} or " if known else ""
-        raise ValueError(f"{what}: expected {others}an import path module:function, got {path!r}.")
+        raise ValueError(
+            f"{what}: expected {others}an import path module:function, got {path!r}. For a "
+            "function psnr in mine.py write mine:psnr."
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module does as it is imported
         raise ValueError(
-            f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}."
+            f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}. Correct "
+            "the path or the module; modules of the working folder are found too."
         ) from error
     if not callable(found):
-        raise ValueError(f"{what}: expected a function, got {found!r}.")
-    return found
+        raise ValueError(
+            f"{what}: expected a function, got {path!r}, which is {type(found).__name__}. Name a "
+            "function of that module."
+        )
+    return _blamed(what, path, found)
+
+
+def _blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, whose errors are said to be its own, with the place in its file."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever the function does
+            frames = traceback.extract_tb(error.__traceback__)[1:]
+            own = [frame for frame in frames if frame.filename == frames[0].filename]
+            place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
+            raise ValueError(
+                f"{what}: {path} raised {type(error).__name__}{place}: {error}. Correct it there."
+            ) from error
+
+    return call

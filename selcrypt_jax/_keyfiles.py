@@ -30,6 +30,7 @@ class _Kind(NamedTuple):
     Attributes:
         name: in its first line, before the version.
         called: in messages.
+        made: what it is called where its owner has it, for messages.
         private: whether it holds a secret.
         fields: the ones in the clear; ``key`` comes after them.
         comment: what its owner should know.
@@ -37,30 +38,35 @@ class _Kind(NamedTuple):
 
     name: str
     called: str
+    made: str
     private: bool
     fields: tuple[str, ...]
     comment: str
 
 
 _SECRET = _Kind(
-    "selcrypt-secret", "a secret", True, (),
+    "selcrypt-secret", "a secret", "the secret.key that selcrypt keygen made", True, (),
     "All grants of your models come from this. Keep it secret, and keep a copy of it.",
 )  # fmt: skip
 _SIGNING = _Kind(
-    "selcrypt-signing-key", "a signing key (private)", True, (),
+    "selcrypt-signing-key", "a signing key (private)",
+    "the signing.key that selcrypt keygen made", True, (),
     "Whoever has this can sign models in your name: keep it secret.",
 )  # fmt: skip
 _VERIFY = _Kind(
-    "selcrypt-verify-key", "a verify key (public)", False, (),
+    "selcrypt-verify-key", "a verify key (public)",
+    "the signing.pub that selcrypt keygen made", False, (),
     "For everybody: shows that a model is signed by its owner.",
 )  # fmt: skip
 _GRANT = _Kind(
-    "selcrypt-grant", "a grant", True, ("model-id", "level", "signer"),
+    "selcrypt-grant", "a grant",
+    "the file that selcrypt grant made", True, ("model-id", "level", "signer"),
     "Opens a level of one model, and those below it: keep it secret.",
 )  # fmt: skip
 _KINDS = {kind.name: kind for kind in (_SECRET, _SIGNING, _VERIFY, _GRANT)}
 _OPTIONAL = {"signer"}
 _LOCK = ("kdf", "salt", "sealed")
+_DAMAGED = "The file is cut off, damaged or mistyped: take another copy, or ask for it again."
 
 
 def write_secret(
@@ -78,7 +84,7 @@ def write_secret(
         FileExistsError: there is such a file, and no `force`.
         OSError: it cannot be written.
     """
-    _check_type(secret, Secret, "secret")
+    _check_type(secret, Secret, "secret", "Pass Secret(...).")
     _write(path, _text(_SECRET, {}, bytes(secret), passphrase), _SECRET, force)
 
 
@@ -100,7 +106,7 @@ def write_signing_key(
     path: AnyPath, key: SigningKey, *, passphrase: str | None = None, force: bool = False
 ) -> None:
     """Writes the owner's signing key; arguments and errors as `write_secret`."""
-    _check_type(key, SigningKey, "key")
+    _check_type(key, SigningKey, "key", "Pass SigningKey(...).")
     _write(path, _text(_SIGNING, {}, bytes(key), passphrase), _SIGNING, force)
 
 
@@ -155,8 +161,10 @@ def write_grant(
         ModuleNotFoundError: recipients, and the extra ``age`` is not installed.
         OSError: it cannot be written.
     """
-    _check_type(grant, Grant, "grant")
-    _check_type(grant.key, LevelKey, "grant.key")
+    _check_type(
+        grant, Grant, "grant", "Pass what issue_grant returns, or Grant(level_key, signer)."
+    )
+    _check_type(grant.key, LevelKey, "grant.key", "Make one with level_key.")
     fields = {"model-id": grant.key.model_id.hex(), "level": str(grant.key.level)}
     if grant.signer is not None:
         _check_public(grant.signer, "grant.signer")
@@ -192,19 +200,23 @@ def read_grant(
             raise ValueError(f"signer: expected {KEY_BYTES} bytes, got {len(signer)}")
         return Grant(LevelKey(value, level=level, model_id=model_id), signer)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}. The grant is damaged: ask for it again.") from None
+        text = str(error).removesuffix(".")
+        raise ValueError(f"{path}: {text}. The grant is damaged: ask for it again.") from None
 
 
-def _check_type(value: object, expected: type, name: str) -> None:
+def _check_type(value: object, expected: type, name: str, remedy: str) -> None:
     # bytes(32) is 32 zeros: without this check, a number would be written as a key.
     if not isinstance(value, expected):
-        raise TypeError(f"{name}: expected a {expected.__name__}, got {type(value).__name__}.")
+        raise TypeError(
+            f"{name}: expected a {expected.__name__}, got {type(value).__name__}. {remedy}"
+        )
 
 
 def _check_public(public: bytes, name: str) -> None:
-    _check_type(public, bytes, name)
+    remedy = "Pass the `public` of a SigningKey."
+    _check_type(public, bytes, name, remedy)
     if len(public) != KEY_BYTES:
-        raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(public)}.")
+        raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(public)}. {remedy}")
 
 
 def _level(text: str) -> int:
@@ -254,7 +266,7 @@ def _parse(
     data: bytes, what: str, kind: _Kind, passphrase: Passphrase
 ) -> tuple[dict[str, str], bytes]:
     """The fields, and the 32 bytes. No message shows a line: it may be a secret."""
-    lines = _lines(data, what)
+    lines = _lines(data, what, kind.called, f"Name {kind.made}.")
     _check_kind(lines[0] if lines else "", what, kind)
     fields: dict[str, str] = {}
     known = (*kind.fields, "key", *(_LOCK if kind.private else ()), "checksum")
@@ -265,10 +277,10 @@ def _parse(
         if not colon or name not in known:
             raise ValueError(
                 f"{what}: line {number} (comments not counted): expected 'name: value' with one "
-                f"of the names {', '.join(known)}, got something else. The file is damaged."
+                f"of the names {', '.join(known)}, got something else. {_DAMAGED}"
             )
         if name in fields:
-            raise ValueError(f"{what}: field {name!r}: expected it once, got it twice.")
+            raise ValueError(f"{what}: field {name!r}: expected it once, got it twice. {_DAMAGED}")
         fields[name] = text.lower() if name in ("model-id", "signer", "checksum") else text
     locked = "sealed" in fields
     needed = {*kind.fields, "checksum", *(_LOCK if locked else ("key",))} - _OPTIONAL
@@ -276,17 +288,17 @@ def _parse(
     if missing:
         raise ValueError(
             f"{what}: expected the fields {', '.join(sorted(needed))}, got no "
-            f"{', '.join(missing)}. The file is cut off or damaged."
+            f"{', '.join(missing)}. {_DAMAGED}"
         )
     if (locked and "key" in fields) or (not locked and set(_LOCK) & set(fields)):
         raise ValueError(
             f"{what}: expected the fields {', '.join(sorted(needed))}, got "
-            f"{', '.join(sorted(fields)) or 'none'}. The file is cut off or damaged."
+            f"{', '.join(sorted(fields)) or 'none'}. {_DAMAGED}"
         )
     order = [name for name in known if name in fields and name != "checksum"]
     canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
     if fields["checksum"] != _checksum(canonical):
-        raise ValueError(f"{what}: the checksum does not fit: the file is damaged or mistyped.")
+        raise ValueError(f"{what}: the checksum does not fit. {_DAMAGED}")
     if not locked:
         value = _base64(fields["key"], what, "key", KEY_BYTES)
         return fields, value
@@ -324,18 +336,26 @@ def _unlock(
             sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], "\n".join(canonical[:-1]).encode()
         )
     except InvalidTag:
-        raise ValueError(f"{what}: wrong passphrase.") from None
+        raise ValueError(
+            f"{what}: wrong passphrase. Use the one that it was locked with, letter by letter."
+        ) from None
 
 
-def _lines(data: bytes, what: str) -> list[str]:
+def _lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
+    actual, text = "", ""
     if len(data) > _MAX_BYTES:
-        raise ValueError(f"{what}: expected a short text, got more than {_MAX_BYTES} bytes.")
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data[:64]:
-        raise ValueError(f"{what}: expected UTF-8 text, got UTF-16 or no text. Save it as UTF-8.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{what}: expected UTF-8 text, got something else.") from None
+        actual = f"more than {_MAX_BYTES} bytes"
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")) or (
+        len(data) > 1 and not (any(data[:64:2]) and any(data[1:64:2]))
+    ):
+        actual, remedy = "UTF-16", "Save it as UTF-8."
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            actual = f"{len(data)} bytes of something else"
+    if actual:
+        raise ValueError(f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}")
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -361,7 +381,8 @@ def _check_kind(first: str, what: str, kind: _Kind) -> None:
     else:
         actual = "no file of selcrypt's" if first else "an empty file"
     raise ValueError(
-        f"{what}: expected {kind.called}, which begins with {kind.name}-v1, got {actual}."
+        f"{what}: expected {kind.called}, which begins with {kind.name}-v1, got {actual}. Name "
+        f"{kind.made}."
     )
 
 
@@ -372,8 +393,8 @@ def _base64(text: str, what: str, field: str, size: int) -> bytes:
         data = b""
     if len(data) != size:
         raise ValueError(
-            f"{what}: field {field!r}: expected {size} bytes in base64, got something else. The "
-            "file is damaged."
+            f"{what}: field {field!r}: expected {size} bytes in base64, got something else. "
+            f"{_DAMAGED}"
         )
     return data
 
@@ -440,7 +461,7 @@ def _recipient(pyrage: Any, text: str) -> Any:
         # Not the text: it may be a private key that was passed by mistake.
         raise ValueError(
             "recipient: expected an age (age1...) or SSH (ssh-ed25519 ...) public key, got "
-            "something else."
+            "something else. Copy it again, whole and in one line."
         ) from None
 
 
@@ -456,7 +477,8 @@ def _unseal(data: bytes, what: str, identities: Sequence[AnyPath]) -> bytes:
         return pyrage.decrypt(data, keys)
     except pyrage.DecryptError:
         raise ValueError(
-            f"{what}: is not sealed to the keys in {', '.join(map(str, identities))}, or damaged."
+            f"{what}: is not sealed to the keys in {', '.join(map(str, identities))}, or damaged. "
+            "Name another identity, or send the owner your public key and ask for a new grant."
         ) from None
 
 
@@ -465,13 +487,13 @@ def _identities(pyrage: Any, path: Path) -> list[Any]:
     try:
         if data.lstrip().startswith(b"-----BEGIN"):
             return [pyrage.ssh.Identity.from_buffer(data)]
-        lines = _lines(data, str(path))
+        lines = _lines(data, str(path), "a private key", "Name the file with your private key.")
         found = [pyrage.x25519.Identity.from_str(line) for line in lines]
     except pyrage.IdentityError:
         found = []
     if not found:
         raise ValueError(
             f"{path}: expected an age identity (AGE-SECRET-KEY-1...) or an SSH private key without "
-            "a passphrase, got something else."
+            "a passphrase, got something else. Name the file with your private key."
         )
     return found

@@ -36,15 +36,16 @@ class _Bytes:
     """32 secret bytes that are never printed."""
 
     __slots__ = ("_value",)
+    _remedy = ""  # for messages
 
     def __init__(self, value: bytes) -> None:
-        name = type(self).__name__
+        what = f"{type(self).__name__}: expected {KEY_BYTES} bytes"
         if not isinstance(value, bytes | bytearray | memoryview):
             # Not the value: a passphrase may have been passed for a key.
-            raise TypeError(f"{name}: expected {KEY_BYTES} bytes, got {type(value).__name__}.")
+            raise TypeError(f"{what}, got {type(value).__name__}. {self._remedy}")
         self._value = bytes(value)
         if len(self._value) != KEY_BYTES:
-            raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(self._value)}.")
+            raise ValueError(f"{what}, got {len(self._value)}. {self._remedy}")
 
     def __bytes__(self) -> bytes:
         return self._value
@@ -78,6 +79,7 @@ class Secret(_Bytes):
     """
 
     __slots__ = ()
+    _remedy = "Use Secret.generate(), Secret.from_passphrase(...) or read_secret(path)."
 
     @classmethod
     def generate(cls) -> "Secret":
@@ -153,6 +155,7 @@ class LevelKey(_Bytes):
     """
 
     __slots__ = ("level", "model_id")
+    _remedy = "Use level_key(...) or read_grant(path).key."
 
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
@@ -169,10 +172,12 @@ class LevelKey(_Bytes):
             ValueError: a level that is higher than this one, or below 1.
         """
         if not 1 <= level <= self.level:
-            raise ValueError(
-                f"level: expected 1..{self.level}, got {level}. A level key gives the lower "
-                "levels only."
+            remedy = (
+                "A level key gives the lower levels only: ask the owner for one of that level."
+                if level > self.level
+                else "Level 0 needs no key: it is the protected model as it is."
             )
+            raise ValueError(f"level: expected 1..{self.level}, got {level}. {remedy}")
         value = bytes(self)
         for _ in range(self.level - level):
             value = hkdf(value, b"down")
@@ -227,7 +232,9 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels: expected 1..{MAX_LEVELS}, got {levels}.")
     if not 1 <= level <= levels:
-        raise ValueError(f"level: expected 1..{levels}, got {level}. Level 0 needs no key.")
+        raise ValueError(
+            f"level: expected 1..{levels}, got {level}. Name one of these; level 0 needs no key."
+        )
     model_id = _check_model_id(model_id)
     top = hkdf(bytes(secret), b"top" + levels.to_bytes(4, "little"), salt=model_id)
     return LevelKey(top, level=levels, model_id=model_id).lower(level)
@@ -282,6 +289,7 @@ class SigningKey(_Bytes):
     """
 
     __slots__ = ()
+    _remedy = "Use SigningKey.generate() or read_signing_key(path)."
 
     @classmethod
     def generate(cls) -> "SigningKey":
@@ -311,6 +319,18 @@ def verify_signature(public: bytes, message: bytes, signature: bytes) -> bool:
     except (InvalidSignature, ValueError):
         return False
     return True
+
+
+def check_signing(signing: object) -> None:
+    """Refuses what cannot sign: a path, a public key, a secret.
+
+    Raises:
+        TypeError: so it is.
+    """
+    if signing is not None and not isinstance(signing, SigningKey):
+        raise TypeError(
+            f"signing: expected a SigningKey, got {type(signing).__name__}. {SigningKey._remedy}"
+        )
 
 
 class Grant(NamedTuple):

@@ -131,13 +131,6 @@ class LosslessCipher:
             ) from None
         units = groups if self.unit == "group" else weights
         arrangements = order_bits(units) if self.permute else 0.0
-        if not arrangements and not fine & _coarse_mask(dtype):
-            raise ValueError(
-                f"{what}: expected a cipher that changes more than fine bits, got {self}, which "
-                f"has {units} {self.unit} to permute and masks none of sign, exponent and top "
-                "three mantissa bits: every weight would stay within an eighth. Use unit='weight' "
-                "or a mask with more groups, or leave fine_bits out."
-            )
         hiding = arrangements + weights * fine.bit_count()
         if hiding < MINIMUM_HIDING:
             raise ValueError(
@@ -146,6 +139,13 @@ class LosslessCipher:
                 f"masked), expected at least {MINIMUM_HIDING}. Select more groups in this leaf, "
                 "use fewer levels or larger groups (or unit='weight'), or leave it out (--select, "
                 "or mask False)."
+            )
+        if not arrangements and not fine & _coarse_mask(dtype):
+            raise ValueError(
+                f"{what}: expected a cipher that changes more than fine bits, got {self}, which "
+                f"has {units} {self.unit} to permute and masks none of sign, exponent and top "
+                "three mantissa bits: every weight would stay within an eighth. Use unit='weight' "
+                "or a mask with more groups, or leave fine_bits out."
             )
 
     def run(

@@ -48,7 +48,7 @@ class PaperLevels:
     levels: int = 5
 
     def __post_init__(self) -> None:
-        _check_fractions([self.ratio])
+        check_share("ratio", self.ratio)
         if operator.index(self.levels) < 1:
             raise ValueError(f"levels: expected at least 1, got {self.levels}.")
 
@@ -75,19 +75,38 @@ def _exact(fraction: float) -> Fraction:
     return Fraction(str(fraction))
 
 
+def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool = False) -> None:
+    """Refuses what is no share; whoever writes 8 means 8 %.
+
+    Args:
+        what: it is of, for messages.
+        share: in (0, 1].
+        of: what is shared.
+        or_none: allow 0 too.
+
+    Raises:
+        TypeError: no number.
+        ValueError: out of range.
+    """
+    if share is None or isinstance(share, str | bool) or np.ndim(share):
+        raise TypeError(
+            f"{what}: expected a number in (0, 1], got {type(share).__name__}. Pass a share of "
+            f"{of}, such as 0.08; or one a level, such as [0.02, 0.08], where levels are asked for."
+        )
+    if not 0 <= share <= 1 or (share == 0 and not or_none):  # also catches NaN
+        number = float(share)
+        remedy = f"For {number:g} % pass {number / 100:g}." if 1 < number <= 100 else "0.08 is 8 %."
+        raise ValueError(
+            f"{what}: expected a share of {of} in {'[' if or_none else '('}0, 1], got {share!r}. "
+            + remedy
+        )
+
+
 def _check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) == 0:
-        raise ValueError("fractions: expected one a level, got none.")
+        raise ValueError("fractions: expected one a level, got none. Pass some: [0.02, 0.08].")
     for index, fraction in enumerate(fractions):
-        if isinstance(fraction, str | bool) or np.ndim(fraction):
-            raise TypeError(
-                f"fractions[{index}]: expected a number in (0, 1], got "
-                f"{type(fraction).__name__}. Pass one share a level, such as [0.02, 0.08]."
-            )
-        if not 0 < fraction <= 1:  # also catches NaN
-            raise ValueError(
-                f"fractions[{index}]: expected a share of the groups in (0, 1], got {fraction!r}."
-            )
+        check_share(f"fractions[{index}]", fraction)
         if index and fraction < fractions[index - 1]:
             raise ValueError(
                 f"fractions: expected ascending shares, level by level, got {fraction!r} after "
@@ -265,7 +284,7 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
     """
     given = named_leaves(mask, what).leaves
     result: dict[str, np.ndarray] = {}
-    used: set[str] = set()
+    used: dict[str, bool] = {}  # whether there is an array that it is for
     for name, leaf in params.leaves.items():
         prefix = _prefix(name, given)
         if prefix is None:
@@ -274,7 +293,7 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
                 f"has {listed(given)}. Masks and params must have the same paths; a plain False "
                 "leaves a leaf or a subtree out."
             )
-        used.add(prefix)
+        used[prefix] = used.get(prefix, False) or is_array(leaf)
         result[name] = _fit_leaf(leaf, given[prefix], prefix == name, f"{what}: {name!r}")
     extra = [name for name in given if name not in used]
     if extra:
@@ -282,6 +301,12 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
             f"{what}: expected only paths of params, got also {listed(extra)}. Params have "
             f"{listed(params.leaves)}. The mask comes from another tree."
         )
+    for name, has_arrays in used.items():
+        if given[name] is True and not has_arrays:
+            raise ValueError(
+                f"{what}: {name!r}: expected arrays in params here, since the mask selects them, "
+                "got none. Turn numbers into arrays (jnp.asarray), or pass a pytree of parameters."
+            )
     return result
 
 
@@ -392,8 +417,7 @@ def smallest(shapes: Mapping[str, Sequence[int]], share: float) -> list[str]:
     Raises:
         ValueError: a share out of range.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"small: expected a share of all weights in [0, 1], got {share}.")
+    check_share("small", share, of="all weights", or_none=True)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     room = _exact(share) * sum(sizes.values())
     found = []

@@ -79,7 +79,7 @@ def _check_like(like: Any, tensors: Any, path: str) -> None:
         if info != actual:
             raise ValueError(
                 f"like: {name!r}: expected {actual.dtype}{list(actual.shape)} as in {path}, got "
-                f"{info.dtype}{list(info.shape)}."
+                f"{info.dtype}{list(info.shape)}. Build the model as the protected one was built."
             )
 
 

@@ -222,7 +222,10 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
 
     folder = Path(path).absolute()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{path}: expected the folder of an Orbax checkpoint, got none.")
+        raise FileNotFoundError(
+            f"{path}: expected the folder of an Orbax checkpoint, got none. Name "
+            "the folder; a safetensors file is opened with open_model."
+        )
     metadata = _read_metadata(folder)
     if metadata is None:
         raise ValueError(

@@ -177,7 +177,7 @@ def given_scores(
             raise ValueError(
                 f"{what}: {name!r}: expected scores that broadcast against shape "
                 f"{tuple(shape)}, axis by axis of size 1 or the tensor's, got shape "
-                f"{tuple(info.shape)}."
+                f"{tuple(info.shape)}. They are of another model or layout: score this one."
             )
 
     def scores(name: str) -> np.ndarray:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -178,9 +179,13 @@ def protect(
         >>> released.save("model.safetensors")
     """
     cipher = LosslessCipher() if cipher is None else cipher
+    metadata_ok = metadata is None or isinstance(metadata, Mapping)
+    if not metadata_ok or not all(isinstance(t, str) for p in (metadata or {}).items() for t in p):
+        raise TypeError(
+            "metadata: expected text for text, as a file holds it, got something else. Turn values "
+            "into text with str or json.dumps."
+        )
     check_unprotected(metadata, "metadata")
-    if not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
-        raise TypeError("metadata: expected text for text, as a file holds it, got something else.")
     tree = named_leaves(params)
     for name, leaf in tree.leaves.items():
         if isinstance(leaf, Tracer):
@@ -241,6 +246,11 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
         IntegrityError: parameters or metadata are not what was protected.
     """
     key, signer = grant_key(grant)
+    if not isinstance(protected, Protected):
+        raise TypeError(
+            f"protected: expected a Protected, got {type(protected).__name__}. For what encrypt "
+            "returned use decrypt; for a file use open_model or unlock_file."
+        )
     envelope = Envelope.from_metadata(protected.metadata, "params")
     envelope.check_signature(signer)
     tree = named_leaves(protected.params)
@@ -401,6 +411,11 @@ def checkpoint_scores(
     if importance is not None:
         _check_unused(strategy=strategy, granularity=granularity, layout=layout)
         given = stack.enter_context(SafetensorsFile(importance))
+        if any(os.path.samefile(importance, file.path) for file in checkpoint.files.values()):
+            raise ValueError(
+                f"{importance}: expected scores, got the checkpoint itself. Save scores under the "
+                "names of its tensors, or leave importance out, for a strategy without data."
+            )
         return given_scores(given, tensors, select, str(importance)), None
     granularity = granularity or "kernel"
     try:

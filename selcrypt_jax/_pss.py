@@ -21,8 +21,15 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ._gates import BETA, hard_concrete, probability_open
 from ._groups import Granularity, Layout, group_shape
-from ._importance import LossFn, batch_count
-from ._tree import AnyArray, Selector, is_array, named_leaves, select_differentiable
+from ._importance import LossFn, batch_count, checked_loss
+from ._tree import (
+    AnyArray,
+    Selector,
+    check_key,
+    is_array,
+    named_leaves,
+    select_differentiable,
+)
 
 
 @dataclass(frozen=True)
@@ -187,12 +194,7 @@ def pss_learner(
 
     def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
         loss = loss_fn(tree.rebuild(leaves | changed | passive), batch)
-        if not is_array(loss) or loss.shape != ():
-            actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__
-            raise TypeError(
-                f"loss_fn: expected a scalar array, got {actual}. Return the loss alone."
-            )
-        return loss.astype(jnp.float32)
+        return checked_loss(loss).astype(jnp.float32)
 
     # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
     def draw(
@@ -228,6 +230,7 @@ def pss_learner(
         return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
 
     def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
+        check_key(key)
         leaves = arrays(params)
         for name in names:
             if not bool(jnp.isfinite(leaves[name]).all()):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ._curve import Curve, isotonic
+from ._masks import check_share
 from ._measured import Network, is_precise
 
 
@@ -46,8 +47,7 @@ class Search:
         self._network, self._targets, self._progress = network, targets, progress
         self._levels = len(targets)
         self._limit, self.evaluations = most_evaluations(self._levels), 0
-        if not 0 < budget <= 1:
-            raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
+        check_share("budget", budget)
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
             raise ValueError(

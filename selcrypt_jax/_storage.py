@@ -20,7 +20,7 @@ from ._checkpoint import (
 )
 from ._envelope import Envelope
 from ._keyfiles import read_grant, read_verify_key
-from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, level_key
+from ._keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, check_signing, level_key
 from ._lossless import LosslessCipher
 from ._safetensors import SafetensorsFile
 from ._tensors import Unlocked
@@ -50,7 +50,7 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, byte
     if not isinstance(grant, Grant):
         raise TypeError(
             f"grant: expected a Grant, a LevelKey or the path of a grant file, got "
-            f"{type(grant).__name__}."
+            f"{type(grant).__name__}. The owner makes one with issue_grant."
         )
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
@@ -58,9 +58,13 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, byte
 def _signer(signer: AnySigner | None) -> bytes | None:
     if signer is None or (isinstance(signer, bytes) and len(signer) == KEY_BYTES):
         return signer
+    if isinstance(signer, str | os.PathLike):
+        return read_verify_key(signer)
+    expected = f"signer: expected a public key of {KEY_BYTES} bytes"
+    remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
     if isinstance(signer, bytes):
-        raise ValueError(f"signer: expected a public key of {KEY_BYTES} bytes, got {len(signer)}.")
-    return read_verify_key(signer)
+        raise ValueError(f"{expected}, got {len(signer)}. {remedy}")
+    raise TypeError(f"{expected} or a path, got {type(signer).__name__}. {remedy}")
 
 
 def issue_grant(
@@ -89,8 +93,8 @@ def issue_grant(
         levels = len(manifest.levels)
         if not 1 <= operator.index(level) <= levels:
             raise ValueError(
-                f"{checkpoint.path}: level: expected 1..{levels}, got {level}. Level 0 needs no "
-                "key."
+                f"{checkpoint.path}: level: expected 1..{levels}, got {level}. Name "
+                "one of these; level 0, the file as it is, needs no key."
             )
         key = level_key(secret, manifest.model_id, level=level, levels=levels)
         for envelope in envelopes:
@@ -163,6 +167,7 @@ def rotate_file(
         IntegrityError: another secret or signer, or it is not what its owner made.
         OSError: what cannot be read or written. The old file is as it was then.
     """
+    check_signing(signing)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes()
         manifest = next(iter(envelopes.values())).manifest

@@ -104,8 +104,23 @@ def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
     return NamedLeaves(result, treedef)
 
 
+def check_key(key: object) -> None:
+    """Refuses a seed where a `jax.random` key is expected.
+
+    Raises:
+        TypeError: so it is.
+    """
+    if not is_array(key):
+        # Not the value: it may be a secret.
+        raise TypeError(
+            f"key: expected a jax.random key, got {type(key).__name__}. Make one from a seed: "
+            "jax.random.key(0)."
+        )
+
+
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """A key for the noise of one leaf; ciphers derive theirs from the whole digest."""
+    check_key(key)
     word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
     return jax.random.fold_in(key, word)
 
@@ -155,9 +170,17 @@ def select_leaves(tree: PyTree, select: Selector = None) -> dict[str, Any]:
         try:
             pattern = re.compile(select)
         except re.error as error:
-            raise ValueError(f"select={select!r} is not a regular expression: {error}") from None
+            raise ValueError(
+                f"select={select!r} is not a regular expression: {error}. Write '.*' for any text, "
+                "and a backslash before a sign that stands for itself."
+            ) from None
         chosen = {name: leaf for name, leaf in leaves.items() if pattern.search(name)}
         asked = f"the regular expression {select!r}"
+    elif not callable(select):
+        raise TypeError(
+            f"select: expected a regular expression or a function (name, leaf) -> bool, got "
+            f"{type(select).__name__}. Join names to one expression: 'conv|head'."
+        )
     else:
         chosen = {name: leaf for name, leaf in leaves.items() if select(name, leaf)}
         asked = f"the function {getattr(select, '__name__', select)!r}"

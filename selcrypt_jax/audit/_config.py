@@ -74,7 +74,9 @@ def read_config(config: str) -> AuditConfig:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected TOML: {error}") from None
+        raise ValueError(
+            f"{path}: expected TOML, as docs/audit.md shows it, got: {error}"
+        ) from None
     _only_keys(str(path), content, ("subjects", "grid"))
     tables = content.get("subjects")
     if not isinstance(tables, dict) or not tables:

@@ -1,5 +1,6 @@
 """The ``selcrypt`` program."""
 
+import errno
 import io
 import os
 import signal
@@ -36,7 +37,7 @@ def audit(
     killed goes on.
 
     Args:
-        config: A TOML file, see docs/security.md; or demo, demo-vgg19, demo-dncnn.
+        config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn.
         out: Folder for the results; made if it does not exist.
         quick: A reduced grid: the strongest attacks, one key, few steps.
         advise: Look for the smallest share that meets the target, instead of trying given ones.
@@ -138,23 +139,41 @@ def _run(args: list[str]) -> int:
     except OSError as error:
         # Its own text begins with a number, and ends with the path.
         known = error.strerror is not None and error.filename is not None
-        text = f"{error.filename}: {error.strerror}" if known else str(error)
-        print(f"selcrypt: {text}", file=sys.stderr)
+        _complain(f"{error.filename}: {_reason(error)}" if known else str(error))
         return 1
     except (ModuleNotFoundError, ValueError) as error:
-        print(f"selcrypt: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     except MemoryError:
-        print(
-            "selcrypt: not enough memory. A tensor at a time is held, a few times over; nothing "
-            "was written.",
-            file=sys.stderr,
+        _complain(
+            "not enough memory. A tensor at a time is held, a few times over; nothing was written."
         )
         return 1
     except (KeyboardInterrupt, EOFError):
-        print("selcrypt: interrupted; nothing was written", file=sys.stderr)
+        _complain("interrupted; nothing was written")
         return 130
     return 0
+
+
+# For the system's own texts, which say what is wrong, and not what to do.
+_REASONS = {
+    errno.ENOENT: "there is no such file. Check its name, and the folder that you are in.",
+    errno.EEXIST: "expected a folder, got a file. Name another one.",
+    errno.ENOTDIR: "expected a folder on the way, got a file. Check the path.",
+    errno.EISDIR: "expected a file, got a folder. Name a file in it.",
+    errno.EACCES: "permission denied. Check who may read and write it, or name another.",
+}
+
+
+def _reason(error: OSError) -> str:
+    text = error.strerror or ""
+    plain = error.errno is not None and text == os.strerror(error.errno)
+    return _REASONS.get(error.errno or 0, text) if plain else text
+
+
+def _complain(text: str) -> None:
+    """One line, also where a file's name or a library's message has several."""
+    print("selcrypt:", *(line.strip() for line in text.splitlines()), file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

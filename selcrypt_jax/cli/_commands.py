@@ -47,9 +47,14 @@ def _read_passphrase(file: Path) -> str:
     try:
         lines = file.read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: expected a passphrase in UTF-8, got something else.") from None
+        raise ValueError(
+            f"{file}: expected a passphrase in UTF-8, got something else. Save it as UTF-8 text."
+        ) from None
     if len(lines) != 1 or not lines[0].strip():
-        raise ValueError(f"{file}: expected one line with a passphrase, got {len(lines)} lines.")
+        raise ValueError(
+            f"{file}: expected one line with a passphrase, got {len(lines)} lines. Put nothing "
+            "else into the file."
+        )
     return lines[0]
 
 
@@ -59,7 +64,10 @@ def _new_passphrase(asked: bool, file: Path | None) -> str | None:
     if not asked:
         return None
     if not sys.stdin.isatty():
-        raise ValueError("passphrase: there is nobody to ask for it. Put it into a file.")
+        raise ValueError(
+            "passphrase: there is nobody to ask for it. Put it into a file, and name that "
+            "(see --help)."
+        )
     first = getpass.getpass("New passphrase: ")
     if not first.strip():
         raise ValueError("passphrase: expected some text, got an empty one; nothing was written.")
@@ -214,6 +222,8 @@ def protect(
 
 def _shares(budget: float | None, levels: int | None, fractions: Sequence[float]) -> list[float]:
     """What each level opens."""
+    from .._masks import check_share
+
     if fractions:
         if budget is not None or levels is not None:
             raise ValueError(
@@ -224,9 +234,8 @@ def _shares(budget: float | None, levels: int | None, fractions: Sequence[float]
     budget = 0.08 if budget is None else budget
     levels = 5 if levels is None else levels
     if levels < 1:
-        raise ValueError(f"levels: expected at least 1, got {levels}.")
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget: expected a share of the groups in (0, 1], got {budget}.")
+        raise ValueError(f"levels: expected at least 1, got {levels}. Level 0 is there anyway.")
+    check_share("budget", budget)
     return [budget * level / levels for level in range(1, levels + 1)]
 
 
@@ -441,12 +450,22 @@ def _recipient(text: str) -> str:
     if text.startswith(("age1", "ssh-")):
         return text
     if text.upper().startswith("AGE-SECRET-KEY-") or text.startswith("-----BEGIN"):
-        raise ValueError("--to: expected a public key (age1... or ssh-...), got a private one.")
-    lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
+        raise ValueError(
+            "--to: expected a public key (age1... or ssh-...), got a private one. Keep that one to "
+            "yourself, and name the public one."
+        )
+    try:
+        lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
+    except FileNotFoundError:
+        raise ValueError(
+            f"--to: expected a public key (age1... or ssh-...) or a file with one, got {text!r}, "
+            "which is neither. Ask the customer for their public key."
+        ) from None
     lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
         raise ValueError(
-            f"{text}: expected a file with one public key (age1... or ssh-...), got another."
+            f"{text}: expected a file with one public key (age1... or ssh-...), got another. Ask "
+            "the customer for their public key."
         )
     return lines[0]
 
