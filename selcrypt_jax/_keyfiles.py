@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import stat
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -221,9 +222,9 @@ def _check_public(public: bytes, name: str) -> None:
 
 def _level(text: str) -> int:
     # Not int() alone, which takes 0_2 and other scripts' digits, and shows what it refuses.
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_LEVELS):
+    if not (re.fullmatch("[1-9][0-9]{0,8}", text) and int(text) <= MAX_LEVELS):
         raise ValueError(f"level: expected a number 1..{MAX_LEVELS}, got something else")
-    return int(text[:9])
+    return int(text)
 
 
 # --- text ---------------------------------------------------------------------------------------
@@ -391,7 +392,8 @@ def _base64(text: str, what: str, field: str, size: int) -> bytes:
         data = base64.b64decode(text, validate=True)
     except ValueError:
         data = b""
-    if len(data) != size:
+    # Of a content there is one encoding: others differ in bits that say nothing.
+    if len(data) != size or base64.b64encode(data).decode() != text:
         raise ValueError(
             f"{what}: field {field!r}: expected {size} bytes in base64, got something else. "
             f"{_DAMAGED}"

@@ -3,6 +3,7 @@
 import base64
 import os
 import stat
+import string
 import traceback
 from pathlib import Path
 
@@ -203,17 +204,33 @@ def test_missing_and_unreadable_paths(tmp_path):
         write_verify_key(tmp_path / "a", b"abc")
 
 
-@pytest.mark.parametrize(
-    "level", ["two", "+2", "0_2", "\u0662", "0", "65537", "9" * 3000, "9" * 5000]
-)
-def test_levels_are_plain_numbers_within_bounds(tmp_path, level):
+def grant_with(folder, field, text):
+    """A grant with another text in a field, and the checksum that this makes."""
     from selcrypt_jax._keyfiles import _checksum
 
-    lines = text_of(tmp_path / "g").split("\n")
+    lines = text_of(folder / "g").split("\n")
     lines = [ln for ln in lines if ln and not ln.startswith(("#", "checksum"))]
-    lines = [f"level: {level}" if ln.startswith("level") else ln for ln in lines]
-    path = put(tmp_path / "h", "\n".join([*lines, f"checksum: {_checksum(lines)}"]))
+    lines = [f"{field}: {text}" if ln.startswith(f"{field}:") else ln for ln in lines]
+    return put(folder / "h", "\n".join([*lines, f"checksum: {_checksum(lines)}"]))
+
+
+@pytest.mark.parametrize(
+    "level",
+    ["two", "+2", "0_2", "02", "0000000010", "\u0662", "0", "65537", "9" * 3000, "9" * 5000],
+)
+def test_levels_are_plain_numbers_within_bounds(tmp_path, level):
+    path = grant_with(tmp_path, "level", level)
     assert_refused(read_grant, path, r"level: expected a number 1\.\.65536, got something else")
+
+
+def test_of_a_key_there_is_one_encoding(tmp_path):
+    text = base64.b64encode(bytes(GRANT.key)).decode()
+    assert read_grant(grant_with(tmp_path, "key", text)) == GRANT
+    # 32 bytes leave two bits of the last digit that say nothing.
+    digits = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+    other = text[:-2] + digits[digits.index(text[-2]) + 1] + "="
+    assert base64.b64decode(other) == bytes(GRANT.key)
+    assert_refused(read_grant, grant_with(tmp_path, "key", other), "32 bytes in base64")
 
 
 def test_the_missing_field_is_named(tmp_path):
