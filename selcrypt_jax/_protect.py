@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -133,11 +134,13 @@ class Selection(NamedTuple):
         model_id: 16 bytes that name the protection.
         layout: of the kernels, given or told from their shapes; None for given scores.
         groups: tensor → how many of its groups are encrypted.
+        untouched: dtype → how many weights lie in tensors of which nothing is encrypted.
     """
 
     model_id: bytes
     layout: Layout | None
     groups: Mapping[str, int]
+    untouched: Mapping[str, int]
 
 
 def protect(
@@ -355,7 +358,11 @@ def protect_file(
                 with create(name) as out:
                     out.protected(job, protection)
     groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
-    return Selection(protection.key.model_id, layout, groups)
+    untouched: Counter[str] = Counter()
+    for name, info in tensors.items():
+        if name not in rings:
+            untouched[info.dtype] += math.prod(info.shape)
+    return Selection(protection.key.model_id, layout, groups, +untouched)
 
 
 def _rings_of_copies(checkpoint: Checkpoint, rings: Rings) -> Rings:

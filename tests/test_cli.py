@@ -102,6 +102,7 @@ def test_json_says_the_same(selcrypt):
     assert found.pop("selected") == {
         "classifier.weight": 768, "features.0.weight": 153, "features.0.bias": 32
     }  # fmt: skip
+    assert found.pop("untouched") == {}
     assert found == json.loads(selcrypt("inspect public.safetensors --json"))
     assert [level["level"] for level in found["levels"]] == [1, 2, 3]
     grant = json.loads(
@@ -356,3 +357,22 @@ def test_odd_surroundings(selcrypt, public):
 def test_every_command_teaches():
     for name, command in COMMANDS.items():
         assert command.__doc__, name
+
+
+def test_a_quantised_checkpoint_is_said_to_stay_plain(here, capsys):
+    rng = np.random.default_rng(0)
+    tensors = {
+        "fc.weight": rng.integers(-127, 127, (64, 96), np.int8),
+        "fc.scale": rng.uniform(0.1, 1, (64, 1)).astype(np.float32),
+    }
+    safetensors.numpy.save_file(tensors, "int8.safetensors")
+    assert main("keygen -o keys".split()) == 0
+    line = "protect int8.safetensors --secret keys/secret.key --budget 0.9 --levels 1 --small 0 -o "
+    assert main([*line.split(), "plain.safetensors"]) == 0
+    out, err = capsys.readouterr()
+    assert "untouched  tensors with these weights: 6,144 of I8" in out
+    assert "only if --select names their tensors" in err
+    assert main([*line.split(), "named.safetensors", "--select", "."]) == 0
+    out, err = capsys.readouterr()
+    assert "untouched" not in out
+    assert "--select" not in err

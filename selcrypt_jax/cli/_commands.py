@@ -210,9 +210,17 @@ def protect(
         cipher=LosslessCipher(unit=unit),
         force=force,
     )
-    _print_inspection(
-        inspect_file(out), as_json, {"layout": chosen.layout, "selected": dict(chosen.groups)}
-    )
+    found = inspect_file(out)
+    details = {"layout": chosen.layout, "selected": dict(chosen.groups)}
+    _print_inspection(found, as_json, details | {"untouched": dict(chosen.untouched)})
+    integers = {t: n for t, n in chosen.untouched.items() if t.startswith(("I", "U"))}
+    # A quantised checkpoint: only its scales take part by themselves.
+    if select is None and importance is None and sum(integers.values()) > found.weights / 2:
+        print(
+            f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
+            "names their tensors: nothing of them is encrypted.",
+            file=sys.stderr,
+        )
     if signing is None:
         print(
             "Not signed: only who has a grant will notice if it is altered. Use --signing.",
@@ -505,6 +513,9 @@ def _print_inspection(
         lines.add_row(
             "selected", Text(f"groups in {len(chosen['selected'])} tensors{layout}: {names}")
         )
+        if chosen["untouched"]:
+            rest = ", ".join(f"{n:,} of {dtype}" for dtype, n in chosen["untouched"].items())
+            lines.add_row("untouched", Text(f"tensors with these weights: {rest}"))
     table = Table(box=None, pad_edge=False)
     for title in ("level", "groups", "weights", "opened so far"):
         table.add_column(title, justify="right")

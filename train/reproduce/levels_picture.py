@@ -4,8 +4,8 @@ Example::
 
     python train/reproduce/levels_picture.py --data DATA --out docs
 
-Encrypts the paper's colour DnCNN so that level 0 and each level above it give what is asked for, and
-denoises a photograph with what each level opens. Writes ``levels.png``.
+Encrypts the paper's colour DnCNN so that each level gives what is asked for, and denoises a
+photograph with what each level opens. Writes ``levels.png``.
 """
 
 from dataclasses import dataclass
