@@ -366,7 +366,7 @@ def test_a_quantised_checkpoint_is_said_to_stay_plain(here, capsys):
         "fc.scale": rng.uniform(0.1, 1, (64, 1)).astype(np.float32),
     }
     safetensors.numpy.save_file(tensors, "int8.safetensors")
-    assert main("keygen -o keys".split()) == 0
+    assert main(["keygen", "-o", "keys"]) == 0
     line = "protect int8.safetensors --secret keys/secret.key --budget 0.9 --levels 1 --small 0 -o "
     assert main([*line.split(), "plain.safetensors"]) == 0
     out, err = capsys.readouterr()
