@@ -16,7 +16,7 @@ test: .venv/installed
 	$(python) -m pytest -n 2 -m 'not slow'
 
 slow: .venv/installed
-	$(python) -m pytest -n 2 -m slow
+	$(python) -m pytest -n 2 --dist worksteal -m slow
 
 lint: .venv/installed
 	.venv/bin/ruff check

@@ -217,6 +217,8 @@ def child(code, folder):
         "import sys, types, os; p = types.ModuleType('selcrypt_jax'); "
         "p.__path__ = [sys.argv[1]]; sys.modules['selcrypt_jax'] = p\n"
         "from selcrypt_jax._atomic import new_file, new_folder\n"
+        # Ignored by all that is started by a shell in the background, as this suite may be.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     )
     return subprocess.Popen(
         [sys.executable, "-c", start + code, str(Path(_atomic.__file__).parent)],

@@ -507,7 +507,7 @@ CHECKERS = {
     "transfer_guard": lambda: jax.transfer_guard("disallow"),
     "checking_leaks": jax.checking_leaks,
     "enable_x64": lambda: jax.enable_x64(True),
-    "set_mesh": lambda: jax.set_mesh(jax.make_mesh((8,), ("d",))),
+    "set_mesh": lambda: jax.set_mesh(jax.make_mesh((8,), ("d",), (AxisType.Explicit,))),
 }
 
 

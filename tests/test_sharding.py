@@ -177,5 +177,5 @@ def test_a_mesh_of_one_device(permute):
 def test_a_leaf_that_does_not_divide_is_no_array():
     # Uneven shards are JAX's to refuse: there is no such array that could be given to us.
     mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
-    with pytest.raises(ValueError, match="divide"):
+    with pytest.raises(ValueError, match=r"divi(de|sible)"):
         jax.device_put(np.zeros((7, 3), np.float32), NamedSharding(mesh, P("a")))
