@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._lossless import LosslessCipher
-from ._measured import Network
+from ._measured import Sampled
 from ._ranks import Scope
 from ._search import Evaluation, Search
 from ._tree import Selector
@@ -106,10 +106,12 @@ def calibrate_levels(
         >>> released = protect(params, levels.masks, secret=secret)
     """
     sign = 1.0 if higher_is_better else -1.0
-    wanted = _check_targets(targets, sign)
+    wanted = checked_targets(targets, sign)
     if keys < 1:
         raise ValueError(f"keys: expected at least 1, got {keys}.")
-    network = Network(eval_fn, params, scores, key, keys, scope, small, select, cipher, sign)
+    network = Sampled(
+        eval_fn, params, scores, scope, small, select, cipher, sign, key=key, keys=keys
+    )
     search = Search(network, wanted, budget, tolerance, progress)
     values, spreads, exact = search.run()
     return Calibration(
@@ -124,7 +126,12 @@ def calibrate_levels(
     )
 
 
-def _check_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
+def checked_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
+    """Targets of which the higher is the better.
+
+    Raises:
+        ValueError: they are none, or not in order.
+    """
     if not len(targets):
         raise ValueError("targets: expected a number for each level from 0 on, got none.")
     wanted: list[float | None] = []
