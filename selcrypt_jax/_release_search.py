@@ -26,6 +26,8 @@ class ReleaseSearch(Targets[Release]):
     is where all that is encrypted ends.
     """
 
+    _near = 1.0
+
     def run(self) -> tuple[float, ...]:
         """What levels 0 to M-1 give."""
         self._ends: list[int] = []  # where what rings M, M-1, ... take from behind the end ends
@@ -34,6 +36,7 @@ class ReleaseSearch(Targets[Release]):
         self._reach()
         self._mean = self._curves[0]  # of level 0, by how much is encrypted
         self._worst = min(map(self._mean.at, self._mean.fresh))
+        self._span = max(self.untouched - self._worst, self._tolerance)
         self._begin()
         again = False
         while True:
@@ -122,7 +125,7 @@ class ReleaseSearch(Targets[Release]):
             # The mean does not change faster than this, and nearer by is often the same draw.
             wide = max(place, self._end)
             wide = min(wide, high + 1 - place) if level else wide
-            skip = math.ceil(wide * abs(error) / (self.untouched - self._worst) / 8)
+            skip = math.ceil(wide * abs(error) / self._span / 8)
             out.update(range(place - skip + 1, place + skip), [place])
         if target is not None:
             near = min(values.values(), key=lambda value: abs(value - target), default=above)

@@ -21,7 +21,7 @@ class Evaluation(NamedTuple):
         number: 1, 2, and so on; `most_evaluations` at most.
         level: that was tried; M for the untouched network.
         fraction: share of the groups that the level opens, or for level 0 that is encrypted.
-        value: what it gives, mean over keys.
+        value: what it gives, mean over keys; or in the release that is sought.
     """
 
     number: int
@@ -46,6 +46,9 @@ class Targets(ABC, Generic[NetworkT]):
         progress: see there.
         limit: how many evaluations may be taken; `most_evaluations` by default.
     """
+
+    _near = 0.5
+    """How many tolerances from the first target are near enough, with all of the budget."""
 
     def __init__(
         self,
@@ -98,7 +101,7 @@ class Targets(ABC, Generic[NetworkT]):
             count = self._allowed(0, count, self._levels, self._most)
             value = self._measure(0, count)
             worst = min(worst, value)
-            if target is None or value <= target + self._tolerance / 2:
+            if target is None or value <= target + self._near * self._tolerance:
                 break
             # A network that is shuffled as a whole may be less wrong than one that is in part.
             if count // 4 < self._levels or self.evaluations >= 6:
@@ -141,17 +144,17 @@ class Targets(ABC, Generic[NetworkT]):
     def _allowed(
         self, level: int, count: int, low: int, high: int, without: Collection[int] = ()
     ) -> int:
-        """The nearest count of which the cipher takes every ring."""
-        reason, refusals = None, 0
-        for step in range(2 * max(high - count, count - low, 0) + 2):
-            near = count + (step + 1) // 2 * (1 if step % 2 else -1)
-            if low <= near <= high and near not in without:
-                refused = self._network.refusal(self._rings(level, near)[1])
-                if refused is None:
-                    return near
-                reason, refusals = reason or refused, refusals + 1
-                if refusals == 129:
-                    break
+        """A count nearby of which the cipher takes every ring: the nearest, or nearly so."""
+        reason, refusals, distance = None, 0, 0
+        while distance <= max(high - count, count - low) and refusals < 129:
+            for near in dict.fromkeys((count + distance, count - distance)):
+                if low <= near <= high and near not in without:
+                    refused = self._network.refusal(self._rings(level, near)[1])
+                    if refused is None:
+                        return near
+                    reason, refusals = reason or refused, refusals + 1
+            # Rings may be too small by far.
+            distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
         raise ValueError(
             f"targets[{level}]: no groups left to choose from: {reason or 'none'} Use smaller "
             "groups, scope='leaf', fewer levels, or scores without the leaves that are too small."
