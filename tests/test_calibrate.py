@@ -1,5 +1,6 @@
 """Levels that meet targets: the search on curves that are known, and the whole way on networks."""
 
+import itertools
 import json
 import math
 import re
@@ -19,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import selcrypt_jax as sj
-from selcrypt_jax import calibrate_levels, importance, nested_masks
+from selcrypt_jax import _measured, calibrate_levels, importance, nested_masks
 from selcrypt_jax._curve import Curve, isotonic
 from selcrypt_jax._measured import Network
 from selcrypt_jax._plan import is_few, settled_counts
@@ -389,9 +390,9 @@ def jumpy(params):
     return 100 - sum(float(np.abs(part.reshape(-1, 10).sum(0)).mean()) for part in moved)
 
 
-def levels_of(released, levels, metric):
+def levels_of(released, levels, metric, secret=SECRET):
     keys = [
-        sj.level_key(SECRET, released.model_id, level=m, levels=levels) for m in range(1, levels)
+        sj.level_key(secret, released.model_id, level=m, levels=levels) for m in range(1, levels)
     ]
     return tuple(
         float(metric(params))
@@ -680,6 +681,47 @@ def test_levels_of_a_denoiser():
     assert found.evaluations <= 40
     assert found.values == pytest.approx(targets, abs=0.3)
     assert list(found.values) == sorted(found.values)
+
+
+@pytest.mark.slow
+def test_a_released_denoiser_gives_its_levels_on_other_pictures(monkeypatch):
+    from flax import nnx
+
+    from selcrypt_jax.demo import _data, _train
+
+    numbers = itertools.count()  # the search is one that repeats
+    monkeypatch.setattr(_measured, "new_model_id", lambda: next(numbers).to_bytes(16, "little"))
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        subject = _train.train_dncnn(depth=6, width=24, steps=100, crop=96, seed=0)
+    # Squares of 32 pixels of photographs that it was not trained on, like those of a chess board.
+    photographs = _data.test_photographs(288)
+    squares = photographs.reshape(2, 9, 32, 9, 32, 1).swapaxes(2, 3).reshape(-1, 32, 32, 1)
+    noise = jax.random.normal(jax.random.key(1), squares.shape)
+    noisy = squares + _train.SIGMA * noise
+
+    @jax.jit
+    def quality(params):
+        denoised = nnx.merge(subject.graphdef, params, subject.rest)(noisy)
+        return _train.psnr(denoised, squares)
+
+    def of(params, which):
+        return float(quality(params)[which::2].mean())
+
+    scores = importance.random(
+        subject.params, key=KEY, select=r"^convs/[1-4]/kernel$", granularity="weight"
+    )
+    masks, keys = nested_masks(scores, [0.9]), [sj.chacha20_key(bytes(32))]
+    whole, worst = (of(p, 0) for p in (subject.params, sj.encrypt(subject.params, masks, keys)))
+    targets = [whole - share * (whole - worst) for share in (0.8, 0.6, 0.4, 0.2)]
+    secret = sj.Secret(bytes(32))
+    released, found = sj.protect_calibrated(
+        lambda params: of(params, 0), subject.params, scores, targets, secret=secret, tolerance=0.15
+    )
+    assert found.exact
+    assert found.evaluations <= 40
+    assert found.values == levels_of(released, 4, lambda params: of(params, 0), secret)
+    held_out = levels_of(released, 4, lambda params: of(params, 1), secret)
+    assert held_out == pytest.approx(targets, abs=0.3)
 
 
 @pytest.mark.slow
