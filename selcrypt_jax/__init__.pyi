@@ -48,6 +48,8 @@ from ._pss import PSSMetrics as PSSMetrics
 from ._pss import PSSState as PSSState
 from ._pss import pss as pss
 from ._pss import pss_learner as pss_learner
+from ._release import protect_calibrated as protect_calibrated
+from ._release import protect_file_calibrated as protect_file_calibrated
 from ._storage import Inspection as Inspection
 from ._storage import LevelReport as LevelReport
 from ._storage import inspect_file as inspect_file

@@ -7,28 +7,31 @@ from typing import Any, NamedTuple
 from jaxtyping import PRNGKeyArray, PyTree
 
 from ._lossless import LosslessCipher
-from ._measured import Network
+from ._measured import Sampled
 from ._ranks import Scope
 from ._search import Evaluation, Search
 from ._tree import Selector, check_key
 
 
 class Calibration(NamedTuple):
-    """Levels that meet their targets.
+    """Levels that meet their targets: in the mean over keys, or those of one release.
 
     Attributes:
         masks: M nested masks, for `encrypt` and `protect`.
         fractions: shares that make these masks: for `protect` and `protect_file`, with the same
             scores, scope and small leaves. Where no ring had to be merged upwards and there are
-            no small leaves, ``nested_masks(scores, fractions, scope=scope)`` are the masks.
+            no small leaves, ``nested_masks(scores, fractions, scope=scope)`` are the masks. Of a
+            release, the shares of the groups that its levels open.
         values: what levels 0..M-1 give, mean over keys that the search has not used; non-decreasing
-            in quality, since two that stand in the wrong order by chance are given their mean.
+            in quality, since two that stand in the wrong order by chance are given their mean. Of
+            a release, what its own levels give.
         spreads: their standard deviation over keys, which is what to expect of the one key of a
-            release; NaN for one key.
+            release; NaN for one key, zero for those of a release.
         untouched: what level M gives.
         exact: whether level M gave back every bit.
         evaluations: how many selections and levels were tried.
-        calls: how often `eval_fn` was called: an evaluation takes up to `keys` calls.
+        calls: how often `eval_fn` was called: an evaluation takes up to `keys` calls, or one for a
+            release.
     """
 
     masks: tuple[PyTree, ...]
@@ -58,7 +61,10 @@ def calibrate_levels(
     higher_is_better: bool = True,
     progress: Callable[[Evaluation], None] | None = None,
 ) -> Calibration:
-    """Finds nested masks whose levels give what is asked for.
+    """Finds nested masks whose levels give what is asked for, in the mean over keys.
+
+    This is for planning: a release has one key, with which a level may be far off. For a release
+    whose own levels meet their targets, see `protect_calibrated`.
 
     Encrypted is the top share f_M of the order of importance, such that the network without a key
     gives ``targets[0]``; level m opens the top share f_m, so that what stays encrypted between the
@@ -106,11 +112,13 @@ def calibrate_levels(
         >>> released = protect(params, levels.masks, secret=secret)
     """
     sign = 1.0 if higher_is_better else -1.0
-    wanted = _check_targets(targets, sign)
+    wanted = checked_targets(targets, sign)
     check_key(key)
     if keys < 1:
         raise ValueError(f"keys: expected at least 1, got {keys}. 3 tell how much keys matter.")
-    network = Network(eval_fn, params, scores, key, keys, scope, small, select, cipher, sign)
+    network = Sampled(
+        eval_fn, params, scores, scope, small, select, cipher, sign, key=key, keys=keys
+    )
     search = Search(network, wanted, budget, tolerance, progress)
     values, spreads, exact = search.run()
     return Calibration(
@@ -125,7 +133,13 @@ def calibrate_levels(
     )
 
 
-def _check_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
+def checked_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
+    """Targets of which the higher is the better.
+
+    Raises:
+        TypeError: no list of numbers.
+        ValueError: they are none, or not in order.
+    """
     if isinstance(targets, str) or not hasattr(targets, "__len__"):
         raise TypeError(
             "targets: expected a number for each level from 0 on, got "

@@ -1,6 +1,7 @@
 """A noisy monotone curve, and where it crosses a target."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -47,11 +48,12 @@ class Curve:
 
     def place(self, count: float) -> float:
         """Where a count is on the scale of interpolation."""
-        return count**self._power if self._power else math.log1p(count)
+        return math.copysign(abs(count) ** self._power, count) if self._power else math.log1p(count)
 
     def count(self, place: float) -> int:
         """The inverse of `place`."""
-        return round(place ** (1 / self._power) if self._power else math.expm1(place))
+        power = 1 / self._power if self._power else 0
+        return round(math.copysign(abs(place) ** power, place) if power else math.expm1(place))
 
     @property
     def known(self) -> bool:
@@ -114,3 +116,30 @@ class Curve:
             points[behind - 1] if behind else None,
             points[behind] if behind < len(points) else None,
         )
+
+    def between(
+        self,
+        target: float,
+        ends: Sequence[tuple[Point | None, Point | None]],
+        low: int,
+        high: int,
+    ) -> int:
+        """Where to look next: by interpolation, or halfway if one end has stayed for long.
+
+        Args:
+            target: that is looked for.
+            ends: what `around` said, now at the end.
+            low: least count.
+            high: largest one.
+        """
+        first, last = ends[-1]
+        if first is None or last is None:
+            return low if first is None else high
+        stuck = any(len({pair[side] for pair in ends[-3:]}) == 1 for side in (0, 1))
+        halfway = (len(ends) >= 3 and stuck) or first[1] == last[1]
+        share = 0.5 if halfway else (target - first[1]) / (last[1] - first[1])
+        share = min(max(share, 0.05), 0.95)
+        count = self.count((1 - share) * self.place(first[0]) + share * self.place(last[0]))
+        if last[0] - first[0] > 1:  # neither of the two again
+            count = min(max(count, first[0] + 1), last[0] - 1)
+        return min(max(count, low), high)

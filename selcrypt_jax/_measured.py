@@ -13,11 +13,16 @@ from jaxtyping import PRNGKeyArray, PyTree
 from ._chacha import chacha20_key
 from ._dprm import decrypt, encrypt
 from ._groups import Ring
+from ._keys import Secret, level_keys, new_model_id
 from ._lossless import LosslessCipher
 from ._masks import as_levels, checked_mask, checked_score, with_small_leaves
-from ._plan import merged_counts
+from ._multihost import is_spread, shared_model_id
+from ._plan import is_few, merged_counts, settled_counts
 from ._ranks import Scope, Scores, ranked
 from ._tree import Selector, is_array, listed, named_leaves
+
+Masks = list[dict[str, np.ndarray]]
+"""What levels 1 to M open, leaf by leaf."""
 
 
 class Network:
@@ -29,13 +34,14 @@ class Network:
     Args: see `calibrate_levels`.
     """
 
+    keys: int
+    """How many protections a value is the mean of, at most."""
+
     def __init__(
         self,
         eval_fn: Callable[[PyTree], Any],
         params: PyTree,
         scores: PyTree,
-        key: PRNGKeyArray,
-        keys: int,
         scope: Scope,
         small: float,
         select: Selector,
@@ -45,9 +51,9 @@ class Network:
         if scope not in ("leaf", "model"):
             raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
         self.cipher = LosslessCipher() if cipher is None else cipher
-        self.tree, self.params, self.keys, self.sign = named_leaves(params), params, keys, sign
+        self.tree, self.params, self.sign = named_leaves(params), params, sign
         self.scope: Scope = scope
-        self._eval_fn, self._key, self.calls = eval_fn, key, 0
+        self._eval_fn, self.calls = eval_fn, 0
         given = named_leaves(scores, "scores")
         arrays = {
             name: score
@@ -79,32 +85,34 @@ class Network:
                 return float(number)
         raise AssertionError
 
-    def _cumulative(self, counts: Sequence[int]) -> list[dict[str, np.ndarray]]:
+    def _cumulative(self, counts: Sequence[int]) -> Masks:
         """What each level opens, without small leaves; rings of few orders merged upwards."""
         levels = as_levels([self.fraction(count) for count in counts])
-        masks: list[dict[str, np.ndarray]] = [{} for _ in counts]
+        masks: Masks = [{} for _ in counts]
         for name, ranks, opened in ranked(self._scores, levels.counts, self.scope):
             weights = math.prod(self.tree.leaves[name].shape) // ranks.size
             for mask, count in zip(masks, merged_counts(opened, weights, self.cipher), strict=True):
                 mask[name] = ranks < count
         return masks
 
+    def _whole(self, counts: Sequence[int]) -> Masks:
+        """What each level opens of the leaves that take part."""
+        return [
+            {n: m for n, m in mask.items() if m.any()} | self._small
+            for mask in self._cumulative(counts)
+        ]
+
     def masks(self, counts: Sequence[int]) -> tuple[PyTree, ...]:
         """Nested masks of all levels."""
-        return tuple(
-            self.tree.rebuild_only({n: m for n, m in mask.items() if m.any()} | self._small)
-            for mask in self._cumulative(counts)
-        )
+        return tuple(map(self.tree.rebuild_only, self._whole(counts)))
 
     def closed(self, level: int, counts: Sequence[int]) -> tuple[PyTree, ...]:
         """Masks of what a level leaves encrypted; rings are merged as all levels want it."""
-        if not level:
-            return self.masks(counts)
-        masks = self._cumulative(counts)
-        opened = masks[level - 1]
+        masks = self._whole(counts)
+        opened = masks[level - 1] if level else {}
         return tuple(
             self.tree.rebuild_only(
-                {n: m & ~opened[n] for n, m in mask.items() if n not in self._small}
+                {n: m & ~opened[n] if n in opened else m for n, m in mask.items()}
             )
             for mask in masks[level:]
         )
@@ -126,12 +134,6 @@ class Network:
             below = mask
         return None
 
-    def ring_keys(self, count: int) -> list[PRNGKeyArray]:
-        """Keys that were never used."""
-        self._key, drawn = jax.random.split(self._key)
-        words = np.asarray(jax.random.bits(drawn, (count, 8), "uint32"))
-        return [chacha20_key(row.tobytes()) for row in words]
-
     def measure(self, params: PyTree) -> float:
         """The metric; higher is better."""
         self.calls += 1
@@ -148,6 +150,32 @@ class Network:
                 "weights may overflow: return the worst finite value, such as chance, instead."
             )
         return self.sign * number
+
+    def is_same(self, params: PyTree) -> bool:
+        """Whether all arrays are those of the network, bit for bit."""
+        after = named_leaves(params).leaves
+        return all(
+            leaf is after[name] or np.array_equal(_octets(leaf), _octets(after[name]))
+            for name, leaf in self.tree.leaves.items()
+            if is_array(leaf)
+        )
+
+
+class Sampled(Network):
+    """Under keys that are drawn anew each time.
+
+    Args: see `calibrate_levels`, and `Network`.
+    """
+
+    def __init__(self, *args: Any, key: PRNGKeyArray, keys: int) -> None:
+        super().__init__(*args)
+        self._key, self.keys = key, keys
+
+    def ring_keys(self, count: int) -> list[PRNGKeyArray]:
+        """Keys that were never used."""
+        self._key, drawn = jax.random.split(self._key)
+        words = np.asarray(jax.random.bits(drawn, (count, 8), "uint32"))
+        return [chacha20_key(row.tobytes()) for row in words]
 
     def sample(self, masks: Sequence[PyTree]) -> float:
         """The metric with these encrypted, under new keys."""
@@ -173,13 +201,86 @@ class Network:
                 if level < len(masks):
                     rows[-1].append(self.measure(opened))
                     continue
-                after = named_leaves(opened).leaves
-                exact &= all(
-                    leaf is after[name] or np.array_equal(_octets(leaf), _octets(after[name]))
-                    for name, leaf in self.tree.leaves.items()
-                    if is_array(leaf)
-                )
+                exact &= self.is_same(opened)
         return np.array(rows), exact
+
+
+class Release(Network):
+    """Under the keys of one release.
+
+    There are 2M counts, in ascending order: of what levels 1 to M open, where all levels take from
+    the beginning of the order, and where what rings M to 1 take from behind that ends. So level m
+    can be steered by both sides of ring m + 1 without a change to those above it: what it leaves
+    encrypted follows from its own counts and theirs.
+
+    The keys encrypt many selections here. That is no reuse, since one of them leaves this process.
+
+    Args:
+        args: see `Network`.
+        secret: the owner's.
+        levels: M.
+        alike: names of leaves that are bit for bit alike, in which the same is encrypted.
+    """
+
+    keys = 1
+
+    def __init__(
+        self, *args: Any, secret: Secret, levels: int, alike: Sequence[Sequence[str]] = ()
+    ) -> None:
+        super().__init__(*args)
+        self._secret, self._levels, self._alike = secret, levels, alike
+        self.renew()
+
+    def renew(self) -> None:
+        """Begins another release."""
+        spread = any(map(is_spread, self.tree.leaves.values()))
+        self.model_id = shared_model_id() if spread else new_model_id()
+        self._ring_keys = level_keys(self._secret, self.model_id, levels=self._levels)
+
+    def _cumulative(self, counts: Sequence[int]) -> Masks:
+        levels = as_levels([self.fraction(count) for count in counts])
+        half = len(counts) // 2
+        masks: Masks = [{} for _ in range(half)]
+        for name, ranks, bounds in ranked(self._scores, levels.counts, self.scope):
+            weights = math.prod(self.tree.leaves[name].shape) // ranks.size
+            behind = np.zeros(ranks.shape, bool)
+            below = 0
+            for level, count in enumerate(settled_counts(bounds[:half], weights, self.cipher)):
+                start, end = bounds[-level - 2 :][:2]
+                if not is_few(count - below + end - start, weights, self.cipher):
+                    behind |= (ranks >= start) & (ranks < end)
+                masks[level][name] = (ranks < count) | behind
+                below = count
+        return masks
+
+    def _whole(self, counts: Sequence[int]) -> Masks:
+        masks = super()._whole(counts)
+        for names in self._alike:
+            first = next((name for name in names if name in masks[-1]), None)
+            for mask, name in itertools.product(masks, names if first else ()):
+                if first in mask:
+                    mask[name] = mask[first]
+                else:
+                    mask.pop(name, None)
+        return masks
+
+    def opened(self, counts: Sequence[int]) -> list[int]:
+        """How many groups levels 1 to M open."""
+        levels = len(counts) // 2
+        ends = [counts[-1 - level] for level in range(levels)] + [counts[levels - 1]]
+        return [counts[level] + ends[0] - ends[level + 1] for level in range(levels)]
+
+    def sample(self, level: int, counts: Sequence[int]) -> float:
+        """What a level gives."""
+        masks = self.closed(level, counts)
+        keys = self._ring_keys[-len(masks) :]
+        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
+
+    def is_exact(self, counts: Sequence[int]) -> bool:
+        """Whether the top level gives back every bit."""
+        masks, keys = self.masks(counts), self._ring_keys
+        protected = encrypt(self.params, masks, keys, cipher=self.cipher)
+        return self.is_same(decrypt(protected, masks, keys, cipher=self.cipher))
 
 
 def is_precise(values: np.ndarray, precision: float) -> bool:

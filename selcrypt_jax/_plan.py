@@ -338,15 +338,10 @@ def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -
     """The counts of a leaf's levels once rings of few orders have moved up."""
     if not cipher.permute:
         return list(counts)
-    units = 1 if cipher.unit == "group" else weights
-
-    def small(groups: int) -> bool:
-        return order_bits(groups * units) < MINIMUM_HIDING
-
     result: list[int] = []
     kept = 0
     for count in counts:
-        if not small(count - kept):
+        if not is_few(count - kept, weights, cipher):
             kept = count
         result.append(kept)
     if kept < counts[-1]:
@@ -355,3 +350,25 @@ def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -
         result = [below if count == kept else count for count in result]
         result[-1] = counts[-1]
     return result
+
+
+def settled_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
+    """As `merged_counts`, decided from the top down: lower levels have no say in higher ones.
+
+    A ring of few orders moves down here, and what would be left below it up.
+    """
+    result = [counts[-1]]
+    for count in reversed(counts[:-1]):
+        above = result[0]
+        if is_few(count, weights, cipher):
+            count = 0
+        elif is_few(above - count, weights, cipher):
+            count = above
+        result.insert(0, count)
+    return result
+
+
+def is_few(groups: int, weights: int, cipher: LosslessCipher) -> bool:
+    """Whether a ring of so many groups, of so many weights each, has too few orders."""
+    units = 1 if cipher.unit == "group" else weights
+    return cipher.permute and order_bits(groups * units) < MINIMUM_HIDING

@@ -5,8 +5,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ._checkpoint import (
     AnyPath,
     Checkpoint,
     Job,
+    Output,
     Protection,
     checkpoint_outputs,
     open_checkpoint,
@@ -181,7 +182,25 @@ def protect(
         >>> released = protect(params, masks, secret=secret, signing=signing)
         >>> released.save("model.safetensors")
     """
-    cipher = LosslessCipher() if cipher is None else cipher
+    return protected_tree(
+        params,
+        masks,
+        secret=secret,
+        fractions=fractions,
+        scope=scope,
+        signing=signing,
+        cipher=cipher,
+        metadata=metadata,
+    )
+
+
+def check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
+    """Refuses what cannot be released.
+
+    Raises:
+        ValueError: metadata under names of ours.
+        TypeError: traced parameters, or metadata that are no text.
+    """
     metadata_ok = metadata is None or isinstance(metadata, Mapping)
     if not metadata_ok or not all(isinstance(t, str) for p in (metadata or {}).items() for t in p):
         raise TypeError(
@@ -189,16 +208,33 @@ def protect(
             "into text with str or json.dumps."
         )
     check_unprotected(metadata, "metadata")
-    tree = named_leaves(params)
-    for name, leaf in tree.leaves.items():
+    for name, leaf in named_leaves(params).leaves.items():
         if isinstance(leaf, Tracer):
             raise TypeError(
                 f"params {name!r}: expected a concrete array, got a traced one. What is released "
                 "is bytes: call protect outside of jit, or use encrypt there."
             )
+
+
+def protected_tree(
+    params: PyTree,
+    masks: Sequence[PyTree] | PyTree,
+    *,
+    secret: Secret,
+    fractions: Sequence[float] | Levels | None = None,
+    scope: Scope = "leaf",
+    signing: SigningKey | None,
+    cipher: LosslessCipher | None,
+    metadata: Mapping[str, str] | None,
+    model_id: bytes | None = None,
+) -> Protected:
+    """See `protect`; under a model id that has not been used, if one is given."""
+    check_release(params, metadata)
+    cipher = LosslessCipher() if cipher is None else cipher
+    tree = named_leaves(params)
     source = _source(tree)
     if fractions is None:
-        rings = _rings_of_masks(tree, masks, cipher)
+        rings = rings_of_masks(tree, masks, cipher)
         levels = len(masks)
     else:
         scores = named_leaves(masks, "scores").leaves
@@ -207,7 +243,8 @@ def protect(
         rings = plan_rings(source.tensors, found, fractions, scope=scope, cipher=cipher)
         levels = _levels_of(rings)
     together = any(is_spread(leaf) for leaf in tree.leaves.values())
-    model_id = shared_model_id() if together else None
+    if together and model_id is None:
+        model_id = shared_model_id()
     protection = Protection.new(secret, levels, cipher, signing, model_id)
     leaves: dict[str, Any] = {}
 
@@ -325,10 +362,7 @@ def protect_file(
     """
     cipher = LosslessCipher() if cipher is None else cipher
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
-        for file in checkpoint.files.values():
-            check_unprotected(file.metadata, str(file.path))
-            if isinstance(file, SafetensorsFile):
-                file.ask_stock_reader()
+        check_checkpoint(checkpoint)
         tensors = checkpoint.tensors
         if importance is not None:
             check_output(output, importance)
@@ -352,14 +386,39 @@ def protect_file(
             rings |= whole
             rings |= _rings_of_copies(checkpoint, rings)
             protection = Protection.new(secret, _levels_of(rings), cipher, signing)
-            for name, file in checkpoint.files.items():
-                here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
-                job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
-                with create(name) as out:
-                    out.protected(job, protection)
+            write_protected(checkpoint, create, rings, protection)
+    return selection(checkpoint, protection, layout, rings)
+
+
+def check_checkpoint(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that is protected already, or that the safetensors library refuses."""
+    for file in checkpoint.files.values():
+        check_unprotected(file.metadata, str(file.path))
+        if isinstance(file, SafetensorsFile):
+            file.ask_stock_reader()
+
+
+def write_protected(
+    checkpoint: Checkpoint,
+    create: Callable[[str], AbstractContextManager[Output]],
+    rings: Rings,
+    protection: Protection,
+) -> None:
+    """Encrypts and writes all files, see `checkpoint_outputs`."""
+    for name, file in checkpoint.files.items():
+        here = {tensor: rings[tensor] for tensor in file.tensors if tensor in rings}
+        job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
+        with create(name) as out:
+            out.protected(job, protection)
+
+
+def selection(
+    checkpoint: Checkpoint, protection: Protection, layout: Layout | None, rings: Rings
+) -> Selection:
+    """What was chosen."""
     groups = {name: sum(ring.groups for _, ring in found) for name, found in rings.items()}
     untouched: Counter[str] = Counter()
-    for name, info in tensors.items():
+    for name, info in checkpoint.tensors.items():
         if name not in rings:
             untouched[info.dtype] += math.prod(info.shape)
     return Selection(protection.key.model_id, layout, groups, +untouched)
@@ -370,14 +429,32 @@ def _rings_of_copies(checkpoint: Checkpoint, rings: Rings) -> Rings:
 
     What is encrypted in one and plain in the other would be plain.
     """
+    found: Rings = {}
+    for copies in alike_tensors(checkpoint, rings):
+        first = next((name for name in copies if name in rings), None)
+        if first is not None:
+            found |= {
+                name: [(level, ring._replace(tensor=name)) for level, ring in rings[first]]
+                for name in copies
+            }
+    return found
+
+
+def alike_tensors(checkpoint: Checkpoint, among: Container[str]) -> list[list[str]]:
+    """Names of tensors that are bit for bit alike, where some of them may be encrypted.
+
+    Args:
+        checkpoint: that has them.
+        among: what may be encrypted.
+    """
     like: dict[Any, list[str]] = {}
     sources = {name: file for file in checkpoint.files.values() for name in file.tensors}
     for name, info in checkpoint.tensors.items():
         if math.prod(info.shape):
             like.setdefault((info.dtype, tuple(info.shape)), []).append(name)
-    found: Rings = {}
+    found: list[list[str]] = []
     for names in like.values():
-        if len(names) == 1 or rings.keys().isdisjoint(names):
+        if len(names) == 1 or not any(name in among for name in names):
             continue
         starts: dict[bytes, list[str]] = {}
         for name in names:
@@ -391,13 +468,7 @@ def _rings_of_copies(checkpoint: Checkpoint, rings: Rings) -> Rings:
                 for piece in sources[name].chunks(name):
                     digest.update(piece)
                 digests.setdefault(digest.digest(), []).append(name)
-            for copies in digests.values():
-                first = next((name for name in copies if name in rings), None)
-                if first is not None:
-                    found |= {
-                        name: [(level, ring._replace(tensor=name)) for level, ring in rings[first]]
-                        for name in copies
-                    }
+            found += [copies for copies in digests.values() if len(copies) > 1]
     return found
 
 
@@ -458,9 +529,10 @@ def _levels_of(rings: Rings) -> int:
     return max(level for found in rings.values() for level, _ in found)
 
 
-def _rings_of_masks(
+def rings_of_masks(
     tree: NamedLeaves, masks: Sequence[PyTree], cipher: LosslessCipher
 ) -> dict[str, list[tuple[int, SealedRing]]]:
+    """The rings of nested masks, checked and sealed."""
     found = split_rings(tree, masks)
     if not found:
         raise ValueError(

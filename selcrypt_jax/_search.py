@@ -1,15 +1,18 @@
-"""The search for levels that meet their targets."""
+"""The search for levels that meet their targets, in the mean over keys."""
 
 import math
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from ._curve import Curve, isotonic
+from ._curve import Curve, Point, isotonic
 from ._masks import check_share
-from ._measured import Network, is_precise
+from ._measured import Network, Sampled, is_precise
+
+NetworkT = TypeVar("NetworkT", bound=Network)
 
 
 class Evaluation(NamedTuple):
@@ -19,7 +22,7 @@ class Evaluation(NamedTuple):
         number: 1, 2, and so on; `most_evaluations` at most.
         level: that was tried; M for the untouched network.
         fraction: share of the groups that the level opens, or for level 0 that is encrypted.
-        value: what it gives, mean over keys.
+        value: what it gives, mean over keys; or in the release that is sought.
     """
 
     number: int
@@ -33,20 +36,34 @@ def most_evaluations(levels: int) -> int:
     return 8 * levels + 8
 
 
-class Search:
-    """Finds the count of each level, from the top down; then checks and corrects all of them."""
+class Targets(ABC, Generic[NetworkT]):
+    """What is looked for, and what is known of it.
+
+    Args:
+        network: that is measured.
+        targets: see `calibrate_levels`; higher is better.
+        budget: see there.
+        tolerance: see there.
+        progress: see there.
+        limit: how many evaluations may be taken; `most_evaluations` by default.
+    """
+
+    _near = 0.5
+    """How many tolerances from the first target are near enough, with all of the budget."""
 
     def __init__(
         self,
-        network: Network,
+        network: NetworkT,
         targets: Sequence[float | None],
         budget: float,
         tolerance: float | None,
         progress: Callable[[Evaluation], None] | None,
+        limit: int | None = None,
     ) -> None:
         self._network, self._targets, self._progress = network, targets, progress
         self._levels = len(targets)
-        self._limit, self.evaluations = most_evaluations(self._levels), 0
+        self._limit = most_evaluations(self._levels) if limit is None else limit
+        self.evaluations = 0
         check_share("budget", budget)
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
@@ -75,40 +92,6 @@ class Search:
             Curve(rising=level > 0, power=0.5 if level else 0) for level in range(self._levels)
         ]
 
-    def run(self) -> tuple[np.ndarray, tuple[float, ...], bool]:
-        """Mean and deviation of what each level gives, and whether the top one is exact."""
-        order = [0, *range(self._levels - 1, 0, -1)]
-        self._reach()
-        for level in order:
-            self._solve(level, 10 if level == 0 else 6)
-            if level == 0:
-                self._check_little()
-        found: dict[tuple[int, ...], np.ndarray] = {}
-        exact = True
-        while True:
-            if reason := self._network.refusal(self.counts):
-                raise ValueError(
-                    f"targets: no levels between what was found: {reason}. Use smaller groups, "
-                    "scope='leaf', fewer levels or targets further apart."
-                )
-            drawn, same = self._network.check(self.counts, self._tolerance / 3)
-            exact &= same
-            for level, value in enumerate(drawn.mean(0)):
-                self._said(level, self.counts[level - 1], float(value))
-            known = tuple(self.counts)
-            found[known] = np.concatenate([found[known], drawn]) if known in found else drawn
-            self.counts = list(min(found, key=lambda counts: self._worst(found[counts])))
-            values = found[tuple(self.counts)]
-            met = self._worst(values) <= self._tolerance
-            if met or self.evaluations + self._levels > self._limit:
-                break
-            self.counts = list(known)
-            self._correct(order, drawn, _means(found[known]))
-        if not met:
-            raise ValueError(self._missed(values))
-        spreads = values.std(0, ddof=1) if len(values) > 1 else np.full(self._levels, np.nan)
-        return _means(values), tuple(map(float, spreads)), exact
-
     def _reach(self) -> None:
         """Tries all of the budget, and less of it where that does not break the network enough."""
         curve, target, count = self._curves[0], self._targets[0], self._most
@@ -118,7 +101,7 @@ class Search:
             count = self._allowed(0, count, self._levels, self._most)
             value = self._measure(0, count)
             worst = min(worst, value)
-            if target is None or value <= target + self._tolerance / 2:
+            if target is None or value <= target + self._near * self._tolerance:
                 break
             # A network that is shuffled as a whole may be less wrong than one that is in part.
             if count // 4 < self._levels or self.evaluations >= 6:
@@ -158,6 +141,81 @@ class Search:
             scaled[index] = min(scaled[index], scaled[index + 1] - 1)
         return scaled
 
+    def _allowed(
+        self, level: int, count: int, low: int, high: int, without: Collection[int] = ()
+    ) -> int:
+        """A count nearby of which the cipher takes every ring: the nearest, or nearly so."""
+        reason, refusals, distance = None, 0, 0
+        while distance <= max(high - count, count - low) and refusals < 129:
+            for near in dict.fromkeys((count + distance, count - distance)):
+                if low <= near <= high and near not in without:
+                    refused = self._network.refusal(self._rings(level, near)[1])
+                    if refused is None:
+                        return near
+                    reason, refusals = reason or refused, refusals + 1
+            # Rings may be too small by far.
+            distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
+        raise ValueError(
+            f"targets[{level}]: no groups left to choose from: {reason or 'none'} Use smaller "
+            "groups, scope='leaf', fewer levels, or scores without the leaves that are too small."
+        )
+
+    @abstractmethod
+    def _rings(self, level: int, count: int) -> tuple[int, list[int]]:
+        """A level with so many groups, as it is measured: its number there, and all counts."""
+
+    @abstractmethod
+    def _measure(self, level: int, count: int) -> float:
+        """What a level of so many groups gives."""
+
+    def _said(self, level: int, count: int, value: float) -> None:
+        self.evaluations += 1
+        if self._progress is not None:
+            fraction = self._network.fraction(count)
+            sign = self._network.sign
+            self._progress(Evaluation(self.evaluations, level, fraction, sign * value))
+
+    def _show(self, value: float) -> str:
+        return f"{self._network.sign * value:.6g}"
+
+
+class Search(Targets[Sampled]):
+    """Finds the count of each level, from the top down; then checks and corrects all of them."""
+
+    def run(self) -> tuple[np.ndarray, tuple[float, ...], bool]:
+        """Mean and deviation of what each level gives, and whether the top one is exact."""
+        order = [0, *range(self._levels - 1, 0, -1)]
+        self._reach()
+        for level in order:
+            self._solve(level, 10 if level == 0 else 6)
+            if level == 0:
+                self._check_little()
+        found: dict[tuple[int, ...], np.ndarray] = {}
+        exact = True
+        while True:
+            if reason := self._network.refusal(self.counts):
+                raise ValueError(
+                    f"targets: no levels between what was found: {reason}. Use smaller groups, "
+                    "scope='leaf', fewer levels or targets further apart."
+                )
+            drawn, same = self._network.check(self.counts, self._tolerance / 3)
+            exact &= same
+            for level, value in enumerate(drawn.mean(0)):
+                self._said(level, self.counts[level - 1], float(value))
+            known = tuple(self.counts)
+            found[known] = np.concatenate([found[known], drawn]) if known in found else drawn
+            self.counts = list(min(found, key=lambda counts: self._worst(found[counts])))
+            values = found[tuple(self.counts)]
+            met = self._worst(values) <= self._tolerance
+            if met or self.evaluations + self._levels > self._limit:
+                break
+            self.counts = list(known)
+            self._correct(order, drawn, _means(found[known]))
+        if not met:
+            raise ValueError(self._missed(values))
+        spreads = values.std(0, ddof=1) if len(values) > 1 else np.full(self._levels, np.nan)
+        return _means(values), tuple(map(float, spreads)), exact
+
     def _rings(self, level: int, count: int) -> tuple[int, list[int]]:
         """A level with so many groups among all counts; those below keep their parts.
 
@@ -170,21 +228,6 @@ class Search:
         parts = [max(round(n * count / self.counts[level - 1]), i) for i, n in enumerate(lower, 1)]
         whole = [*parts, count, *above]
         return (1, [count, *above]) if self._network.refusal(whole) else (level, whole)
-
-    def _allowed(self, level: int, count: int, low: int, high: int) -> int:
-        """The nearest count of which the cipher takes every ring."""
-        reason = None
-        for step in range(129):
-            near = count + (step + 1) // 2 * (1 if step % 2 else -1)
-            if low <= near <= high:
-                refused = self._network.refusal(self._rings(level, near)[1])
-                if refused is None:
-                    return near
-                reason = reason or refused
-        raise ValueError(
-            f"targets[{level}]: no groups left to choose from: {reason or 'none'} Use smaller "
-            "groups, scope='leaf', fewer levels, or scores without the leaves that are too small."
-        )
 
     def _measure(self, level: int, count: int) -> float:
         target, values = self._targets[level], []
@@ -216,7 +259,7 @@ class Search:
             assert above is not None
             curve.expect(0, min(self._curves[0].at(self.counts[-1]), target), 0.1)
             curve.expect(high + 1, above, 0.1)
-        ends: list[tuple[Any, Any]] = []
+        ends: list[tuple[Point | None, Point | None]] = []
         for _ in range(most):
             if self.evaluations >= self._limit - self._levels:
                 break
@@ -224,7 +267,7 @@ class Search:
             if here in curve.fresh and abs(curve.at(here) - target) <= self._tolerance / 2:
                 break
             ends.append(curve.around(target))
-            count = self._between(curve, target, ends, low, high)
+            count = curve.between(target, ends, low, high)
             count = self._allowed(level, count, low, high)
             if count in curve.fresh:
                 break
@@ -244,22 +287,6 @@ class Search:
                 self.counts[index] = min(self.counts[index], self.counts[index + 1] - 1)
         else:
             self.counts = self._scaled(best)
-
-    def _between(
-        self, curve: Curve, target: float, ends: Sequence[Any], low: int, high: int
-    ) -> int:
-        """Where to look next: by interpolation, or halfway if one end has stayed for long."""
-        first, last = ends[-1]
-        if first is None or last is None:
-            return low if first is None else high
-        stuck = any(len({pair[side] for pair in ends[-3:]}) == 1 for side in (0, 1))
-        halfway = (len(ends) >= 3 and stuck) or first[1] == last[1]
-        share = 0.5 if halfway else (target - first[1]) / (last[1] - first[1])
-        share = min(max(share, 0.05), 0.95)
-        count = curve.count((1 - share) * curve.place(first[0]) + share * curve.place(last[0]))
-        if last[0] - first[0] > 1:  # neither of the two again
-            count = min(max(count, first[0] + 1), last[0] - 1)
-        return min(max(count, low), high)
 
     def _correct(self, order: Sequence[int], drawn: np.ndarray, means: np.ndarray) -> None:
         """Moves the levels that are off, and those below which they moved."""
@@ -294,16 +321,6 @@ class Search:
 
     def _worst(self, values: np.ndarray) -> float:
         return max(self._error(level, _means(values)) for level in range(self._levels))
-
-    def _said(self, level: int, count: int, value: float) -> None:
-        self.evaluations += 1
-        if self._progress is not None:
-            fraction = self._network.fraction(count)
-            sign = self._network.sign
-            self._progress(Evaluation(self.evaluations, level, fraction, sign * value))
-
-    def _show(self, value: float) -> str:
-        return f"{self._network.sign * value:.6g}"
 
     def _missed(self, values: np.ndarray) -> str:
         means = _means(values)

@@ -1,5 +1,6 @@
 """Levels that meet targets: the search on curves that are known, and the whole way on networks."""
 
+import itertools
 import json
 import math
 import re
@@ -19,9 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import selcrypt_jax as sj
-from selcrypt_jax import calibrate_levels, importance, nested_masks
+from selcrypt_jax import _measured, calibrate_levels, importance, nested_masks
 from selcrypt_jax._curve import Curve, isotonic
 from selcrypt_jax._measured import Network
+from selcrypt_jax._plan import is_few, settled_counts
+from selcrypt_jax._release_search import ReleaseSearch
 from selcrypt_jax._search import Search, most_evaluations
 from selcrypt_jax.cli import main
 
@@ -170,6 +173,74 @@ def test_steps_that_are_too_large_are_told():
     assert "smaller steps" in str(error.value)
 
 
+class KnownRelease(KnownNetwork):
+    """The same under keys that stay: each ring in each leaf adds its own noise."""
+
+    leaves = (0.4, 0.3, 0.15, 0.1, 0.05)
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.renewed = -1
+        self.renew()
+
+    def renew(self):
+        self.renewed += 1
+
+    def refusal(self, counts):
+        assert sorted(counts) == counts
+        return super().refusal(counts[: len(counts) // 2])
+
+    def sample(self, level, counts):
+        half = len(counts) // 2
+        opened, ends = [0, *counts[:half]], [*counts[: half - 1 : -1], counts[half - 1]]
+        error = 0.0
+        for ring in range(level + 1, half + 1):
+            bounds = (opened[ring - 1], opened[ring], ends[ring], ends[ring - 1])
+            share = (bounds[1] - bounds[0] + bounds[3] - bounds[2]) / (ends[level] - opened[level])
+            for leaf, part in enumerate(self.leaves):
+                seed = [self.renewed, ring, leaf, *(int(bound * part) for bound in bounds)]
+                draw = np.random.default_rng(seed).standard_normal()
+                error += self.noise * math.sqrt(share * part) * draw
+        true = self.true(opened[level], ends[level])
+        self.calls += 1
+        return true + error * min(1, (100 - true) / 20)
+
+
+@given(seed=st.integers(0, 10**6), **KNOWN)
+def test_a_release_meets_every_target(seed, half, power, opening):
+    network = KnownRelease(half=half, power=power, opening=opening, noise=3.0)
+    network.renewed = seed
+    search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+    values = search.run()
+    np.testing.assert_allclose(values, [60, 75, 85, 95], atol=1.0)
+    assert sorted(values) == list(values)
+    assert [network.sample(level, search.bounds) for level in range(4)] == list(values)
+
+
+def test_a_release_takes_few_evaluations():
+    found = []
+    for seed in range(20):
+        network = KnownRelease(half=1000 + 300 * seed, power=1.2, opening=0.8, noise=3.0)
+        search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+        search.run()
+        found.append(search.evaluations)
+    assert np.median(found) <= 25
+    assert np.quantile(found, 0.9) <= 40
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=6).map(sorted), st.sampled_from([1, 9]))
+def test_lower_levels_have_no_say_in_higher_ones(counts, weights):
+    cipher = sj.LosslessCipher()
+    settled = settled_counts(counts, weights, cipher)
+    assert sorted(settled) == settled
+    assert settled[-1] == counts[-1]
+    for level in range(1, len(counts)):
+        assert settled_counts([counts[0], *counts[level:]], weights, cipher)[1:] == settled[level:]
+    rings = np.diff([0, *settled])
+    if not is_few(counts[-1], weights, cipher):
+        assert not any(ring and is_few(int(ring), weights, cipher) for ring in rings)
+
+
 # --- on networks ----------------------------------------------------------------------------------
 
 
@@ -305,6 +376,103 @@ def test_leaves_that_are_too_small_to_hide_in_are_told():
         )  # fmt: skip
 
 
+# --- a release ------------------------------------------------------------------------------------
+
+SECRET = sj.Secret.generate()
+
+
+def jumpy(params):
+    """A metric by which keys matter: of a sum that signs of moved weights decide."""
+    moved = [
+        np.asarray(params[name]["kernel"], np.float64) - PARAMS[name]["kernel"]
+        for name in ("conv", "head")
+    ]
+    return 100 - sum(float(np.abs(part.reshape(-1, 10).sum(0)).mean()) for part in moved)
+
+
+def levels_of(released, levels, metric, secret=SECRET):
+    keys = [
+        sj.level_key(secret, released.model_id, level=m, levels=levels) for m in range(1, levels)
+    ]
+    return tuple(
+        float(metric(params))
+        for params in (released.params, *(sj.unlock(released, key) for key in keys))
+    )
+
+
+@pytest.mark.parametrize("scope", ["leaf", "model"])
+@pytest.mark.parametrize("metric", [intact, jumpy])
+def test_a_release_gives_what_was_measured(scope, metric):
+    broken = np.mean([
+        metric(sj.encrypt(PARAMS, nested_masks(FINE, [1.0]), [sj.chacha20_key(bytes([n]) * 32)]))
+        for n in range(5)
+    ])  # fmt: skip
+    targets = [float(100 - part * (100 - broken)) for part in (0.5, 0.3, 0.15)]
+    steps = []
+    released, found = sj.protect_calibrated(
+        metric, PARAMS, FINE, targets, secret=SECRET, scope=scope, evaluations=120,
+        progress=steps.append, signing=sj.SigningKey.generate(), metadata={"title": "toy"},
+    )  # fmt: skip
+    tolerance = 0.02 * (100 - targets[0])
+    assert found.exact
+    assert found.values == pytest.approx(targets, abs=tolerance)
+    assert sorted(found.values) == list(found.values)
+    assert found.values == levels_of(released, 3, metric)
+    assert found.evaluations == found.calls == len(steps)
+    assert found.spreads == (0, 0, 0)
+    assert released.metadata["title"] == "toy"
+    sizes = [
+        sum(int(mask[name]["kernel"].sum()) for name in ("conv", "head")) for mask in found.masks
+    ]
+    assert [size / 7400 for size in sizes] == pytest.approx(found.fractions, abs=0.05)
+    top = sj.unlock(released, sj.level_key(SECRET, released.model_id, level=3, levels=3))
+    assert bits(top) == bits(PARAMS)
+
+
+def test_each_release_has_keys_of_its_own():
+    ids = {
+        sj.protect_calibrated(intact, PARAMS, FINE, [60, 80], secret=SECRET)[0].model_id
+        for _ in range(2)
+    }
+    assert len(ids) == 2
+
+
+def test_a_release_with_small_leaves_or_a_single_level():
+    released, found = sj.protect_calibrated(
+        intact, PARAMS, FINE, [None, 80], secret=SECRET, budget=0.4, small=0.02
+    )
+    assert found.masks[0]["head"]["bias"].all()
+    assert found.fractions[-1] == 0.4
+    assert found.values == levels_of(released, 2, intact)
+    assert found.values == pytest.approx([60, 80], abs=1)
+    released, found = sj.protect_calibrated(intact, PARAMS, FINE, [70], secret=SECRET)
+    assert found.values == levels_of(released, 1, intact) == pytest.approx([70], abs=0.7)
+    # A loss.
+    released, found = sj.protect_calibrated(
+        lambda params: 100 - intact(params), PARAMS, FINE, [40, 20], secret=SECRET,
+        higher_is_better=False,
+    )  # fmt: skip
+    assert found.values == pytest.approx([40, 20], abs=0.8)
+
+
+def test_what_no_release_gives_is_told():
+    def run(targets, **options):
+        return sj.protect_calibrated(intact, PARAMS, FINE, targets, secret=SECRET, **options)
+
+    with pytest.raises(ValueError, match=r"targets\[\d\]: cannot reach .* in 12 evaluations"):
+        run([60, 75, 90], tolerance=1e-4, evaluations=12)
+    with pytest.raises(ValueError, match=r"targets\[0\]: cannot reach 60: .* up to 0\.2"):
+        run([60], budget=0.2)
+    with pytest.raises(ValueError, match="evaluations: expected at least 1, got 0"):
+        run([60], evaluations=0)
+    with pytest.raises(ValueError, match="expected ascending targets"):
+        run([75, 60])
+    with pytest.raises(ValueError, match="metadata"):
+        run([60], metadata={"selcrypt": "mine"})
+    with pytest.raises(TypeError, match="expected text for text"):
+        run([60], metadata={"a": 1})
+
+
 # --- on files -------------------------------------------------------------------------------------
 
 METRIC = """
@@ -379,6 +547,93 @@ def test_calibrate_protect_and_open_each_level(files, options):
     assert protect in files(f"{line} --tolerance 2 --keys 2")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        "60 75 90 --tolerance 1 --evaluations 80 --signing keys/signing.key",
+        "any 60 80 --budget 0.7 --importance scores.safetensors --scope model --tolerance 3",
+        "70 90 --granularity filter --select features --tolerance 4",
+        "70 85 --unit group --importance scores.safetensors --tolerance 3",
+        "60 80 --strategy random",
+    ],
+)
+def test_a_file_gives_what_was_printed(files, options):
+    from calibrate_metric import intact  # of the fixture
+
+    line = "protect model.safetensors -o p.safetensors --secret keys/secret.key"
+    line += f" --evaluate calibrate_metric:intact --targets {options}"
+    found = json.loads(files(f"{line} --json"))
+    table = found["calibration"]
+    measured = [intact(safetensors.numpy.load_file("p.safetensors"))]
+    for level in range(1, len(table["levels"])):
+        files(f"grant p.safetensors --level {level} --secret keys/secret.key -o {level}.grant")
+        files(f"unlock p.safetensors -g {level}.grant -o {level}.safetensors")
+        measured.append(intact(safetensors.numpy.load_file(f"{level}.safetensors")))
+    assert [row["value"] for row in table["levels"]] == measured
+    for row in table["levels"][:-1]:
+        assert row["target"] is None or row["value"] == pytest.approx(row["target"], abs=3)
+    assert table["exact"]
+    top = Path(f"{len(table['levels']) - 1}.safetensors").read_bytes()
+    assert top == Path("model.safetensors").read_bytes()
+    assert (found["signer"] is not None) == ("--signing" in options)
+
+
+def test_a_calibrated_file_encrypts_copies_alike(files):
+    tensors = safetensors.numpy.load_file("model.safetensors")
+    tensors["tied.weight"] = tensors["classifier.weight"]
+    safetensors.numpy.save_file(tensors, "model.safetensors")
+    text = files(
+        "protect model.safetensors -o p.safetensors --secret keys/secret.key --targets 60 80 "
+        "--evaluate calibrate_metric:intact --importance scores.safetensors"
+    )
+    assert re.search(r"level +opens +target +gives\n +0 +0.0000% +60 +\d", text)
+    public = safetensors.numpy.load_file("p.safetensors")
+    changed = [public[n] != tensors[n] for n in ("classifier.weight", "tied.weight")]
+    assert changed[0].mean() > 0.2
+    assert (changed[0] == changed[1]).mean() > 0.9  # but for weights that stay by chance
+
+
+def test_targets_of_a_checkpoint_in_several_files(files):
+    tensors = safetensors.numpy.load_file("model.safetensors")
+    Path("shards").mkdir()
+    names = {"features": "model-00001-of-00002.safetensors"}
+    names["classifier"] = "model-00002-of-00002.safetensors"
+    for part, file in names.items():
+        here = {name: leaf for name, leaf in tensors.items() if name.startswith(part)}
+        safetensors.numpy.save_file(here, f"shards/{file}")
+    index = {"weight_map": {name: names[name.split(".")[0]] for name in tensors}}
+    Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
+    files(
+        "protect shards -o public --secret keys/secret.key --targets 60 80 --tolerance 2 "
+        "--evaluate calibrate_metric:intact --importance scores.safetensors"
+    )
+    public = {
+        n: v for f in names.values() for n, v in safetensors.numpy.load_file(f"public/{f}").items()
+    }
+    from calibrate_metric import intact
+
+    assert intact(public) == pytest.approx(60, abs=2)
+
+
+def test_bad_targets_are_refused(files):
+    base = "protect model.safetensors -o p.safetensors --secret keys/secret.key"
+    goal = "--targets 60 80 --evaluate calibrate_metric:intact"
+    for line, message in (
+        (f"{goal} --levels 3", "targets: expected them alone, got levels too"),
+        (f"{goal} --fractions 0.1", "got fractions too"),
+        ("--targets 60", "Add --evaluate"),
+        ("--evaluate calibrate_metric:intact", "evaluate: is of use with targets only"),
+        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: is of use with"),
+        ("--targets 60 good --evaluate calibrate_metric:intact", "number for level 1, got 'good'"),
+        ("--targets 60 --evaluate nowhere", "expected an import path"),
+        ("--targets 60 --evaluate calibrate_metric:wrong", "expected a number"),
+        (f"{goal} --tolerance 1e-9 --evaluations 9", "cannot reach"),
+        (f"{goal} --budget 0.1", "targets[0]: cannot reach 60"),
+    ):
+        files(f"{base} {line}", fails=message)
+        assert not Path("p.safetensors").exists()
+
+
 def test_bad_commands_are_refused(files):
     base = "calibrate model.safetensors calibrate_metric:intact --targets"
     for line, message in (
@@ -426,6 +681,47 @@ def test_levels_of_a_denoiser():
     assert found.evaluations <= 40
     assert found.values == pytest.approx(targets, abs=0.3)
     assert list(found.values) == sorted(found.values)
+
+
+@pytest.mark.slow
+def test_a_released_denoiser_gives_its_levels_on_other_pictures(monkeypatch):
+    from flax import nnx
+
+    from selcrypt_jax.demo import _data, _train
+
+    numbers = itertools.count()  # the search is one that repeats
+    monkeypatch.setattr(_measured, "new_model_id", lambda: next(numbers).to_bytes(16, "little"))
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        subject = _train.train_dncnn(depth=6, width=24, steps=100, crop=96, seed=0)
+    # Squares of 32 pixels of photographs that it was not trained on, like those of a chess board.
+    photographs = _data.test_photographs(288)
+    squares = photographs.reshape(2, 9, 32, 9, 32, 1).swapaxes(2, 3).reshape(-1, 32, 32, 1)
+    noise = jax.random.normal(jax.random.key(1), squares.shape)
+    noisy = squares + _train.SIGMA * noise
+
+    @jax.jit
+    def quality(params):
+        denoised = nnx.merge(subject.graphdef, params, subject.rest)(noisy)
+        return _train.psnr(denoised, squares)
+
+    def of(params, which):
+        return float(quality(params)[which::2].mean())
+
+    scores = importance.random(
+        subject.params, key=KEY, select=r"^convs/[1-4]/kernel$", granularity="weight"
+    )
+    masks, keys = nested_masks(scores, [0.9]), [sj.chacha20_key(bytes(32))]
+    whole, worst = (of(p, 0) for p in (subject.params, sj.encrypt(subject.params, masks, keys)))
+    targets = [whole - share * (whole - worst) for share in (0.8, 0.6, 0.4, 0.2)]
+    secret = sj.Secret(bytes(32))
+    released, found = sj.protect_calibrated(
+        lambda params: of(params, 0), subject.params, scores, targets, secret=secret, tolerance=0.15
+    )
+    assert found.exact
+    assert found.evaluations <= 40
+    assert found.values == levels_of(released, 4, lambda params: of(params, 0), secret)
+    held_out = levels_of(released, 4, lambda params: of(params, 1), secret)
+    assert held_out == pytest.approx(targets, abs=0.3)
 
 
 @pytest.mark.slow

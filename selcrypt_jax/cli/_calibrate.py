@@ -1,10 +1,11 @@
-"""The command that finds levels of a given quality."""
+"""Levels of a given quality: the command that finds them, and the way of `selcrypt protect`."""
 
 import json
 import math
 import shlex
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,10 @@ from .._lossless import LosslessCipher
 from ._commands import Json, Strategy
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from .._calibrate import Calibration
+    from .._protect import Selection
     from .._search import Evaluation
 
 
@@ -44,6 +48,9 @@ def calibrate(
 
       selcrypt calibrate model.safetensors mine:psnr --targets 20 24 28
 
+    These are means over keys, for planning. A file has one key, with which a level may be far off:
+    selcrypt protect --targets makes a file whose own levels are as you say.
+
     Args:
         file: The checkpoint, as for selcrypt protect.
         evaluate: Import path module:function of your metric, a function of a dict from the names of
@@ -71,6 +78,7 @@ def calibrate(
     from .._envelope import check_unprotected
     from .._imported import imported
     from .._protect import checkpoint_scores, open_checkpoint
+    from .._release import read_params
 
     wanted = [_number(text, level) for level, text in enumerate(targets)]
     if strategy == "random":
@@ -87,14 +95,14 @@ def calibrate(
         scores, _ = checkpoint_scores(
             checkpoint, stack, importance, strategy, granularity, layout, select
         )
-        params = {name: _tensor(checkpoint, name) for name in checkpoint.tensors}
+        params = read_params(checkpoint)
         order = dict.fromkeys(params, False) | {n: scores.of(n) for n in scores.shapes}
 
     import jax
 
     from .._calibrate import calibrate_levels
 
-    try:
+    with _metric_errors(evaluate):
         found = calibrate_levels(
             metric,
             params,
@@ -111,10 +119,6 @@ def calibrate(
             higher_is_better=not lower_is_better,
             progress=_say if sys.stderr.isatty() else None,
         )
-    except TypeError as error:
-        if not str(error).startswith("eval_fn"):
-            raise
-        raise ValueError(f"{evaluate}: {error}") from None
     options = {
         "importance": importance,
         "strategy": strategy,
@@ -144,16 +148,46 @@ def _number(text: str, level: int) -> float | None:
         ) from None
 
 
-def _tensor(checkpoint: Any, name: str) -> Any:
-    """On the device at once, unless JAX has no such dtype."""
-    import jax
+def protect_to_targets(
+    file: Path,
+    out: Path,
+    targets: Sequence[str],
+    *,
+    evaluate: str,
+    tolerance: float | None,
+    evaluations: int | None,
+    lower_is_better: bool | None,
+    options: dict[str, Any],
+) -> tuple["Selection", dict[str, Any]]:
+    """`selcrypt protect` with targets: what was chosen, and what its levels give."""
+    from .._imported import imported
+    from .._release import protect_file_calibrated
 
-    from .._arrays import as_array
+    wanted = [_number(text, level) for level, text in enumerate(targets)]
+    metric = imported("evaluate", evaluate)
+    with _metric_errors(evaluate):
+        chosen, found = protect_file_calibrated(
+            file,
+            out,
+            metric,
+            wanted,
+            tolerance=tolerance,
+            evaluations=evaluations,
+            higher_is_better=not lower_is_better,
+            progress=_say if sys.stderr.isatty() else None,
+            **options,
+        )
+    return chosen, _as_dict(found, wanted, spreads=False)
 
-    info = checkpoint.tensors[name]
-    array = as_array(checkpoint.read(name), info.dtype, info.shape)
-    same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
-    return jax.device_put(array) if same else array
+
+@contextmanager
+def _metric_errors(evaluate: str) -> Iterator[None]:
+    try:
+        yield
+    except TypeError as error:
+        if not str(error).startswith("eval_fn"):
+            raise
+        raise ValueError(f"{evaluate}: {error}") from None
 
 
 def _say(step: "Evaluation") -> None:
@@ -163,51 +197,60 @@ def _say(step: "Evaluation") -> None:
     )
 
 
-def _print(
-    file: Path,
-    found: "Calibration",
-    targets: list[float | None],
-    protect: list[str],
-    as_json: bool,
-) -> None:
-    rows: list[dict[str, Any]] = [
-        {"level": level, "fraction": fraction, "target": target, "value": value, "spread": spread}
-        for level, (fraction, target, value, spread) in enumerate(
-            zip(
-                (0.0, *found.fractions),
-                (*targets, None),
-                (*found.values, found.untouched),
-                (*(None if math.isnan(s) else s for s in found.spreads), 0.0),
-                strict=True,
-            )
+def _as_dict(
+    found: "Calibration", targets: Sequence[float | None], *, spreads: bool
+) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    for level, (fraction, target, value, spread) in enumerate(
+        zip(
+            (0.0, *found.fractions),
+            (*targets, None),
+            (*found.values, found.untouched),
+            (*(None if math.isnan(s) else s for s in found.spreads), 0.0),
+            strict=True,
         )
-    ]
-    if as_json:
-        result = {
-            "levels": rows,
-            "fractions": list(found.fractions),
-            "untouched": found.untouched,
-            "exact": found.exact,
-            "evaluations": found.evaluations,
-            "calls": found.calls,
-            "protect": protect,
-        }
-        print(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
+    ):
+        row = {"level": level, "fraction": fraction, "target": target, "value": value}
+        rows.append(row | {"spread": spread} if spreads else row)
+    return {
+        "levels": rows,
+        "untouched": found.untouched,
+        "exact": found.exact,
+        "evaluations": found.evaluations,
+        "calls": found.calls,
+    }
+
+
+def print_levels(found: dict[str, Any], console: "Console") -> None:
+    """The table of what levels give."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("level", "opens", "target", "gives", "± over keys"):
+    spreads = "spread" in found["levels"][0]
+    for title in ("level", "opens", "target", "gives", *(["± over keys"] if spreads else [])):
         table.add_column(title, justify="right")
-    for row in rows:
-        target, spread = (
-            "" if row[name] is None else f"{row[name]:.4g}" for name in ("target", "spread")
-        )
-        opens = f"{row['fraction']:.4%}"
-        table.add_row(str(row["level"]), opens, target, f"{row['value']:.4g}", spread)
-    console = Console(highlight=False, soft_wrap=True)
+    for row in found["levels"]:
+        numbers = ("target", "value", *(["spread"] if spreads else []))
+        texts = ["" if row[name] is None else f"{row[name]:.4g}" for name in numbers]
+        table.add_row(str(row["level"]), f"{row['fraction']:.4%}", *texts)
     console.print(table)
+
+
+def _print(
+    file: Path,
+    found: "Calibration",
+    targets: Sequence[float | None],
+    protect: list[str],
+    as_json: bool,
+) -> None:
+    result = _as_dict(found, targets, spreads=True)
+    if as_json:
+        more = {"fractions": list(found.fractions), "protect": protect}
+        print(json.dumps(result | more, indent=2))
+        return
+    from rich.console import Console
+
+    print_levels(result, Console(highlight=False, soft_wrap=True))
     print(
         f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n\n"
         f"  selcrypt protect {shlex.quote(str(file))} -o public.safetensors "

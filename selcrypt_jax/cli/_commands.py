@@ -3,7 +3,7 @@
 import getpass
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,11 +138,16 @@ def protect(
     budget: float | None = None,
     levels: int | None = None,
     fractions: tuple[float, ...] = (),
+    targets: tuple[str, ...] = (),
+    evaluate: str | None = None,
+    tolerance: float | None = None,
+    evaluations: int | None = None,
+    lower_is_better: bool = False,
     granularity: Literal["kernel", "filter", "weight"] | None = None,
     layout: Literal["OIHW", "HWIO"] | None = None,
     select: str | None = None,
     scope: Literal["leaf", "model"] = "leaf",
-    small: float = 0.02,
+    small: float | None = None,
     unit: Literal["weight", "group"] = "weight",
     passphrase_file: Path | None = None,
     force: bool = False,
@@ -169,11 +174,23 @@ def protect(
             largest norm. These stay large, so a thief can guess where they are, though not what
             they were; random tells nothing.
         budget: Share of the groups that is encrypted, in every tensor that takes part; 0.08 by
-            default.
+            default. With targets it is the most that may be encrypted, 1 by default.
         levels: How many levels of quality, 5 by default. Each opens an equal part of the budget; in
             small tensors, where a part would be too little to hide, the next higher level opens it.
         fractions: Share of the groups that each level opens, ascending; the last one is all that is
             encrypted. In place of budget and levels. selcrypt calibrate finds them.
+        targets: What levels 0, 1, ... of this very file shall give, from the worst to the best; one
+            more level gives the original. The first may be "any": as bad as the budget makes it.
+            In place of fractions and levels, with --evaluate. The checkpoint has to fit into
+            memory.
+        evaluate: With targets: import path module:function of your metric, a function of a dict
+            from the names of the tensors to arrays; the working folder is searched. Let it measure
+            on data that the network was not trained on.
+        tolerance: With targets: how far a level may be from its own. By default 2 % of the way from
+            the first target to the original.
+        evaluations: With targets: how often the metric may be called; 8 times a target and 8 more
+            by default.
+        lower_is_better: With targets: whether the metric is a loss; targets then descend.
         granularity: What is selected: kernels (the default; of a dense layer, single weights),
             whole filters, or weights. Positions of single weights take about a bit a weight.
         layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX. By default it is
@@ -184,6 +201,8 @@ def protect(
         small: Share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside the budget: normalisation, biases, often the first and the last
             layer. They are few, and harder to learn anew than many kernels. Level 1 opens them.
+            By default 0.02; 0 with targets, unless the first is "any", since small tensors make
+            level 0 hard to steer.
         unit: What the cipher moves about: single weights, or whole groups, which leave less of a
             trace and have fewer orders.
         passphrase_file: Of the keys, if they have a passphrase and nobody is there to type it.
@@ -192,30 +211,41 @@ def protect(
     """
     from .._protect import protect_file  # the start of JAX, which the other commands don't need
 
-    shares = _shares(budget, levels, fractions)
+    goal = {
+        "evaluate": evaluate,
+        "tolerance": tolerance,
+        "evaluations": evaluations,
+        "lower_is_better": lower_is_better or None,
+    }
+    shares = _shares(budget, levels, fractions, targets, goal)
     _check_output(out, secret, signing, importance, passphrase_file)
-    chosen = protect_file(
-        file,
-        out,
-        secret=_read_secret(secret, passphrase_file),
-        signing=_read_signing(signing, passphrase_file),
-        fractions=shares,
-        importance=importance,
-        strategy=strategy,
-        granularity=granularity,
-        layout=layout,
-        select=select,
-        scope=scope,
-        small=small,
-        cipher=LosslessCipher(unit=unit),
-        force=force,
-    )
-    found = inspect_file(out)
+    options: dict[str, Any] = {
+        "secret": _read_secret(secret, passphrase_file),
+        "signing": _read_signing(signing, passphrase_file),
+        "importance": importance,
+        "strategy": strategy,
+        "granularity": granularity,
+        "layout": layout,
+        "select": select,
+        "scope": scope,
+        "cipher": LosslessCipher(unit=unit),
+        "force": force,
+    }
+    found: dict[str, Any] = {}
+    if shares:
+        small = 0.02 if small is None else small
+        chosen = protect_file(file, out, fractions=shares, small=small, **options)
+    else:
+        from ._calibrate import protect_to_targets
+
+        options |= {"budget": 1.0 if budget is None else budget, "small": small}
+        chosen, found = protect_to_targets(file, out, targets, options=options, **goal)
+    made = inspect_file(out)
     details = {"layout": chosen.layout, "selected": dict(chosen.groups)}
-    _print_inspection(found, as_json, details | {"untouched": dict(chosen.untouched)})
+    _print_inspection(made, as_json, details | {"untouched": dict(chosen.untouched)}, found)
     integers = {t: n for t, n in chosen.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
-    if select is None and importance is None and sum(integers.values()) > found.weights / 2:
+    if select is None and importance is None and sum(integers.values()) > made.weights / 2:
         print(
             f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
             "names their tensors: nothing of them is encrypted.",
@@ -228,10 +258,32 @@ def protect(
         )
 
 
-def _shares(budget: float | None, levels: int | None, fractions: Sequence[float]) -> list[float]:
-    """What each level opens."""
+def _shares(
+    budget: float | None,
+    levels: int | None,
+    fractions: Sequence[float],
+    targets: Sequence[str],
+    goal: Mapping[str, Any],
+) -> list[float]:
+    """What each level opens; nothing where targets decide that."""
     from .._masks import check_share
 
+    options: dict[str, Any] = {"levels": levels, "fractions": fractions or None}
+    wrong = [n for n, value in (options if targets else goal).items() if value is not None]
+    if wrong:
+        names = ", ".join(name.replace("_", "-") for name in wrong)
+        raise ValueError(
+            f"targets: expected them alone, got {names} too, which they decide. Leave those out."
+            if targets
+            else f"{names}: is of use with targets only, got none. Add --targets."
+        )
+    if targets:
+        if goal["evaluate"] is None:
+            raise ValueError(
+                "targets: expected a metric to measure them by, got none. Add --evaluate "
+                "module:function."
+            )
+        return []
     if fractions:
         if budget is not None or levels is not None:
             raise ValueError(
@@ -487,10 +539,14 @@ def _as_dict(found: Inspection) -> dict[str, Any]:
 
 
 def _print_inspection(
-    found: Inspection, as_json: bool, chosen: dict[str, Any] | None = None
+    found: Inspection,
+    as_json: bool,
+    chosen: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
 ) -> None:
     if as_json:
-        print(json.dumps(_as_dict(found) | (chosen or {}), indent=2))
+        more = {"calibration": calibration} if calibration else {}
+        print(json.dumps(_as_dict(found) | (chosen or {}) | more, indent=2))
         return
     from rich.console import Console
     from rich.table import Table
@@ -529,3 +585,8 @@ def _print_inspection(
     console.print(lines)
     console.print()
     console.print(table)
+    if calibration:
+        from ._calibrate import print_levels
+
+        console.print()
+        print_levels(calibration, console)
