@@ -73,7 +73,8 @@ def protect_calibrated(
         tolerance: how far a level may be from its target; see `calibrate_levels`.
         evaluations: how many may be taken at most, each of one call of `eval_fn`. By default 8 a
             target and 8 more. Four targets need about 20 where keys make a difference of three
-            tolerances (standard deviation), 25 where it is five, and 40 where it is eight.
+            tolerances (standard deviation), 25 where it is five, and 40 where it is eight; some
+            networks need twice as many.
         scope: see `nested_masks`.
         budget: largest share of the groups that may be encrypted, in (0, 1].
         small: share of all weights that small leaves may have, see `calibrate_levels`.
