@@ -95,7 +95,7 @@ def protect_calibrated(
             reachable; a metric that is flat or not finite; what `protect` refuses.
         TypeError: an `eval_fn` that gives no number; what `protect` refuses.
 
-    Example:
+    Examples:
         >>> released, found = protect_calibrated(psnr_of, params, scores, [20, 24], secret=secret)
         >>> released.save("model.safetensors")
     """
