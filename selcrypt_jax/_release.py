@@ -86,7 +86,7 @@ def protect_calibrated(
         metadata: see `protect`.
 
     Returns:
-        The release, and what its levels give: ``values`` are its own, and ``spreads`` zero.
+        The release, and what its levels give. ``values`` are its own, and ``spreads`` zero.
         ``fractions`` are shares of the groups that levels open, for information: no others make
         the same release.
 
