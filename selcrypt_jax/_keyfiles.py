@@ -327,8 +327,8 @@ def _unlock(
     sealed = _base64(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + 16)
     if passphrase is None:
         raise ValueError(
-            f"{what}: is locked with a passphrase, got none. Pass it: passphrase=..., or "
-            "--passphrase-file FILE."
+            f"{what}: is locked with a passphrase, got none. Pass it: "
+            "--passphrase-file FILE, or passphrase=... of the function that reads it (read_grant)."
         )
     words = passphrase if isinstance(passphrase, str) else passphrase()
     aead = _lock(words, salt, {key: int(text) for key, text in costs.items()})
@@ -471,7 +471,7 @@ def _unseal(data: bytes, what: str, identities: Sequence[AnyPath]) -> bytes:
     if not identities:
         raise ValueError(
             f"{what}: is sealed to somebody's age or SSH key, expected that private key, got "
-            "none. Pass it: --identity FILE, or identities=[FILE]."
+            "none. Pass it: --identity FILE, or read_grant(path, identities=[FILE])."
         )
     pyrage = _pyrage()
     keys = [key for path in identities for key in _identities(pyrage, Path(path))]

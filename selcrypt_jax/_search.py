@@ -344,10 +344,11 @@ class Search(Targets[Sampled]):
             noise = f" (a mean that is known to ±{error:.2g} after {len(values)} keys)"
         return (
             f"targets[{level}]: cannot reach {self._show(target)} within {self._tolerance:.3g}: "
-            f"the closest that was found gives {self._show(float(means[level]))}{noise}; the "
-            f"nearest shares that were tried give {between}. Use an order with smaller steps "
+            f"the levels that came closest give {self._show(float(means[level]))}{noise}; by "
+            f"itself, over fewer keys, it gave {between}. Use an order with smaller steps "
             "(smaller groups, scope='leaf', scores that spread the damage, such as random ones), "
-            "more keys, a larger tolerance, or other targets."
+            "more keys, a larger tolerance, or other targets; or calibrate a release under its own "
+            "key (protect_calibrated, selcrypt protect --targets)."
         )
 
 

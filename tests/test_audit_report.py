@@ -663,7 +663,7 @@ JUDGEMENTS = {
     0.2: "still gives him a part of what was to be protected",
     0.05: "is worth hardly more to him than its architecture (advantage 0.05, interval "
     "0.01 to 0.09).",
-    -0.5: "is worth hardly more to him than its architecture (advantage −0.50,",
+    -0.5: "holds him back: without it he gets further (advantage −0.50,",
     0.08: "seems to be worth hardly more to him than its architecture (advantage 0.08, interval "
     "0.04 to 0.12), but the interval is too wide to be sure.",
 }

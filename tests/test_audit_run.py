@@ -17,6 +17,7 @@ from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import Audit, masks_between
+from selcrypt_jax.audit._strategies import strategy_scores
 from selcrypt_jax.audit._subject import example_batches
 from selcrypt_jax.cli import main
 
@@ -222,6 +223,32 @@ def test_a_report_of_a_toy(subject):
         np.testing.assert_allclose(np.mean(climb.opened), metrics[1])
         assert all(a >= b for a, b in zip(climb.recovered, climb.opened, strict=True))
         assert len(climb.without) == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "groups"),
+    [
+        ((32, 16, 3, 3), None, (32, 16, 1, 1)),  # as `protect_file` tells it
+        ((3, 3, 16, 32), None, (1, 1, 16, 32)),
+        ((5, 5, 5, 5), "OIHW", (5, 5, 1, 1)),
+        ((5, 5, 5, 5), "HWIO", (1, 1, 5, 5)),
+    ],
+)
+def test_kernels_are_selected_in_their_layout(subject, shape, layout, groups):
+    params = {"conv": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
+    own = subject._replace(params=params, layout=layout)
+    for name in ("l2", "random", "ascend"):
+        assert strategy_scores(own, name, 0)["conv"].shape == groups
+
+
+def test_a_layout_that_cannot_be_told_is_asked_for(subject):
+    own = subject._replace(params={"conv": np.ones((5, 5, 5, 5), np.float32)})
+    with pytest.raises(ValueError, match=r"Set the subject's layout: OIHW as in PyTorch"):
+        strategy_scores(own, "l2", 0)
+
+
+def test_where_all_is_encrypted_there_is_nothing_to_detect(subject):
+    assert Audit("toy", subject, SMALL)._detection("l2", 1.0) == {}
 
 
 @pytest.mark.slow

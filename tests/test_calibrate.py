@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import re
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
@@ -40,6 +39,13 @@ PARAMS = {
 }
 SCORES = importance.l2(PARAMS)
 FINE = importance.l2(PARAMS, granularity="weight")
+
+
+@pytest.fixture(autouse=True)
+def model_ids(monkeypatch):
+    """Model ids that are new, and the same in each run: so are the searches."""
+    numbers = itertools.count()
+    monkeypatch.setattr(_measured, "new_model_id", lambda: next(numbers).to_bytes(16, "little"))
 
 
 def intact(params):
@@ -169,7 +175,7 @@ def test_steps_that_are_too_large_are_told():
     network = KnownNetwork(half=2, power=1.5, opening=1.0)
     with pytest.raises(ValueError, match=r"targets\[0\]: cannot reach 60 within 0\.5") as error:
         Search(network, [60.0], 1.0, 0.5, None).run()
-    assert "give 55 at 2e-05 and 76.4917 at 1e-05" in str(error.value)
+    assert "it gave 55 at 2e-05 and 76.4917 at 1e-05" in str(error.value)
     assert "smaller steps" in str(error.value)
 
 
@@ -378,7 +384,7 @@ def test_leaves_that_are_too_small_to_hide_in_are_told():
 
 # --- a release ------------------------------------------------------------------------------------
 
-SECRET = sj.Secret.generate()
+SECRET = sj.Secret(bytes(range(32)))
 
 
 def jumpy(params):
@@ -422,7 +428,7 @@ def test_a_release_gives_what_was_measured(scope, metric):
     assert found.spreads == (0, 0, 0)
     assert released.metadata["title"] == "toy"
     sizes = [
-        sum(int(mask[name]["kernel"].sum()) for name in ("conv", "head")) for mask in found.masks
+        sum(int(np.sum(mask[name]["kernel"])) for name in ("conv", "head")) for mask in found.masks
     ]
     assert [size / 7400 for size in sizes] == pytest.approx(found.fractions, abs=0.05)
     top = sj.unlock(released, sj.level_key(SECRET, released.model_id, level=3, levels=3))
@@ -509,6 +515,7 @@ def files(tmp_path, monkeypatch, capsys):
     }
     safetensors.numpy.save_file(noise, "scores.safetensors")
     assert main(["keygen", "-o", "keys"]) == 0
+    sj.write_secret("keys/secret.key", SECRET, force=True)
 
     def run(line, *, fails=None):
         capsys.readouterr()
@@ -554,7 +561,7 @@ def test_calibrate_protect_and_open_each_level(files, options):
         "any 60 80 --budget 0.7 --importance scores.safetensors --scope model --tolerance 3",
         "70 90 --granularity filter --select features --tolerance 4",
         "70 85 --unit group --importance scores.safetensors --tolerance 3",
-        "60 80 --strategy random",
+        "60 80 --strategy random --tolerance 3",  # another order in each run
     ],
 )
 def test_a_file_gives_what_was_printed(files, options):
@@ -638,7 +645,6 @@ def test_bad_commands_are_refused(files):
     base = "calibrate model.safetensors calibrate_metric:intact --targets"
     for line, message in (
         (f"{base} 60 good", "targets: expected a number for level 1, got 'good'"),
-        (f"{base} 60 --strategy random", "draws another order each time"),
         (f"{base} 60 --importance scores.safetensors --strategy l2", "got strategy too"),
         (f"{base} 60 101 --tolerance 0.1", "untouched network gives 100"),
         ("calibrate model.safetensors nowhere --targets 1", "expected an import path"),
@@ -684,13 +690,11 @@ def test_levels_of_a_denoiser():
 
 
 @pytest.mark.slow
-def test_a_released_denoiser_gives_its_levels_on_other_pictures(monkeypatch):
+def test_a_released_denoiser_gives_its_levels_on_other_pictures():
     from flax import nnx
 
     from selcrypt_jax.demo import _data, _train
 
-    numbers = itertools.count()  # the search is one that repeats
-    monkeypatch.setattr(_measured, "new_model_id", lambda: next(numbers).to_bytes(16, "little"))
     with jax.numpy_dtype_promotion("standard"):  # for optax
         subject = _train.train_dncnn(depth=6, width=24, steps=100, crop=96, seed=0)
     # Squares of 32 pixels of photographs that it was not trained on, like those of a chess board.
@@ -722,13 +726,3 @@ def test_a_released_denoiser_gives_its_levels_on_other_pictures(monkeypatch):
     assert found.values == levels_of(released, 4, lambda params: of(params, 0), secret)
     held_out = levels_of(released, 4, lambda params: of(params, 1), secret)
     assert held_out == pytest.approx(targets, abs=0.3)
-
-
-@pytest.mark.slow
-def test_example_of_the_document(tmp_path):
-    text = (Path(__file__).parent.parent / "docs" / "calibrate.md").read_text()
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr

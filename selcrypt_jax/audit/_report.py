@@ -169,6 +169,8 @@ def _judgement(advantage: Advantage, best: Best) -> str:
         return f"the file gives him most of what was to be protected {number}."
     if advantage.mean > _TARGET:
         return f"the file still gives him a part of what was to be protected {number}."
+    if advantage.mean < -_TARGET:
+        return f"the file holds him back: without it he gets further {number}."
     doubt = _doubt(advantage, best)
     verb, but = ("seems to be", f", but {doubt}") if doubt else ("is", "")
     return f"the file {verb} worth hardly more to him than its architecture {number}{but}."

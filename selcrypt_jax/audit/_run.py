@@ -261,6 +261,9 @@ class Audit:
             for name, leaf in named_leaves(self.subject.params).leaves.items()
             if is_array(leaf) and len(leaf.shape) > 1
         ]
+        chosen = [np.ravel(m) for m in jax.tree.leaves(_only(mask, names)) if is_array(m)]
+        if not chosen or len(np.unique(np.concatenate(chosen))) < 2:
+            return {}  # all of them are encrypted as a whole, or none
         own = []
         for number in (1, 2):
             masks = self.masks(strategy, share, number)

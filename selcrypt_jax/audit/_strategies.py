@@ -11,12 +11,13 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
+from .._groups import Layout
 from .._lossless import LosslessCipher
 from .._masks import nested_masks, with_small_leaves, with_whole_leaves
-from .._plan import merged_counts
+from .._plan import guess_layout, merged_counts
 from .._pss import PSSConfig, pss
 from .._ranks import Scope
-from .._tree import is_array, named_leaves
+from .._tree import is_array, named_leaves, select_leaves
 from ._subject import Subject, floats, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
@@ -56,18 +57,17 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
         seed: of what is drawn.
     """
     plain = plain_strategy(name)
-    key, select = jax.random.key(seed), subject.select
     if plain.startswith("scores:"):
         return _scores_of_file(subject, plain.removeprefix("scores:"))
+    options: dict[str, Any] = {"select": subject.select, "layout": _layout(subject)}
+    key = jax.random.key(seed)
     if plain == "random":
-        return importance.random(subject.params, key=key, select=select)
+        return importance.random(subject.params, key=key, **options)
     if plain in ("taylor", "fisher"):
         function: Any = getattr(importance, plain)
-        return function(
-            subject.loss_fn, subject.params, owner_batches(subject, seed), select=select
-        )
+        return function(subject.loss_fn, subject.params, owner_batches(subject, seed), **options)
     if plain in CLOSED_FORM:
-        return getattr(importance, plain)(subject.params, select=select)
+        return getattr(importance, plain)(subject.params, **options)
     objective = "keep" if plain == "pss-keep" else "break"
     config = PSSConfig(objective, penalty=1e-5 if objective == "keep" else 2e-3)
     return pss(
@@ -76,8 +76,22 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
         owner_batches(subject, seed),
         key=key,
         config=config,
-        select=select,
+        **options,
     )
+
+
+def _layout(subject: Subject) -> Layout:
+    """As it is given, or told from the shapes of what is selected."""
+    if subject.layout is not None:
+        return subject.layout
+    leaves = select_leaves(subject.params, subject.select)
+    try:
+        return guess_layout(leaves, list(leaves), {}, "kernel")
+    except ValueError:
+        raise ValueError(
+            f"{subject.title}: cannot tell where the output and input axes of its kernels are. "
+            "Set the subject's layout: OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
+        ) from None
 
 
 def owner_batches(subject: Subject, seed: int) -> PyTree:

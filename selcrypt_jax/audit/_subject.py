@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Int, PRNGKeyArray, PyTree
 
 from .._finetune import TrainingLossFn
+from .._groups import Layout
 from .._importance import LossFn
 from .._normalisation import NORMALISATION, is_scale, normalisation_names
 from .._tree import NamedLeaves, is_array, named_leaves
@@ -30,6 +31,8 @@ class Subject(NamedTuple):
         fresh: ``key -> params`` before training, for whoever starts from the architecture.
         training_loss_fn: the loss in training mode, if there is one; see `TrainingLossFn`.
         select: leaves whose groups are selected, a regular expression; None: two axes or more.
+        layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
+            from the shapes, as `protect_file` does.
         normalisation: names of normalisation parameters and statistics, a regular expression.
     """
 
@@ -44,6 +47,7 @@ class Subject(NamedTuple):
     fresh: Callable[[PRNGKeyArray], PyTree]
     training_loss_fn: TrainingLossFn | None = None
     select: str | None = None
+    layout: Layout | None = None
     normalisation: str = NORMALISATION
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tyro.conf import Positional
 
 from .._lossless import LosslessCipher
-from ._commands import Json, Strategy
+from ._commands import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,7 +31,7 @@ def calibrate(
     seed: int = 0,
     lower_is_better: bool = False,
     importance: Path | None = None,
-    strategy: Strategy | None = None,
+    strategy: Literal["l2", "ascend", "descend", "mean"] | None = None,
     budget: float = 1.0,
     granularity: Literal["kernel", "filter", "weight"] | None = None,
     layout: Literal["OIHW", "HWIO"] | None = None,
@@ -64,7 +64,8 @@ def calibrate(
         seed: Of the keys that are tried.
         lower_is_better: Whether your metric is a loss; targets then descend.
         importance: Scores, as for selcrypt protect.
-        strategy: As for selcrypt protect, but for random, which is another order each time.
+        strategy: As for selcrypt protect. To plan with random ones, which are others each time,
+            save scores (selcrypt_jax.importance.random).
         budget: Largest share of the groups that may be encrypted.
         granularity: As for selcrypt protect.
         layout: As for selcrypt protect.
@@ -81,11 +82,6 @@ def calibrate(
     from .._release import read_params
 
     wanted = [_number(text, level) for level, text in enumerate(targets)]
-    if strategy == "random":
-        raise ValueError(
-            "strategy: random draws another order each time, so protect would not repeat what was "
-            "found. Save scores (selcrypt_jax.importance.random) and use --importance."
-        )
     if small is None:
         small = 0.02 if wanted[:1] == [None] else 0.0
     metric = imported("evaluate", evaluate)

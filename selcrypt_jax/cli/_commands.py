@@ -566,14 +566,14 @@ def _print_inspection(
     if chosen is not None:
         names = ", ".join(f"{name} ({groups:,})" for name, groups in chosen["selected"].items())
         layout = f", layout {chosen['layout']}" if chosen["layout"] else ""
-        lines.add_row(
-            "selected", Text(f"groups in {len(chosen['selected'])} tensors{layout}: {names}")
-        )
+        count = len(chosen["selected"])
+        tensors = f"{count} tensor{'s' * (count != 1)}"
+        lines.add_row("selected", Text(f"groups in {tensors}{layout}: {names}"))
         if chosen["untouched"]:
-            rest = ", ".join(f"{n:,} of {dtype}" for dtype, n in chosen["untouched"].items())
-            lines.add_row("untouched", Text(f"tensors with these weights: {rest}"))
+            rest = ", ".join(f"{n:,} {dtype}" for dtype, n in chosen["untouched"].items())
+            lines.add_row("untouched", Text(f"in the other tensors: {rest}"))
     table = Table(box=None, pad_edge=False)
-    for title in ("level", "groups", "weights", "opened so far"):
+    for title in ("level", "groups", "weights", "of all weights"):
         table.add_column(title, justify="right")
     grant = any(level.opens is not None for level in found.levels)
     if grant:
