@@ -40,7 +40,7 @@ def run(script: str, *args, fails: str | None = None) -> list[dict]:
     command = [sys.executable, str(ROOT / "train" / script), *map(str, args)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == (fails is not None), result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
     assert (fails or "") in result.stderr
     return [json.loads(line) for line in result.stdout.splitlines()]
 

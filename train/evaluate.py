@@ -16,6 +16,7 @@ one JSON object a line, a table to standard error; with ``--out``, the same as `
 import io
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -137,7 +138,8 @@ def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
     rows = []
     quality = None
     opened = levels_of(config)
-    for level, tensors in track(opened, "levels", console=Console(stderr=True), transient=True):
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    for level, tensors in track(opened, "levels", console=console, transient=True, disable=hidden):
         eps = config.eps if isinstance(config, Dncnn) else 1e-5
         model = model_in(tensors, str(config.file), kind, eps=eps)
         graph, params = nnx.split(model)
