@@ -1,10 +1,25 @@
-"""Hooks of the documentation's build: the help of each command, as the program prints it."""
+"""Hooks of the documentation's build: notebooks, and the help of commands as they print it."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+
+
+@event_priority(100)  # before the plugin that reads notebooks
+def on_files(files: Files, *, config: MkDocsConfig) -> Files:
+    """Takes the notebooks in, from where they lie for Colab."""
+    root = Path(config.docs_dir).parent
+    for path in sorted(root.glob("colab/*.ipynb")):
+        name = path.relative_to(root).as_posix()
+        files.append(File(name, str(root), config.site_dir, config.use_directory_urls))
+    return files
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
