@@ -69,7 +69,8 @@ def test_the_sdist_has_what_builds_and_what_the_tests_read(built):
     with tarfile.open(built.sdist) as file:
         names = {member.name.partition("/")[2] for member in file if member.isfile()}
     folders = ("selcrypt_jax", "tests", "train", "colab", "docs", "benchmarks")
-    top = {"CHANGELOG.md", "FORMAT.md", "LICENSE", "Makefile", "README.md", "pyproject.toml"}
+    top = {path.name for path in ROOT.glob("*.md")}
+    top |= {"CITATION.cff", "LICENSE", "Makefile", "mkdocs.yml", "pyproject.toml"}
     expected = top.union(*map(files, folders))
     # The last two are added by the builder.
     assert names == expected | {".gitignore", "PKG-INFO"}
@@ -96,7 +97,7 @@ def test_what_a_registry_shows(built):
     assert isinstance(text, bytes)
     assert text.decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert {"Summary", "Keywords", "Classifier"} <= set(about)
-    extras = {"age", "audit", "bench", "demo", "dev", "test", "train"}
+    extras = {"age", "audit", "bench", "demo", "dev", "docs", "test", "train"}
     assert set(about.get_all("Provides-Extra", [])) == extras
 
 
