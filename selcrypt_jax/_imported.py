@@ -1,5 +1,6 @@
 """Functions of the user's own, by import path."""
 
+import contextlib
 import functools
 import importlib
 import sys
@@ -45,12 +46,16 @@ def imported(what: str, path: str, known: Sequence[str] = ()) -> Callable[..., A
 
 
 def _blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors are said to be its own, with the place in its file."""
+    """The function, whose errors are said to be its own, with the place in its file.
+
+    What it prints goes to stderr: stdout is for results, which may be JSON.
+    """
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with contextlib.redirect_stdout(sys.stderr):
+                return function(*args, **kwargs)
         except MemoryError:
             raise
         except Exception as error:  # whatever the function does

@@ -488,6 +488,7 @@ import safetensors.numpy
 PLAIN = safetensors.numpy.load_file("model.safetensors")
 
 def intact(params):
+    print("metrics may print")
     names = [name for name in PLAIN if PLAIN[name].ndim > 1]
     return 100 * np.mean([np.mean(np.asarray(params[name]) == PLAIN[name]) for name in names])
 
