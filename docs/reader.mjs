@@ -125,17 +125,20 @@ function fields(map, names, what) {
 
 // --- § Grants and keys ---------------------------------------------------------------------------
 
+// Not trim(), which knows more spaces than the format.
+const strip = (line) => line.replace(/^[ \t\r]+|[ \t\r]+$/g, '');
+
 function readKeyFile(path, kind, names) {
   const bytes = readFileSync(path);
   check(bytes.length <= 65536, `${path}: too long`);
-  const lines = decode(bytes, path).split('\n').map((line) => line.trim())
+  const lines = decode(bytes, path).replace(/^\uFEFF/, '').split('\n').map(strip)
     .filter((line) => line && !line.startsWith('#'));
   check(!/^(age-encryption\.org\/|-----BEGIN AGE)/.test(lines[0]),
     `${path}: sealed with age, open it with that first`);
   check(lines[0] === kind, `${path}: not a file that begins with ${kind}`);
   const found = new Map();
   for (const line of lines.slice(1)) {
-    const [, name, text] = line.match(/^([a-z-]+)\s*:\s*(.*)$/) ?? [];
+    const [, name, text] = line.match(/^([a-z-]+)[ \t\r]*:[ \t\r]*([^]*)$/) ?? [];
     check(name && !found.has(name), `${path}: a line that is no field, or a field twice`);
     found.set(name, text);
   }

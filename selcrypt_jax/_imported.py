@@ -42,10 +42,10 @@ def imported(what: str, path: str, known: Sequence[str] = ()) -> Callable[..., A
             f"{what}: expected a function, got {path!r}, which is {type(found).__name__}. Name a "
             "function of that module."
         )
-    return _blamed(what, path, found)
+    return blamed(what, path, found)
 
 
-def _blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, whose errors are said to be its own, with the place in its file.
 
     What it prints goes to stderr: stdout is for results, which may be JSON.

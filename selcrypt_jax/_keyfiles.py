@@ -67,6 +67,7 @@ _GRANT = _Kind(
 _KINDS = {kind.name: kind for kind in (_SECRET, _SIGNING, _VERIFY, _GRANT)}
 _OPTIONAL = {"signer"}
 _LOCK = ("kdf", "salt", "sealed")
+_SPACES = " \t\r"
 _DAMAGED = "The file is cut off, damaged or mistyped: take another copy, or ask for it again."
 
 
@@ -195,8 +196,8 @@ def read_grant(
     """
     fields, value = _load(path, _GRANT, passphrase, identities)
     try:
-        model_id, level = bytes.fromhex(fields["model-id"]), _level(fields["level"])
-        signer = bytes.fromhex(fields["signer"]) if "signer" in fields else None
+        model_id, level = _hex(fields["model-id"], "model-id"), _level(fields["level"])
+        signer = _hex(fields["signer"], "signer") if "signer" in fields else None
         if signer is not None and len(signer) != KEY_BYTES:
             raise ValueError(f"signer: expected {KEY_BYTES} bytes, got {len(signer)}")
         return Grant(LevelKey(value, level=level, model_id=model_id), signer)
@@ -218,6 +219,13 @@ def _check_public(public: bytes, name: str) -> None:
     _check_type(public, bytes, name, remedy)
     if len(public) != KEY_BYTES:
         raise ValueError(f"{name}: expected {KEY_BYTES} bytes, got {len(public)}. {remedy}")
+
+
+def _hex(text: str, field: str) -> bytes:
+    # fromhex() takes upper case and spaces, too.
+    if not re.fullmatch("(?:[0-9a-f]{2})+", text):
+        raise ValueError(f"{field}: expected hex in lower case, got something else")
+    return bytes.fromhex(text)
 
 
 def _level(text: str) -> int:
@@ -272,7 +280,7 @@ def _parse(
     fields: dict[str, str] = {}
     known = (*kind.fields, "key", *(_LOCK if kind.private else ()), "checksum")
     for number, line in enumerate(lines[1:], 2):
-        name, colon, text = (part.strip() for part in line.partition(":"))
+        name, colon, text = (part.strip(_SPACES) for part in line.partition(":"))
         if line.startswith("selcrypt-") and not colon:
             raise ValueError(f"{what}: expected one key in a file, got another. Split them.")
         if not colon or name not in known:
@@ -282,7 +290,7 @@ def _parse(
             )
         if name in fields:
             raise ValueError(f"{what}: field {name!r}: expected it once, got it twice. {_DAMAGED}")
-        fields[name] = text.lower() if name in ("model-id", "signer", "checksum") else text
+        fields[name] = text
     locked = "sealed" in fields
     needed = {*kind.fields, "checksum", *(_LOCK if locked else ("key",))} - _OPTIONAL
     missing = sorted(needed - set(fields))
@@ -357,7 +365,8 @@ def _lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
             actual = f"{len(data)} bytes of something else"
     if actual:
         raise ValueError(f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}")
-    lines = (line.strip() for line in text.splitlines())
+    # Not splitlines() and strip(), which know more ends of lines and spaces than FORMAT.md does.
+    lines = (line.strip(_SPACES) for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
 
 
@@ -419,6 +428,7 @@ def _load(
     path: AnyPath, kind: _Kind, passphrase: Passphrase, identities: Sequence[AnyPath] = ()
 ) -> tuple[dict[str, str], bytes]:
     """The fields and the 32 bytes of a key file."""
+    _check_path(path)
     data, open_to_others = _read(path)
     start = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if kind is _GRANT and start.startswith(_AGE):
@@ -467,12 +477,24 @@ def _recipient(pyrage: Any, text: str) -> Any:
         ) from None
 
 
+def _check_path(path: AnyPath) -> None:
+    """Refuses a key in the place of its file, before a message shows it."""
+    text = os.fspath(path)
+    if isinstance(text, str) and re.fullmatch("AGE-SECRET-KEY-.*|[A-Za-z0-9+/]{43}=", text.strip()):
+        raise ValueError(
+            "key: expected the path of a file, got a key itself. Save it in a file that only you "
+            "can read, and name that."
+        )
+
+
 def _unseal(data: bytes, what: str, identities: Sequence[AnyPath]) -> bytes:
     if not identities:
         raise ValueError(
             f"{what}: is sealed to somebody's age or SSH key, expected that private key, got "
             "none. Pass it: --identity FILE, or read_grant(path, identities=[FILE])."
         )
+    for path in identities:
+        _check_path(path)
     pyrage = _pyrage()
     keys = [key for path in identities for key in _identities(pyrage, Path(path))]
     try:

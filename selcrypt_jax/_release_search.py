@@ -131,10 +131,10 @@ class ReleaseSearch(Targets[Release]):
             near = min(values.values(), key=lambda value: abs(value - target), default=above)
             self._missing = (
                 f"targets[{level}]: cannot reach {self._show(target)} within "
-                f"{self._tolerance:.3g}: no release was found in {self.evaluations} evaluations, "
-                f"the last one came to {self._show(near)}. Allow more evaluations or a larger "
-                "tolerance, or use an order with smaller steps, with which keys matter less "
-                "(smaller groups, scope='leaf', scores that spread the damage, such as random "
+                f"{self._tolerance:.3g}: no release was found in {self.evaluations} evaluations; "
+                f"the closest of the last attempt gave {self._show(near)}. Allow more evaluations "
+                "or a larger tolerance, or use an order with smaller steps, with which keys matter "
+                "less (smaller groups, scope='leaf', scores that spread the damage, such as random "
                 "ones, without small first layers)."
             )
         return None

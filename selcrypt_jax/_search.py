@@ -83,8 +83,8 @@ class Targets(ABC, Generic[NetworkT]):
             if target is not None and target > self.untouched + tolerance:
                 raise ValueError(
                     f"targets[{level}]: cannot reach {self._show(target)}: the untouched network "
-                    f"gives {self._show(self.untouched)}. Ask for less; level {self._levels} is "
-                    "the original in any case."
+                    f"gives {self._show(self.untouched)}. Ask for less, or say that lower is "
+                    "better (higher_is_better=False, --lower-is-better)."
                 )
         # Level m opens counts[m - 1] groups; counts[-1] is all that is encrypted.
         self.counts = [self._most * level // self._levels for level in range(1, self._levels + 1)]
@@ -126,6 +126,8 @@ class Targets(ABC, Generic[NetworkT]):
         curve, target = self._curves[0], self._targets[0]
         if target is None or any(curve.at(n) >= target - self._tolerance for n in curve.fresh):
             return
+        if self.evaluations >= self._limit:
+            return  # less may not have been tried
         least = min(curve.fresh)
         raise ValueError(
             f"targets[0]: cannot reach {self._show(target)}: encrypting as little as "
@@ -156,8 +158,9 @@ class Targets(ABC, Generic[NetworkT]):
             # Rings may be too small by far.
             distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
         raise ValueError(
-            f"targets[{level}]: no groups left to choose from: {reason or 'none'} Use smaller "
-            "groups, scope='leaf', fewer levels, or scores without the leaves that are too small."
+            f"targets[{level}]: no groups left to choose from: {(reason or 'none').rstrip('.')}. "
+            "Use smaller groups, scope='leaf', fewer levels, or scores without the leaves that are "
+            "too small."
         )
 
     @abstractmethod

@@ -145,6 +145,8 @@ def rotate_file(
 ) -> bytes:
     """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
 
+    With new keys, levels below the top give another quality, by as much as keys matter.
+
     Who still has the old file can open that one, of course; and who compares both files sees which
     weights are encrypted.
 

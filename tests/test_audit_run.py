@@ -247,6 +247,22 @@ def test_a_layout_that_cannot_be_told_is_asked_for(subject):
         strategy_scores(own, "l2", 0)
 
 
+def test_an_error_of_a_subject_is_its_own(monkeypatch):
+    import audit_toy
+
+    def broken(params):
+        raise KeyError("conv")
+
+    monkeypatch.setattr(
+        audit_toy, "broken_subject", lambda: toy_subject()._replace(metric=broken), raising=False
+    )
+    config = SubjectConfig("mine", "audit_toy:broken_subject", {})
+    made = make_subject(config)
+    with pytest.raises(ValueError, match=r"\[subjects.mine\]: metric of the Subject raised KeyErr"):
+        made.metric(made.params)
+    assert np.isfinite(made.loss_fn(made.params, made.batch(np.arange(9), np.random.default_rng())))
+
+
 def test_where_all_is_encrypted_there_is_nothing_to_detect(subject):
     assert Audit("toy", subject, SMALL)._detection("l2", 1.0) == {}
 

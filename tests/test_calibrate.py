@@ -727,3 +727,18 @@ def test_a_released_denoiser_gives_its_levels_on_other_pictures():
     assert found.values == levels_of(released, 4, lambda params: of(params, 0), secret)
     held_out = levels_of(released, 4, lambda params: of(params, 1), secret)
     assert held_out == pytest.approx(targets, abs=0.3)
+
+
+def test_a_metric_may_change_the_dict_that_it_gets():
+    params = {"a": PARAMS["head"]["kernel"], "b": PARAMS["conv"]["kernel"]}
+    scores = importance.l2(params, granularity="weight")
+
+    def fused(tensors):
+        tensors["a"] = tensors["a"] * 1
+        tensors["c"] = tensors.pop("b")
+        return 100 * np.mean(np.asarray(tensors["a"]) == params["a"])
+
+    released, found = sj.protect_calibrated(
+        fused, params, scores, [60, 80], secret=SECRET, tolerance=2
+    )
+    assert found.values == levels_of(released, 2, lambda tensors: fused(dict(tensors)))

@@ -97,7 +97,6 @@ def test_a_grant_without_a_signer(tmp_path):
 
 FORMS = {
     "CRLF": lambda t: t.replace("\n", "\r\n").encode(),
-    "old Mac": lambda t: t.replace("\n", "\r").encode(),
     "BOM": lambda t: t.encode("utf-8-sig"),
     "no final newline": lambda t: t.rstrip("\n").encode(),
     "blank lines and comments": lambda t: t.replace("\n", "\n\n# é\n").encode(),
@@ -113,11 +112,30 @@ def test_harmless_forms_are_read(tmp_path, kind, form):
     assert read(put(tmp_path / "b", form((tmp_path / "a").read_text()))) == value
 
 
-def test_uppercase_digits_are_read(tmp_path):
-    lines = text_of(tmp_path / "g").split("\n")
-    lines = [ln.upper() if ln.startswith(("signer", "checksum")) else ln for ln in lines]
-    names = [ln.replace("SIGNER", "signer").replace("CHECKSUM", "checksum") for ln in lines]
-    assert read_grant(put(tmp_path / "h", "\n".join(names))) == GRANT
+@pytest.mark.parametrize("field", ["model-id", "signer"])
+def test_of_an_id_there_is_one_text(tmp_path, field):
+    (line,) = (ln for ln in text_of(tmp_path / "g").split("\n") if ln.startswith(field))
+    text = line.split(": ")[1].replace("00", "AB")
+    assert_refused(read_grant, grant_with(tmp_path, field, text.upper()), "hex in lower case")
+    spaced = grant_with(tmp_path, field, text[:2] + " " + text[2:])
+    assert_refused(read_grant, spaced, "hex in lower case")
+
+
+@pytest.mark.parametrize("end", ["\r", "\v", "\f", "\x1c", "\x85", "\u2028"])
+def test_lines_end_with_line_feeds_alone(tmp_path, end):
+    text = text_of(tmp_path / "g")
+    with pytest.raises(ValueError, match="expected"):
+        read_grant(put(tmp_path / "h", text.replace("\n", end)))
+    comment = text.replace("# Opens", f"# Opens{end} or not", 1)
+    assert comment != text
+    assert read_grant(put(tmp_path / "i", comment)) == GRANT
+
+
+@pytest.mark.parametrize("key", ["AGE-SECRET-KEY-1QQQ", base64.b64encode(bytes(32)).decode()])
+def test_a_key_in_the_place_of_its_file_is_not_shown(tmp_path, key):
+    with pytest.raises(ValueError, match="expected the path of a file, got a key itself") as caught:
+        read_secret(key)
+    assert key not in str(caught.value)
 
 
 def test_a_pipe_is_read_once(tmp_path):

@@ -23,6 +23,7 @@ from selcrypt_jax import (
     SigningKey,
     issue_grant,
     protect_file,
+    read_grant,
     unlock_file,
     write_grant,
     write_verify_key,
@@ -454,6 +455,30 @@ def test_grants(read, tmp_path, small):
     assert "signer" in read(public, other)
     write_verify_key(other, SigningKey(bytes(32)).public, force=True)
     assert "signer" in read(public, grant, "--signer", other)
+
+
+@pytest.mark.parametrize("odd", ["\v", "\f", "\x1c", "\x85", "\u2028", "\ufeff", "\r", "\t", "A"])
+def test_both_agree_on_the_text_of_a_grant(read, tmp_path, small, odd):
+    public, grant = small
+    plain, text = (tmp_path / "plain").read_bytes(), grant.read_text()
+    forms = {
+        "comment": text.replace("# Opens", f"# {odd} opens"),
+        "start": odd + text,
+        "value": text.replace("level: ", f"level: {odd}"),
+        "lines": text.replace("\n", odd),
+        "id": text.replace("model-id: ", f"model-id: {odd}"),
+    }
+    found = {}
+    for name, form in forms.items():
+        (tmp_path / "other").write_bytes(form.encode())
+        (tmp_path / "other").chmod(0o600)
+        try:
+            known = read_grant(tmp_path / "other") == read_grant(grant)
+        except ValueError:
+            known = False
+        found[name] = known
+        assert (read(public, tmp_path / "other") == plain) == known, name
+    assert found["comment"]
 
 
 def test_what_exists_is_not_overwritten(node, tmp_path, small):

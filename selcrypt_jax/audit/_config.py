@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._imported import imported
+from .._imported import blamed, imported
 from ._builtin import BUILT_IN
 from ._grid import Grid
 from ._subject import Subject
@@ -153,4 +153,9 @@ def make_subject(config: SubjectConfig) -> Subject:
         raise ValueError(
             f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}."
         )
-    return subject
+    own = {
+        name: blamed(where, f"{name} of the Subject", function)
+        for name in ("loss_fn", "metric", "batch", "fresh", "training_loss_fn")
+        if (function := getattr(subject, name)) is not None and config.make not in BUILT_IN
+    }
+    return subject._replace(**own)

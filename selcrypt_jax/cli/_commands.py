@@ -457,6 +457,9 @@ def rotate(
 ) -> None:
     """Gives a protected file a new model id, keys and ciphertext; old grants do not open it.
 
+    With new keys, levels below the top give another quality, by as much as keys matter: measure it
+    anew.
+
     Whoever kept the old file can still open that one with an old grant; and who has both files sees
     which weights are encrypted, since these alone differ.
 
@@ -485,7 +488,8 @@ def rotate(
     _print(
         {"out": str(where), "model_id": model_id.hex()},
         as_json,
-        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants.",
+        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. Below the top "
+        "level, new keys give another quality: measure it.",
     )
 
 
