@@ -153,9 +153,11 @@ def make_subject(config: SubjectConfig) -> Subject:
         raise ValueError(
             f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}."
         )
+    if config.make in BUILT_IN:
+        return subject
     own = {
         name: blamed(where, f"{name} of the Subject", function)
         for name in ("loss_fn", "metric", "batch", "fresh", "training_loss_fn")
-        if (function := getattr(subject, name)) is not None and config.make not in BUILT_IN
+        if (function := getattr(subject, name)) is not None
     }
     return subject._replace(**own)
