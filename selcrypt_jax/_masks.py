@@ -432,12 +432,12 @@ def smallest(shapes: Mapping[str, Sequence[int]], share: float) -> list[str]:
 def with_small_leaves(
     params: PyTree, masks: Sequence[PyTree], *, share: float = 0.02, select: Selector = None
 ) -> tuple[PyTree, ...]:
-    """Adds small leaves as a whole to every level: what is hard to steal around.
+    """Adds small leaves as a whole to every level.
 
     Normalisation parameters, biases, the first and the last layer of a convolutional network are
-    its smallest leaves. All of the network's features pass through them, so that a thief takes
-    longer to learn them anew than to repair many times as many weights elsewhere; see
-    docs/security.md. Level 1 opens them.
+    its smallest leaves, and all of its features pass through them. Encrypting them stops simple
+    attacks by fine-tuning, but not an attacker who uses the structure of the plain weights or has
+    a public base model; see docs/security.md. Level 1 opens them.
 
     Args:
         params: that the masks are for.

@@ -1,7 +1,7 @@
 """Which parameters belong to normalisation layers; without JAX.
 
 Few weights and worth much: without its scales, biases and statistics a network is further from
-working than without a tenth of its kernels, and longer to repair; see docs/security.md.
+working than without a tenth of its kernels; see docs/security.md.
 """
 
 import re

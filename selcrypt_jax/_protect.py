@@ -346,8 +346,7 @@ def protect_file(
         scope: ``"leaf"`` or ``"model"``; see `nested_masks`.
         small: share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside `fractions`; level 1 opens them. Normalisation parameters, biases,
-            the first and the last layer are among them, which take a thief longer to learn anew
-            than many kernels; see `with_small_leaves`. 0 for none.
+            the first and the last layer are among them; see `with_small_leaves`. 0 for none.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         force: replace an existing file.

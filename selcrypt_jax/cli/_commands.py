@@ -200,7 +200,7 @@ def protect(
         scope: Whether the budget holds in every tensor, or over all of them.
         small: Share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside the budget: normalisation, biases, often the first and the last
-            layer. They are few, and harder to learn anew than many kernels. Level 1 opens them.
+            layer. Level 1 opens them.
             By default 0.02; 0 with targets, unless the first is "any", since small tensors make
             level 0 hard to steer.
         unit: What the cipher moves about: single weights, or whole groups, which leave less of a
