@@ -18,8 +18,8 @@ from selcrypt_jax import (
     level_keys,
     nested_masks,
 )
-from selcrypt_jax._masks import split_rings
-from selcrypt_jax._tree import named_leaves
+from selcrypt_jax._tree.names import named_leaves
+from selcrypt_jax._tree.rings import split_rings
 from selcrypt_jax.models import VGG19
 
 SECRET, MODEL_ID = bytes(range(32)), bytes(16)

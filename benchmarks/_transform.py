@@ -13,9 +13,9 @@ from _subjects import LARGE, LEVELS, PERMUTING, STREAM, Case, Subject, bits_of, 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from selcrypt_jax import LosslessCipher, decrypt, encrypt
-from selcrypt_jax._groups import unit_positions
-from selcrypt_jax._lossless_numpy import rewrite_leaf
-from selcrypt_jax._tree import named_leaves
+from selcrypt_jax._ciphers.engine_numpy import rewrite_leaf
+from selcrypt_jax._tree.groups import unit_positions
+from selcrypt_jax._tree.names import named_leaves
 
 NOTES = {
     "transform": (

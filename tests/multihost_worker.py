@@ -20,7 +20,6 @@ from selcrypt_jax import (
     Protected,
     Secret,
     SigningKey,
-    _multihost,
     decrypt,
     encrypt,
     importance,
@@ -30,6 +29,7 @@ from selcrypt_jax import (
     protect,
     unlock,
 )
+from selcrypt_jax._tree import hosts as _multihost
 
 port, count, index = (int(text) for text in sys.argv[1:4])
 folder, task = Path(sys.argv[4]), sys.argv[5]

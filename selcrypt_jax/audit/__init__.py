@@ -5,9 +5,6 @@ network is without a key says little; what counts is how good he can make it, ag
 architecture alone would become in his hands: the `advantage`.
 """
 
-from .._finetune import Checkpoint as Checkpoint
-from .._finetune import TrainingLossFn as TrainingLossFn
-from .._finetune import fine_tune as fine_tune
 from ._advantage import Advantage as Advantage
 from ._advantage import advantage as advantage
 from ._attacks import ATTACKS as ATTACKS
@@ -23,6 +20,9 @@ from ._fill import clip_norm as clip_norm
 from ._fill import mean_fill as mean_fill
 from ._fill import resample as resample
 from ._fill import zero_fill as zero_fill
+from ._finetune import Checkpoint as Checkpoint
+from ._finetune import TrainingLossFn as TrainingLossFn
+from ._finetune import fine_tune as fine_tune
 from ._keysearch import key_search as key_search
 from ._records import CipherCheck as CipherCheck
 from ._records import KeySearch as KeySearch

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._finetune import fine_tune
-from .._masks import checked_mask
-from .._normalisation import is_scale
-from .._tree import named_leaves
+from .._tree.names import named_leaves
+from .._tree.rings import checked_mask
 from ._fill import clip_norm, mean_fill, resample, zero_fill
+from ._finetune import fine_tune
+from ._normalisation import is_scale
 from ._subject import (
     Subject,
     normalisation_leaves,

@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from .. import __version__
-from .._atomic import writable_folder
+from .._io.atomic import writable_folder
 from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject

@@ -13,8 +13,8 @@ import safetensors.flax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._finetune import TrainingLossFn
 from ..models import VGG19, DnCNN, model_of
+from ._finetune import TrainingLossFn
 from ._subject import Subject
 
 CONVOLUTIONS = r"^convs/.*kernel$"

@@ -15,14 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from .._dprm import Cipher, decrypt, encrypt
-from .._dtypes import DTYPES
-from .._gaussian import GaussianCipher
-from .._groups import group_positions, group_shape
-from .._keys import Secret, level_keys, new_model_id
-from .._lossless import LosslessCipher, block_count
-from .._masks import nested_masks, split_rings
-from .._tree import named_leaves
+from .._ciphers.dprm import Cipher, decrypt, encrypt
+from .._ciphers.gaussian import GaussianCipher
+from .._ciphers.lossless import LosslessCipher, block_count
+from .._keys.keys import Secret, level_keys, new_model_id
+from .._masks.masks import nested_masks
+from .._tree.dtypes import DTYPES
+from .._tree.groups import group_positions, group_shape
+from .._tree.names import named_leaves
+from .._tree.rings import split_rings
 from ._records import CipherCheck
 
 _SHAPES = {"conv": (2, 2, 64, 64), "twin": (2, 2, 64, 64), "dense": (64, 128), "bias": (128,)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._imported import blamed, imported
+from .._io.imported import blamed, imported
 from ._builtin import BUILT_IN
 from ._grid import Grid
 from ._subject import Subject

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
-from .._masks import checked_mask
-from .._tree import is_array, named_leaves
+from .._tree.names import is_array, named_leaves
+from .._tree.rings import checked_mask
 
 
 class Detection(NamedTuple):

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._masks import split_rings
-from .._tree import named_key, named_leaves
+from .._tree.names import named_key, named_leaves
+from .._tree.rings import split_rings
 
 
 def zero_fill(params: PyTree, suspected: PyTree) -> PyTree:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 
-from .._ranks import Scope
+from .._masks.ranks import Scope
 from ._attacks import ATTACKS
 from ._strategies import check_strategy
 

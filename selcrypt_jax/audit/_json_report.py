@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .._json import json_object, show
+from .._io.strict_json import json_object, show
 from ._records import Advantage, AuditReport
 
 _REMEDY = "Pass the audit.json that an audit of this version wrote, or run the audit again."

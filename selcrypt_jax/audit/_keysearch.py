@@ -5,9 +5,9 @@ import os
 import time
 from collections.abc import Callable
 
-from .._envelope import Envelope, IntegrityError, LevelSize, Manifest
-from .._keys import KEY_BYTES, LevelKey, Secret, level_key, new_model_id
-from .._lossless import LosslessCipher
+from .._ciphers.lossless import LosslessCipher
+from .._format.envelope import Envelope, IntegrityError, LevelSize, Manifest
+from .._keys.keys import KEY_BYTES, LevelKey, Secret, level_key, new_model_id
 from ._records import KeySearch
 
 _YEAR = 3.156e7  # seconds

@@ -13,7 +13,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from .._atomic import new_file
+from .._io.atomic import new_file
 from ._json_report import plain, report_bytes
 from ._plots import data_name, draw_advantage, draw_curves, draw_levels, inline_svg
 from ._records import Advantage, AuditReport, Best, KeySearch, Protection, SubjectReport

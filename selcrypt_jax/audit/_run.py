@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .._dprm import Cipher, decrypt, encrypt
-from .._keys import level_keys
-from .._lossless import LosslessCipher
-from .._masks import mask_counts
-from .._tree import is_array, named_leaves
+from .._ciphers.dprm import Cipher, decrypt, encrypt
+from .._ciphers.lossless import LosslessCipher
+from .._keys.keys import level_keys
+from .._tree.names import is_array, named_leaves
+from .._tree.rings import mask_counts
 from ._advantage import advantage
 from ._attacks import ATTACKS, Loot, applies, needs_data, run_attack
 from ._detection import detect

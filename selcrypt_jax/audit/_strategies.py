@@ -11,13 +11,13 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
-from .._groups import Layout
-from .._lossless import LosslessCipher
-from .._masks import nested_masks, with_small_leaves, with_whole_leaves
-from .._plan import guess_layout, merged_counts
-from .._pss import PSSConfig, pss
-from .._ranks import Scope
-from .._tree import is_array, named_leaves, select_leaves
+from .._ciphers.lossless import LosslessCipher
+from .._importance.pss import PSSConfig, pss
+from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
+from .._masks.ranks import Scope
+from .._release.plan import guess_layout, merged_counts
+from .._tree.groups import Layout
+from .._tree.names import is_array, named_leaves, select_leaves
 from ._subject import Subject, floats, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")

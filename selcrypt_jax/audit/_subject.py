@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray, PyTree
 
-from .._finetune import TrainingLossFn
-from .._groups import Layout
-from .._importance import LossFn
-from .._normalisation import NORMALISATION, is_scale, normalisation_names
-from .._tree import NamedLeaves, is_array, named_leaves
+from .._importance.closed import LossFn
+from .._tree.groups import Layout
+from .._tree.names import NamedLeaves, is_array, named_leaves
+from ._finetune import TrainingLossFn
+from ._normalisation import NORMALISATION, is_scale, normalisation_names
 
 
 class Subject(NamedTuple):

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from .._lossless import LosslessCipher
-from .._masks import checked_mask, split_rings
-from .._tree import NamedLeaves, is_array, named_leaves
+from .._ciphers.lossless import LosslessCipher
+from .._tree.names import NamedLeaves, is_array, named_leaves
+from .._tree.rings import checked_mask, split_rings
 from ._records import CipherCheck
 
 _ALARM = 1e-8  # of `shared_keystream`, for two files whose keystreams have nothing in common

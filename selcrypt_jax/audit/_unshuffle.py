@@ -14,11 +14,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._finetune import Structure
-from .._groups import group_positions
-from .._importance import LossFn, batch_count
-from .._masks import split_rings
-from .._tree import is_array, listed, named_leaves
+from .._importance.closed import LossFn, batch_count
+from .._tree.groups import group_positions
+from .._tree.names import is_array, listed, named_leaves
+from .._tree.rings import split_rings
+from ._finetune import Structure
 
 _ADAM = optax.adam(0.1)  # of weights in standard deviations of their ring
 _STEPS = 50  # along the gradient before each assignment

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from .._lossless import LosslessCipher
+from .._ciphers.lossless import LosslessCipher
 from ._commands import Json
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .._calibrate import Calibration
-    from .._protect import Selection
-    from .._search import Evaluation
+    from .._calibrate.levels import Calibration
+    from .._calibrate.search import Evaluation
+    from .._release.protect import Selection
 
 
 def calibrate(
@@ -76,10 +76,10 @@ def calibrate(
         unit: As for selcrypt protect.
         as_json: Print JSON.
     """
-    from .._envelope import check_unprotected
-    from .._imported import imported
-    from .._protect import checkpoint_scores, open_checkpoint
-    from .._release import read_params
+    from .._format.envelope import check_unprotected
+    from .._io.imported import imported
+    from .._release.calibrated import read_params
+    from .._release.protect import checkpoint_scores, open_checkpoint
 
     wanted = [_number(text, level) for level, text in enumerate(targets)]
     if small is None:
@@ -96,7 +96,7 @@ def calibrate(
 
     import jax
 
-    from .._calibrate import calibrate_levels
+    from .._calibrate.levels import calibrate_levels
 
     with _metric_errors(evaluate):
         found = calibrate_levels(
@@ -156,8 +156,8 @@ def protect_to_targets(
     options: dict[str, Any],
 ) -> tuple["Selection", dict[str, Any]]:
     """`selcrypt protect` with targets: what was chosen, and what its levels give."""
-    from .._imported import imported
-    from .._release import protect_file_calibrated
+    from .._io.imported import imported
+    from .._release.calibrated import protect_file_calibrated
 
     wanted = [_number(text, level) for level, text in enumerate(targets)]
     metric = imported("evaluate", evaluate)

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .. import _keyfiles
-from .._atomic import check_output
-from .._keys import Grant, Secret, SigningKey
-from .._lossless import LosslessCipher
-from .._storage import (
+from .._ciphers.lossless import LosslessCipher
+from .._format import keyfiles as _keyfiles
+from .._io.atomic import check_output
+from .._keys.keys import Grant, Secret, SigningKey
+from .._release.use import (
     Inspection,
     inspect_file,
     issue_grant,
@@ -209,7 +209,9 @@ def protect(
         force: Replace an existing output file. (A folder is never replaced.)
         as_json: Print JSON.
     """
-    from .._protect import protect_file  # the start of JAX, which the other commands don't need
+    from .._release.protect import (
+        protect_file,  # the start of JAX, which the other commands don't need
+    )
 
     goal = {
         "evaluate": evaluate,
@@ -266,7 +268,7 @@ def _shares(
     goal: Mapping[str, Any],
 ) -> list[float]:
     """What each level opens; nothing where targets decide that."""
-    from .._masks import check_share
+    from .._masks.levels import check_share
 
     options: dict[str, Any] = {"levels": levels, "fractions": fractions or None}
     wrong = [n for n, value in (options if targets else goal).items() if value is not None]

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from .. import PSSConfig
-from .._atomic import writable_folder
+from .._io.atomic import writable_folder
 from . import DemoConfig
 from ._report import Result, draw_curves, draw_photographs, table, write_json
 from ._tiers import Tiers, learn, measurements, protect_and_measure

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
-from .._tree import is_array, listed, named_leaves
+from .._tree.names import is_array, listed, named_leaves
 from ._dncnn import DnCNN
 from ._vgg import POOLED, VGG19, WIDTHS
 

@@ -1,0 +1,1 @@
+"""Levels of a given quality, found by search."""

@@ -1,0 +1,300 @@
+"""DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
+
+This module checks the input and derives the keys; what happens to the weights of a ring is a
+`Cipher`'s: `selcrypt_jax._lossless` (the default) or `selcrypt_jax._gaussian` (the paper's).
+"""
+
+import functools
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+
+from .._tree.groups import Ring
+from .._tree.names import Keys, is_array, named_leaves, padded
+from .._tree.rings import split_rings
+from .cipher import Cipher
+from .engine_xla import key_by_key
+from .lossless import LosslessCipher
+
+
+def encrypt(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Keys,
+    *,
+    cipher: Cipher | None = None,
+    donate: bool = False,
+) -> PyTree:
+    """Encrypts what nested masks select, each ring under its own key.
+
+    Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
+    key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
+    passed through: the same objects. Works under ``jit`` (close over the masks, but pass keys as
+    arguments, since what is closed over is written into the program), under ``vmap`` over params
+    *and* keys (over params alone it would use a key twice) and with donation; sharded leaves give
+    the same bits as on one device.
+
+    Args:
+        params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
+        masks: M nested masks for ``params``, see `nested_masks`.
+        keys: M typed `jax.random` keys, of any implementation; see `level_keys`. **A key must
+            never encrypt two different trees**: draw a new model id for each. (The bits of
+            "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
+        cipher: `LosslessCipher()` unless given.
+        donate: whether the memory of the selected leaves may be used for the result, as by
+            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, and nothing is copied.
+            Under a jit of your own its arguments say this, and this one does nothing.
+
+    Returns:
+        A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
+
+    Raises:
+        ValueError: masks that do not fit or are not nested, a number of keys that does not fit
+            the levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
+        TypeError: traced masks; raw integers or old-style keys.
+
+    Examples:
+        >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
+        >>> keys = level_keys(secret, model_id, levels=3)
+        >>> protected = encrypt(params, masks, keys)
+        >>> basic = decrypt(protected, masks[:1], keys[:1])
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.2.
+    """
+    return _transform(params, masks, keys, cipher, inverse=False, donate=donate)
+
+
+def decrypt(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Keys,
+    *,
+    cipher: Cipher | None = None,
+    donate: bool = False,
+) -> PyTree:
+    """Decrypts the rings that a level opens; the higher ones stay as they are.
+
+    Args:
+        params: what `encrypt` returned.
+        masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
+        keys: ``keys[:m]``.
+        cipher: as in `encrypt`.
+        donate: as in `encrypt`.
+
+    Returns:
+        A tree of the same structure, in which rings 1..m are as before encryption, bit for bit
+        with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here.
+
+    Raises:
+        ValueError, TypeError: as in `encrypt`.
+    """
+    return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
+
+
+def unlocking(
+    function: Callable[..., Any],
+    masks: Sequence[PyTree],
+    *,
+    cipher: Cipher | None = None,
+) -> Callable[..., Any]:
+    """A function of parameters as one of protected parameters and keys, to be compiled as a whole.
+
+    What is at rest in device memory stays encrypted; a compiled step decrypts what it needs, and
+    frees it. When that is, leaf by leaf or at the beginning, is for XLA to schedule: its schedulers
+    for accelerators save memory, the one for CPUs saves time. Every call decrypts anew: use it
+    where parameters must not lie in the clear, and `decrypt` once where they may.
+
+    Args:
+        function: ``(params, *args, **kwargs) -> anything``.
+        masks: ``masks[:m]`` for level m.
+        cipher: as in `encrypt`.
+
+    Returns:
+        ``(protected, keys, *args, **kwargs) -> anything``.
+
+    Examples:
+        >>> forward = jax.jit(unlocking(apply, masks[:2]))
+        >>> logits = forward(protected, keys[:2], images)
+    """
+
+    @functools.wraps(function)
+    def unlocked(protected: PyTree, keys: Keys, *args: Any, **kwargs: Any) -> Any:
+        return function(decrypt(protected, masks, keys, cipher=cipher), *args, **kwargs)
+
+    return unlocked
+
+
+def _transform(
+    params: PyTree,
+    masks: Sequence[PyTree],
+    keys: Keys,
+    cipher: Cipher | None,
+    *,
+    inverse: bool,
+    donate: bool,
+) -> PyTree:
+    cipher = LosslessCipher() if cipher is None else cipher
+    tree = named_leaves(params)
+    found = split_rings(tree, masks)
+    if isinstance(cipher, type) or not isinstance(cipher, Cipher):
+        raise TypeError(
+            "cipher: expected an object with check and run, such as LosslessCipher(), got "
+            f"{cipher!r}."
+        )
+    _check_keys(keys, len(masks))
+    if not inverse:
+        if not masks:
+            raise ValueError(
+                "masks: expected one mask a level, got none. The result would be plaintext. Make "
+                "masks with nested_masks."
+            )
+        _check_keys_differ(keys)
+    # Everything is checked before anything is computed: no half-encrypted tree, ever.
+    for ring in found:
+        _check_leaf(ring.name, tree.leaves[ring.name])
+        cipher.check(ring, tree.leaves[ring.name])
+    if not found:
+        return params
+    given = {ring.name: tree.leaves[ring.name] for ring in found}
+    leaves = {
+        name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
+        for name, leaf in given.items()
+    }
+    more: dict[str, Any] = {}
+    if donate and isinstance(cipher, LosslessCipher):
+        # Not an array that is in the tree twice, nor one of NumPy: that is its owner's, and JAX
+        # may only have borrowed its memory.
+        times = Counter(id(leaf) for leaf in tree.leaves.values())
+        more["donate"] = {
+            name
+            for name, leaf in given.items()
+            if isinstance(leaf, jax.Array) and times[id(leaf)] == 1
+        }
+    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse, **more)
+    return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
+
+
+def _placed(array: Array, like: Any) -> Array:
+    """Where ``like`` lies, if that is known: the compiler is free to choose another sharding."""
+    # An array that is free to go anywhere has to stay so.
+    if isinstance(array, Tracer) or not isinstance(like, jax.Array) or not like.committed:
+        return array
+    return jax.device_put(array, like.sharding)
+
+
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        raise ValueError(
+            f"params {name!r}: expected a JAX or NumPy array, got {type(leaf).__name__}. Pass the "
+            "arrays themselves, or set its mask to False."
+        )
+    dtype = leaf.dtype  # np.dtype() does not take the dtypes of typed keys
+    if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+        raise ValueError(
+            f"params {name!r}: expected floats or integers, got {dtype}, which has no cipher. "
+            "Set its mask to False."
+        )
+    if not dtype.isnative:
+        raise ValueError(
+            f"params {name!r}: expected native byte order, got {dtype.str}. Convert it: "
+            "leaf.astype(leaf.dtype.newbyteorder('='))."
+        )
+    if dtype != jax.dtypes.canonicalize_dtype(dtype):
+        raise ValueError(
+            f"params {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
+            "would cut to 32 bits. Set jax_enable_x64, or its mask to False."
+        )
+    if math.prod(leaf.shape) >= 2**31:
+        raise ValueError(
+            f"params {name!r}: expected fewer than 2**31 weights in a leaf, got "
+            f"{math.prod(leaf.shape)}. Split the leaf."
+        )
+
+
+def _check_keys(keys: Any, levels: int) -> None:
+    try:
+        count = len(keys)
+    except TypeError:
+        count = None
+    if count != levels:
+        actual = "a single key" if count is None and hasattr(keys, "dtype") else count
+        raise ValueError(
+            f"keys: expected {levels}, one for each of the {levels} masks, got "
+            f"{type(keys).__name__ if actual is None else actual}. For level m pass masks[:m] and "
+            "keys[:m]; of a LevelKey, ring_keys(level_key)."
+        )
+    first: Any = None
+    # An array of keys is looked at as a whole: JAX cannot take one apart that a jitted function
+    # closes over.
+    whole = is_array(keys)
+    for index, key in enumerate([keys] if whole else keys):
+        if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            # Not the value: it may be a secret.
+            actual = f"an array of {key.dtype}" if is_array(key) else type(key).__name__
+            raise TypeError(
+                f"keys[{index}]: expected a typed key, got {actual}. Derive keys with "
+                "level_keys(secret, model_id, levels=M), or wrap one with jax.random.wrap_key_data."
+            )
+        shape = key.shape[1:] if whole else key.shape
+        if shape != ():
+            raise ValueError(
+                f"keys[{index}]: expected one key, got an array of keys of shape {shape}."
+            )
+        if index and key.dtype != first:
+            raise ValueError(
+                f"keys[{index}]: expected {first} as keys[0], got {key.dtype}. Use one "
+                "implementation for all levels."
+            )
+        first = key.dtype
+
+
+def _check_keys_differ(keys: Any) -> None:
+    """With one key for two rings, a lower level would open a higher one."""
+    data = [jax.random.key_data(key) for key in ([keys] if is_array(keys) else keys)]
+    if any(isinstance(words, Tracer) for words in data):
+        return  # nothing to look at under jit
+    words_of = np.concatenate([np.atleast_2d(words) for words in jax.device_get(data)])
+    seen = [words.tobytes() for words in words_of]
+    for index, words in enumerate(seen):
+        if words in seen[:index]:
+            raise ValueError(
+                f"keys[{index}]: expected a key of its own for each level, got keys"
+                f"[{seen.index(words)}] again. Derive them with level_keys."
+            )
+
+
+def _ring_keys(keys: Any, found: Sequence[Ring]) -> Key[Array, " keys"]:
+    """The key of every ring in its leaf, padded."""
+    digests = [
+        hashlib.sha256(b"selcrypt/v1/leaf\0" + ring.name.encode("utf-8", "surrogatepass")).digest()
+        for ring in found
+    ]
+    words = np.zeros((padded(len(found)), 8), np.uint32)
+    words[: len(found)] = [np.frombuffer(digest, "<u4") for digest in digests]
+    levels = np.zeros(len(words), np.int32)
+    levels[: len(found)] = [ring.level - 1 for ring in found]
+    if is_array(keys):
+        stacked = keys
+    else:  # by their data, since for JAX's checker of key reuse stacking keys uses them up
+        data = jnp.stack([jax.random.key_data(key) for key in keys])
+        stacked = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys[0]))
+    return _fold_names(stacked, *jax.device_put((levels, words)))
+
+
+@jax.jit
+def _fold_names(keys: Key[Array, " levels"], levels: Array, words: Array) -> Key[Array, " keys"]:
+    # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
+    def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
+        return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
+
+    return jax.vmap(key_by_key(fold, keys))(keys[levels], words)

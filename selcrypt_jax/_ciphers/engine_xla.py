@@ -1,0 +1,304 @@
+"""The lossless cipher in JAX, jitted: any device, any sharding, any `jax.random` keys.
+
+The definition is in `_lossless`.
+"""
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Key, PRNGKeyArray
+
+from .._tree.groups import Ring, unit_positions
+from .._tree.names import padded, unsigned, without_explicit_axes
+from .engine_host import on_host, run_on_host
+from .engine_sharded import shards_of
+from .lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
+
+_AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
+
+
+def run(
+    cipher: LosslessCipher,
+    leaves: Mapping[str, Array],
+    rings: Sequence[Ring],
+    keys: Key[Array, " keys"],
+    *,
+    inverse: bool,
+    donate: Collection[str] = (),
+) -> dict[str, Array]:
+    """Encrypts or decrypts rings with `LosslessCipher`: see `Cipher.run`."""
+    if on_host(leaves, keys):
+        return run_on_host(cipher, leaves, rings, keys, inverse=inverse, donate=donate)
+    result = dict(leaves)
+    started = set(donate)
+    for batch in _batches([_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings)]):
+        permutations = _tables(batch, keys, "permutation") if cipher.permute else None
+        masks = _tables(batch, keys, "mask")
+        for plans in _alike(batch):
+            (name, fine), leaf = (plans[0].name, plans[0].fine), result[plans[0].name]
+            # From its second time on, the array is ours to overwrite.
+            ours = name in started and not isinstance(leaf, Tracer)
+            started.add(name)
+            positions = np.stack([plan.positions for plan in plans])
+            sizes = np.array([(plan.units, plan.weights // plan.units) for plan in plans], np.int32)
+            # Bits are moved, nothing is computed: a NaN in the leaf is not ours to report.
+            with jax.debug_nans(False), jax.debug_infs(False):
+                result[name] = (_rewrite_in_place if ours else _rewrite)(
+                    leaf,
+                    *jax.device_put((positions, sizes)),
+                    None if permutations is None else [permutations[p.ring] for p in plans],
+                    [masks[plan.ring] for plan in plans] if fine else None,
+                    fine=fine,
+                    inverse=inverse,
+                    flat=leaf.ndim < 2 or _is_whole(leaf),
+                )
+    return result
+
+
+def _is_whole(leaf: Array) -> bool:
+    """Whether it lies on one device. Under a jit of somebody else's it may be spread over all."""
+    return jax.device_count() == 1 if isinstance(leaf, Tracer) else shards_of(leaf) == 1
+
+
+def _read(bits: Array, positions: Array, *, flat: bool) -> Array:
+    """The values at flat positions; 0 out of bounds.
+
+    Flat arrays are faster. But to flatten a leaf that is sharded along another axis than its first
+    one would gather it on each device.
+    """
+    if flat:
+        return bits.reshape(-1).at[positions].get(mode="fill", fill_value=0)
+    return bits.at[_indices(positions, bits.shape)].get(mode="fill", fill_value=0)
+
+
+def _write(bits: Array, positions: Array, values: Array, *, flat: bool) -> Array:
+    """With these values at flat positions; out of bounds nothing is written. See `_read`."""
+    if flat:
+        return bits.reshape(-1).at[positions].set(values, mode="drop").reshape(bits.shape)
+    return bits.at[_indices(positions, bits.shape)].set(values, mode="drop")
+
+
+def _indices(positions: Array, shape: Sequence[int]) -> tuple[Array, ...]:
+    """Axis by axis; what is out of bounds stays so, on the first axis."""
+    indices = []
+    for size in reversed(shape[1:]):
+        indices.append(positions % size)
+        positions = positions // size
+    return positions, *reversed(indices)
+
+
+class _Plan(NamedTuple):
+    """A ring in a leaf, ready to run.
+
+    ``positions`` are flat ones, group by group, padded with the size of the leaf, which is out of
+    bounds: read as 0 and not written. Padding to few sizes keeps the number of compilations low.
+    """
+
+    ring: int
+    name: str
+    positions: np.ndarray
+    units: int
+    weights: int
+    fine: int
+    dtype: Any
+
+
+def _plan(cipher: LosslessCipher, index: int, ring: Ring, leaf: Array) -> _Plan:
+    positions, _ = unit_positions(leaf.shape, [ring.mask], cipher.unit)
+    units = len(positions)
+    room = np.full(BLOCK * padded(block_count(positions.size)), leaf.size, np.int32)
+    room[: positions.size] = positions.ravel()
+    fine = cipher.fine_mask(leaf.dtype)
+    return _Plan(index, ring.name, room, units, positions.size, fine, leaf.dtype)
+
+
+def _alike(plans: Sequence[_Plan]) -> Iterable[list[_Plan]]:
+    """Plans for one leaf with tables of one size, so that one small program does all of them."""
+    groups: dict[Any, list[_Plan]] = {}
+    for plan in plans:
+        size = len(plan.positions), padded(block_count(plan.units))
+        groups.setdefault((plan.name, size), []).append(plan)
+    return groups.values()
+
+
+def _batches(plans: Sequence[_Plan]) -> list[list[_Plan]]:
+    """Runs of plans of a width with a bounded number of blocks each."""
+    batches: list[list[_Plan]] = []
+    for width in sorted({plan.dtype.itemsize for plan in plans}):
+        size = _AT_ONCE
+        for plan in plans:
+            if plan.dtype.itemsize != width:
+                continue
+            blocks = len(plan.positions) // BLOCK
+            if size + blocks > _AT_ONCE:
+                batches.append([])
+                size = 0
+            batches[-1].append(plan)
+            size += blocks
+    return batches
+
+
+def _tables(
+    plans: Sequence[_Plan], keys: Key[Array, " keys"], kind: Literal["permutation", "mask"]
+) -> dict[int, Array]:
+    """Ring → its blocks of a permutation or of mask words, ``[padded blocks, BLOCK]``.
+
+    One compiled call makes the blocks of all rings, whatever their sizes.
+    """
+    wanted = [plan for plan in plans if kind == "permutation" or plan.fine]
+    if not wanted:
+        return {}
+    counts = [plan.units if kind == "permutation" else plan.weights for plan in wanted]
+    rows = [padded(block_count(count)) for count in counts]
+    ends = np.cumsum(rows)
+    ring = np.zeros(padded(int(ends[-1])), np.int32)
+    block = np.zeros(len(ring), np.uint32)
+    length = np.zeros(len(ring), np.int32)
+    for plan, count, size, end in zip(wanted, counts, rows, ends, strict=True):
+        here = slice(end - size, end)
+        blocks = block_count(count)
+        ring[here] = plan.ring
+        block[here] = np.arange(size)
+        length[here] = np.maximum(-(-(count - np.arange(size)) // blocks), 0)
+    ring, block, length = jax.device_put((ring, block, length))
+    if kind == "permutation":
+        table = _permutation_blocks(keys, ring, block, length)
+    else:
+        table = _mask_blocks(keys, ring, block, dtype=unsigned(wanted[0]))
+    return {
+        plan.ring: _rows(table, jax.device_put(np.int32(end - size)), size)
+        for plan, size, end in zip(wanted, rows, ends, strict=True)
+    }
+
+
+@partial(jax.jit, static_argnums=2)
+def _rows(table: Array, start: Array, size: int) -> Array:
+    return lax.dynamic_slice_in_dim(table, start, size)
+
+
+def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[..., Any]:
+    """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
+
+    XLA's generator draws for a batch of keys from the first one alone, so that its bits would
+    depend on which other rings are in the batch: it takes one key after the other.
+    """
+    if jax.random.key_impl(keys) in ("rbg", "unsafe_rbg"):
+        return jax.custom_batching.sequential_vmap(draw)
+    return draw
+
+
+def _map_blocks(
+    block: Callable[..., Array], keys: Key[Array, " keys"], ring: Array, *columns: Array
+) -> Array:
+    block = key_by_key(block, keys)
+    # A few blocks at a time: their state stays in the cache, and memory is bounded.
+    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=16)
+
+
+@jax.jit
+def _permutation_blocks(
+    keys: Key[Array, " keys"], ring: Array, block: Array, length: Array
+) -> Array:
+    def permutation(key: PRNGKeyArray, block: Array, length: Array) -> Array:
+        index = jnp.arange(BLOCK, dtype=jnp.uint32)
+        key = jax.random.fold_in(jax.random.fold_in(key, PERMUTATION), block)
+        bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> INDEX_BITS
+        # What lies behind the end of a short block sorts last and so stays there.
+        bits = jnp.where(
+            index < length.astype(jnp.uint32), bits, jnp.uint32(2 ** (32 - INDEX_BITS) - 1)
+        )
+        order = lax.sort(bits << INDEX_BITS | index, is_stable=False)
+        return (order & (BLOCK - 1)).astype(jnp.uint16)
+
+    return _map_blocks(permutation, keys, ring, block, length)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _mask_blocks(keys: Key[Array, " keys"], ring: Array, block: Array, *, dtype: Any) -> Array:
+    def words(key: PRNGKeyArray, block: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(key, MASK), block)
+        return jax.random.bits(key, (BLOCK,), dtype)
+
+    return _map_blocks(words, keys, ring, block)
+
+
+def _rewrite_leaf(
+    leaf: Array,
+    positions: Array,
+    sizes: Array,
+    permutations: Sequence[Array] | None,
+    masks: Sequence[Array] | None,
+    *,
+    fine: int,
+    inverse: bool,
+    flat: bool,
+) -> Array:
+    """Encrypts or decrypts rings of one leaf, one after the other.
+
+    Args:
+        leaf: the array.
+        positions: ``[rings, weights]``, see `_Plan`.
+        sizes: ``[rings, 2]``: the number of units, and of weights in each.
+        permutations: of each ring, or None where nothing moves.
+        masks: of each ring, or None where nothing is masked.
+        fine: mask of the fine bits.
+        inverse: whether to decrypt.
+        flat: see `_read`.
+    """
+    # On unsigned views only: a float that is moved as a float may lose its NaN payload.
+    bits = lax.bitcast_convert_type(leaf, unsigned(leaf))
+    tables: Any = positions, sizes, *(t and jnp.stack(t) for t in (permutations, masks))
+    rewrite = partial(_rewrite_ring, fine=fine, inverse=inverse, flat=flat)
+    if len(positions) == 1:
+        bits = rewrite(bits, *jax.tree.map(operator.itemgetter(0), tables))
+    else:
+        bits, _ = lax.scan(lambda bits, ring: (rewrite(bits, *ring), None), bits, tables)
+    return lax.bitcast_convert_type(bits, leaf.dtype)
+
+
+def _rewrite_ring(
+    bits: Array,
+    positions: Array,
+    sizes: Array,
+    permutation: Array | None,
+    mask: Array | None,
+    *,
+    fine: int,
+    inverse: bool,
+    flat: bool,
+) -> Array:
+    source = positions
+    if permutation is not None:
+        units, size = sizes[0], sizes[1]
+        number = jnp.arange(len(positions), dtype=jnp.int32)
+        unit, within = number // size, number % size
+        blocks = -(-units // BLOCK)
+        block, place = unit % blocks, unit // blocks
+        place = permutation.at[block, place].get(mode="clip").astype(jnp.int32)
+        moved = (place * blocks + block) * size + within
+        source = positions[jnp.where(unit < units, moved, number)]
+    read, written = (positions, source) if inverse else (source, positions)
+    if mask is not None:
+        mask = mask.reshape(-1) & jnp.array(fine, bits.dtype)
+    if permutation is None and mask is not None and not flat:
+        # Where nothing moves, every device can mask what it has: nothing of the leaf is sent.
+        return bits ^ _write(jnp.zeros_like(bits), positions, mask, flat=False)
+    ring = _read(bits, read, flat=flat)
+    return _write(bits, written, ring if mask is None else ring ^ mask, flat=flat)
+
+
+def _rewrite_sharded(leaf: Array, *tables: Any, fine: int, inverse: bool, flat: bool) -> Array:
+    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse, flat=flat)
+    return without_explicit_axes(rewrite, leaf)(leaf, *tables)
+
+
+_OPTIONS = ("fine", "inverse", "flat")
+_rewrite = jax.jit(_rewrite_sharded, static_argnames=_OPTIONS)
+_rewrite_in_place = jax.jit(_rewrite_sharded, static_argnames=_OPTIONS, donate_argnames="leaf")

@@ -1,0 +1,200 @@
+"""The lossless cipher: bits that carry the distribution are moved about, the others masked.
+
+On the bit patterns of a ring's weights in a leaf, in C order (with ``unit="group"``: group by
+group, in C order of the mask)::
+
+    c = π(x) XOR (k AND F)          x = π⁻¹(c XOR (k AND F))
+
+with a keyed permutation π, a keystream k, and the dtype's *fine bits* F. Integer arithmetic only,
+so every device, every sharding and every engine gives the same bits. This module holds the
+definition; the engines are `_lossless_jax` and, without JAX, `_lossless_numpy`.
+
+How π and k are made (``B`` = 4096, ``n`` units, ``b = ceil(n / B)`` blocks):
+
+- block r holds the units ``r, r + b, r + 2b, …``: a sample spread over the whole ring. The units
+  of a block are sorted by 20 random bits, ties by position: bits of
+  ``fold_in(fold_in(key, 0), r)``, the upper 20 of 32. That a pair ties with probability 2⁻²⁰ is
+  a bias of 2⁻²¹ in its order; the information in it is under 2⁻¹⁷ bits a block.
+- weight number i of the ring is masked with number ``i mod B`` of the bits of
+  ``fold_in(fold_in(key, 1), i div B)``, of the width of the dtype.
+"""
+
+import math
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .._tree.dtypes import DTYPES, Dtype
+
+BLOCK = 4096
+INDEX_BITS = 12
+PERMUTATION, MASK = 0, 1  # domains of the key of a ring in a leaf
+MINIMUM_HIDING = 128  # bits
+_COARSE_MANTISSA = 3  # top mantissa bits that are moved and not masked: eighths of an octave
+
+
+@dataclass(frozen=True)
+class LosslessCipher:
+    """The default cipher: exact on every dtype, with no side data.
+
+    Attributes:
+        unit: what the permutation moves: ``"weight"``, single weights; ``"group"``, whole groups
+            of the mask, so that a kernel still looks like one.
+        permute: ``False`` is the *stream* form: no permutation, and by default the sign and the
+            whole mantissa are masked. It keeps the histogram of octaves of |w| only.
+        fine_bits: how many of the lowest bits are masked. By default all mantissa bits but the
+            top three (20 of float32, 4 of bfloat16, 7 of float16, none of float8), none of an
+            integer's; without `permute`: sign and mantissa, and all bits of an integer.
+
+    With the defaults the signed histogram in eighths of an octave is kept exactly, in every ring
+    of every leaf and in every block of up to 4,096 of its units; given that histogram nothing
+    else leaks. A lossless cipher in place that keeps the whole histogram can only be a
+    permutation, so this is what there is.
+
+    How much a ring hides depends on its size in each leaf. `check` refuses less than 128 bits,
+    masked bits included; but masked bits move a weight by less than an eighth, so what a thief
+    has to guess *roughly* is the order alone: 18 bits for one 3×3 kernel, 237 for six. Give a
+    leaf dozens of weights a ring, rather than one kernel.
+
+    Equal weights cannot hide among each other: of an int8 leaf of zeros nothing changes, and a
+    BatchNorm scale of ones stays within an eighth of one. The size check does not see values.
+
+    Masking may turn a number into NaN or back where the largest exponent holds both (float8
+    e4m3fn), or Inf into NaN in the stream form. Encrypted weights may then not run; they
+    decrypt to the same bits all the same.
+    """
+
+    unit: Literal["weight", "group"] = "weight"
+    permute: bool = True
+    fine_bits: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("weight", "group"):
+            raise ValueError(f"unit: expected 'weight' or 'group', got {self.unit!r}.")
+        if self.fine_bits is not None and operator.index(self.fine_bits) < 0:
+            raise ValueError(f"fine_bits: expected at least 0, got {self.fine_bits}.")
+
+    def fine_mask(self, dtype: Any) -> int:
+        """The fine bits F of a dtype.
+
+        Raises:
+            ValueError: more `fine_bits` than the dtype has, or a dtype of less than eight bits.
+        """
+        dtype = dtype_of(dtype)
+        width, mantissa = dtype.bits, dtype.mantissa
+        if dtype.kind == "other":
+            raise ValueError(f"expected floats or integers, got {dtype.name}, which has no cipher")
+        if dtype.kind == "float":
+            stream = (1 << mantissa) - 1 | (dtype.signed << (width - 1))
+            default, most = max(mantissa - _COARSE_MANTISSA, 0), mantissa
+        else:
+            stream = (1 << width) - 1
+            default, most = 0, width
+        if width < 8:
+            raise ValueError(f"expected a dtype of 8 bits or more, got {dtype.name}")
+        if self.fine_bits is None:
+            return (1 << default) - 1 if self.permute else stream
+        if self.fine_bits > most:
+            raise ValueError(
+                f"fine_bits: expected at most {most} for {dtype.name}, got {self.fine_bits}"
+            )
+        return (1 << self.fine_bits) - 1
+
+    def check(self, ring: Any, leaf: Any) -> None:
+        """Refuses dtypes without a cipher, and rings with less than 128 bits to hide in."""
+        groups = int(ring.mask.sum())
+        weights = groups * (math.prod(leaf.shape) // ring.mask.size)
+        self.check_size(
+            f"params {ring.name!r}, ring {ring.level}",
+            dtype_of(leaf.dtype),
+            groups=groups,
+            weights=weights,
+        )
+
+    def hides(self, dtype: Any, shape: Sequence[int]) -> bool:
+        """Whether a leaf of this dtype and shape could be encrypted weight by weight."""
+        size = math.prod(shape)
+        try:
+            self.check_size("leaf", dtype_of(dtype), groups=size, weights=size)
+        except ValueError:
+            return False
+        return True
+
+    def check_size(self, what: str, dtype: Dtype, *, groups: int, weights: int) -> None:
+        """As `check`, of a ring of ``groups`` groups with ``weights`` weights altogether."""
+        try:
+            fine = self.fine_mask(dtype)
+        except ValueError as error:
+            raise ValueError(
+                f"{what}: {error}. Leave it out (mask False), or change fine_bits."
+            ) from None
+        units = groups if self.unit == "group" else weights
+        arrangements = order_bits(units) if self.permute else 0.0
+        hiding = arrangements + weights * fine.bit_count()
+        if hiding < MINIMUM_HIDING:
+            raise ValueError(
+                f"{what}: too small to hide in: {weights} weights of {dtype.name} give "
+                f"{hiding:.0f} bits ({arrangements:.0f} of order, {weights * fine.bit_count()} "
+                f"masked), expected at least {MINIMUM_HIDING}. Select more groups in this leaf, "
+                "use fewer levels or larger groups (or unit='weight'), or leave it out (--select, "
+                "or mask False)."
+            )
+        if not arrangements and not fine & _coarse_mask(dtype):
+            raise ValueError(
+                f"{what}: expected a cipher that changes more than fine bits, got {self}, which "
+                f"has {units} {self.unit} to permute and masks none of sign, exponent and top "
+                "three mantissa bits: every weight would stay within an eighth. Use unit='weight' "
+                "or a mask with more groups, or leave fine_bits out."
+            )
+
+    def run(
+        self,
+        leaves: Mapping[str, Any],
+        rings: Sequence[Any],
+        keys: Any,
+        *,
+        inverse: bool,
+        donate: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """See `Cipher.run`; the leaves named in `donate` are used up."""
+        from .engine_xla import run  # the definition alone does not need JAX
+
+        return run(self, leaves, rings, keys, inverse=inverse, donate=donate)
+
+
+def dtype_of(dtype: Any) -> Dtype:
+    """What is known of a dtype of NumPy, ml_dtypes or JAX.
+
+    Raises:
+        ValueError: nothing is.
+    """
+    if isinstance(dtype, Dtype):
+        return dtype
+    import numpy as np
+
+    name = np.dtype(dtype).name
+    if name not in DTYPES:
+        raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, got {name}")
+    return DTYPES[name]
+
+
+def _coarse_mask(dtype: Dtype) -> int:
+    """The bits that say roughly what a weight is: all but the low mantissa bits of a float."""
+    if dtype.kind == "integer":
+        return (1 << dtype.bits) - 1
+    return (1 << dtype.bits) - (1 << max(dtype.mantissa - _COARSE_MANTISSA, 0))
+
+
+def block_count(count: int) -> int:
+    """How many blocks ``count`` units or weights are."""
+    return -(-count // BLOCK)
+
+
+def order_bits(units: int) -> float:
+    """log2 of the number of permutations of ``units`` units in their blocks."""
+    blocks = block_count(units)
+    size, larger = divmod(units, max(blocks, 1))
+    return (larger * math.lgamma(size + 2) + (blocks - larger) * math.lgamma(size + 1)) / math.log(
+        2
+    )

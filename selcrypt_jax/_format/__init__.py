@@ -1,0 +1,1 @@
+"""The protected file and key files, as FORMAT.md describes them."""

@@ -1,0 +1,1 @@
+"""Importance of groups of weights: closed forms, and learned gates."""

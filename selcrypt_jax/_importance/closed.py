@@ -1,0 +1,297 @@
+"""Closed-form importance: one float a group of weights, from the weights or from gradients.
+
+Every function returns a pytree of scores with the structure of ``params``: float32 arrays that
+broadcast against their leaf (a kernel score of an HWIO leaf is ``(1, 1, I, O)``), and ``False``
+for the leaves that take no part. Higher is more important. They run under ``jit``.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._tree.groups import Granularity, Layout, group_shape, inner_axes
+from .._tree.names import (
+    AnyArray,
+    Selector,
+    is_array,
+    named_key,
+    named_leaves,
+    select_differentiable,
+    select_leaves,
+)
+
+LossFn = Callable[[PyTree, Any], Float[Array, ""]]
+
+
+def _by_leaf(
+    score: Callable[[str, AnyArray, tuple[int, ...]], Array],
+    params: PyTree,
+    select: Selector,
+    granularity: Granularity,
+    layout: Layout,
+) -> PyTree:
+    """Scores by name, leaf and its axes inside a group, put where the leaves were."""
+    scores = {
+        name: score(name, leaf, inner_axes(leaf.shape, granularity, layout)).astype(jnp.float32)
+        for name, leaf in select_leaves(params, select).items()
+    }
+    return named_leaves(params).rebuild_only(scores)
+
+
+def _numbers(name: str, leaf: AnyArray) -> Array:
+    """The leaf as floats, wide enough to add up."""
+    if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
+        # Packed low-bit weights come as unsigned bytes; their value says nothing.
+        raise ValueError(
+            f"params {name!r}: expected floats or signed integers, got {leaf.dtype}, whose values "
+            "may be packed codes. Use importance.random, or leave the leaf out with `select`."
+        )
+    narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
+    array = jnp.asarray(leaf)  # of a float64 JAX may hold 32 bits, which will do for scores
+    return array.astype(jnp.float32) if narrow else array
+
+
+def random(
+    params: PyTree,
+    *,
+    key: PRNGKeyArray,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """Uniform noise: the baseline that knows nothing.
+
+    Args:
+        params: pytree of arrays.
+        key: typed `jax.random` key; one is derived for each leaf from its name.
+        select: which leaves take part: a regular expression searched in the leaf's name, a
+            function ``(name, leaf) -> bool``, or ``None`` for floats with two axes or more.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``.
+        layout: ``"HWIO"`` (JAX) or ``"OIHW"`` (PyTorch).
+
+    Returns:
+        Scores in [0, 1).
+
+    Raises:
+        ValueError: `select` matches nothing, or something that is no array of numbers.
+    """
+
+    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
+        shape = group_shape(leaf.shape, granularity, layout)
+        return jax.random.uniform(named_key(key, name), shape)
+
+    return _by_leaf(score, params, select, granularity, layout)
+
+
+def descend(
+    params: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """|mean of the group|: the largest first. Arguments as in `random`.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 4 ("descending").
+    """
+    return _by_leaf(
+        lambda name, leaf, axes: jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True)),
+        params,
+        select,
+        granularity,
+        layout,
+    )
+
+
+def ascend(
+    params: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """−|mean of the group|: the smallest first. Arguments as in `random`.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 4 ("ascending").
+    """
+    return _by_leaf(
+        lambda name, leaf, axes: -jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True)),
+        params,
+        select,
+        granularity,
+        layout,
+    )
+
+
+def mean(
+    params: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """Nearest first to the leaf's average of |mean of the group|. Arguments as in `random`.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 4 ("mean").
+    """
+
+    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
+        size = jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
+        return -jnp.abs(size - size.mean())
+
+    return _by_leaf(score, params, select, granularity, layout)
+
+
+def l2(
+    params: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """Euclidean norm of the group. Arguments as in `random`.
+
+    References:
+        Li et al., Pruning filters for efficient ConvNets, ICLR 2017 (there with the l1 norm).
+    """
+    return _by_leaf(
+        lambda name, leaf, axes: jnp.sqrt(
+            jnp.square(_numbers(name, leaf)).sum(axes, keepdims=True)
+        ),
+        params,
+        select,
+        granularity,
+        layout,
+    )
+
+
+def taylor(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """Mean over batches of |Σ w·∂loss/∂w| over the group: what zeroing it would cost.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar``.
+        params: pytree of arrays.
+        batches: pytree of arrays ``[batches, ...]``; one gradient a batch.
+        select: as in `random`, as are the following ones; floating-point leaves only.
+        granularity: see `random`.
+        layout: see `random`.
+
+    Returns:
+        Scores ≥ 0, in units of the loss.
+
+    References:
+        Molchanov et al., Importance estimation for neural network pruning, CVPR 2019.
+    """
+
+    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
+        return jnp.abs((leaf * gradient).sum(axes, keepdims=True))
+
+    return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)
+
+
+def fisher(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PyTree:
+    """Mean over batches of Σ (w·∂loss/∂w)² over the group: empirical Fisher, batch by batch.
+
+    Arguments as in `taylor`. With batches of one example it is the diagonal Fisher estimate.
+
+    References:
+        Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
+    """
+
+    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
+        return jnp.square(leaf * gradient).sum(axes, keepdims=True)
+
+    return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)
+
+
+def _by_gradient(
+    score: Callable[[Array, Array, tuple[int, ...]], Array],
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    select: Selector,
+    granularity: Granularity,
+    layout: Layout,
+) -> PyTree:
+    tree = named_leaves(params)
+    chosen = select_differentiable(params, select)
+    count = batch_count(batches)
+    arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+
+    # Weights come as arguments, since what is closed over becomes part of the program; and one
+    # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
+    @jax.jit
+    def add(total: dict[str, Array], arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
+        def loss(chosen: dict[str, AnyArray]) -> Array:
+            return checked_loss(loss_fn(tree.rebuild(arrays | chosen), batch))
+
+        gradients = jax.grad(loss)({name: arrays[name] for name in chosen})
+        return {
+            name: total[name]
+            + score(
+                _numbers(name, arrays[name]),
+                _numbers(name, gradients[name]),
+                inner_axes(arrays[name].shape, granularity, layout),
+            )
+            for name in chosen
+        }
+
+    total = {
+        name: jnp.zeros(group_shape(leaf.shape, granularity, layout), _numbers(name, leaf).dtype)
+        for name, leaf in chosen.items()
+    }
+    for index in range(count):
+        total = add(total, arrays, jax.tree.map(operator.itemgetter(index), batches))
+    return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
+
+
+def checked_loss(loss: Any) -> Array:
+    """The loss, once it is sure to be one.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not is_array(loss) or loss.shape != ():
+        actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__
+        raise TypeError(f"loss_fn: expected a scalar array, got {actual}. Return the loss alone.")
+    return loss
+
+
+def batch_count(batches: PyTree) -> int:
+    """The common length of the first axis of all arrays in ``batches``.
+
+    Raises:
+        ValueError: there is none, or they differ.
+    """
+    leaves = named_leaves(batches, "batches").leaves
+    sizes = {name: leaf.shape[0] if np.ndim(leaf) else None for name, leaf in leaves.items()}
+    if len(set(sizes.values())) != 1 or not next(iter(sizes.values())):
+        raise ValueError(
+            f"batches: expected arrays with the same first axis, one batch an entry, got {sizes}. "
+            "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
+        )
+    return int(next(iter(sizes.values())))  # pyright: ignore[reportArgumentType]

@@ -1,0 +1,419 @@
+"""PSS, probabilistic selection strategy: importance learned by gates on a frozen network.
+
+Every group of weights gets a hard-concrete gate. Only the gates' ``log α`` are learned, over all
+leaves together (or leaf by leaf); the importance of a group is its ``log α``.
+"""
+
+import math
+import operator
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+
+from .._tree.groups import Granularity, Layout, group_shape
+from .._tree.names import (
+    AnyArray,
+    Selector,
+    check_key,
+    is_array,
+    named_leaves,
+    select_differentiable,
+)
+from .closed import LossFn, batch_count, checked_loss
+from .gates import BETA, hard_concrete, probability_open
+
+
+@dataclass(frozen=True)
+class PSSConfig:
+    """How importance is learned.
+
+    Attributes:
+        objective: ``"keep"`` (the paper): gates say what stays, the rest is zero; what must stay
+            open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
+            noise like the leaf's weights; what breaks the network is important.
+        steps: gradient steps; in each leaf, if `layerwise`.
+        penalty: λ, the price of an open gate in units of the (log) loss: about what a gate that is
+            worth it changes there. The more gates, the smaller: 1e-2 for some tens of thousands,
+            1e-4 for the 2 million of VGG19.
+        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``). If
+            ``None``, Adam with rate 0.1 and ε = λ/10, about what the price alone pulls with: with
+            an ε far below that every gate would move by the rate, however little depends on it,
+            and gates would be ranked by how sure their gradients are, and not by how large.
+        initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
+            almost all closed (−3.5) for ``"break"``.
+        cap: for ``"break"``: the loss at which the network counts as broken. Without one,
+            thousands of kernels that are worthless alone are opened together. By default four
+            times the loss with everything selected replaced by noise.
+        sampled: draw gates (the text of the paper), or take the median gate (its release).
+        layerwise: one leaf at a time, the others' gates at rest (the release), or all together.
+        clamp: bounds of log α.
+        beta: temperature of the gates.
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.1. Its release:
+        ``PSSConfig("keep", steps=..., penalty=1e-4, initial_log_alpha=1.0, sampled=False,
+        layerwise=True, optimizer=optax.sgd(0.1, momentum=0.9, nesterov=True))``, 130 epochs.
+    """
+
+    objective: Literal["keep", "break"] = "break"
+    steps: int = 100
+    penalty: float = 1e-2
+    optimizer: optax.GradientTransformation | None = None
+    initial_log_alpha: float | None = None
+    cap: float | None = None
+    sampled: bool = True
+    layerwise: bool = False
+    clamp: tuple[float, float] = (math.log(0.01), math.log(100))
+    beta: float = BETA
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("keep", "break"):
+            raise ValueError(f"objective: expected 'keep' or 'break', got {self.objective!r}.")
+        if operator.index(self.steps) < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}.")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty: expected at least 0, got {self.penalty}.")
+        if not self.beta > 0:
+            raise ValueError(f"beta: expected more than 0, got {self.beta}.")
+        low, high = self.clamp
+        if not low <= self.start <= high:
+            raise ValueError(
+                f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
+            )
+        if self.optimizer is not None and not isinstance(
+            self.optimizer, optax.GradientTransformation
+        ):
+            raise TypeError(
+                f"optimizer: expected an optax transformation, such as optax.adam(0.1), got "
+                f"{type(self.optimizer).__name__}."
+            )
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap: expected a positive loss, got {self.cap}.")
+
+    @property
+    def start(self) -> float:
+        """The log α that gates start from."""
+        if self.initial_log_alpha is not None:
+            return self.initial_log_alpha
+        return 2.5 if self.objective == "keep" else -3.5
+
+
+class PSSState(NamedTuple):
+    """Everything that learning needs to go on: a pytree, to be saved and restored as such.
+
+    Attributes:
+        log_alpha: name → log α of the leaf's groups.
+        opt_state: of the optimiser.
+        step: number of steps taken.
+        key: the noise of step t comes from ``fold_in(key, t)``, so that a resumed run equals a
+            straight one.
+        cap: log of the loss at which the network counts as broken.
+    """
+
+    log_alpha: dict[str, Float[Array, "..."]]
+    opt_state: optax.OptState
+    step: Int[Array, ""]
+    key: PRNGKeyArray
+    cap: Float[Array, ""]
+
+
+class PSSMetrics(NamedTuple):
+    """What happened in each step, ``[steps]``.
+
+    Attributes:
+        loss: task loss with the gates in place.
+        open: expected number of open gates.
+    """
+
+    loss: Float[Array, " steps"]
+    open: Float[Array, " steps"]
+
+
+class PSSLearner(NamedTuple):
+    """Pure functions that learn importance, in the manner of an optax transformation.
+
+    Attributes:
+        init: ``(params, batches, key=...) -> PSSState``.
+        run: ``(params, batches, state, steps) -> (PSSState, PSSMetrics)``, jitted; batch t modulo
+            their number is used in step t.
+        scores: ``(state) -> scores``, a pytree of the structure of params.
+        steps: how many steps the configuration asks for in all.
+    """
+
+    init: Callable[..., PSSState]
+    run: Callable[[PyTree, PyTree, PSSState, int], tuple[PSSState, PSSMetrics]]
+    scores: Callable[[PSSState], PyTree]
+    steps: int
+
+
+def pss_learner(
+    loss_fn: LossFn,
+    params: PyTree,
+    *,
+    config: PSSConfig = PSSConfig(),
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+) -> PSSLearner:
+    """Makes the functions that `pss` is a loop over; use them to checkpoint or to stop early.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar``, positive; params frozen and trained.
+        params: pytree, for its structure and shapes; what `init` and `run` are given is used.
+        config: see `PSSConfig`.
+        select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
+            ``None`` for floats with two axes or more.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        layout: ``"HWIO"`` or ``"OIHW"``.
+
+    Raises:
+        ValueError: nothing is selected, or a leaf without gradients is.
+    """
+    tree = named_leaves(params)
+    passive = {name: leaf for name, leaf in tree.leaves.items() if not is_array(leaf)}
+    shapes = {
+        name: group_shape(leaf.shape, granularity, layout)
+        for name, leaf in select_differentiable(params, select).items()
+    }
+    names = list(shapes)
+    optimizer = config.optimizer or optax.adam(0.1, eps=max(config.penalty / 10, 1e-8))
+    at_rest = 1.0 if config.objective == "keep" else 0.0
+
+    def arrays(params: PyTree) -> dict[str, AnyArray]:
+        leaves = named_leaves(params).leaves
+        return {name: leaf for name, leaf in leaves.items() if name not in passive}
+
+    def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
+        loss = loss_fn(tree.rebuild(leaves | changed | passive), batch)
+        return checked_loss(loss).astype(jnp.float32)
+
+    # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
+    def draw(
+        sample: Callable[..., Array], key: PRNGKeyArray, shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Array]:
+        order = sorted(shapes)  # not the order in the container: equal paths, equal noise
+        ends = np.cumsum([math.prod(shapes[name]) for name in order])
+        parts = jnp.split(sample(key, (int(ends[-1]),)), ends[:-1])
+        return {n: part.reshape(shapes[n]) for n, part in zip(order, parts, strict=True)}
+
+    def noise(leaves: dict[str, AnyArray], key: PRNGKeyArray) -> dict[str, AnyArray]:
+        """Normal, with the mean and the deviation of each leaf."""
+        normal = draw(jax.random.normal, key, {name: leaves[name].shape for name in names})
+        wide = {name: leaves[name].astype(jnp.float32) for name in names}
+        return {name: wide[name].mean() + wide[name].std() * normal[name] for name in names}
+
+    def gates(log_alpha: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
+        uniform = draw(jax.random.uniform, key, shapes) if config.sampled else None
+        return {
+            name: hard_concrete(
+                log_alpha[name],
+                uniform=None if uniform is None else uniform[name],
+                beta=config.beta,
+            )
+            for name in names
+        }
+
+    @jax.jit
+    def rest_and_broken(leaves: dict[str, AnyArray], batch: Any, key: PRNGKeyArray) -> Array:
+        everything = {
+            name: leaf.astype(leaves[name].dtype) for name, leaf in noise(leaves, key).items()
+        }
+        return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
+
+    def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
+        check_key(key)
+        leaves = arrays(params)
+        for name in names:
+            if not bool(jnp.isfinite(leaves[name]).all()):
+                raise ValueError(
+                    f"params {name!r}: expected finite weights, got NaN or Inf. Nothing can be "
+                    "learned from such a network: go back to its last good checkpoint."
+                )
+        batch_count(batches)
+        first = jax.tree.map(lambda leaf: leaf[0], batches)
+        rest, broken = rest_and_broken(leaves, first, jax.random.fold_in(key, 2**32 - 1))
+        if not bool(jnp.isfinite(rest)) or (config.objective == "break" and not rest > 0):
+            raise ValueError(
+                f"loss_fn: expected a finite, positive loss of the untouched network, got "
+                f"{float(rest)} on the first batch."
+            )
+        if rest >= broken:
+            warnings.warn(
+                f"loss_fn: the network's loss on the first batch, {float(rest):.3g}, is no better "
+                f"than with noise in place of what is selected, {float(broken):.3g}. Is it "
+                "trained, and are the batches what it was trained on?",
+                stacklevel=2,
+            )
+        cap = math.inf
+        if config.objective == "break":
+            # Noise may also make a loss overflow; then the network is broken well before.
+            broken = jnp.where(jnp.isfinite(broken), broken, 100 * rest)
+            cap = config.cap or 4 * float(jnp.maximum(broken, rest))
+        log_alpha = {n: jnp.full(shape, config.start, jnp.float32) for n, shape in shapes.items()}
+        # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
+        return PSSState(
+            log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
+        )
+
+    def objective(
+        log_alpha: dict[str, Array],
+        leaves: dict[str, AnyArray],
+        batch: Any,
+        key: PRNGKeyArray,
+        cap: Array,
+        active: dict[str, Array],
+    ) -> tuple[Array, tuple[Array, Array]]:
+        gate_key, noise_key = jax.random.split(key)
+        instead = noise(leaves, noise_key) if config.objective == "break" else None
+        changed, price = {}, jnp.float32(0)
+        for name, gate in gates(log_alpha, gate_key).items():
+            gate = jnp.where(active[name], gate, at_rest)
+            wide = leaves[name].astype(jnp.float32)
+            wide = wide * gate if instead is None else wide + gate * (instead[name] - wide)
+            changed[name] = wide.astype(leaves[name].dtype)
+            open_ = probability_open(log_alpha[name], beta=config.beta).sum()
+            price += jnp.where(active[name], open_, 0)
+        loss = task_loss(leaves, changed, batch)
+        if config.objective == "keep":
+            target = loss
+        else:
+            # Logarithm: what breaks a network multiplies its loss, group by group.
+            target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), cap)
+        return target + config.penalty * price, (loss, price)
+
+    def step(
+        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
+    ) -> tuple[PSSState, PSSMetrics]:
+        count = batch_count(batches)
+        batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
+        opt_state = state.opt_state
+        active = {name: jnp.bool_(True) for name in names}
+        if config.layerwise:
+            turn = state.step // config.steps
+            active = {name: turn == index for index, name in enumerate(names)}
+            fresh = optimizer.init(state.log_alpha)
+            first = state.step % config.steps == 0
+            opt_state = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, opt_state)
+        gradients, (loss, price) = jax.grad(objective, has_aux=True)(
+            state.log_alpha,
+            leaves,
+            batch,
+            jax.random.fold_in(state.key, state.step),
+            state.cap,
+            active,
+        )
+        # optax itself mixes dtypes; whoever runs JAX in strict mode means their own code.
+        with jax.numpy_dtype_promotion("standard"):
+            updates: Any
+            updates, opt_state = optimizer.update(gradients, opt_state, state.log_alpha)
+        # Momentum left over from a leaf's turn must not go on moving it.
+        moved = {
+            name: jnp.clip(
+                state.log_alpha[name] + jnp.where(active[name], updates[name], 0), *config.clamp
+            )
+            for name in names
+        }
+        state = state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1)
+        return state, PSSMetrics(loss, price)
+
+    def scores(state: PSSState) -> PyTree:
+        return tree.rebuild_only(state.log_alpha)
+
+    one_step = jax.jit(step)
+
+    @partial(jax.jit, static_argnums=3)
+    def scan(
+        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState, steps: int
+    ) -> tuple[PSSState, PSSMetrics]:
+        return lax.scan(lambda state, _: step(leaves, batches, state), state, None, length=steps)
+
+    def run(
+        params: PyTree, batches: PyTree, state: PSSState, steps: int
+    ) -> tuple[PSSState, PSSMetrics]:
+        if steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {steps}.")
+        leaves = arrays(params)
+        if jax.default_backend() != "cpu":
+            return scan(leaves, batches, state, steps)
+        # Inside of loops, XLA's CPU backend does not rewrite the gradients of convolutions into
+        # its fast form: they take 10 to 40 times as long there.
+        history = []
+        for _ in range(steps):
+            state, metrics = one_step(leaves, batches, state)
+            history.append(metrics)
+        return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
+
+    total = config.steps * (len(names) if config.layerwise else 1)
+    return PSSLearner(init, run, scores, total)
+
+
+def pss(
+    loss_fn: LossFn,
+    params: PyTree,
+    batches: PyTree,
+    *,
+    key: PRNGKeyArray,
+    config: PSSConfig = PSSConfig(),
+    select: Selector = None,
+    granularity: Granularity = "kernel",
+    layout: Layout = "HWIO",
+    progress: Callable[[PSSState, PSSMetrics], None] | None = None,
+) -> PyTree:
+    """Learns which groups of weights matter, for a frozen, trained network.
+
+    Args:
+        loss_fn: ``(params, batch) -> scalar``, positive.
+        params: pytree; not changed.
+        batches: pytree of arrays ``[batches, ...]``; batch t modulo their number in step t.
+        key: typed key for gates and noise.
+        config: see `PSSConfig`.
+        select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
+            ``None`` for floats with two axes or more.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        layout: ``"HWIO"`` or ``"OIHW"``.
+        progress: called now and then with the state and the metrics of the steps since
+            the last call.
+
+    Returns:
+        Scores (log α, one float a group), a pytree of the structure of ``params`` with ``False``
+        for the leaves that take no part; for `nested_masks`.
+
+    Raises:
+        ValueError: nothing selected; weights or a loss that are not finite, with the step.
+
+    Examples:
+        >>> scores = pss(loss_fn, params, batches, key=jax.random.key(0))
+        >>> masks = nested_masks(scores, [0.02, 0.05, 0.08], scope="model")
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.1, equations 3 to 8.
+    """
+    learner = pss_learner(
+        loss_fn, params, config=config, select=select, granularity=granularity, layout=layout
+    )
+    state = learner.init(params, batches, key=key)
+    # A divisor of the steps, so that all calls are of one length and compile once.
+    most = max(learner.steps // 20, 1)
+    chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
+    for _ in range(learner.steps // chunk):
+        state, metrics = learner.run(params, batches, state, chunk)
+        loss = np.asarray(metrics.loss)
+        bad = ~np.isfinite(loss) | ((loss < 0) if config.objective == "break" else False)
+        if bad.any():
+            raise ValueError(
+                f"loss_fn: expected a finite loss, got {loss[bad][0]} at step "
+                f"{int(state.step) - chunk + int(bad.argmax())}. Lower the optimiser's rate; for "
+                "the objective 'break', use a loss that cannot become negative."
+            )
+        if progress is not None:
+            progress(state, metrics)
+    return learner.scores(state)

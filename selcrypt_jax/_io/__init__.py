@@ -1,0 +1,1 @@
+"""Files: atomic outputs, strict JSON, safetensors, shards, Orbax."""

@@ -1,0 +1,87 @@
+"""Arrays as the bytes of a file, and back; JAX is needed for trees only."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._tree.dtypes import DTYPES, SAFETENSORS
+
+_CODES = {dtype.name: code for code, dtype in SAFETENSORS.items()}
+
+
+class ArrayInfo(NamedTuple):
+    """Dtype (safetensors' name) and shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def as_array(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The array that bytes of a file stand for.
+
+    Args:
+        data: little-endian, in C order; shared by the array.
+        dtype: safetensors' name.
+        shape: of the array.
+
+    Raises:
+        ValueError: a dtype that shares bytes between elements.
+    """
+    known = SAFETENSORS[dtype]
+    if known.bits < 8:
+        raise ValueError(
+            f"expected a dtype of 8 bits or more, got {dtype}, of which NumPy has no packed arrays"
+        )
+    return np.frombuffer(data, _numpy_dtype(known.name)).reshape(shape)
+
+
+def _numpy_dtype(name: str) -> np.dtype:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16 and float8
+
+        return np.dtype(name)
+
+
+class ArraySource:
+    """Named arrays as a `TensorSource`.
+
+    Args:
+        arrays: name → NumPy or JAX array.
+        what: for messages.
+
+    Raises:
+        ValueError: a dtype that safetensors does not have.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], what: str = "params") -> None:
+        self.tensors = {}
+        for name, array in arrays.items():
+            code = _CODES.get(str(array.dtype))
+            if code is None or DTYPES[str(array.dtype)].bits < 8:
+                raise ValueError(
+                    f"{what} {name!r}: expected one of the dtypes that a safetensors file can "
+                    f"hold, got {array.dtype}. Convert it, or keep it out of the tree (random "
+                    "state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
+                )
+            self.tensors[name] = ArrayInfo(code, tuple(array.shape))
+        self._arrays = arrays
+
+    def read(self, name: str) -> bytearray:
+        """See `TensorSource`."""
+        array = self._arrays[name]
+        if not getattr(array, "is_fully_addressable", True):
+            from .._tree.hosts import gathered
+
+            array = gathered(array)
+        array = np.asarray(array)
+        if sys.byteorder == "big" or not array.dtype.isnative:
+            array = array.astype(array.dtype.newbyteorder("<"))
+        return bytearray(array.tobytes())
+
+    def chunks(self, name: str) -> Iterator[bytearray]:
+        """See `TensorSource`."""
+        yield self.read(name)

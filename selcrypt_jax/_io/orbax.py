@@ -1,0 +1,251 @@
+"""Orbax checkpoints: a folder with a pytree, and our metadata as one more file in it."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from .arrays import ArraySource, as_array
+from .atomic import new_folder
+from .strict_json import json_object
+
+METADATA_FILE = "selcrypt.json"
+_INNER = "checkpoint"
+_VALUE = "/value"
+_TREE = "_METADATA"  # what Orbax calls the description of a pytree
+
+
+def is_orbax(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder is an Orbax checkpoint.
+
+    Raises:
+        ValueError: it holds some, as a checkpoint of several items does, but is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    if (path / _TREE).is_file():
+        return True
+    inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
+    if inside:
+        raise ValueError(
+            f"{path}: expected the Orbax checkpoint of one pytree, got a folder of {inside}. Name "
+            f"one of them, such as {path / inside[0]}."
+        )
+    return False
+
+
+class OrbaxCheckpoint(ArraySource):
+    """A pytree that Orbax saved, in memory as NumPy arrays.
+
+    Names are the steps of a path, joined by ``/``.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        ValueError: Orbax cannot read it; a leaf that a safetensors file could not hold; metadata
+            of ours that are malformed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        import jax
+        import numpy as np
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import named_leaves
+
+        self.path = Path(path)
+        folder = self.path.absolute()
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            try:
+                found: Any = checkpointer.metadata(folder)
+                tree = found.item_metadata.tree
+                kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+                restored = checkpointer.restore(folder, restore_args=kinds)
+            except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
+                raise ValueError(f"{self.path}: Orbax cannot read it: {error}") from error
+        self.tree = named_leaves(restored, str(self.path))
+        self.stored = _stored_names(self.tree.leaves)
+        super().__init__(
+            {name: self.tree.leaves[stored] for name, stored in self.stored.items()},
+            str(self.path),
+        )
+        self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
+        self.metadata = _read_metadata(self.path)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@contextmanager
+def orbax_output(
+    path: str | os.PathLike[str], like: OrbaxCheckpoint
+) -> Iterator[tuple[dict[str, bytearray], dict[str, str]]]:
+    """A new Orbax checkpoint, which appears when the block ends, and only then.
+
+    Args:
+        path: of the folder; there must be nothing of this name.
+        like: the checkpoint whose tree, dtypes and shapes it has.
+
+    Yields:
+        Name → bytes, and metadata of ours: both to be filled.
+    """
+    import orbax.checkpoint as ocp
+
+    data: dict[str, bytearray] = {}
+    metadata: dict[str, str] = {}
+    with new_folder(path) as folder:
+        yield data, metadata
+        leaves: Mapping[str, Any] = {
+            name: as_array(data[name], info.dtype, info.shape)
+            for name, info in like.tensors.items()
+        }
+        inner = folder.absolute() / _INNER
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            stored = {like.stored[name]: leaf for name, leaf in leaves.items()}
+            checkpointer.save(inner, like.tree.rebuild(stored))
+        _put_together(folder, metadata)
+
+
+def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
+    """Moves what Orbax wrote, into a new folder as it wants it, to where it belongs."""
+    inner = folder / _INNER
+    for item in list(inner.iterdir()):
+        item.rename(folder / item.name)
+    inner.rmdir()
+    if metadata:
+        text = json.dumps(dict(metadata), ensure_ascii=False, indent=1)
+        (folder / METADATA_FILE).write_bytes(text.encode())
+
+
+def _stored_names(stored: Iterable[str]) -> dict[str, str]:
+    """Names as `named_leaves` has them → those in the checkpoint.
+
+    Of an ``nnx.State`` Orbax keeps a further step ``value`` for each variable.
+    """
+    names = list(stored)
+    of_state = bool(names) and all(name.endswith(_VALUE) for name in names)
+    return {name.removesuffix(_VALUE) if of_state else name: name for name in names}
+
+
+def _nested(leaves: Mapping[str, Any]) -> Any:
+    """Leaves by name as dictionaries in dictionaries, which is how Orbax names them as we do."""
+    if list(leaves) == [""]:
+        return leaves[""]
+    tree: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *steps, last = name.split("/")
+        inner = tree
+        for step in steps:
+            inner = inner.setdefault(step, {})
+        inner[last] = leaf
+    return tree
+
+
+def _read_metadata(path: Path) -> dict[str, str] | None:
+    file = path / METADATA_FILE
+    if not file.exists():
+        return None
+    metadata = json_object(file.read_bytes(), str(file))
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError(f"{file}: expected text for every key. It is damaged.")
+    return metadata
+
+
+def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str]) -> None:
+    """Writes a pytree with metadata of ours, from all processes together.
+
+    It appears under its name when all have written their part, and only then; see `new_folder`.
+
+    Args:
+        path: of the folder, which all processes see; there must be nothing of this name.
+        tree: of arrays.
+        metadata: of ours.
+
+    Raises:
+        ValueError, OSError: it cannot be written; in all processes.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    from .._tree.names import is_array, named_leaves
+
+    leaves = named_leaves(tree).leaves
+    nested = _nested({name: leaf for name, leaf in leaves.items() if is_array(leaf)})
+    folder, problem = None, None
+    with ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                folder = stack.enter_context(new_folder(path))
+            except OSError as error:
+                problem = error
+        name = _agreed_on("" if folder is None else str(folder), problem)
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(Path(name) / _INNER, nested)
+        if folder is not None:
+            try:
+                _put_together(folder, metadata)
+                stack.close()
+            except OSError as error:
+                problem = error
+        _agreed_on("", problem)
+
+
+def _agreed_on(text: str, problem: OSError | None) -> str:
+    """What the first process says; or what it saw go wrong, for the others must not wait for it."""
+    from .._tree.hosts import from_first
+
+    said = json.dumps([text, None if problem is None else str(problem)])
+    text, failure = json.loads(from_first(said.encode()))
+    if failure is not None:
+        raise problem or OSError(failure)
+    return text
+
+
+def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, str]]:
+    """Reads a pytree and metadata of ours; each process what it is to have.
+
+    Args:
+        path: of the folder.
+        like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+
+    Raises:
+        ValueError: no checkpoint of ours, or one of another tree.
+        OSError: it cannot be read.
+    """
+    import orbax.checkpoint as ocp
+
+    from .._tree.names import is_array, listed, named_leaves
+
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{path}: expected the folder of an Orbax checkpoint, got none. Name "
+            "the folder; a safetensors file is opened with open_model."
+        )
+    metadata = _read_metadata(folder)
+    if metadata is None:
+        raise ValueError(
+            f"{path}: expected a protected Orbax checkpoint, got a folder without {METADATA_FILE}. "
+            "Protect it, or name the folder that holds that file."
+        )
+    tree = named_leaves(like, "like")
+    given = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        try:
+            found: Any = checkpointer.metadata(folder)
+            stored = _stored_names(named_leaves(found.item_metadata.tree).leaves)
+            if stored.keys() != given.keys():
+                raise ValueError(
+                    f"expected a tree with {listed(stored)}, got one with {listed(given)}"
+                )
+            item = _nested({stored[name]: leaf for name, leaf in given.items()})
+            arguments = ocp.checkpoint_utils.construct_restore_args(item)
+            restored = checkpointer.restore(folder, item=item, restore_args=arguments)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
+    leaves = named_leaves(restored).leaves
+    return tree.rebuild({name: leaves[stored[name]] for name in given}), metadata

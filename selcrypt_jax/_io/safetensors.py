@@ -1,0 +1,341 @@
+"""The safetensors format, strictly and tensor by tensor; without JAX and NumPy.
+
+::
+
+    file   = length of the header (8 bytes, little-endian) ‖ header ‖ data
+    header = {"__metadata__": {key: text}, name: {"dtype", "shape", "data_offsets"}, ...} (JSON)
+
+The tensors cover the data without holes and overlaps. What a file leaves open to interpretation
+(a key twice, unknown fields, bytes that belong to nothing) is refused here even where the stock
+reader takes it: two readers of one signed file must not see two models.
+
+References:
+    https://github.com/huggingface/safetensors, README, "Format".
+"""
+
+import json
+import os
+import stat
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import safetensors
+
+from .._tree.dtypes import SAFETENSORS
+from .strict_json import json_object, show
+
+MAX_HEADER = 100_000_000
+"""Bytes; the format's own bound."""
+
+_METADATA = "__metadata__"
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+# Only asked for once the file is refused: the length of a header may look like any of them.
+_OTHER_FORMATS = {
+    b"version https://git-lfs": "a Git LFS pointer; get the file itself with `git lfs pull`",
+    b"PK\x03\x04": "a zip archive, such as a PyTorch .pt or a NumPy .npz file; load it there and "
+    "save it with safetensors.torch or safetensors.numpy",
+    b"\x80": "a Python pickle, such as an old PyTorch .pt file; load it there and save it with "
+    "safetensors.torch",
+    b"\x93NUMPY": "a NumPy .npy file; save it with safetensors.numpy, under its tensor's name",
+    b"\x89HDF": "an HDF5 file, such as a Keras .h5; load it there and save it with "
+    "safetensors.numpy",
+    b"GGUF": "a GGUF file; use the safetensors file that it was made from",
+    b"\x1f\x8b\x08": "gzip-compressed; unpack it first",
+    b"<": "a web page; download the file itself",
+    b"selcrypt-": "a key or grant of selcrypt's; name the model's file",
+    b"{": "JSON text; the index of a sharded model is called *.safetensors.index.json",
+}
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor is, and what.
+
+    Attributes:
+        name: as in the header, code point by code point.
+        dtype: code of the format, such as ``"F32"``; a key of `SAFETENSORS`.
+        shape: in elements, also where two of them share a byte.
+        start: of its bytes, from the beginning of the file.
+        stop: behind its last byte.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class SafetensorsFile:
+    """A safetensors file whose header has been checked; a context manager.
+
+    The data are read when asked for, from one descriptor: who replaces the file under its name
+    meanwhile changes nothing, and a file that shrinks is noticed. May be used by several threads.
+
+    Args:
+        path: of a regular file.
+
+    Attributes:
+        path: as given.
+        tensors: by name, in the order of the header.
+        metadata: ``__metadata__`` of the file, maybe empty; None if there is no such entry.
+        size: bytes of the file.
+
+    Raises:
+        ValueError: not a safetensors file, or a damaged or ambiguous one. (Nothing gets through
+            that the stock reader refuses; `ask_stock_reader` asks it all the same.)
+        OSError: a file that can't be read.
+    """
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str] | None
+    size: int
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        mode = self.path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"{self.path}: expected a safetensors file, got a folder.")
+        # Before opening it, since opening a pipe waits for its other end.
+        if not stat.S_ISREG(mode):
+            raise ValueError(
+                f"{self.path}: expected a regular file, got a pipe or device. Save it to a file."
+            )
+        self._lock = threading.Lock()
+        self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed by close()
+        try:
+            self.size = os.fstat(self._file.fileno()).st_size
+            start = self._data_start()
+            raw = bytes(self._read(8, start))
+            self.tensors, self.metadata = _parse_header(raw, start, self.size)
+        except ValueError as error:
+            self.close()
+            raise ValueError(f"{self.path}: {error}") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; what has been read stays."""
+        self._file.close()
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of a tensor, little-endian and in C order.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: the file has become shorter since it was opened.
+        """
+        info = self.tensors[name]
+        return self._read(info.start, info.stop)
+
+    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytearray]:
+        """The bytes of a tensor, `size` at a time; nothing for a tensor without elements.
+
+        Raises:
+            KeyError: no such tensor.
+            ValueError: a size below 1, or the file has become shorter since it was opened.
+        """
+        if size < 1:
+            raise ValueError(f"size: expected at least 1 byte, got {size}.")
+        info = self.tensors[name]
+        for start in range(info.start, info.stop, size):
+            yield self._read(start, min(start + size, info.stop))
+
+    def _read(self, start: int, stop: int) -> bytearray:
+        data = bytearray(stop - start)
+        rest = memoryview(data)
+        with self._lock:
+            self._file.seek(start)
+            while rest:
+                count = self._file.readinto(rest)
+                if not count:
+                    raise ValueError(
+                        f"{self.path}: expected {self.size} bytes as when it was opened, got "
+                        f"{stop - len(rest)}. Something changed it meanwhile."
+                    )
+                rest = rest[count:]
+        return data
+
+    def _data_start(self) -> int:
+        """Offset of the data, from the length of the header; before the header costs memory."""
+        first = bytes(self._read(0, min(self.size, 64)))
+        hint = "It is cut off, or no safetensors file: get it again, or convert it first."
+        length = int.from_bytes(first[:8], "little")
+        for magic, kind in _OTHER_FORMATS.items():
+            # A single byte also begins the length of many a good header.
+            if first.startswith(magic) and (len(magic) > 1 or length > MAX_HEADER):
+                hint = f"It looks like {kind}."
+        if len(first) < 8:
+            hint = hint if first else "It is empty; get it again."
+            raise ValueError(f"expected at least 8 bytes, got {len(first)}. {hint}")
+        if length > MAX_HEADER:
+            raise ValueError(f"header: expected at most {MAX_HEADER} bytes, got {length}. {hint}")
+        if 8 + length > self.size:
+            raise ValueError(
+                f"header: expected {length} bytes, as it says, got {self.size - 8}. {hint}"
+            )
+        if not length or not first.startswith(b"{", 8):
+            raise ValueError(f"header: expected '{{' first, got {first[8:9]!r}. {hint}")
+        return 8 + length
+
+    def ask_stock_reader(self) -> None:
+        """What we call good must open elsewhere too: the last word is the reference's.
+
+        Raises:
+            ValueError: the safetensors library refuses the file.
+        """
+        try:
+            with safetensors.safe_open(self.path, framework="numpy"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{self.path}: the safetensors library refuses it: {error}.") from None
+        except MemoryError:
+            # It maps the whole file, which a limit on address space forbids, and has no opinion
+            # then. The checks above let nothing through that it refuses (a test compares them).
+            pass
+
+
+def header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+) -> bytes:
+    """All that comes before the data, byte for byte as the stock library writes it.
+
+    Args:
+        tensors: name, dtype code and shape (in elements) of each, in the order of their data.
+        metadata: None for no ``__metadata__`` entry, which differs from an empty one.
+
+    Returns:
+        The length (8 bytes), compact JSON, and spaces up to a multiple of 8 bytes.
+
+    Raises:
+        ValueError: a name twice or reserved, an unknown dtype, a shape that doesn't fit it, text
+            that isn't Unicode, or a header above the format's bound of 100,000,000 bytes.
+    """
+    entries: dict[str, Any] = {}
+    if metadata is not None:
+        entries[_METADATA] = _check_metadata(dict(metadata))
+    stop = 0
+    for name, dtype, shape in tensors:
+        if name == _METADATA:
+            raise ValueError(f"a tensor can't be called {_METADATA!r}: the format reserves it.")
+        if name in entries:
+            raise ValueError(f"tensor {show(name)}: expected each name once, got it twice.")
+        _check_text(name)
+        try:
+            start, stop = stop, stop + _byte_count(dtype, shape)
+        except ValueError as error:
+            raise ValueError(f"tensor {show(name)}: {error}") from None
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
+    # The escapes are those of serde_json, for every code point (a test compares them).
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(
+            f"header: expected at most {MAX_HEADER} bytes, got {len(text)}. Nothing could read "
+            "it; store less in the metadata, or the tensors in several files."
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parse_header(
+    raw: bytes, start: int, size: int
+) -> tuple[dict[str, TensorInfo], dict[str, str] | None]:
+    entries = json_object(raw, "header")
+    metadata = _check_metadata(entries.pop(_METADATA)) if _METADATA in entries else None
+    tensors = {}
+    for name, entry in entries.items():
+        try:
+            begin, end = _parse_entry(entry, size - start)
+        except ValueError as error:
+            raise ValueError(f"tensor {show(name)}: {error}") from None
+        shape = tuple(entry["shape"])
+        tensors[name] = TensorInfo(name, entry["dtype"], shape, start + begin, start + end)
+    position = start
+    for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
+        if info.start != position:
+            what = "a hole before it" if info.start > position else "an overlap with another tensor"
+            raise ValueError(
+                f"tensor {show(info.name)}: expected its data to start at byte "
+                f"{position - start}, got {info.start - start}: {what}. The header is damaged."
+            )
+        position = info.stop
+    if position != size:
+        raise ValueError(
+            f"expected {position} bytes, got {size}: {size - position} bytes behind the last "
+            "tensor that belong to nothing. The file is damaged."
+        )
+    return tensors, metadata
+
+
+def _parse_entry(entry: Any, data_size: int) -> tuple[int, int]:
+    """The offsets in the data of one tensor, checked."""
+    if not isinstance(entry, dict) or set(entry) != _FIELDS:
+        raise ValueError(f"expected an object of dtype, shape and data_offsets, got {show(entry)}.")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not isinstance(shape, list):
+        raise ValueError(f"shape: expected a list, got {show(shape)}.")
+    if not isinstance(offsets, list) or [type(offset) for offset in offsets] != [int, int]:
+        raise ValueError(f"data_offsets: expected two whole numbers, got {show(offsets)}.")
+    begin, end = offsets
+    if not 0 <= begin <= end:
+        raise ValueError(f"data_offsets: expected 0 <= start <= stop, got {show(offsets)}.")
+    expected = _byte_count(entry["dtype"], shape)
+    if end - begin != expected:
+        raise ValueError(
+            f"data_offsets: expected {expected} bytes for {entry['dtype']}{show(shape)}, "
+            f"got {end - begin}."
+        )
+    if end > data_size:
+        raise ValueError(
+            f"data_offsets: expected at most the {data_size} bytes of data that the file has, "
+            f"got {show(offsets)}. It is cut off; get it again."
+        )
+    return begin, end
+
+
+def _byte_count(dtype: Any, shape: Iterable[Any]) -> int:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS:
+        raise ValueError(f"dtype: expected one of {', '.join(SAFETENSORS)}, got {show(dtype)}.")
+    shape = list(shape)
+    count = 1
+    for length in shape:
+        if type(length) is not int or length < 0:
+            raise ValueError(f"shape: expected whole numbers from 0, got {show(shape)}.")
+        count *= length
+        # The reference multiplies in this order too: it refuses [2^40, 2^40, 0].
+        if max(length, count) >= 2**63:
+            raise ValueError(f"shape: expected less than 2^63 elements, got {show(shape)}.")
+    bits = count * SAFETENSORS[dtype].bits
+    if bits % 8:
+        raise ValueError(f"shape: expected whole bytes of {dtype}, got {bits} bits.")
+    return bits // 8
+
+
+def _check_metadata(metadata: Any) -> dict[str, str]:
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{_METADATA}: expected an object, or no entry, got {show(metadata)}.")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise ValueError(
+                f"{_METADATA}: expected text, got {show(value)} for {show(key)}. Put it in quotes."
+            )
+        _check_text(key)
+        _check_text(value)
+    return metadata
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"expected Unicode, got a lone surrogate in {show(text)}.") from None

@@ -1,0 +1,114 @@
+"""Checkpoints in several safetensors files with an index; without JAX and NumPy."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
+
+from .safetensors import MAX_HEADER, SafetensorsFile
+from .strict_json import json_object, show
+
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+class ShardIndex(NamedTuple):
+    """The index of a model in several files.
+
+    Attributes:
+        path: of the index.
+        shards: file name to path, sorted by name.
+        weight_map: tensor name to file name.
+        text: the index as it is.
+    """
+
+    path: Path
+    shards: dict[str, Path]
+    weight_map: dict[str, str]
+    text: bytes
+
+
+def find_shards(path: str | os.PathLike[str]) -> ShardIndex | None:
+    """The index of a sharded model, or None for any other file.
+
+    Args:
+        path: a ``*.safetensors.index.json``, a folder that holds exactly one, or a file.
+
+    Raises:
+        ValueError: a folder without an index or with several, an index that isn't one, or that
+            names files that are missing or not beside it.
+        OSError: what can't be read, or doesn't exist.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = sorted(item.name for item in path.iterdir())
+        found = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+        if len(found) != 1:
+            files = [name for name in names if name.endswith(".safetensors")]
+            raise ValueError(
+                f"{path}: expected one *{_INDEX_SUFFIX} in this folder, got "
+                f"{show(found) if found else 'none'}; safetensors files there: "
+                f"{show(files) if files else 'none'}. Name the file that you mean."
+            )
+        path = path / found[0]
+    elif not path.name.endswith(_INDEX_SUFFIX):
+        path.stat()  # a name that doesn't exist is no plain file either
+        return None
+    try:
+        return _parse_index(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def check_shards(index: ShardIndex, files: Mapping[str, SafetensorsFile]) -> None:
+    """Checks that the shards hold what the index says: no more, no less, nothing twice.
+
+    Args:
+        index: from `find_shards`.
+        files: by file name, one for each of `index.shards`.
+
+    Raises:
+        ValueError: the names of tensors or files that differ.
+    """
+    if set(files) != set(index.shards):
+        raise ValueError(
+            f"{index.path}: expected the shards {show(list(index.shards))}, "
+            f"got {show(sorted(files))}."
+        )
+    listed = set(index.weight_map.items())
+    held = {(name, file_name) for file_name in files for name in files[file_name].tensors}
+    if listed != held:
+        raise ValueError(
+            f"{index.path}: expected the shards to hold the tensors that it lists. Only listed: "
+            f"{show(sorted(listed - held))}. Only held: {show(sorted(held - listed))}. "
+            "A shard is damaged or of another model."
+        )
+
+
+def _parse_index(path: Path) -> ShardIndex:
+    size = path.stat().st_size
+    if not path.is_file() or size > MAX_HEADER:
+        raise ValueError(f"index: expected a file of at most {MAX_HEADER} bytes, got {size}.")
+    text = path.read_bytes()
+    weight_map = json_object(text, "index").get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"weight_map: expected an object of tensors, got {show(weight_map)}.")
+    for name, file_name in weight_map.items():
+        # Also what another system would take for a path: an index must work everywhere or nowhere.
+        if (
+            not isinstance(file_name, str)
+            or file_name in {"", ".", ".."}
+            or not file_name.isprintable()
+            or PureWindowsPath(file_name).name != file_name
+        ):
+            raise ValueError(
+                f"weight_map: tensor {show(name)}: expected the name of a file beside the index, "
+                f"got {show(file_name)}."
+            )
+    shards = {name: path.parent / name for name in sorted(set(weight_map.values()))}
+    missing = [name for name, shard in shards.items() if not shard.is_file()]
+    if missing:
+        raise ValueError(
+            f"expected {len(shards)} shards beside the index, got {len(shards) - len(missing)}; "
+            f"missing: {show(missing)}. Get them first."
+        )
+    return ShardIndex(path, shards, weight_map, text)

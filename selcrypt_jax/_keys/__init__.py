@@ -1,0 +1,1 @@
+"""Secrets, level keys, signatures; ChaCha20 for ``jax.random``."""

@@ -1,0 +1,1 @@
+"""Protecting checkpoints and trees; opening, rotating and inspecting what was protected."""

@@ -1,0 +1,307 @@
+"""Checkpoints on disk: one file, several with an index, or an Orbax folder; read and written."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from .._ciphers.lossless import LosslessCipher
+from .._format.envelope import (
+    NO_DIGEST,
+    Envelope,
+    IntegrityError,
+    LevelSize,
+    Manifest,
+    SealedRing,
+    Tensor,
+    metadata_digest,
+)
+from .._format.tensors import Rings, TensorSource, Unlocked, Write, check_table, encrypt_tensors
+from .._io.atomic import check_output, new_file, new_folder
+from .._io.safetensors import SafetensorsFile, header
+from .._io.shards import ShardIndex, check_shards, find_shards
+from .._keys.keys import LevelKey, Secret, SigningKey, check_signing, level_key, new_model_id
+
+if TYPE_CHECKING:
+    from .._io.orbax import OrbaxCheckpoint
+
+AnyPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What all files of one protection share.
+
+    Attributes:
+        key: of the top level; it names the model.
+        cipher: see `LosslessCipher`.
+        signing: of the owner, or None.
+    """
+
+    key: LevelKey
+    cipher: LosslessCipher
+    signing: SigningKey | None
+
+    @classmethod
+    def new(
+        cls,
+        secret: Secret,
+        levels: int,
+        cipher: LosslessCipher,
+        signing: SigningKey | None,
+        model_id: bytes | None = None,
+    ) -> "Protection":
+        """A protection with a model id of its own, so that no keystream is used twice.
+
+        Where several processes protect together, they have agreed on a new one.
+        """
+        check_signing(signing)
+        key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
+        return cls(key, cipher, signing)
+
+    def seal(
+        self,
+        tensors: Mapping[str, Tensor],
+        rings: Rings,
+        metadata: Mapping[str, str] | None,
+        shard: tuple[int, int] | None,
+        what: str,
+    ) -> Envelope:
+        """The envelope of one file."""
+        levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
+        for name in rings:
+            for level, ring in rings[name]:
+                levels[level - 1].append(ring)
+
+        def size(level: list[SealedRing]) -> LevelSize:
+            weights = [ring.weights(tensors[ring.tensor].shape) for ring in level]
+            return LevelSize(sum(ring.groups for ring in level), sum(weights))
+
+        manifest = Manifest(
+            model_id=self.key.model_id,
+            cipher=self.cipher,
+            levels=tuple(map(size, levels)),
+            tensors=tensors,
+            signer=None if self.signing is None else self.signing.public,
+            metadata=None if metadata is None else metadata_digest(metadata),
+            shard=shard,
+        )
+        return Envelope.seal(manifest, metadata, levels, self.key, self.signing, what)
+
+    def encrypt(self, job: "Job", write: Write) -> Envelope:
+        """Encrypts the tensors of one file, in order; what has to go with them."""
+        table, done = encrypt_tensors(
+            job.source, job.rings, self.key, self.cipher, write, what=job.what
+        )
+        return self.seal(table, done, job.metadata, job.shard, job.what)
+
+
+class Job(NamedTuple):
+    """One file of a checkpoint that is to be protected.
+
+    Attributes:
+        source: its tensors in the clear.
+        metadata: the caller's own, or None if the file has none at all.
+        rings: what is encrypted in them.
+        shard: number of the file and of all files, or None.
+        what: the file, for messages.
+    """
+
+    source: TensorSource
+    metadata: Mapping[str, str] | None
+    rings: Rings
+    shard: tuple[int, int] | None
+    what: str
+
+
+class _SafetensorsOutput(NamedTuple):
+    """One new file."""
+
+    file: BinaryIO
+
+    def protected(self, job: Job, protection: Protection) -> None:
+        """Encrypts the tensors and writes them."""
+        layout = _layout(job.source)
+
+        def head(envelope: Envelope) -> bytes:
+            entries = {**(job.metadata or {}), **envelope.entries()}
+            try:
+                return header(layout, entries)
+            except ValueError as error:
+                raise ValueError(
+                    f"{job.what}: the positions of what is encrypted do not fit into the file: "
+                    f"{error} Select larger groups (granularity 'filter'), a smaller share or "
+                    "fewer tensors."
+                ) from None
+
+        # The header comes before the data but holds their digests. Its size is known, since these
+        # all have the same length, so room is left for it.
+        blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
+        room = len(head(protection.seal(blank, job.rings, job.metadata, job.shard, job.what)))
+        self.file.seek(room)
+        envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
+        first = head(envelope)
+        assert len(first) == room
+        self.file.seek(0)
+        self.file.write(first)
+
+    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+        """Writes the tensors as a level sees them."""
+        self.file.write(header(_layout(source), metadata))
+        for _, piece in source.pieces():
+            self.file.write(piece)
+
+
+def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
+
+
+class _OrbaxOutput(NamedTuple):
+    """The same, to be written by Orbax."""
+
+    data: dict[str, bytearray]
+    metadata: dict[str, str]
+
+    def protected(self, job: Job, protection: Protection) -> None:
+        envelope = protection.encrypt(job, self.data.__setitem__)
+        self.metadata.update(job.metadata or {}, **envelope.entries())
+
+    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+        for name in source.tensors:
+            self.data[name] = source.read(name)
+        self.metadata.update(metadata or {})
+
+
+Output = _SafetensorsOutput | _OrbaxOutput
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        path: the file, the index, or the folder of an Orbax checkpoint.
+        files: file name → file, in order.
+        index: None for a checkpoint in one file.
+    """
+
+    path: Path
+    files: "dict[str, SafetensorsFile | OrbaxCheckpoint]"
+    index: ShardIndex | None
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors of all files."""
+        return {name: info for file in self.files.values() for name, info in file.tensors.items()}
+
+    def read(self, name: str) -> bytearray:
+        """The bytes of a tensor, wherever it is."""
+        return next(file for file in self.files.values() if name in file.tensors).read(name)
+
+    def shard(self, name: str) -> tuple[int, int] | None:
+        """Number of a file and of all files."""
+        return None if self.index is None else (list(self.files).index(name) + 1, len(self.files))
+
+    def envelopes(self, signer: bytes | None = None) -> dict[str, Envelope]:
+        """The checked envelopes of all files.
+
+        Raises:
+            IntegrityError: a wrong signature, or files of different protections.
+        """
+        result = {
+            name: Envelope.from_metadata(file.metadata, str(file.path))
+            for name, file in self.files.items()
+        }
+        first = next(iter(result.values()))
+        for name, envelope in result.items():
+            envelope.check_signature(signer)
+            check_table(self.files[name], envelope)
+            manifest = envelope.manifest
+            for field in ("model_id", "cipher", "signer"):
+                if getattr(manifest, field) != getattr(first.manifest, field):
+                    raise IntegrityError(
+                        f"{self.path}: expected shards of one protection, but {envelope.what} and "
+                        f"{first.what} differ in {field}. Get all of them together."
+                    )
+            if self.index is not None and (
+                manifest.shard != self.shard(name)
+                or len(manifest.levels) != len(first.manifest.levels)
+            ):
+                raise IntegrityError(
+                    f"{envelope.what}: expected shard {self.shard(name)}, got {manifest.shard}. "
+                    "Shards were left out, added or renamed."
+                )
+        return result
+
+
+@contextmanager
+def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
+    """Opens a safetensors file, an index file, or a folder with one.
+
+    Raises:
+        ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
+    """
+    if Path(path).is_dir():
+        from .._io.orbax import OrbaxCheckpoint, is_orbax
+
+        if is_orbax(path):
+            yield Checkpoint(Path(path), {Path(path).name: OrbaxCheckpoint(path)}, None)
+            return
+    index = find_shards(path)
+    with ExitStack() as stack:
+        paths = {Path(path).name: Path(path)} if index is None else index.shards
+        files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
+        if index is not None:
+            check_shards(index, files)
+        yield Checkpoint(Path(path) if index is None else index.path, {**files}, index)
+
+
+@contextmanager
+def checkpoint_outputs(
+    checkpoint: Checkpoint, output: AnyPath, *, force: bool, in_place: bool = False
+) -> Iterator[Callable[[str], AbstractContextManager[Output]]]:
+    """Opens outputs by file name; all of them appear together, or none.
+
+    Args:
+        checkpoint: the input; the outputs are of its kind, with its file names.
+        output: path of the file, or of the folder.
+        force: replace an existing file.
+        in_place: the output takes the place of the input.
+
+    Raises:
+        ValueError, OSError: the output is an input, exists, or cannot be written.
+    """
+    inputs = [file.path for file in checkpoint.files.values()]
+    if not in_place:
+        check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
+    (first, *_) = checkpoint.files.values()
+
+    @contextmanager
+    def shard_output(stack: ExitStack, path: Path) -> Iterator[Output]:
+        # All get their names together, when the last one is written: until then a process that
+        # is killed leaves nothing of them behind.
+        file = stack.enter_context(new_file(path))
+        yield _SafetensorsOutput(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    @contextmanager
+    def folder_output(like: "OrbaxCheckpoint") -> Iterator[Output]:
+        from .._io.orbax import orbax_output
+
+        with orbax_output(output, like) as (data, metadata):
+            yield _OrbaxOutput(data, metadata)
+
+    if not isinstance(first, SafetensorsFile):
+        yield lambda _: folder_output(first)
+    elif checkpoint.index is None:
+        # Opened now, since what is wrong with it is to be told before the work.
+        with new_file(output, force=force) as file:
+            yield lambda _: nullcontext(_SafetensorsOutput(file))
+    else:
+        with new_folder(output) as folder:
+            with ExitStack() as stack:
+                yield lambda name: shard_output(stack, folder / name)
+            (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

@@ -1,0 +1,360 @@
+"""What is done with protected files: unlock, rotate, inspect, verify.
+
+What is read is checked in this order: signature, boxes, and then for every tensor digest,
+decryption, plaintext digest; the output appears under its name when all of it has passed.
+"""
+
+import math
+import operator
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .._ciphers.lossless import LosslessCipher
+from .._format.envelope import Envelope
+from .._format.keyfiles import read_grant, read_verify_key
+from .._format.tensors import Unlocked
+from .._io.safetensors import SafetensorsFile
+from .._keys.keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, check_signing, level_key
+from .checkpoint import (
+    AnyPath,
+    Checkpoint,
+    Job,
+    Protection,
+    checkpoint_outputs,
+    open_checkpoint,
+)
+
+AnyGrant = Grant | LevelKey | AnyPath
+"""A grant, a level key, or the path of a grant file."""
+
+AnySigner = bytes | AnyPath
+"""A public key, or the path of its file."""
+
+
+def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, bytes | None]:
+    """The level key, and the signer that the grant insists on.
+
+    Args:
+        grant: see `AnyGrant`.
+        level: a lower level than that of the grant.
+
+    Raises:
+        TypeError: something else.
+        ValueError, OSError: a file that holds no grant, or a level above the grant's.
+    """
+    if isinstance(grant, str | os.PathLike):
+        grant = read_grant(grant)
+    if isinstance(grant, LevelKey):
+        grant = Grant(grant, None)
+    if not isinstance(grant, Grant):
+        raise TypeError(
+            f"grant: expected a Grant, a LevelKey or the path of a grant file, got "
+            f"{type(grant).__name__}. The owner makes one with issue_grant."
+        )
+    return (grant.key if level is None else grant.key.lower(level)), grant.signer
+
+
+def _signer(signer: AnySigner | None) -> bytes | None:
+    if signer is None or (isinstance(signer, bytes) and len(signer) == KEY_BYTES):
+        return signer
+    if isinstance(signer, str | os.PathLike):
+        return read_verify_key(signer)
+    expected = f"signer: expected a public key of {KEY_BYTES} bytes"
+    remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
+    if isinstance(signer, bytes):
+        raise ValueError(f"{expected}, got {len(signer)}. {remedy}")
+    raise TypeError(f"{expected} or a path, got {type(signer).__name__}. {remedy}")
+
+
+def issue_grant(
+    path: AnyPath, *, level: int, secret: Secret, signer: AnySigner | None = None
+) -> Grant:
+    """What a customer is given to open a level of a protected file.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        level: the highest level that the grant opens.
+        secret: the owner's.
+        signer: the owner's public key, or its file. Whoever holds a grant could seal and sign an
+            altered file up to their level, so say it where the file comes from others' hands.
+
+    Returns:
+        A grant for this file, and for files of its signer only, if it has one. See `write_grant`.
+
+    Raises:
+        ValueError: no protected file, or a level that it does not have.
+        IntegrityError: another owner's file, or one that is not as its owner made it.
+        OSError: a file that cannot be read.
+    """
+    with open_checkpoint(path) as checkpoint:
+        envelopes = list(checkpoint.envelopes(_signer(signer)).values())
+        manifest = envelopes[0].manifest
+        levels = len(manifest.levels)
+        if not 1 <= operator.index(level) <= levels:
+            raise ValueError(
+                f"{checkpoint.path}: level: expected 1..{levels}, got {level}. Name "
+                "one of these; level 0, the file as it is, needs no key."
+            )
+        key = level_key(secret, manifest.model_id, level=level, levels=levels)
+        for envelope in envelopes:
+            envelope.open(key, owner=True)  # a grant of another secret would open nothing
+    return Grant(key, manifest.signer)
+
+
+def unlock_file(
+    path: AnyPath,
+    output: AnyPath,
+    grant: AnyGrant,
+    *,
+    level: int | None = None,
+    force: bool = False,
+) -> None:
+    """Writes the checkpoint that a grant opens; at the top level it is the original.
+
+    Args:
+        path: protected file, or the index or folder of a protected checkpoint in several files.
+        output: path of the new file, or of the new folder for a checkpoint in several files.
+        grant: a grant, a level key, or the path of a grant file.
+        level: a lower level than that of the grant.
+        force: replace an existing file.
+
+    Raises:
+        ValueError: no protected file, or a grant that is not for it.
+        IntegrityError: it is not what its owner made.
+        OSError: what cannot be read or written. There is no output then.
+    """
+    key, signer = grant_key(grant, level)
+    with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes(signer)
+        plain = {n: Unlocked(file, envelopes[n], key) for n, file in checkpoint.files.items()}
+        with checkpoint_outputs(checkpoint, output, force=force) as create:
+            for name in checkpoint.files:
+                with create(name) as out:
+                    out.plain(plain[name], envelopes[name].own)
+
+
+def rotate_file(
+    path: AnyPath,
+    output: AnyPath | None = None,
+    *,
+    secret: Secret,
+    signing: SigningKey | None = None,
+    old_signer: AnySigner | None = None,
+    force: bool = False,
+) -> bytes:
+    """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
+
+    With new keys, levels below the top give another quality, by as much as keys matter.
+
+    Who still has the old file can open that one, of course; and who compares both files sees which
+    weights are encrypted.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        output: where to write it; by default it takes the place of the old file. A checkpoint in
+            several files needs one.
+        secret: the owner's.
+        signing: signs the new file; needed if the old one is signed, and of no use if it is not:
+            nothing tells then that the file is the owner's.
+        old_signer: public key that the old file is signed with, or its file, if it is not that of
+            ``signing``.
+        force: replace an existing file at ``output``.
+
+    Returns:
+        The new model id.
+
+    Raises:
+        ValueError: a signed file and no signing key, or the other way round.
+        IntegrityError: another secret or signer, or it is not what its owner made.
+        OSError: what cannot be read or written. The old file is as it was then.
+    """
+    check_signing(signing)
+    with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes()
+        manifest = next(iter(envelopes.values())).manifest
+        levels = len(manifest.levels)
+        if (manifest.signer is None) != (signing is None):
+            raise ValueError(
+                f"{checkpoint.path}: is signed by {manifest.signer.hex()}, expected a signing key "
+                "for the new file, got none. Pass the owner's signing key (--signing)."
+                if manifest.signer is not None
+                else f"{checkpoint.path}: is not signed, so it may have been altered by whoever "
+                "holds a grant; expected no signing key, got one. To sign it, protect the original "
+                "again."
+            )
+        if signing is not None:
+            # Signing what somebody else signed would make their changes ours.
+            expected = _signer(old_signer) or signing.public
+            for envelope in envelopes.values():
+                envelope.check_signature(expected)
+        if manifest.shard is not None and checkpoint.index is None:
+            raise ValueError(
+                f"{checkpoint.path}: is file {manifest.shard[0]} of {manifest.shard[1]} of a "
+                "checkpoint, expected all of them. Name the index, or the folder."
+            )
+        key = level_key(secret, manifest.model_id, level=levels, levels=levels)
+        plain = {
+            n: Unlocked(file, envelopes[n], key, owner=True) for n, file in checkpoint.files.items()
+        }
+        protection = Protection.new(secret, levels, manifest.cipher, signing)
+        in_place = output is None
+        if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
+            raise ValueError(
+                f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
+                "output, got none. Name one."
+            )
+        with checkpoint_outputs(
+            checkpoint,
+            checkpoint.path if in_place else output,
+            force=force or in_place,
+            in_place=in_place,
+        ) as create:
+            for name, file in checkpoint.files.items():
+                with create(name) as out:
+                    job = Job(
+                        plain[name],
+                        envelopes[name].own,
+                        plain[name].rings,
+                        checkpoint.shard(name),
+                        str(file.path),
+                    )
+                    out.protected(job, protection)
+    return protection.key.model_id
+
+
+class LevelReport(NamedTuple):
+    """What one level adds to the one below.
+
+    Attributes:
+        level: 1..M.
+        groups: number of groups in the ring.
+        weights: number of weights in them.
+        share: of all weights of the file, up to and including this level.
+        opens: whether the grant opens it; None without one.
+    """
+
+    level: int
+    groups: int
+    weights: int
+    share: float
+    opens: bool | None
+
+
+class Inspection(NamedTuple):
+    """What a protected file says of itself.
+
+    Attributes:
+        path: of the file.
+        model_id: in hex.
+        signer: public key in hex, or None. The signature over the manifest has been checked; that
+            the tensors are those of the manifest is what `verify_file` finds out.
+        cipher: of the rings, its parameters.
+        levels: one report a level.
+        tensors: how many there are.
+        weights: how many numbers they hold.
+        file_bytes: size of all files together.
+        manifest_bytes: how much of it is manifest, boxes and signature.
+        files: how many.
+    """
+
+    path: str
+    model_id: str
+    signer: str | None
+    cipher: LosslessCipher
+    levels: tuple[LevelReport, ...]
+    tensors: int
+    weights: int
+    file_bytes: int
+    manifest_bytes: int
+    files: int
+
+
+def _report(
+    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None
+) -> Inspection:
+    manifests = [envelope.manifest for envelope in envelopes.values()]
+    first = manifests[0]
+    weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
+    levels, total = [], 0
+    for number, sizes in enumerate(zip(*(m.levels for m in manifests), strict=True), 1):
+        ring = sum(size.weights for size in sizes)
+        total += ring
+        opens = None if key is None else number <= key.level
+        groups = sum(size.groups for size in sizes)
+        levels.append(LevelReport(number, groups, ring, total / max(weights, 1), opens))
+    return Inspection(
+        path=str(checkpoint.path),
+        model_id=first.model_id.hex(),
+        signer=None if first.signer is None else first.signer.hex(),
+        cipher=first.cipher,
+        levels=tuple(levels),
+        tensors=sum(len(m.tensors) for m in manifests),
+        weights=weights,
+        file_bytes=sum(file.size for file in checkpoint.files.values()),
+        manifest_bytes=sum(
+            len(key.encode()) + len(value.encode())
+            for envelope in envelopes.values()
+            for key, value in envelope.entries().items()
+        ),
+        files=len(checkpoint.files),
+    )
+
+
+def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
+    """What a protected file says of itself; its tensors are not read.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        grant: also tells what this one opens; its boxes are opened to be sure.
+
+    Raises:
+        ValueError: no protected file, or a grant that is not for it.
+        IntegrityError: a manifest, a signature or a box that is not as its owner made it.
+    """
+    with open_checkpoint(path) as checkpoint:
+        key, signer = (None, None) if grant is None else grant_key(grant)
+        envelopes = checkpoint.envelopes(signer)
+        if key is not None:
+            for envelope in envelopes.values():
+                envelope.open(key)
+        return _report(checkpoint, envelopes, key)
+
+
+def verify_file(
+    path: AnyPath, *, signer: AnySigner | None = None, grant: AnyGrant | None = None
+) -> Inspection:
+    """Checks the signature and every digest; with a grant, also all that it opens.
+
+    Args:
+        path: protected file, or checkpoint in several files.
+        signer: public key of the owner, or its file. Without it the file's own word is taken for
+            who signed it.
+        grant: a grant, a level key, or the path of a grant file.
+
+    Raises:
+        ValueError: no protected file; or one that is not signed, of which nothing can be said
+            without a grant.
+        IntegrityError: it is not what its owner made.
+    """
+    with open_checkpoint(path) as checkpoint:
+        key, insisted = (None, None) if grant is None else grant_key(grant)
+        public = _signer(signer)
+        if public is not None and insisted is not None and public != insisted:
+            raise ValueError(
+                f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}. "
+                "Use one of them."
+            )
+        envelopes = checkpoint.envelopes(public or insisted)
+        manifest = next(iter(envelopes.values())).manifest
+        if manifest.signer is None and key is None:
+            raise ValueError(
+                f"{checkpoint.path}: is not signed, so whoever altered it could have made its "
+                "digests fit. Verify it with a grant, or have it signed by its owner."
+            )
+        for name, file in checkpoint.files.items():
+            if isinstance(file, SafetensorsFile):
+                file.ask_stock_reader()
+            for _ in Unlocked(file, envelopes[name], key).pieces():
+                pass
+        return _report(checkpoint, envelopes, key)

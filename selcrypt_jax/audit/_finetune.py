@@ -1,0 +1,172 @@
+"""What a thief does with data: trains the protected network, or parts of it, until it works."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from .._importance.closed import LossFn
+from .._tree.names import NamedLeaves, is_array, named_leaves
+from .._tree.rings import checked_mask
+
+TrainingLossFn = Callable[[PyTree, Any], tuple[Float[Array, ""], PyTree]]
+"""``(params, batch) -> (scalar, params)``: the loss in training mode, and the parameters with the
+running statistics as they are after the batch."""
+
+
+class Checkpoint(NamedTuple):
+    """Where the thief is.
+
+    Attributes:
+        step: steps taken.
+        params: as they are then.
+        loss: of the last batch.
+    """
+
+    step: int
+    params: PyTree
+    loss: float
+
+
+def fine_tune(
+    params: PyTree,
+    loss_fn: LossFn | TrainingLossFn,
+    batch: Callable[[int], Any],
+    *,
+    stops: Sequence[int],
+    optimizer: optax.GradientTransformation,
+    rate: float = 1.0,
+    trainable: PyTree | bool = True,
+    statistics: bool = False,
+) -> Iterator[Checkpoint]:
+    """Trains what the thief believes to be encrypted, or everything.
+
+    Args:
+        params: protected parameters; not changed.
+        loss_fn: ``(params, batch) -> scalar``; with `statistics`, see `TrainingLossFn`.
+        batch: number of the step, from 1 → a batch of the data that the thief has.
+        stops: numbers of steps after which he stops to look, ascending.
+        optimizer: any optax transformation.
+        rate: factor on its updates. Calls that differ in the rate alone, or in the values of
+            parameters and masks, share one compiled step: ``optax.adam(1.0)`` and a rate here.
+        trainable: a mask that fits the parameters; weights that it does not select stay as they
+            are. ``True``: all floats.
+        statistics: whether `loss_fn` also gives parameters whose running statistics have moved;
+            those are kept, whatever is trainable.
+
+    Yields:
+        A checkpoint at each stop. Training ends early where the loss is not finite: that rate
+        has failed, and what was reached before it counts.
+
+    Raises:
+        ValueError: stops that do not ascend from 1, or a mask that does not fit or that selects
+            nothing.
+    """
+    steps = list(stops)
+    if not steps or steps[0] < 1 or steps != sorted(set(steps)):
+        raise ValueError(f"stops: expected ascending numbers of steps from 1, got {steps}.")
+    tree = named_leaves(params)
+    arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}
+    floats = [n for n, leaf in arrays.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if trainable is True:
+        masks = {name: np.ones((1,) * arrays[name].ndim, bool) for name in floats}
+    else:
+        whole = checked_mask(tree, trainable, "trainable")
+        masks = {name: whole[name] for name in floats}
+    if not any(mask.any() for mask in masks.values()):
+        raise ValueError("trainable: expected to select floats, got a mask that selects none.")
+    structure = Structure.of(tree)
+    chosen = {name: arrays.pop(name) for name in floats}
+    step = partial(
+        _step, loss_fn=loss_fn, optimizer=optimizer, statistics=statistics, structure=structure
+    )
+    carry = jax.tree.map(jnp.copy, (chosen, arrays, optimizer.init(chosen)))
+    number = 0
+    for stop in steps:
+        losses = []
+        while number < stop:
+            number += 1
+            carry, loss = step(carry, masks, batch(number), np.float32(rate))
+            losses.append(loss)
+        values = np.array(jax.device_get(losses))
+        if not np.isfinite(values).all():
+            return
+        leaves = jax.tree.map(jnp.copy, carry[0] | carry[1])
+        yield Checkpoint(number, tree.rebuild(leaves), float(values[-1]))
+
+
+class Same:
+    """A leaf that is no array: equal to itself alone, whatever it thinks of that."""
+
+    def __init__(self, leaf: Any):
+        self.leaf = leaf
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and other.leaf is self.leaf
+
+    def __hash__(self) -> int:
+        return id(self.leaf)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A tree without its arrays; hashable, so that equal ones share a compiled step."""
+
+    treedef: Any
+    leaves: tuple[tuple[str, Same | None], ...]
+
+    @classmethod
+    def of(cls, tree: NamedLeaves) -> "Structure":
+        """That of a tree."""
+        same = {name: None if is_array(leaf) else Same(leaf) for name, leaf in tree.leaves.items()}
+        return cls(tree.treedef, tuple(same.items()))
+
+    def rebuild(self, arrays: Mapping[str, Array]) -> PyTree:
+        return self.treedef.unflatten(
+            arrays[name] if same is None else same.leaf for name, same in self.leaves
+        )
+
+
+@partial(
+    jax.jit,
+    donate_argnums=0,
+    static_argnames=("loss_fn", "optimizer", "statistics", "structure"),
+)
+def _step(
+    carry: Any,
+    masks: dict[str, Array],
+    batch: Any,
+    rate: Array,
+    *,
+    loss_fn: Any,
+    optimizer: optax.GradientTransformation,
+    statistics: bool,
+    structure: Structure,
+) -> tuple[Any, Array]:
+    leaves, rest, state = carry
+
+    def loss_of(leaves: dict[str, Array]) -> Any:
+        found = loss_fn(structure.rebuild(leaves | rest), batch)
+        return found if statistics else (found, None)
+
+    (loss, after), gradients = jax.value_and_grad(loss_of, has_aux=True)(leaves)
+    gradients = {name: jnp.where(masks[name], g, 0) for name, g in gradients.items()}
+    with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes
+        updates: Any
+        updates, state = optimizer.update(gradients, state, leaves)
+    # Once more: decay and momentum of an optimizer must not move what stays.
+    moved = {
+        n: leaf + (rate * jnp.where(masks[n], updates[n], 0)).astype(leaf.dtype)
+        for n, leaf in leaves.items()
+    }
+    if after is not None:
+        new = named_leaves(after).leaves
+        moved = {n: jnp.where(new[n] != leaves[n], new[n], leaf) for n, leaf in moved.items()}
+        rest = {n: new[n] for n in rest}
+    return (moved, rest, state), loss

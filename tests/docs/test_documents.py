@@ -1,0 +1,277 @@
+"""What the documents show runs: every block of README and docs, examples, notebooks."""
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+import selcrypt_jax as sj
+from selcrypt_jax import audit, models
+from selcrypt_jax.cli import COMMANDS
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# A block in a language, what prepares it in a comment that readers do not see, or a comment that
+# says which test runs the next block in the page's place.
+PIECE = re.compile(
+    r"^<!-- (?P<marker>elsewhere: \S+|demo|tests) -->\n(?=```)"
+    r"|^<!-- set-up\n(?P<setup>.*?)^-->$"
+    r"|^```(?P<language>\w*)\n(?P<code>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+START = """\
+import os, pathlib, subprocess, sys
+blocks, instead = [], {}
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+"""
+RUN = {
+    "python": "{code}",
+    "sh": """\
+command = {code!r}
+for old, new in instead.items():
+    command = command.replace(old, new)
+subprocess.run(["bash", "-euxo", "pipefail", "-c", command], check=True)
+""",
+    "toml": """\
+pathlib.Path("block.toml").write_text({code!r})
+from selcrypt_jax.audit._config import read_config
+assert read_config("block.toml").subjects
+""",
+}
+SHOWN_ONLY = {"bibtex", "text"}
+
+
+def run(code: str, folder: Path) -> str:
+    # A process of its own: readers do not have this suite's strict settings.
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=folder
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def script_of(page: Path) -> str:
+    """One program of all that a page has its reader run, or an empty one."""
+    lines, found, marker = [START], False, None
+    for piece in PIECE.finditer(page.read_text(encoding="utf-8")):
+        if piece["setup"] is not None:
+            lines.append(piece["setup"])
+        elif piece["marker"] is not None:
+            marker = piece["marker"]
+        elif marker is not None:
+            assert marker in ("demo", "tests") or any(
+                (ROOT / "tests").glob(f"*/{marker.split()[1]}")
+            )
+            marker = None
+        elif piece["language"] not in SHOWN_ONLY:
+            assert piece["language"] in RUN, f"{page.name}: a block in {piece['language']!r}"
+            lines.append(f"blocks.append({piece['code']!r})")
+            lines.append(RUN[piece["language"]].format(code=piece["code"]))
+            found = True
+    return "\n".join(lines) if found else ""
+
+
+def pages_with_code() -> list[Any]:
+    found = []
+    for page in PAGES:
+        if page.name == "recipes.md" or not script_of(page):  # see test_recipes
+            continue
+        found.append(pytest.param(page, id=page.relative_to(ROOT).as_posix()))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with_code())
+def test_every_block_of_a_page_runs(page, tmp_path):
+    (tmp_path / "train").symlink_to(ROOT / "train")
+    run(script_of(page), tmp_path)
+
+
+def test_every_fence_is_seen():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        fences = len(re.findall(r"^ *```", text, re.MULTILINE))
+        assert fences == 2 * sum(m["code"] is not None for m in PIECE.finditer(text)), page.name
+
+
+def anchors(path: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("*.md")), ids=lambda page: page.name)
+def test_links_of_the_pages_beside_the_site(page):
+    # Those inside of docs/ are checked where the site is built.
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if re.match(r"https://|mailto:", link):
+            continue
+        file, _, anchor = link.partition("#")
+        target = page.parent / file if file else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# --- the reference --------------------------------------------------------------------------------
+
+MODULES = [sj, sj.importance, audit, models]
+PUBLIC = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in MODULES
+    for name in dir(module)
+    if not name.startswith("_") and not inspect.ismodule(getattr(module, name))
+}
+
+
+def in_reference() -> list[str]:
+    pages = (ROOT / "docs" / "api").glob("*.md")
+    return [name for page in pages for name in re.findall(r"^::: (\S+)$", page.read_text(), re.M)]
+
+
+def test_the_reference_has_every_public_name_once():
+    assert sorted(in_reference()) == sorted(PUBLIC)
+
+
+def test_the_reference_has_every_command():
+    text = (ROOT / "docs" / "api" / "commands.md").read_text()
+    assert set(re.findall(r"<!-- help (\w+) -->", text)) == set(COMMANDS) - {"version"}
+
+
+def members(value: Any) -> dict[str, Any]:
+    """Public methods and properties that a class has of its own."""
+    return {
+        name: member
+        for name, member in vars(value).items()
+        if not name.startswith("_")
+        and (isinstance(member, property | staticmethod | classmethod) or callable(member))
+    }
+
+
+@pytest.mark.parametrize("name", in_reference())
+def test_what_is_public_has_a_docstring(name):
+    value = PUBLIC[name]
+    doc = inspect.getdoc(value) or ""
+    if not (inspect.isclass(value) or inspect.isfunction(value)):  # a type, or a table
+        return
+    assert len(doc) > 20, name
+    # Read as a type and cut off, where a colon follows.
+    first = re.search(r"^Returns:\n +(.*)$", doc, re.MULTILINE)
+    assert first is None or ": " not in first[1], name
+    if not inspect.isclass(value):
+        return
+    for member, found in members(value).items():
+        assert inspect.getdoc(found), f"{name}.{member}"
+    fields = getattr(value, "_fields", None) or getattr(value, "__dataclass_fields__", {})
+    for field in fields:
+        assert field.startswith("_") or re.search(rf"\b{field}\b", doc), f"{name}.{field}"
+
+
+EXAMPLES = {
+    name: re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", inspect.getdoc(value) or "", re.MULTILINE)
+    for name, value in PUBLIC.items()
+}
+
+
+@pytest.fixture
+def scope(tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the examples of docstrings take for granted."""
+    monkeypatch.chdir(tmp_path)
+    model = models.DnCNN(depth=3, width=16, channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
+    model.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    whole = models.DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
+    safetensors.numpy.save_file(models.to_torch(whole), "torch.safetensors")
+    images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 12, 12, 3)), jnp.float32)
+    scores = sj.importance.l2(params, granularity="weight")
+    masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
+    secret, model_id = sj.Secret.generate(), sj.new_model_id()
+    keys = sj.level_keys(secret, model_id, levels=3)
+
+    def apply(params: Any, images: Any) -> Any:
+        return nnx.merge(graph, params, rest)(images)
+
+    def psnr_of(other: Any) -> float:
+        same = jax.tree.map(lambda a, b: (a == b).mean(), params, other)
+        return 20 + 10 * min(float(share) for share in jax.tree.leaves(same))
+
+    return {
+        **{name.rpartition(".")[2]: value for name, value in PUBLIC.items()},
+        **{"jax": jax, "nnx": nnx, "safetensors": safetensors, "path": "torch.safetensors"},
+        "save_file": safetensors.numpy.save_file,
+        "key": jax.random.key(1),
+        "signing": sj.SigningKey.generate(),
+        "apply": apply,
+        "loss_fn": lambda params, batch: jnp.square(apply(params, batch)).mean(),
+        "batches": images,
+        "images": images[0],
+        "protected": sj.encrypt(params, masks, keys),
+        **{"model": model, "params": params, "scores": scores, "masks": masks, "keys": keys},
+        **{"secret": secret, "model_id": model_id, "psnr_of": psnr_of},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, lines in EXAMPLES.items() if lines])
+def test_examples_of_docstrings(name, scope):
+    if name == "selcrypt_jax.open_model":
+        everything = nnx.state(scope["model"])
+        masks = sj.nested_masks(sj.importance.l2(everything), [0.3, 0.5])
+        sj.protect(everything, masks, secret=scope["secret"]).save("model.safetensors")
+        alice = sj.issue_grant("model.safetensors", level=2, secret=scope["secret"])
+        sj.write_grant("alice.grant", alice)
+    exec("\n".join(EXAMPLES[name]), scope)
+
+
+def test_names_in_the_readme_exist():
+    (section,) = re.findall(
+        r"## What there is\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    named = set(re.findall(r"`(?:selcrypt_jax\.)?([A-Za-z]\w*)(?:\.\w+)*`", section))
+    here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
+    parts = {"DnCNN", "models", "audit", "run"}  # of selcrypt_jax.models and of Cipher
+    assert named - parts - here == set()
+
+
+NOTEBOOKS = pytest.mark.parametrize(
+    "notebook", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda path: path.name
+)
+
+
+def code_cells(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in cells if cell["cell_type"] == "code"]
+
+
+@NOTEBOOKS
+def test_notebook_is_saved_as_it_ran(notebook):
+    cells = code_cells(notebook)
+    counts = [cell["execution_count"] for cell in cells]
+    assert counts == list(range(1, len(cells) + 1))  # all of them, in order, in a new kernel
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs
+    for output in outputs:
+        assert output["output_type"] != "error", output["evalue"]
+        assert output.get("name") != "stderr", output["text"]
+    assert notebook.stat().st_size < 300_000
+
+
+@pytest.mark.slow
+@NOTEBOOKS
+def test_notebook(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    code = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    assert "bit-exact: True" in run("\n".join(code), tmp_path)
