@@ -11,7 +11,7 @@ from _rows import Options, Row
 from _subjects import PERMUTING, SECRET, STREAM, vgg19, weights
 from flax import nnx
 
-from selcrypt_jax import Secret, encrypt, importance, level_keys, nested_masks, unlocking
+from selcrypt_jax import Secret, encrypt, importance, level_key, nested_masks, ring_keys, unlocking
 from selcrypt_jax.models import VGG19
 
 NOTES = {
@@ -70,7 +70,7 @@ def contenders(case: str) -> list[Contender]:
     make, select = PASSES[case]
     params, apply, x = make()
     masks = nested_masks(importance.l2(params, select=select), [SHARE])
-    keys = level_keys(Secret(SECRET), bytes(16), levels=1)
+    keys = ring_keys(level_key(Secret(SECRET), bytes(16), levels=1))
     expected = jax.jit(apply)(params, x)
 
     def check(found: Any) -> None:

@@ -15,8 +15,9 @@ from selcrypt_jax import (
     decrypt,
     encrypt,
     importance,
-    level_keys,
+    level_key,
     nested_masks,
+    ring_keys,
 )
 from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax._tree.rings import split_rings
@@ -149,7 +150,7 @@ class Subject:
     @cached_property
     def keys(self) -> Any:
         """One a level."""
-        return level_keys(Secret(SECRET), MODEL_ID, levels=self.case.levels)
+        return ring_keys(level_key(Secret(SECRET), MODEL_ID, levels=self.case.levels))
 
     @cached_property
     def leaves(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ The way of the data, in pure functions over any parameter pytree::
 
     scores    = pss(loss_fn, params, batches, key=key)     # or importance.l2(params), ...
     masks     = nested_masks(scores, fractions)            # M nested boolean pytrees
-    keys      = level_keys(secret, new_model_id(), levels=M)
+    keys      = ring_keys(level_key(secret, new_model_id(), levels=M))
     protected = encrypt(params, masks, keys)               # anybody may have this
     level_m   = decrypt(protected, masks[:m], keys[:m])    # with the key of level m
 

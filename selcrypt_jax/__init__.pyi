@@ -32,7 +32,6 @@ from ._keys.keys import LevelKey as LevelKey
 from ._keys.keys import Secret as Secret
 from ._keys.keys import SigningKey as SigningKey
 from ._keys.keys import level_key as level_key
-from ._keys.keys import level_keys as level_keys
 from ._keys.keys import new_model_id as new_model_id
 from ._keys.keys import ring_keys as ring_keys
 from ._masks.levels import Levels as Levels

@@ -24,9 +24,9 @@ from selcrypt_jax import (
     encrypt,
     importance,
     level_key,
-    level_keys,
     nested_masks,
     protect,
+    ring_keys,
     unlock,
 )
 from selcrypt_jax._tree import hosts as _multihost
@@ -87,7 +87,11 @@ def masks_of(params):
 def bits():
     """Encryption of arrays that nobody has as a whole."""
     whole = original()
-    params, masks, keys = spread(whole), masks_of(whole), level_keys(SECRET, bytes(16), levels=2)
+    params, masks, keys = (
+        spread(whole),
+        masks_of(whole),
+        ring_keys(level_key(SECRET, bytes(16), levels=2)),
+    )
     for cipher in (LosslessCipher(), LosslessCipher(permute=False)):
         expected = jax.tree.map(np.asarray, encrypt(whole, masks, keys, cipher=cipher))
         protected = encrypt(params, masks, keys, cipher=cipher)

@@ -13,7 +13,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._ciphers.dprm import decrypt, encrypt
 from .._ciphers.lossless import LosslessCipher
 from .._keys.chacha import chacha20_key
-from .._keys.keys import Secret, level_keys, new_model_id
+from .._keys.keys import Secret, level_key, new_model_id, ring_keys
 from .._masks.levels import as_levels
 from .._masks.masks import checked_score, with_small_leaves
 from .._masks.ranks import Scope, Scores, ranked
@@ -238,7 +238,7 @@ class Release(Network):
         """Begins another release."""
         spread = any(map(is_spread, self.tree.leaves.values()))
         self.model_id = from_first(new_model_id()) if spread else new_model_id()
-        self._ring_keys = level_keys(self._secret, self.model_id, levels=self._levels)
+        self._ring_keys = ring_keys(level_key(self._secret, self.model_id, levels=self._levels))
 
     def _cumulative(self, counts: Sequence[int]) -> Masks:
         levels = as_levels([self.fraction(count) for count in counts])

@@ -46,7 +46,7 @@ def encrypt(
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
         masks: M nested masks for ``params``, see `nested_masks`.
-        keys: M typed `jax.random` keys, of any implementation; see `level_keys`. **A key must
+        keys: M typed `jax.random` keys, of any implementation; see `ring_keys`. **A key must
             never encrypt two different trees**: draw a new model id for each. (The bits of
             "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
         cipher: `LosslessCipher()` unless given.
@@ -64,7 +64,7 @@ def encrypt(
 
     Examples:
         >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
-        >>> keys = level_keys(secret, model_id, levels=3)
+        >>> keys = ring_keys(level_key(secret, model_id, levels=3))
         >>> protected = encrypt(params, masks, keys)
         >>> basic = decrypt(protected, masks[:1], keys[:1])
 
@@ -243,7 +243,7 @@ def _check_keys(keys: Any, levels: int) -> None:
             actual = f"an array of {key.dtype}" if is_array(key) else type(key).__name__
             raise TypeError(
                 f"keys[{index}]: expected a typed key, got {actual}. Derive keys with "
-                "level_keys(secret, model_id, levels=M), or wrap one with jax.random.wrap_key_data."
+                "ring_keys(level_key(...)), or wrap one with jax.random.wrap_key_data."
             )
         shape = key.shape[1:] if whole else key.shape
         if shape != ():
@@ -269,7 +269,7 @@ def _check_keys_differ(keys: Any) -> None:
         if words in seen[:index]:
             raise ValueError(
                 f"keys[{index}]: expected a key of its own for each level, got keys"
-                f"[{seen.index(words)}] again. Derive them with level_keys."
+                f"[{seen.index(words)}] again. Derive them with ring_keys(level_key(...))."
             )
 
 

@@ -214,13 +214,15 @@ class LevelKey(_Bytes):
         return f"LevelKey(<{KEY_BYTES} bytes>, level={self.level}, model_id={self.model_id.hex()})"
 
 
-def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: int) -> LevelKey:
-    """The key of one level, for its customer.
+def level_key(
+    secret: Secret | bytes, model_id: bytes, *, level: int | None = None, levels: int
+) -> LevelKey:
+    """The key of one level: what its customer is given.
 
     Args:
         secret: the owner's.
         model_id: 16 bytes, see `new_model_id`.
-        level: 1..levels.
+        level: 1..levels; the top one by default.
         levels: M, how many levels the model has.
 
     Raises:
@@ -228,7 +230,8 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
             does not exist.
     """
     secret = secret if isinstance(secret, Secret) else Secret(secret)
-    level, levels = operator.index(level), operator.index(levels)
+    levels = operator.index(levels)
+    level = levels if level is None else operator.index(level)
     if not 1 <= levels <= MAX_LEVELS:
         raise ValueError(f"levels: expected 1..{MAX_LEVELS}, got {levels}.")
     if not 1 <= level <= levels:
@@ -241,13 +244,20 @@ def level_key(secret: Secret | bytes, model_id: bytes, *, level: int, levels: in
 
 
 def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
-    """The `jax.random` keys (ChaCha20) of rings 1..m that a level key opens, for `decrypt`.
+    """The `jax.random` keys (ChaCha20) of the rings that a level key opens.
 
     Args:
-        key: of level m.
+        key: of level m. The top level's key gives the keys of all rings, for `encrypt`.
 
     Returns:
-        m typed keys, one a ring.
+        m typed keys, one for each ring.
+
+    Raises:
+        TypeError: not a `LevelKey`.
+
+    Examples:
+        >>> keys = ring_keys(level_key(secret, model_id, levels=3))
+        >>> protected = encrypt(params, masks, keys)
     """
     from .chacha import chacha20_key
 
@@ -256,25 +266,6 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
             f"key: expected a LevelKey, got {type(key).__name__}. Make one with level_key."
         )
     return tuple(chacha20_key(lower.cipher_key()) for lower in key.all())
-
-
-def level_keys(
-    secret: Secret | bytes, model_id: bytes, *, levels: int
-) -> "tuple[PRNGKeyArray, ...]":
-    """The `jax.random` keys (ChaCha20) of all rings, for `encrypt`.
-
-    Args:
-        secret: the owner's.
-        model_id: 16 bytes, new for each protection: see `new_model_id`.
-        levels: M.
-
-    Returns:
-        M typed keys, one a ring; the first m of them are what level m has.
-
-    Raises:
-        TypeError, ValueError: as `level_key`.
-    """
-    return ring_keys(level_key(secret, model_id, level=levels, levels=levels))
 
 
 class SigningKey(_Bytes):

@@ -18,7 +18,7 @@ import numpy as np
 from .._ciphers.dprm import Cipher, decrypt, encrypt
 from .._ciphers.gaussian import GaussianCipher
 from .._ciphers.lossless import LosslessCipher, block_count
-from .._keys.keys import Secret, level_keys, new_model_id
+from .._keys.keys import Secret, level_key, new_model_id, ring_keys
 from .._masks.masks import nested_masks
 from .._tree.dtypes import DTYPES
 from .._tree.groups import group_positions, group_shape
@@ -165,7 +165,7 @@ def _checks(network: _Network) -> Iterator[CipherCheck]:
         yield _skipped("every check", refusal)
         return
     secret = Secret.generate()
-    models = [level_keys(secret, new_model_id(), levels=len(_SHARES)) for _ in range(2)]
+    models = [ring_keys(level_key(secret, new_model_id(), levels=len(_SHARES))) for _ in range(2)]
     yield from _exactness(network, models[0])
     ones = {where: np.ones((), network.dtype) for where in network.groups}
     streams = [network.encrypt_with(ones, keys) for keys in models]

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from .._ciphers.dprm import Cipher, decrypt, encrypt
 from .._ciphers.lossless import LosslessCipher
-from .._keys.keys import level_keys
+from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
 from ._advantage import advantage
@@ -127,7 +127,7 @@ class Audit:
         """Keys of the audit's own, from its seed; what is shipped has random ones."""
         text = f"selcrypt/audit/{self.grid.seed}/{number}"
         digest = hashlib.sha256(text.encode()).digest()
-        return level_keys(digest, digest[:16], levels=levels)
+        return ring_keys(level_key(digest, digest[:16], levels=levels))
 
     def protected(self, strategy: str, share: float, number: int) -> tuple[PyTree, PyTree]:
         """The file under the keys of this number, and the mask of all that is encrypted."""

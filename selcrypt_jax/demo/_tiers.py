@@ -14,11 +14,12 @@ from .. import (
     decrypt,
     encrypt,
     importance,
-    level_keys,
+    level_key,
     mask_counts,
     nested_masks,
     new_model_id,
     pss,
+    ring_keys,
 )
 from ._train import Subject
 
@@ -115,10 +116,11 @@ def protect_and_measure(
     exact = True
     for trial in range(keys):
         # What a vendor does: a secret, a new model id, one key a level.
-        ring_keys = level_keys(Secret.generate(), new_model_id(), levels=len(masks))
-        protected = encrypt(subject.params, masks, ring_keys)
+        keys_by_ring = ring_keys(level_key(Secret.generate(), new_model_id(), levels=len(masks)))
+        protected = encrypt(subject.params, masks, keys_by_ring)
         levels = [
-            decrypt(protected, masks[:level], ring_keys[:level]) for level in range(len(masks) + 1)
+            decrypt(protected, masks[:level], keys_by_ring[:level])
+            for level in range(len(masks) + 1)
         ]
         for level, params in enumerate(levels):
             metrics[trial, level] = subject.metric(params)
@@ -147,8 +149,8 @@ def protect_and_measure(
             mask = nested_masks(scores_of, [share], scope="model")
             found = []
             for _ in range(keys):
-                ring_keys = level_keys(Secret.generate(), new_model_id(), levels=1)
-                found.append(subject.metric(encrypt(subject.params, mask, ring_keys)))
+                keys_by_ring = ring_keys(level_key(Secret.generate(), new_model_id(), levels=1))
+                found.append(subject.metric(encrypt(subject.params, mask, keys_by_ring)))
                 advance()
             compared[strategy][share] = float(np.mean(found))
 

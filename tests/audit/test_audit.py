@@ -95,7 +95,7 @@ def smooth_network(seed):
 def protected(seed, cipher=None, share=0.2):
     params = smooth_network(seed)
     masks = sj.nested_masks(sj.importance.random(params, key=jax.random.key(seed)), [share])
-    keys = sj.level_keys(sj.Secret(bytes([seed]) * 32), bytes([seed]) * 16, levels=1)
+    keys = sj.ring_keys(sj.level_key(sj.Secret(bytes([seed]) * 32), bytes([seed]) * 16, levels=1))
     return params, masks[0], sj.encrypt(params, masks, keys, cipher=cipher)
 
 

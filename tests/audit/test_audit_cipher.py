@@ -375,7 +375,7 @@ def selection(seed=0, share=0.3):
 
 
 def protect(params, mask, model_id, cipher=None):
-    keys = sj.level_keys(SECRET, model_id, levels=1)
+    keys = sj.ring_keys(sj.level_key(SECRET, model_id, levels=1))
     return sj.encrypt(params, (mask,), keys, cipher=cipher)
 
 

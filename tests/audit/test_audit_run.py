@@ -114,7 +114,7 @@ def test_rates_share_a_compiled_step(subject):
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
     masks = Audit("toy", subject, SMALL).masks("l2+normalisation", 0.2)
-    keys = sj.level_keys(bytes(32), bytes(16), levels=2)
+    keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
     before = jax.tree.map(np.array, file)
     loot = audit.Loot(subject, file, masks[-1], jax.random.key(0))

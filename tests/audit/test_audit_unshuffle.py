@@ -19,7 +19,7 @@ def normal(seed, shape):
 
 
 def keys():
-    return sj.level_keys(sj.Secret(bytes(32)), bytes(16), levels=1)
+    return sj.ring_keys(sj.level_key(sj.Secret(bytes(32)), bytes(16), levels=1))
 
 
 def bits(leaf):

@@ -269,7 +269,7 @@ def test_levels_give_what_was_asked_for(scope):
         found.masks, nested_masks(FINE, found.fractions, scope=scope), strict=True
     ):
         assert bits(ours) == bits(theirs)
-    keys = sj.level_keys(sj.Secret.generate(), sj.new_model_id(), levels=3)
+    keys = sj.ring_keys(sj.level_key(sj.Secret.generate(), sj.new_model_id(), levels=3))
     protected = sj.encrypt(PARAMS, found.masks, keys)
     for level, value in enumerate(found.values):
         opened = sj.decrypt(protected, found.masks[:level], keys[:level])

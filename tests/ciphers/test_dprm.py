@@ -32,7 +32,6 @@ from selcrypt_jax import (
     encrypt,
     importance,
     level_key,
-    level_keys,
     nested_masks,
     new_model_id,
     ring_keys,
@@ -367,10 +366,10 @@ def test_wrong_key_is_no_better_than_chance(wrong, dtype):
     scale = 40 if dtype == "int8" else 1
     leaf = np.round(weights(size) * scale, 6).astype(jnp.dtype(dtype))
     secret, model = Secret(bytes(range(32))), bytes(range(16))
-    right = level_keys(secret, model, levels=2)
+    right = ring_keys(level_key(secret, model, levels=2))
     keys = {
-        "other secret": lambda: level_keys(Secret(bytes(32)), model, levels=2),
-        "other model": lambda: level_keys(secret, new_model_id(), levels=2),
+        "other secret": lambda: ring_keys(level_key(Secret(bytes(32)), model, levels=2)),
+        "other model": lambda: ring_keys(level_key(secret, new_model_id(), levels=2)),
         # What the holder of level 1 can derive, tried on ring 2.
         "lower level": lambda: [*ring_keys(level_key(secret, model, level=1, levels=2))] * 2,
         "other leaf": lambda: right,
@@ -620,7 +619,7 @@ BAD_KEYS = {
     "too many": (make_keys(3), ValueError, ["expected 2", "got 3"]),
     "a single key": (jax.random.key(0), ValueError, ["expected 2", "a single key"]),
     "an integer": (12345, ValueError, ["expected 2", "int"]),
-    "integers": ([12345, 67890], TypeError, ["keys[0]", "typed key", "int", "level_keys"]),
+    "integers": ([12345, 67890], TypeError, ["keys[0]", "typed key", "int", "ring_keys"]),
     "bytes": ([make_keys(1)[0], b"12345"], TypeError, ["keys[1]", "typed key", "bytes"]),
     "old style": (OLD, TypeError, ["keys[0]", "typed key", "uint32", "wrap_key_data"]),
     "old styles": ([OLD, OLD], TypeError, ["keys[0]", "an array of uint32"]),
@@ -827,7 +826,7 @@ def test_a_program_unlocks_for_itself(permute):
 
 ROOM = """
 import jax, jax.numpy as jnp
-from selcrypt_jax import LosslessCipher, importance, level_keys, nested_masks, unlocking
+from selcrypt_jax import LosslessCipher, importance, nested_masks, unlocking, level_key, ring_keys
 
 def chain(params, x):
     for name in sorted(params):
@@ -836,7 +835,7 @@ def chain(params, x):
 
 params = {f"layer{i:02}": jax.random.normal(jax.random.key(i), (256, 256)) for i in range(12)}
 masks = nested_masks(importance.l2(params), [0.05])
-keys = level_keys(bytes(32), bytes(16), levels=1)
+keys = ring_keys(level_key(bytes(32), bytes(16), levels=1))
 forward = jax.jit(unlocking(chain, masks, cipher=LosslessCipher(permute=False)))
 program = forward.lower(params, keys, jnp.ones((4, 256))).compile()
 size = sum(leaf.nbytes for leaf in params.values())

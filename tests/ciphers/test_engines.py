@@ -161,7 +161,8 @@ def test_numbers_of_jax_are_known():
 
 def test_needs_no_jax():
     code = (
-        "import sys, selcrypt_jax._ciphers.engine_numpy, selcrypt_jax; selcrypt_jax.LosslessCipher();"
+        "import sys, selcrypt_jax._ciphers.engine_numpy, selcrypt_jax; "
+        "selcrypt_jax.LosslessCipher();"
         "assert 'jax' not in sys.modules and 'jaxlib' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,11 +11,11 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from strategies import octets, payload, two_rings
 
-from selcrypt_jax import LosslessCipher, Secret, decrypt, encrypt, level_keys
+from selcrypt_jax import LosslessCipher, Secret, decrypt, encrypt, level_key, ring_keys
 from selcrypt_jax._ciphers.engine_host import _move_spread, _moves_as_it_is, _padded_tables
 from selcrypt_jax._ciphers.engine_sharded import sharded_tables
 
-KEYS = level_keys(Secret(bytes(range(32))), bytes(16), levels=2)
+KEYS = ring_keys(level_key(Secret(bytes(range(32))), bytes(16), levels=2))
 CIPHERS = {
     "weight": LosslessCipher(),
     "group": LosslessCipher(unit="group"),

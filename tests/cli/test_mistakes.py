@@ -554,7 +554,7 @@ def m(tmp_path_factory):
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, "f4")), TREE)
     scores = importance.l2(params)
     masks = sj.nested_masks(scores, [0.1, 0.2, 0.3])
-    keys = sj.level_keys(SECRET, sj.new_model_id(), levels=3)
+    keys = sj.ring_keys(sj.level_key(SECRET, sj.new_model_id(), levels=3))
     released = sj.protect(params, masks, secret=SECRET)
     path = tmp_path_factory.mktemp("made") / "public.safetensors"
     released.save(path)
@@ -576,7 +576,7 @@ CALLS = {
         TypeError, r"keys\[0\]: expected a typed key, got an array of uint32. Derive keys with"),
     "seeds as keys": (
         lambda m: sj.encrypt(m.params, m.masks, [1, 2, 3]),
-        TypeError, r"keys\[0\]: expected a typed key, got int. Derive keys with level_keys"),
+        TypeError, r"keys\[0\]: expected a typed key, got int. Derive keys with ring_keys"),
     "one key for three masks": (
         lambda m: sj.encrypt(m.params, m.masks, jax.random.key(0)),
         ValueError, r"keys: expected 3, one for each of the 3 masks, got a single key. For level"),
@@ -585,12 +585,12 @@ CALLS = {
         ValueError, r"keys: expected 3, .* got 2. For level m pass masks\[:m\] and keys\[:m\]"),
     "one key for all levels": (
         lambda m: sj.encrypt(m.params, m.masks, [m.keys[0]] * 3),
-        ValueError, r"keys\[1\]: expected a key of its own .* Derive them with level_keys"),
+        ValueError, r"keys\[1\]: expected a key of its own .* Derive them with ring_keys"),
     "level key in place of ring keys": (
         lambda m: sj.decrypt(m.params, m.masks[:2], m.key),
         ValueError, r"keys: expected 2, .* got LevelKey. .* of a LevelKey, ring_keys"),
     "seed as secret": (
-        lambda m: sj.level_keys(42, sj.new_model_id(), levels=3),
+        lambda m: sj.ring_keys(sj.level_key(42, sj.new_model_id(), levels=3)),
         TypeError, r"Secret: expected 32 bytes, got int. Use Secret.generate\(\)"),
     "passphrase as secret": (
         lambda m: sj.Secret("correct horse"),

@@ -194,7 +194,7 @@ def test_distribution_of_trained_networks_is_kept(trained, share):
     for subject, number in itertools.product(trained, range(10)):
         scores = sj.importance.l2(subject.params, select=_tiers.SELECT)
         masks = sj.nested_masks(scores, [share])
-        keys = sj.level_keys(bytes([number]) * 32, bytes(16), levels=1)
+        keys = sj.ring_keys(sj.level_key(bytes([number]) * 32, bytes(16), levels=1))
         protected = sj.encrypt(subject.params, masks, keys)
         after_by_name = named_leaves(protected).leaves
         for name, before in named_leaves(subject.params).leaves.items():

@@ -199,7 +199,7 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
     scores = sj.importance.l2(params, granularity="weight")
     masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
     secret, model_id = sj.Secret.generate(), sj.new_model_id()
-    keys = sj.level_keys(secret, model_id, levels=3)
+    keys = sj.ring_keys(sj.level_key(secret, model_id, levels=3))
 
     def apply(params: Any, images: Any) -> Any:
         return nnx.merge(graph, params, rest)(images)

@@ -45,7 +45,9 @@ def test_a_level_key_gives_the_lower_ones_and_no_higher_one():
 
 
 def test_ring_keys_of_a_level_are_the_first_keys_of_the_owner():
-    owner = [jax.random.key_data(key) for key in sj.level_keys(SECRET, MODEL, levels=4)]
+    owner = [
+        jax.random.key_data(key) for key in sj.ring_keys(sj.level_key(SECRET, MODEL, levels=4))
+    ]
     for level in range(1, 5):
         grant = sj.level_key(SECRET, MODEL, level=level, levels=4)
         customer = [jax.random.key_data(key) for key in sj.ring_keys(grant)]
@@ -114,9 +116,17 @@ def test_empty_passphrase(passphrase):
         (lambda: sj.Secret("hunter2" * 5), TypeError, "expected 32 bytes, got str"),
         (lambda: sj.Secret.from_passphrase(b"hunter2", bytes(16)), TypeError, "got bytes"),
         (lambda: sj.Secret.from_passphrase("hunter2", bytes(8)), ValueError, "os.urandom"),
-        (lambda: sj.level_keys(SECRET, b"short", levels=2), ValueError, "new_model_id"),
-        (lambda: sj.level_keys(SECRET, "model", levels=2), TypeError, "new_model_id"),
-        (lambda: sj.level_keys(SECRET, MODEL, levels=0), ValueError, r"levels: expected 1\.\."),
+        (
+            lambda: sj.ring_keys(sj.level_key(SECRET, b"short", levels=2)),
+            ValueError,
+            "new_model_id",
+        ),
+        (lambda: sj.level_key(SECRET, "model", levels=2), TypeError, "new_model_id"),
+        (
+            lambda: sj.ring_keys(sj.level_key(SECRET, MODEL, levels=0)),
+            ValueError,
+            r"levels: expected 1\.\.",
+        ),
         (lambda: sj.level_key(SECRET, MODEL, level=0, levels=2), ValueError, "needs no key"),
         (lambda: sj.level_key(SECRET, MODEL, level=3, levels=2), ValueError, r"1\.\.2, got 3"),
         (lambda: sj.level_key(SECRET, MODEL, level=1, levels=3.0), TypeError, "integer"),

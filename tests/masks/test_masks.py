@@ -230,7 +230,7 @@ def test_small_leaves_join_every_level():
         assert not np.any(mask["tiny"])  # 7 bits of order and 100 masked ones are too few
         assert mask["last"] is False
         assert mask["step"] is False
-    keys = sj.level_keys(bytes(32), bytes(16), levels=2)
+    keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     for cipher in (None, sj.LosslessCipher(unit="group")):
         file = sj.encrypt(params, wide, keys, cipher=cipher)
         assert (np.asarray(file["first"]) != params["first"]).mean() > 0.9

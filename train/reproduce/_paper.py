@@ -16,7 +16,15 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 import selcrypt_jax
-from selcrypt_jax import GaussianCipher, Secret, encrypt, importance, level_keys, mask_counts
+from selcrypt_jax import (
+    GaussianCipher,
+    Secret,
+    encrypt,
+    importance,
+    level_key,
+    mask_counts,
+    ring_keys,
+)
 from selcrypt_jax.audit import Cells as Cells
 from selcrypt_jax.models import DnCNN
 
@@ -111,7 +119,7 @@ def closed_form(
 def experiment_keys(seed: int, number: int, levels: int) -> Any:
     """Keys of the protection with this number; a model that is shipped has random ones."""
     secret = Secret(np.random.default_rng([seed, number]).bytes(32))
-    return level_keys(secret, number.to_bytes(16, "big"), levels=levels)
+    return ring_keys(level_key(secret, number.to_bytes(16, "big"), levels=levels))
 
 
 def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any = None) -> list[Any]:
