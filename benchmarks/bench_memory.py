@@ -62,16 +62,15 @@ def nothing() -> None:
 
 def protect(original: Path, public: Path, fractions: list[float]) -> None:
     """Protects with the defaults of the command."""
-    from selcrypt_jax import Secret, SigningKey, protect_file
+    from selcrypt_jax import Secret, Select, SigningKey, protect_file
 
     protect_file(
         original,
         public,
         secret=Secret(SECRET),
+        levels=fractions,
+        selection=Select(granularity="kernel", importance="l2"),
         signing=SigningKey(SIGNING),
-        fractions=fractions,
-        strategy="l2",
-        granularity="kernel",
     )
 
 

@@ -1,41 +1,53 @@
-"""Levels that give what their owner wants: masks from targets, found by search."""
+"""Levels that give what their owner wants: what a search for them found."""
 
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
 
 from jaxtyping import PRNGKeyArray, PyTree
 
 from .._ciphers.lossless import LosslessCipher
-from .._masks.ranks import Scope
-from .._tree.names import Selector, check_key
-from .network import Sampled
-from .search import Evaluation, Search
+from .._keys.keys import Secret
+from .._masks.options import Select
+from .._masks.ranks import Scores
+from .._masks.scores import scores_for, source_of_tree, whole_leaves
+from .._tree.groups import Ring
+from .._tree.names import check_key, named_leaves
+from .network import Release, Sampled
+from .release import ReleaseSearch
+from .search import Search
+from .targets import Targets, checked_targets
 
 
 class Calibration(NamedTuple):
-    """Levels that meet their targets: in the mean over keys, or those of one release.
+    """Levels that meet their targets: averaged over keys, or in one release.
 
     Attributes:
         masks: M nested masks, for `encrypt` and `protect`.
-        fractions: shares that make these masks: for `protect` and `protect_file`, with the same
-            scores, scope and small leaves. Where no ring had to be merged upwards and there are
-            no small leaves, ``nested_masks(scores, fractions, scope=scope)`` are the masks. Of a
-            release, the shares of the groups that its levels open.
-        values: what levels 0..M-1 give, mean over keys that the search has not used; non-decreasing
-            in quality, since two that stand in the wrong order by chance are given their mean. Of
-            a release, what its own levels give.
-        spreads: their standard deviation over keys, which is what to expect of the one key of a
-            release; NaN for one key, zero for those of a release.
+        levels: the share of the groups that each level opens, for `protect` and `protect_file`
+            with the same selection, which make these masks. Where no ring had to be merged upwards
+            and there are no small leaves, ``nested_masks(scores, levels, scope=scope)`` are the
+            masks. In a release they are for information: no others make the same release.
+        values: what levels 0..M-1 give, averaged over keys that the search has not used;
+            non-decreasing in quality, since two that stand in the wrong order by chance are given
+            their mean. In a release, what its own levels give.
+        spreads: their standard deviation over keys, which is what to expect for the one key of a
+            release; NaN for one key, zero in a release.
         untouched: what level M gives.
         exact: whether level M gave back every bit.
         evaluations: how many selections and levels were tried.
-        calls: how often `eval_fn` was called: an evaluation takes up to `keys` calls, or one for a
+        calls: how often `evaluate` was called: an evaluation takes up to `keys` calls, or one in a
             release.
+
+    Examples:
+        >>> weights = Select(granularity="weight", budget=0.9)
+        >>> found = calibrate_levels(params, Targets([21, 25], psnr_of), key=key, selection=weights)
+        >>> len(found.levels), found.exact
+        (2, True)
     """
 
     masks: tuple[PyTree, ...]
-    fractions: tuple[float, ...]
+    levels: tuple[float, ...]
     values: tuple[float, ...]
     spreads: tuple[float, ...]
     untouched: float
@@ -45,58 +57,34 @@ class Calibration(NamedTuple):
 
 
 def calibrate_levels(
-    eval_fn: Callable[[PyTree], Any],
     params: PyTree,
-    scores: PyTree,
-    targets: Sequence[float | None],
+    targets: Targets,
     *,
     key: PRNGKeyArray,
     keys: int = 16,
-    tolerance: float | None = None,
-    scope: Scope = "leaf",
-    budget: float = 1.0,
-    small: float = 0.0,
-    select: Selector = None,
+    selection: Select = Select(),
     cipher: LosslessCipher | None = None,
-    higher_is_better: bool = True,
-    progress: Callable[[Evaluation], None] | None = None,
 ) -> Calibration:
-    """Finds nested masks whose levels give what is asked for, in the mean over keys.
+    """Finds nested masks whose levels give what is asked for, averaged over keys.
 
     This is for planning: a release has one key, with which a level may be far off. For a release
-    whose own levels meet their targets, see `protect_calibrated`.
+    whose own levels meet their targets, pass the `Targets` to `protect` or `protect_file`.
 
-    Encrypted is the top share f_M of the order of importance, such that the network without a key
-    gives ``targets[0]``; level m opens the top share f_m, so that what stays encrypted between the
-    two gives ``targets[m]``. Each share is found by bisection and interpolation on the logarithm
-    of the number of groups, from the top level down, on networks that are really encrypted, under
-    keys drawn anew each time. A last check protects the network once a key, opens it level by
-    level, and measures each; what is off is corrected and checked again.
+    The most important groups are encrypted: the top share f_M of the order, such that the network
+    without a key gives the first target. Level m opens the top share f_m, so that what stays
+    encrypted between the two leaves the next target. Every value is an average over fresh keys.
 
     Args:
-        eval_fn: ``params -> number``: the metric, on data that were not used for training. As
-            precise as it is, as precise are the levels: 1,000 test images say an accuracy of 75 %
-            to ±1.4.
-        params: any pytree of arrays.
-        scores: importance, see `nested_masks`; the smaller its steps, the finer the levels.
-        targets: what levels 0 to M-1 shall give, from the worst to the best; level M gives the
-            original. The first may be None, "as bad as it gets": all of `budget` is encrypted.
+        params: pytree of parameters; not changed.
+        targets: what the levels shall give; their `evaluations` do not matter here.
         key: typed `jax.random` key, from which all keys are derived.
-        keys: how many protections a value is the mean of, at most. Three are enough where the mean
-            is known to a third of the tolerance by then, or two far from the target. If keys
+        keys: how many protections a value is averaged over, at most. Three are enough where the
+            mean is known to a third of the tolerance by then, or two far from the target. If keys
             matter much, a small tolerance needs many.
-        tolerance: how far a level may be from its target. By default 2 % of the way from the
-            first target to the untouched network.
-        scope: see `nested_masks`.
-        budget: largest share of the groups that may be encrypted, in (0, 1].
-        small: share of all weights: small leaves are encrypted as a whole too, see
-            `with_small_leaves`, and opened by level 1. Level 0 is then hard to steer: let it be
-            None.
-        select: small leaves that may be taken.
-        cipher: `LosslessCipher()` unless given. Rings in which too little is to be guessed are
-            merged upwards, leaf by leaf, as `protect` does.
-        higher_is_better: False for a loss: the targets then descend.
-        progress: called after each evaluation.
+        selection: what is encrypted, see `Select`; the finer the steps of its order, the finer the
+            levels.
+        cipher: `LosslessCipher()` unless given. Rings that are too small to hide in are merged
+            upwards, leaf by leaf, as `protect` does.
 
     Returns:
         Masks and shares, and what they give.
@@ -105,66 +93,98 @@ def calibrate_levels(
         ValueError: targets that do not ascend; that the budget or the steps of the order do not
             reach, with what is reachable; a metric that is flat or not finite; no ring that the
             cipher takes.
-        TypeError: an `eval_fn` that gives no number.
+        TypeError: a metric that does not return a number.
 
     Examples:
-        >>> levels = calibrate_levels(psnr_of, params, scores, [20, 24, 28], key=key)
-        >>> released = protect(params, levels.masks, secret=secret)
+        >>> weights = Select(granularity="weight", budget=0.9)
+        >>> found = calibrate_levels(params, Targets([21, 25], psnr_of), key=key, selection=weights)
+        >>> released = protect(params, found.masks, secret=secret)
     """
-    sign = 1.0 if higher_is_better else -1.0
-    wanted = checked_targets(targets, sign)
+    wanted = checked_targets(targets)
     check_key(key)
     if keys < 1:
         raise ValueError(f"keys: expected at least 1, got {keys}. 3 tell how much keys matter.")
-    network = Sampled(
-        eval_fn, params, scores, scope, small, select, cipher, sign, key=key, keys=keys
-    )
-    search = Search(network, wanted, budget, tolerance, progress)
+    cipher = LosslessCipher() if cipher is None else cipher
+    source = source_of_tree(named_leaves(params))
+    with ExitStack() as stack:
+        scores, _ = scores_for(source, selection, stack, metadata={"format": "jax"}, what="params")
+        whole = whole_leaves(source.tensors, selection, cipher, default=targets.small)
+        network = Sampled(
+            targets, params, scores, selection.scope, whole, cipher, key=key, keys=keys
+        )
+    search = Search(network, wanted, _budget(selection), targets.tolerance, targets.progress)
     values, spreads, exact = search.run()
     return Calibration(
         masks=network.masks(search.counts),
-        fractions=tuple(map(network.fraction, search.counts)),
-        values=tuple(sign * float(value) for value in values),
+        levels=tuple(map(network.fraction, search.counts)),
+        values=tuple(targets.sign * float(value) for value in values),
         spreads=spreads,
-        untouched=sign * search.untouched,
+        untouched=targets.sign * search.untouched,
         exact=exact,
         evaluations=search.evaluations,
         calls=network.calls,
     )
 
 
-def checked_targets(targets: Sequence[float | None], sign: float) -> list[float | None]:
-    """Targets of which the higher is the better.
+def release_levels(
+    params: PyTree,
+    scores: Scores,
+    targets: Targets,
+    selection: Select,
+    cipher: LosslessCipher,
+    *,
+    whole: Sequence[str],
+    secret: Secret,
+    twins: Sequence[Sequence[str]],
+) -> tuple[list[Ring], Calibration, bytes]:
+    """What to encrypt so that the levels of a release give their targets, under its own keys.
+
+    From the top level down, counts of groups near the right one are tried until a level is within
+    the tolerance; what is measured is what `unlock` gives, bit for bit. Levels take from the
+    beginning of the order; where that leaves a lower level too little to lose, its ring has groups
+    from the end as well.
+
+    Args:
+        params: that are released.
+        scores: importance, by the names of the leaves.
+        targets: see `Targets`.
+        selection: for its budget and scope.
+        cipher: of the release.
+        whole: leaves that are encrypted as a whole.
+        secret: the owner's.
+        twins: names of leaves that are bit for bit alike, in which the same is encrypted.
+
+    Returns:
+        The rings; what their levels give; and the model id, under which nothing else may be
+        encrypted.
 
     Raises:
-        TypeError: no list of numbers.
-        ValueError: they are none, or not in order.
+        ValueError, TypeError: as `calibrate_levels`; or no release was found.
     """
-    if isinstance(targets, str) or not hasattr(targets, "__len__"):
-        raise TypeError(
-            "targets: expected a number for each level from 0 on, got "
-            f"{type(targets).__name__}. Pass a list, such as [20, 24, 28]."
-        )
-    if not len(targets):
-        raise ValueError(
-            "targets: expected a number for each level from 0 on, got none. Pass some."
-        )
-    wanted: list[float | None] = []
-    for level, target in enumerate(targets):
-        if target is None and level == 0 and len(targets) > 1:
-            wanted.append(None)
-            continue
-        if target is None or isinstance(target, str) or not math.isfinite(target):
-            raise ValueError(
-                f"targets[{level}]: expected a finite number, got {target!r}. None, as bad as it "
-                "gets, is for level 0 alone, with levels above it."
-            )
-        wanted.append(sign * float(target))
-        below = wanted[level - 1] if level else None
-        if below is not None and sign * target < below:
-            order = "ascending" if sign > 0 else "descending (lower is better)"
-            raise ValueError(
-                f"targets[{level}]: expected {order} targets, from level 0 on, got {target} after "
-                f"{targets[level - 1]}. Sort them."
-            )
-    return wanted
+    wanted = checked_targets(targets)
+    if targets.evaluations is not None and targets.evaluations < 1:
+        raise ValueError(f"evaluations: expected at least 1, got {targets.evaluations}.")
+    network = Release(
+        targets, params, scores, selection.scope, whole, cipher,
+        secret=secret, levels=len(wanted), twins=twins,
+    )  # fmt: skip
+    search = ReleaseSearch(
+        network, wanted, _budget(selection), targets.tolerance, targets.progress,
+        targets.evaluations,
+    )  # fmt: skip
+    values = search.run()
+    found = Calibration(
+        masks=network.masks(search.bounds),
+        levels=tuple(map(network.fraction, network.opened(search.bounds))),
+        values=tuple(targets.sign * value for value in values),
+        spreads=(0.0,) * len(values),
+        untouched=targets.sign * search.untouched,
+        exact=network.is_exact(search.bounds),
+        evaluations=search.evaluations,
+        calls=network.calls,
+    )
+    return network.rings(search.bounds), found, network.model_id
+
+
+def _budget(selection: Select) -> float:
+    return 1.0 if selection.budget is None else selection.budget

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,16 +15,20 @@ from .._ciphers.lossless import LosslessCipher
 from .._keys.chacha import chacha20_key
 from .._keys.keys import Secret, level_key, new_model_id, ring_keys
 from .._masks.levels import as_levels
-from .._masks.masks import checked_score, with_small_leaves
-from .._masks.ranks import Scope, Scores, ranked
-from .._release.plan import is_few, merged_counts, settled_counts
+from .._masks.ranks import Scope, Scores
+from .._masks.selection import (
+    Cut,
+    Ranks,
+    is_few,
+    leaves_of_tree,
+    masks_of_rings,
+    merge_upwards,
+    select_rings,
+)
 from .._tree.groups import Ring
 from .._tree.hosts import from_first, is_spread
-from .._tree.names import Selector, is_array, listed, named_leaves
-from .._tree.rings import checked_mask
-
-Masks = list[dict[str, np.ndarray]]
-"""What levels 1 to M open, leaf by leaf."""
+from .._tree.names import is_array, listed, named_leaves
+from .targets import Targets
 
 
 class Network:
@@ -41,41 +45,30 @@ class Network:
 
     def __init__(
         self,
-        eval_fn: Callable[[PyTree], Any],
+        targets: Targets,
         params: PyTree,
-        scores: PyTree,
+        scores: Scores,
         scope: Scope,
-        small: float,
-        select: Selector,
-        cipher: LosslessCipher | None,
-        sign: float,
+        whole: Sequence[str],
+        cipher: LosslessCipher,
     ) -> None:
-        if scope not in ("leaf", "model"):
-            raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
-        self.cipher = LosslessCipher() if cipher is None else cipher
-        self.tree, self.params, self.sign = named_leaves(params), params, sign
+        self.tree, self.params, self.sign = named_leaves(params), params, targets.sign
+        self.cipher = cipher
         self.scope: Scope = scope
-        self._eval_fn, self.calls = eval_fn, 0
-        given = named_leaves(scores, "scores")
-        arrays = {
-            name: score
-            for name, leaf in given.leaves.items()
-            if (score := checked_score(name, leaf)) is not None
-        }
-        groups = {name: np.ones(score.shape, bool) for name, score in arrays.items()}
-        checked_mask(self.tree, given.rebuild_only(groups), "scores")
-        none = self.tree.rebuild_only({})
-        (small_mask,) = with_small_leaves(params, [none], share=small, select=select)
-        self._small = {n: m for n, m in named_leaves(small_mask).leaves.items() if is_array(m)}
-        # A leaf without weights has nothing to rank, and nothing to hide; one that is encrypted as
-        # a whole needs no place in the order, unless there is no other: as in `protect_file`.
-        shapes = {name: score.shape for name, score in arrays.items() if score.size}
-        shapes = {n: shape for n, shape in shapes.items() if n not in self._small} or shapes
+        self._evaluate, self.calls = targets.evaluate, 0
+        # An empty leaf has nothing to rank, and nothing to hide; one that is encrypted as a whole
+        # needs no place in the order, unless there is no other.
+        shapes = {name: shape for name, shape in scores.shapes.items() if math.prod(shape)}
+        shapes = {n: shape for n, shape in shapes.items() if n not in whole} or shapes
+        self._whole = [name for name in whole if name not in shapes]
+        arrays = {name: scores.of(name) for name in shapes}
         self._scores = Scores(shapes, arrays.__getitem__)
+        self._leaves = leaves_of_tree(self.tree)
         self.groups = sum(math.prod(shape) for shape in shapes.values())
         if not self.groups:
             raise ValueError(
-                f"scores: expected at least one leaf with groups, got {listed(given.leaves)}."
+                "scores: expected at least one leaf with groups, got "
+                f"{listed(scores.shapes)}, all of them empty."
             )
 
     def fraction(self, count: int) -> float:
@@ -87,70 +80,56 @@ class Network:
                 return float(number)
         raise AssertionError
 
-    def _cumulative(self, counts: Sequence[int]) -> Masks:
-        """What each level opens, without small leaves; rings of few orders merged upwards."""
+    _cut: Cut = staticmethod(merge_upwards)
+
+    def rings(self, counts: Sequence[int]) -> list[Ring]:
+        """What each level adds, with leaves that are encrypted as a whole.
+
+        Raises:
+            ValueError: these counts make no rings.
+        """
         levels = as_levels([self.fraction(count) for count in counts])
-        masks: Masks = [{} for _ in counts]
-        for name, ranks, opened in ranked(self._scores, levels.counts, self.scope):
-            weights = math.prod(self.tree.leaves[name].shape) // ranks.size
-            for mask, count in zip(masks, merged_counts(opened, weights, self.cipher), strict=True):
-                mask[name] = ranks < count
-        return masks
-
-    def _whole(self, counts: Sequence[int]) -> Masks:
-        """What each level opens of the leaves that take part."""
-        return [
-            {n: m for n, m in mask.items() if m.any()} | self._small
-            for mask in self._cumulative(counts)
-        ]
-
-    def masks(self, counts: Sequence[int]) -> tuple[PyTree, ...]:
-        """Nested masks of all levels."""
-        return tuple(map(self.tree.rebuild_only, self._whole(counts)))
-
-    def closed(self, level: int, counts: Sequence[int]) -> tuple[PyTree, ...]:
-        """Masks of what a level leaves encrypted; rings are merged as all levels want it."""
-        masks = self._whole(counts)
-        opened = masks[level - 1] if level else {}
-        return tuple(
-            self.tree.rebuild_only(
-                {n: m & ~opened[n] if n in opened else m for n, m in mask.items()}
-            )
-            for mask in masks[level:]
-        )
+        rings = select_rings(
+            self._scores, levels, scope=self.scope, leaves=self._leaves, cipher=self.cipher,
+            whole=self._whole, cut=self._cut,
+        )  # fmt: skip
+        return list(rings)
 
     def refusal(self, counts: Sequence[int]) -> str | None:
         """Why these counts make no rings, or None."""
-        masks = self._cumulative(counts)
-        below = {name: np.zeros_like(mask) for name, mask in masks[0].items()}
-        for level, mask in enumerate(masks, 1):
-            added = {name: mask[name] & ~below[name] for name in mask}
-            if not any(ring.any() for ring in added.values()):
-                return "a level adds no groups, or too few to hide in, to those below it"
-            for name, ring in added.items():
-                if ring.any() and name not in self._small:
-                    try:
-                        self.cipher.check(Ring(name, level, ring), self.tree.leaves[name])
-                    except ValueError as error:
-                        return str(error)
-            below = mask
+        try:
+            self.rings(counts)
+        except ValueError as error:
+            return str(error)
         return None
+
+    def masks(self, counts: Sequence[int]) -> tuple[PyTree, ...]:
+        """Nested masks of all levels."""
+        return self.closed(0, counts)
+
+    def closed(self, level: int, counts: Sequence[int]) -> tuple[PyTree, ...]:
+        """Masks of what a level leaves encrypted; rings are merged as all levels want it."""
+        rings = self.rings(counts)
+        above = [r._replace(level=r.level - level) for r in rings if r.level > level]
+        levels = max(ring.level for ring in rings)
+        return masks_of_rings(above, levels - level, self.tree)
 
     def measure(self, params: PyTree) -> float:
         """The metric; higher is better."""
         self.calls += 1
         # In containers of its own: a metric may fuse layers in them, or leave some out.
-        value = self._eval_fn(jax.tree.map(lambda leaf: leaf, params))
+        value = self._evaluate(jax.tree.map(lambda leaf: leaf, params))
         try:
             number = float(value)
         except (TypeError, ValueError):
             raise TypeError(
-                f"eval_fn: expected a number, got {type(value).__name__}. Return the metric alone."
+                f"evaluate: expected a number, got {type(value).__name__}. Return the metric alone."
             ) from None
         if not math.isfinite(number):
             raise ValueError(
-                f"eval_fn: expected a finite number, got {number}, at call {self.calls}. Encrypted "
-                "weights may overflow: return the worst finite value, such as chance, instead."
+                f"evaluate: expected a finite number, got {number}, at call {self.calls}. "
+                "Encrypted weights may overflow: return the worst finite value, such as chance, "
+                "instead."
             )
         return self.sign * number
 
@@ -222,16 +201,20 @@ class Release(Network):
         args: see `Network`.
         secret: the owner's.
         levels: M.
-        alike: names of leaves that are bit for bit alike, in which the same is encrypted.
+        twins: names of leaves that are bit for bit alike, in which the same is encrypted.
     """
 
     keys = 1
 
     def __init__(
-        self, *args: Any, secret: Secret, levels: int, alike: Sequence[Sequence[str]] = ()
+        self,
+        *args: Any,
+        secret: Secret,
+        levels: int,
+        twins: Sequence[Sequence[str]] = (),
     ) -> None:
         super().__init__(*args)
-        self._secret, self._levels, self._alike = secret, levels, alike
+        self._secret, self._levels, self._twins = secret, levels, twins
         self.renew()
 
     def renew(self) -> None:
@@ -240,32 +223,30 @@ class Release(Network):
         self.model_id = from_first(new_model_id()) if spread else new_model_id()
         self._ring_keys = ring_keys(level_key(self._secret, self.model_id, levels=self._levels))
 
-    def _cumulative(self, counts: Sequence[int]) -> Masks:
-        levels = as_levels([self.fraction(count) for count in counts])
-        half = len(counts) // 2
-        masks: Masks = [{} for _ in range(half)]
-        for name, ranks, bounds in ranked(self._scores, levels.counts, self.scope):
-            weights = math.prod(self.tree.leaves[name].shape) // ranks.size
-            behind = np.zeros(ranks.shape, bool)
-            below = 0
-            for level, count in enumerate(settled_counts(bounds[:half], weights, self.cipher)):
-                start, end = bounds[-level - 2 :][:2]
-                if not is_few(count - below + end - start, weights, self.cipher):
-                    behind |= (ranks >= start) & (ranks < end)
-                masks[level][name] = (ranks < count) | behind
-                below = count
-        return masks
+    @staticmethod
+    def _cut(bounds: Sequence[int], weights: int, cipher: LosslessCipher) -> list[Ranks]:
+        half = len(bounds) // 2
+        rings: list[Ranks] = []
+        below = 0
+        for level, count in enumerate(settled_counts(bounds[:half], weights, cipher)):
+            start, end = bounds[-level - 2 :][:2]
+            own = [(below, count)]
+            if not is_few(count - below + end - start, weights, cipher):
+                own.append((start, end))
+            rings.append(own)
+            below = count
+        return rings
 
-    def _whole(self, counts: Sequence[int]) -> Masks:
-        masks = super()._whole(counts)
-        for names in self._alike:
-            first = next((name for name in names if name in masks[-1]), None)
-            for mask, name in itertools.product(masks, names if first else ()):
-                if first in mask:
-                    mask[name] = mask[first]
-                else:
-                    mask.pop(name, None)
-        return masks
+    def rings(self, counts: Sequence[int]) -> list[Ring]:
+        """See `Network.rings`; twins have the same ones."""
+        rings = super().rings(counts)
+        for names in self._twins:
+            first = next((ring.name for ring in rings if ring.name in names), None)
+            if first is not None:
+                own = [ring for ring in rings if ring.name == first]
+                rings = [ring for ring in rings if ring.name not in names]
+                rings += [ring._replace(name=name) for name in names for ring in own]
+        return rings
 
     def opened(self, counts: Sequence[int]) -> list[int]:
         """How many groups levels 1 to M open."""
@@ -294,3 +275,19 @@ def is_precise(values: np.ndarray, precision: float) -> bool:
 
 def _octets(leaf: Any) -> np.ndarray:
     return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
+
+
+def settled_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
+    """As `merged_counts`, decided from the top down: lower levels have no say in higher ones.
+
+    A ring of few orders moves down here, and what would be left below it up.
+    """
+    result = [counts[-1]]
+    for count in reversed(counts[:-1]):
+        above = result[0]
+        if is_few(count, weights, cipher):
+            count = 0
+        elif is_few(above - count, weights, cipher):
+            count = above
+        result.insert(0, count)
+    return result

@@ -4,31 +4,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from fractions import Fraction
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from .._masks.levels import check_share
 from .curve import Curve, Point, isotonic
 from .network import Network, Sampled, is_precise
+from .targets import Evaluation
 
 NetworkT = TypeVar("NetworkT", bound=Network)
-
-
-class Evaluation(NamedTuple):
-    """One step of the search.
-
-    Attributes:
-        number: 1, 2, and so on; `most_evaluations` at most.
-        level: that was tried; M for the untouched network.
-        fraction: share of the groups that the level opens, or for level 0 that is encrypted.
-        value: what it gives, mean over keys; or in the release that is sought.
-    """
-
-    number: int
-    level: int
-    fraction: float
-    value: float
 
 
 def most_evaluations(levels: int) -> int:

@@ -31,8 +31,8 @@ class TensorSource(Protocol):
         """The bytes of a tensor, little-endian, in C order; the caller may change them."""
         ...
 
-    def chunks(self, name: str) -> Iterable[bytearray]:
-        """The same, piece by piece."""
+    def chunks(self, name: str, size: int = ..., /) -> Iterable[bytearray]:
+        """The same, piece by piece, of about that many bytes."""
         ...
 
 
@@ -111,7 +111,7 @@ class Unlocked:
         """See `TensorSource`."""
         return self._decrypt(name, self._load(name))
 
-    def chunks(self, name: str) -> Iterator[bytearray]:
+    def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
         """See `TensorSource`. To be read to its end: the digest is known there."""
         if name in self.rings:
             yield self.read(name)

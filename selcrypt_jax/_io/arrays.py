@@ -82,6 +82,6 @@ class ArraySource:
             array = array.astype(array.dtype.newbyteorder("<"))
         return bytearray(array.tobytes())
 
-    def chunks(self, name: str) -> Iterator[bytearray]:
+    def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
         """See `TensorSource`."""
         yield self.read(name)

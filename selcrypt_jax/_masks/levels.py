@@ -13,7 +13,14 @@ import numpy as np
 
 @runtime_checkable
 class Levels(Protocol):
-    """How many groups each level may decrypt."""
+    """How many groups each level may decrypt.
+
+    Examples:
+        >>> class Halves:
+        ...     def counts(self, groups):
+        ...         return groups // 4, groups // 2
+        >>> masks = nested_masks(scores, Halves())
+    """
 
     def counts(self, groups: int) -> tuple[int, ...]:
         """Non-decreasing counts for levels 1..M, out of ``groups``."""
@@ -30,6 +37,10 @@ class PaperLevels:
     Attributes:
         ratio: share of the groups that is encrypted, in (0, 1].
         levels: M, the number of levels.
+
+    Examples:
+        >>> PaperLevels(0.02).counts(4096)
+        (55, 62, 68, 75, 82)
 
     References:
         Tian, Zhou, Duan, CVPR 2021, section 3.3, and its published code.
@@ -53,30 +64,31 @@ class PaperLevels:
 
 
 @dataclass(frozen=True)
-class _Fractions:
-    fractions: tuple[Fraction, ...]
+class _Shares:
+    shares: tuple[Fraction, ...]
 
     def counts(self, groups: int) -> tuple[int, ...]:
-        return tuple(math.floor(fraction * groups) for fraction in self.fractions)
+        return tuple(math.floor(share * groups) for share in self.shares)
 
 
 def exact(fraction: float) -> Fraction:
-    # What its author wrote, so that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
+    """The number that its author wrote."""
+    # So that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
     # str() of a NumPy or JAX scalar is in its own precision, so np.float32(0.29) is 0.29 too.
     return Fraction(str(fraction))
 
 
 def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool = False) -> None:
-    """Refuses what is no share; whoever writes 8 means 8 %.
+    """Refuses a number that is not a share: 8 where 8 % is meant.
 
     Args:
-        what: it is of, for messages.
+        what: the argument's name, for messages.
         share: in (0, 1].
-        of: what is shared.
+        of: the whole that it is a share of, for messages.
         or_none: allow 0 too.
 
     Raises:
-        TypeError: no number.
+        TypeError: not a number.
         ValueError: out of range.
     """
     if share is None or isinstance(share, str | bool) or np.ndim(share):
@@ -93,32 +105,49 @@ def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool 
         )
 
 
-def _check_fractions(fractions: Sequence[float]) -> None:
-    if len(fractions) == 0:
-        raise ValueError("fractions: expected one a level, got none. Pass some: [0.02, 0.08].")
-    for index, fraction in enumerate(fractions):
-        check_share(f"fractions[{index}]", fraction)
-        if index and fraction < fractions[index - 1]:
-            raise ValueError(
-                f"fractions: expected ascending shares, level by level, got {fraction!r} after "
-                f"{fractions[index - 1]!r}. Sort them."
-            )
+LevelsLike = int | Sequence[float] | Levels
+"""How many levels; or the share of the groups that each opens; or `Levels`."""
 
 
-def as_levels(fractions: Sequence[float] | Levels) -> Levels:
-    """Checks shares, one a level.
+def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
+    """Checks what levels open.
+
+    Args:
+        levels: a number of levels, each of which opens an equal part of the budget; or ascending
+            shares of the groups in (0, 1], one for each level; or `Levels`.
+        budget: share of the groups that is encrypted, for a number of levels; 0.08 by default.
 
     Raises:
-        ValueError: out of range or not ascending.
-        TypeError: neither shares nor `Levels`.
+        ValueError: out of range or not ascending; a budget where the levels decide it.
+        TypeError: something else.
     """
-    if isinstance(fractions, Sequence | np.ndarray | jax.Array) and not isinstance(fractions, str):
-        fractions = list(fractions)
-        _check_fractions(fractions)
-        return _Fractions(tuple(map(exact, fractions)))
-    if isinstance(fractions, Levels):
-        return fractions
+    if isinstance(levels, int | np.integer) and not isinstance(levels, bool):
+        if levels < 1:
+            raise ValueError(f"levels: expected at least 1, got {levels}. Level 0 needs no key.")
+        budget = 0.08 if budget is None else budget
+        check_share("budget", budget)
+        shares = [budget * level / int(levels) for level in range(1, int(levels) + 1)]
+        return _Shares(tuple(map(exact, shares)))
+    if budget is not None:
+        raise ValueError(
+            "budget: expected a number of levels beside it, got levels that decide what is "
+            "encrypted. Leave the budget out."
+        )
+    if isinstance(levels, Sequence | np.ndarray | jax.Array) and not isinstance(levels, str):
+        shares = list(levels)
+        if not shares:
+            raise ValueError("levels: expected one share a level, got none. Pass [0.02, 0.08].")
+        for index, share in enumerate(shares):
+            check_share(f"levels[{index}]", share)
+            if index and share < shares[index - 1]:
+                raise ValueError(
+                    f"levels: expected ascending shares, level by level, got {share!r} after "
+                    f"{shares[index - 1]!r}. Sort them."
+                )
+        return _Shares(tuple(map(exact, shares)))
+    if isinstance(levels, Levels):
+        return levels
     raise TypeError(
-        f"fractions: expected one share a level or Levels such as PaperLevels(0.08), got "
-        f"{type(fractions).__name__}. For a single level pass [fraction]."
+        "levels: expected a number of levels, one share a level, or Levels such as "
+        f"PaperLevels(0.08), got {type(levels).__name__}. For a single level pass [0.08]."
     )

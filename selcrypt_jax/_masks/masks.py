@@ -1,7 +1,6 @@
 """Nested permission masks from scores, and small leaves as a whole."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,24 +10,37 @@ from jaxtyping import PyTree
 from .._ciphers.lossless import LosslessCipher
 from .._tree.names import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
 from .._tree.rings import checked_mask, concrete
-from .levels import Levels, as_levels, check_share, exact
-from .ranks import Scope, Scores, ranked
+from .levels import LevelsLike, as_levels
+from .ranks import Scope, Scores
+from .selection import leaves_of_tree, masks_of_rings, select_rings, small_leaves
 
 
 def nested_masks(
-    scores: PyTree, fractions: Sequence[float] | Levels, *, scope: Scope = "leaf"
+    scores: PyTree,
+    levels: LevelsLike,
+    *,
+    budget: float | None = None,
+    scope: Scope = "leaf",
+    params: PyTree | None = None,
+    cipher: LosslessCipher | None = None,
 ) -> tuple[PyTree, ...]:
     """Selects the most important groups for each level.
 
     Args:
         scores: pytree of importance, one float a group (see `selcrypt_jax.importance`), each
             leaf broadcastable to its parameter leaf; ``False`` for what takes no part.
-        fractions: share of the groups that level 1..M may decrypt, ascending, each in (0, 1].
-            The last one is the share that is encrypted. ``floor(fraction * groups)`` groups are
-            taken, computed exactly. Or a `Levels`, such as ``PaperLevels(0.08, levels=5)``.
+        levels: share of the groups that level 1..M may decrypt, ascending, each in (0, 1].
+            The last one is the share that is encrypted. ``floor(share * groups)`` groups are
+            taken, computed exactly. Or a number of levels, each of which opens an equal part of
+            `budget`. Or a `Levels`, such as ``PaperLevels(0.08, levels=5)``.
+        budget: share of the groups that is encrypted, for a number of levels; 0.08 by default.
         scope: ``"leaf"``: the shares hold in every leaf (the paper), and a leaf of fewer than
-            ``1 / fraction`` groups gets none; ``"model"``: over all groups of the model, so that
+            ``1 / share`` groups gets none; ``"model"``: over all groups of the model, so that
             a leaf gets what its groups are worth. `mask_counts` shows what each leaf got.
+        params: the parameters that the scores are for. With them, rings that are too small to
+            hide in are merged upwards, leaf by leaf, as `protect` does: a low level may then get
+            nothing in a leaf. Without them every share is taken as it is.
+        cipher: with `params`: what will encrypt them; `LosslessCipher()` by default.
 
     Returns:
         M pytrees of the structure of ``scores``, with NumPy booleans of each score leaf's shape
@@ -36,15 +48,17 @@ def nested_masks(
         the lower index is taken first (over the model: by name of the leaf, then index).
 
     Raises:
-        ValueError: fractions out of range or not ascending; a level that adds nothing to the
-            one below; a score that is NaN; no scores at all.
+        ValueError: shares out of range or not ascending; a level that adds nothing to the
+            one below; a score that is NaN; no scores at all; with `params`, a leaf that the cipher
+            refuses.
         TypeError: scores that are traced (masks decide shapes, so they must be concrete), or
-            that are no arrays of numbers.
-    """
-    levels = as_levels(fractions)
-    if scope not in ("leaf", "model"):
-        raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+            that are not arrays of numbers.
 
+    Examples:
+        >>> masks = nested_masks(importance.l2(params), [0.3, 0.5])
+        >>> masks = nested_masks(importance.l2(params), 5, budget=0.5, params=params)
+    """
+    levels = as_levels(levels, budget)
     tree = named_leaves(scores, "scores")
     arrays = {
         name: score
@@ -55,25 +69,17 @@ def nested_masks(
         raise ValueError(
             f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}."
         )
-
+    leaves = None
+    if params is not None:
+        given = named_leaves(params)
+        fits = {name: np.ones(array.shape, bool) for name, array in arrays.items()}
+        checked_mask(given, tree.rebuild_only(fits), "scores")
+        leaves = leaves_of_tree(given)
     shapes = {name: array.shape for name, array in arrays.items()}
-    masks: list[dict[str, np.ndarray]] = []
-    for name, ranks, counts in ranked(Scores(shapes, arrays.__getitem__), levels.counts, scope):
-        masks = masks or [{} for _ in counts]
-        for mask, count in zip(masks, counts, strict=True):
-            mask[name] = ranks < count
-    steps = len(masks)
-    selected = [0] + [sum(int(leaf.sum()) for leaf in mask.values()) for mask in masks]
-    for level in range(1, steps + 1):
-        if selected[level] <= selected[level - 1]:
-            below = f"level {level - 1}" if level > 1 else "no key at all"
-            raise ValueError(
-                f"fractions: level {level} selects {selected[level]} groups, no more than {below} "
-                f"({selected[level - 1]}). Expected every level to add at least one of the "
-                f"{sum(array.size for array in arrays.values())} groups: use larger or fewer "
-                "fractions, or scope='model'."
-            )
-    return tuple(tree.rebuild_only(mask) for mask in masks)
+    rings = select_rings(
+        Scores(shapes, arrays.__getitem__), levels, scope=scope, leaves=leaves, cipher=cipher
+    )
+    return masks_of_rings(rings, len(levels.counts(1)), tree, shapes)
 
 
 def checked_score(name: str, leaf: Any) -> np.ndarray | None:
@@ -106,33 +112,13 @@ def checked_score(name: str, leaf: Any) -> np.ndarray | None:
     return array
 
 
-def smallest(shapes: Mapping[str, Sequence[int]], share: float) -> list[str]:
-    """The smallest leaves, as many as together have no more than a share of all weights.
-
-    Args:
-        shapes: name → shape.
-        share: in [0, 1].
-
-    Returns:
-        Their names, from the smallest on; of equal ones by name.
-
-    Raises:
-        ValueError: a share out of range.
-    """
-    check_share("small", share, of="all weights", or_none=True)
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    room = exact(share) * sum(sizes.values())
-    found = []
-    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
-        room -= sizes[name]
-        if room < 0:
-            break
-        found.append(name)
-    return found
-
-
 def with_small_leaves(
-    params: PyTree, masks: Sequence[PyTree], *, share: float = 0.02, select: Selector = None
+    params: PyTree,
+    masks: Sequence[PyTree],
+    *,
+    small: float = 0.02,
+    select: Selector = None,
+    cipher: LosslessCipher | None = None,
 ) -> tuple[PyTree, ...]:
     """Adds small leaves as a whole to every level.
 
@@ -144,11 +130,11 @@ def with_small_leaves(
     Args:
         params: that the masks are for.
         masks: M nested masks, see `nested_masks`.
-        share: the smallest leaves are taken as long as together they have no more than this share
+        small: the smallest leaves are taken as long as together they have no more than this share
             of all floats of `params`.
-        select: leaves that may be taken, see `nested_masks`'s scores; None for all floats. Those
-            that `LosslessCipher` refuses, of 6 weights or fewer in float32, are too small to hide
-            in.
+        select: leaves that may be taken, see `selcrypt_jax.importance`; None for all floats.
+        cipher: what will encrypt them; `LosslessCipher()` by default. Leaves that it refuses (of
+            6 weights or fewer in float32) are too small to hide in and stay plain.
 
     Returns:
         M nested masks.
@@ -157,20 +143,11 @@ def with_small_leaves(
         ValueError, TypeError: masks that do not fit, or a share out of range.
 
     Examples:
-        >>> masks = with_small_leaves(params, nested_masks(l2(params), [0.05, 0.08]))
+        >>> masks = with_small_leaves(params, nested_masks(importance.l2(params), [0.3, 0.5]))
     """
     tree = named_leaves(params)
-    floats = {
-        name: leaf.shape
-        for name, leaf in tree.leaves.items()
-        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-    }
-    chosen = floats if select is None else select_leaves(params, select)
-    names = [
-        name
-        for name in smallest(floats, share)
-        if name in chosen and LosslessCipher().hides(tree.leaves[name].dtype, floats[name])
-    ]
+    among = None if select is None else select_leaves(params, select)
+    names = small_leaves(leaves_of_tree(tree), small, among=among, cipher=cipher)
     return with_whole_leaves(tree, masks, names)
 
 

@@ -1,13 +1,15 @@
 """A leaf seen as groups of weights; without JAX."""
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 Granularity = Literal["kernel", "filter", "weight"]
 Layout = Literal["HWIO", "OIHW"]
+Selector = str | Callable[[str, Any], bool] | None
+"""Which leaves: a regular expression, a function of name and leaf, or None for the default."""
 
 
 class Ring(NamedTuple):

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, PRNGKeyArray, PyTree
 
-Selector = str | Callable[[str, Any], bool] | None
+from .groups import Selector
+
 AnyArray = Array | np.ndarray
 # One typed key a level, or ring: a sequence of them, or an array.
 Keys = Sequence[Key[Array, ""]] | Key[Array, " keys"]

@@ -1,6 +1,5 @@
 """What is encrypted: strategies by name, for the owner's network and for those of a thief."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,12 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
-from .._ciphers.lossless import LosslessCipher
 from .._importance.pss import PSSConfig, pss
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
-from .._release.plan import guess_layout, merged_counts
+from .._masks.scores import guess_layout
 from .._tree.groups import Layout
-from .._tree.names import is_array, named_leaves, select_leaves
+from .._tree.names import named_leaves, select_leaves
 from ._subject import Subject, floats, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
@@ -121,8 +119,8 @@ def strategy_masks(
             behind the + opens with level 1.
         scope: of the share.
     """
-    fractions = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
-    masks = _merged(subject.params, nested_masks(scores, fractions, scope=scope))
+    shares = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
+    masks = nested_masks(scores, shares, scope=scope, params=subject.params)
     if name.endswith(SMALL):
         return with_small_leaves(subject.params, masks)
     if not name.endswith(NORMALISATION):
@@ -134,22 +132,6 @@ def strategy_masks(
             f"match {subject.normalisation!r}. Set the subject's normalisation, or leave it out."
         )
     return with_whole_leaves(named_leaves(subject.params), masks, norms)
-
-
-def _merged(params: PyTree, masks: Sequence[PyTree]) -> Sequence[PyTree]:
-    """The masks with rings that are too small merged upwards, leaf by leaf, as in a file."""
-    tree = named_leaves(params)
-    named = [named_leaves(mask).leaves for mask in masks]
-    new: list[dict[str, np.ndarray]] = [{} for _ in masks]
-    for name, leaf in tree.leaves.items():
-        if not is_array(named[-1][name]):
-            continue
-        counts = [int(level[name].sum()) for level in named]
-        weights = math.prod(leaf.shape) // named[-1][name].size
-        for mask, count in zip(new, merged_counts(counts, weights, LosslessCipher()), strict=True):
-            whole = named[counts.index(count)][name] if count else np.zeros_like(named[-1][name])
-            mask[name] = whole
-    return tuple(tree.rebuild_only(mask) for mask in new)
 
 
 def everything(subject: Subject) -> Sequence[PyTree]:

@@ -1,91 +1,42 @@
 """The ``selcrypt`` program."""
 
 import errno
+import importlib
 import io
 import os
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
-from .. import __version__
-from ..demo import DemoConfig
-from ..demo import run as run_demo
-from . import _commands
-from ._calibrate import calibrate
-
-
-def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
-    """Shows it all on real images: train, learn importance, protect in levels, evaluate."""
-    run_demo(config)
-
-
-def audit(
-    config: tyro.conf.Positional[str],
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    quick: bool = False,
-    advise: bool = False,
-    target_advantage: float = 0.1,
-) -> None:
-    """Attacks your network as a thief would, and reports what he gets.
-
-    Writes audit.json, plots and report.html, one page that needs nothing else. A run that was
-    killed goes on.
-
-    Args:
-        config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn.
-        out: Folder for the results; made if it does not exist.
-        quick: A reduced grid: the strongest attacks, one key, few steps.
-        advise: Look for the smallest share that meets the target, instead of trying given ones.
-        target_advantage: How much the strongest thief may be ahead of whoever has the
-            architecture alone: 0 nothing, 1 all of the original's quality.
-    """
-    try:
-        from ..audit._audit import audit as run_audit
-        from ..audit._config import read_config
-
-        run_audit(
-            read_config(config),
-            out,
-            quick=quick,
-            target_advantage=target_advantage if advise else None,
-        )
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the audit needs {error.name or error}, which is not installed. "
-            "Install the extra: pip install 'selcrypt-jax[audit,demo]'",
-            name=error.name,
-        ) from error
-    print(f"Wrote {out / 'report.html'} and {out / 'audit.json'}.")
-
-
-def version() -> None:
-    """Prints the version."""
-    print(__version__)
-
-
-COMMANDS: dict[str, Any] = {
-    "keygen": _commands.keygen,
-    "protect": _commands.protect,
-    "grant": _commands.grant,
-    "unlock": _commands.unlock,
-    "inspect": _commands.inspect,
-    "verify": _commands.verify,
-    "rotate": _commands.rotate,
-    "calibrate": calibrate,
-    "audit": audit,
-    "demo": demo,
-    "version": version,
+COMMANDS = {
+    "keygen": "_owner",
+    "protect": "_owner",
+    "grant": "_owner",
+    "unlock": "_customer",
+    "inspect": "_customer",
+    "verify": "_customer",
+    "rotate": "_owner",
+    "calibrate": "_owner",
+    "audit": "_other",
+    "demo": "_other",
+    "version": "_other",
 }
+"""Command → the module of its function."""
+
+
+def command(name: str) -> Any:
+    """The function of a command; its module is imported now, since a start takes long enough."""
+    return getattr(importlib.import_module(f".{COMMANDS[name]}", __name__), name)
+
 
 _DESCRIPTION = """\
 Selective encryption of neural network weights, in levels.
 
-A protected model is an ordinary safetensors file that everybody may have. Without a key it runs
+A protected model is an ordinary safetensors file that anyone may download. Without a key it runs
 badly; each grant opens a level of quality; the top level is the original, bit for bit.
 
   selcrypt keygen -o keys
@@ -123,11 +74,14 @@ def _end(number: int, _: Any) -> None:
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
         args = ["version"]
-    # One command's parser is made, not ten: a start takes long enough.
-    chosen = {args[0]: COMMANDS[args[0]]} if args and args[0] in COMMANDS else COMMANDS
+    # One command's parser is made, not ten.
+    names = args[:1] if args and args[0] in COMMANDS else COMMANDS
     try:
         tyro.extras.subcommand_cli_from_dict(
-            chosen, prog="selcrypt", description=_DESCRIPTION, args=args
+            {name: command(name) for name in names},
+            prog="selcrypt",
+            description=_DESCRIPTION,
+            args=args,
         )
         if sys.stdout is not None:  # it may have been closed
             sys.stdout.flush()

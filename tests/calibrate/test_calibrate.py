@@ -17,6 +17,7 @@ import safetensors.numpy
 import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
+from selcrypt_jax._release.plan import is_few, settled_counts
 
 import selcrypt_jax as sj
 from selcrypt_jax import calibrate_levels, importance, nested_masks
@@ -25,7 +26,6 @@ from selcrypt_jax._calibrate.curve import Curve, isotonic
 from selcrypt_jax._calibrate.network import Network
 from selcrypt_jax._calibrate.release import ReleaseSearch
 from selcrypt_jax._calibrate.search import Search, most_evaluations
-from selcrypt_jax._release.plan import is_few, settled_counts
 from selcrypt_jax.cli import main
 
 KEY = jax.random.key(0)

@@ -130,7 +130,7 @@ def test_json_says_the_same(selcrypt):
 @pytest.mark.parametrize("strategy", ["l2", "random", "ascend", "descend", "mean"])
 def test_strategies_need_no_data(selcrypt, strategy):
     selcrypt("keygen -o keys")
-    selcrypt(PROTECT + f" --strategy {strategy} --granularity filter")
+    selcrypt(PROTECT + f" --importance {strategy} --granularity filter")
     found = json.loads(selcrypt("inspect public.safetensors --json"))
     assert found["levels"][-1]["groups"] > 0
 
@@ -138,7 +138,7 @@ def test_strategies_need_no_data(selcrypt, strategy):
 def test_passphrases_from_a_file(selcrypt):
     Path("words").write_text("correct horse\n")
     Path("other").write_text("battery staple")
-    selcrypt("keygen -o keys --passphrase-file words")
+    selcrypt("keygen -o keys --new-passphrase-file words")
     selcrypt(PROTECT + " --passphrase-file words")
     selcrypt(PROTECT + " --passphrase-file other --force", fails="secret.key: wrong passphrase")
     selcrypt(PROTECT + " --force", fails="--passphrase-file")
@@ -149,7 +149,7 @@ def test_passphrases_from_a_file(selcrypt):
     selcrypt("unlock public.safetensors -g g -o out2 --passphrase-file words", fails="g: wrong")
     for content in (b"", b"one\ntwo\n", b"\xff"):
         Path("bad").write_bytes(content)
-        selcrypt("keygen -o more --passphrase-file bad", fails="bad: expected")
+        selcrypt("keygen -o more --new-passphrase-file bad", fails="bad: expected")
         assert not Path("more").exists()
     assert "correct horse" not in Path("keys/secret.key").read_text()
 
@@ -247,8 +247,9 @@ BAD = {
         PROTECT.replace("0.3", "0.0001") + " --force", "level 1 adds no groups"),
     "levels": (PROTECT.replace("levels 3", "levels 0") + " --force", "expected at least 1"),
     "folder missing": (PROTECT.replace("-o public", "-o no/public"), "no such folder"),
-    "scores and a strategy": (
-        PROTECT + " --importance model.safetensors --strategy l2 --force", "got strategy too"),
+    "scores and a granularity": (
+        PROTECT + " --importance scores.safetensors --granularity filter --force",
+        "got granularity too"),
     "filters of what?": (
         PROTECT + " --granularity filter --select classifier --force", "OIHW as in PyTorch"),
     "later grant": ("unlock public.safetensors -g later.grant -o x", "Update selcrypt-jax"),

@@ -209,15 +209,17 @@ COMMANDS = {
         f"{PROTECT} --budget 0", r"budget: expected a share .* \(0, 1\], got 0.0. 0.08 is 8 %"),
     "budget that selects too little": (
         f"{PROTECT} --budget 0.001", r"level 5: too small to hide in.* Select more groups"),
-    "no levels": (f"{PROTECT} --levels 0", r"levels: expected at least 1, got 0. Level 0 is there"),
+    "no levels": (
+        f"{PROTECT} --levels 0", r"levels: expected at least 1, got 0. Level 0 needs no key"),
     "more levels than groups": (
         f"{PROTECT} --levels 5000", r"level 1 adds no groups.* Encrypt a larger share, use fewer"),
-    "fractions in percent": (
-        f"{PROTECT} --fractions 2 5 8", r"fractions\[0\]: .* got 2.0. For 2 % pass 0.02"),
-    "fractions that descend": (
-        f"{PROTECT} --fractions 0.3 0.2", r"fractions: expected ascending .* 0.2 after 0.3. Sort"),
-    "fractions and levels": (
-        f"{PROTECT} --fractions 0.2 0.3 --levels 3", r"fractions: expected them alone, .* Leave"),
+    "shares in percent": (
+        f"{PROTECT} --levels 2 5 8", r"levels\[0\]: .* got 2.0. For 2 % pass 0.02"),
+    "shares that descend": (
+        f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
+    "shares and a budget": (
+        f"{PROTECT} --levels 0.2 0.3 --budget 0.3",
+        r"budget: expected a number of levels .* Leave the budget out"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
         r"dense.safetensors: layout: cannot tell .* Say it \(--layout\): OIHW .* or HWIO"),
@@ -241,28 +243,29 @@ COMMANDS = {
         r"model.safetensors: expected scores, got the checkpoint itself. Save scores"),
     # --- the wrong function
     "metric without a colon": (
-        f"{CALIBRATE} mistaken --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken",
         r"evaluate: expected an import path module:function, got 'mistaken'. .* write mine:psnr"),
     "metric by the name of its file": (
-        f"{CALIBRATE} mistaken.py:array --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken.py:array",
         r"evaluate: expected an import path .* got 'mistaken.py:array'. .* write mine:psnr"),
     "metric that does not exist": (
-        f"{CALIBRATE} mistaken:nothing --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:nothing",
         r"evaluate: expected 'mistaken:nothing' to import, got Attribute.* Correct the path"),
     "module that does not exist": (
-        f"{CALIBRATE} nowhere_at_all:psnr --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate nowhere_at_all:psnr",
         r"evaluate: expected 'nowhere_at_all:psnr' to import, got ModuleNot.* Correct the path"),
     "metric that is no function": (
-        f"{CALIBRATE} mistaken:VALUE --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:VALUE",
         r"evaluate: expected a function, got 'mistaken:VALUE', which is int. Name a function"),
     "metric that raises": (
-        f"{CALIBRATE} mistaken:raises --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:raises",
         r"mistaken:raises raised KeyError in line \d+ of mistaken.py: 'conv'. Correct it there"),
     "metric that gives an array": (
-        f"{CALIBRATE} mistaken:array --targets 20 24",
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:array",
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
     "targets that descend": (
-        f"{CALIBRATE} mistaken:array --targets 24 20", r"targets\[1\]: expected ascending .* Sort"),
+        f"{CALIBRATE} --targets 24 20 --evaluate mistaken:array",
+        r"targets\[1\]: expected ascending .* Sort"),
     "no such audit": (
         "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
     "audit of a checkpoint": (
@@ -642,26 +645,28 @@ CALLS = {
         lambda m: sj.nested_masks(m.masks[0], [0.1]),
         TypeError, r"scores 'conv/kernel': expected an array of numbers, .* Pass scores"),
     "scores of another tree": (
-        lambda m: sj.protect(m.params, importance.l2(OTHER), fractions=[0.1], secret=SECRET),
-        ValueError, r"scores: expected scores .* got 'dense/kernel'. Save them under the same"),
+        lambda m: sj.protect(
+            m.params, secret=SECRET, levels=[0.1],
+            selection=sj.Select(importance=importance.l2(OTHER), small=0)),
+        ValueError, r"importance: expected scores .* got 'dense/kernel'. Save them under the same"),
     "scores with NaN": (
         lambda m: sj.nested_masks(with_nan(m.scores), [0.1]),
         ValueError, r"scores 'conv/kernel': .* NaN in 1 of 2048 .*\(0, 0, 1, 2\).* repair them"),
     "share in percent": (
         lambda m: sj.nested_masks(m.scores, [8]),
-        ValueError, r"fractions\[0\]: expected a share .* got 8. For 8 % pass 0.08"),
+        ValueError, r"levels\[0\]: expected a share .* got 8. For 8 % pass 0.08"),
     "share as text": (
         lambda m: sj.nested_masks(m.scores, ["8"]),
-        TypeError, r"fractions\[0\]: expected a number in \(0, 1\], got str. Pass a share"),
+        TypeError, r"levels\[0\]: expected a number in \(0, 1\], got str. Pass a share"),
     "one share in place of a list": (
         lambda m: sj.nested_masks(m.scores, 0.08),
-        TypeError, r"fractions: expected one share .* For a single level pass \[fraction\]"),
+        TypeError, r"levels: expected a number of levels, .* For a single level pass \[0.08\]"),
     "shares that descend": (
         lambda m: sj.nested_masks(m.scores, [0.2, 0.1]),
-        ValueError, r"fractions: expected ascending shares, .* got 0.1 after 0.2. Sort them"),
+        ValueError, r"levels: expected ascending shares, .* got 0.1 after 0.2. Sort them"),
     "more levels than groups": (
         lambda m: sj.nested_masks(m.scores, [n / 5000 for n in range(1, 5001)]),
-        ValueError, r"fractions: level \d+ selects .* use larger or fewer fractions"),
+        ValueError, r"level \d+ adds no groups .* use fewer levels"),
     "too few weights to hide in": (
         lambda m: sj.encrypt(
             m.params, sj.nested_masks(importance.l2(m.params, granularity="weight"), [0.0002]),
@@ -721,11 +726,13 @@ CALLS = {
         ValueError, r"batches: expected arrays with the same first axis, .* Stack the batches"),
     "metric that gives an array": (
         lambda m: sj.calibrate_levels(
-            lambda p: jnp.ones(3), m.params, m.scores, [20, 24], key=jax.random.key(0)),
-        TypeError, r"eval_fn: expected a number, got ArrayImpl. Return the metric alone"),
+            m.params, sj.Targets([20, 24], lambda p: jnp.ones(3)), key=jax.random.key(0),
+            selection=sj.Select(importance=m.scores, small=0)),
+        TypeError, r"evaluate: expected a number, got ArrayImpl. Return the metric alone"),
     "one target in place of a list": (
         lambda m: sj.calibrate_levels(
-            lambda p: 1.0, m.params, m.scores, 24, key=jax.random.key(0)),
+            m.params, sj.Targets(24, lambda p: 1.0), key=jax.random.key(0),
+            selection=sj.Select(importance=m.scores, small=0)),
         TypeError, r"targets: expected a number for each level .* got int. Pass a list, such as"),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from test_documents import run
 
 from selcrypt_jax import (
     Secret,
+    Select,
     importance,
     inspect_file,
     issue_grant,
@@ -333,7 +334,11 @@ def test_a_filter_of_a_transposed_convolution_is_an_input_channel(tmp_path, monk
     weight = np.random.default_rng(0).normal(size=(24, 12, 2, 2)).astype(np.float32)
     save_file({"up.weight": weight}, "model", {"format": "pt"})
     chosen = protect_file(
-        "model", "public", secret=SECRET, fractions=[0.5], granularity="filter", small=0
+        "model",
+        "public",
+        secret=SECRET,
+        levels=[0.5],
+        selection=Select(granularity="filter", small=0),
     )
     assert chosen.layout == "OIHW"
     assert chosen.groups == {"up.weight": 12}
@@ -370,9 +375,9 @@ def test_protect_says_that_it_cannot_tell(tmp_path, monkeypatch):
     long = np.random.default_rng(0).normal(size=(8, 1, 65)).astype(np.float32)
     save_file({"conv.weight": weight, "long.weight": long}, "model")  # a depthwise Conv1d
     with pytest.raises(ValueError, match=r"cannot tell.*'long.weight' looks like HWIO"):
-        protect_file("model", "public", secret=SECRET, fractions=[0.5])
+        protect_file("model", "public", secret=SECRET, levels=[0.5])
     save_file({"conv.weight": weight, "long.weight": long}, "marked", {"format": "pt"})
-    assert protect_file("marked", "public", secret=SECRET, fractions=[0.5]).layout == "OIHW"
+    assert protect_file("marked", "public", secret=SECRET, levels=[0.5]).layout == "OIHW"
 
 
 def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
@@ -382,7 +387,13 @@ def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
     strategies: list[Any] = ["l2", "random"]
     for strategy in strategies:
         public = f"public-{strategy}"
-        protect_file("model", public, secret=SECRET, fractions=[0.5], strategy=strategy, small=0)
+        protect_file(
+            "model",
+            public,
+            secret=SECRET,
+            levels=[0.5],
+            selection=Select(small=0, importance=strategy),
+        )
         found = load_file(public)
         one, two = found["embed.weight"], found["lm_head.weight"]
         assert (one != two).mean() > 0.4
@@ -416,12 +427,14 @@ def test_quantised_weights_take_part_by_name_only(recipe):
         assert new.dtype == np.int8
         assert sorted(old.reshape(-1)) == sorted(new.reshape(-1))  # the multiset stays
     # Without a name: scales of two axes alone, or a refusal.
-    chosen = protect_file("model.safetensors", "2", secret=SECRET, fractions=[0.9], small=0)
+    chosen = protect_file(
+        "model.safetensors", "2", secret=SECRET, levels=[0.9], selection=Select(small=0)
+    )
     assert chosen.groups.keys() <= {"fc1.scale", "fc2.scale"}
     flat = {n: x.reshape(-1) if "scale" in n else x for n, x in scope["original"].items()}
     save_file(flat, "flat")
     with pytest.raises(ValueError, match=r"select: expected floats.*Say with `select`"):
-        protect_file("flat", "3", secret=SECRET, fractions=[0.5])
+        protect_file("flat", "3", secret=SECRET, levels=[0.5])
 
 
 def test_packed_codes_are_selected_at_random(tmp_path, monkeypatch):
@@ -429,9 +442,15 @@ def test_packed_codes_are_selected_at_random(tmp_path, monkeypatch):
     codes = np.random.default_rng(0).integers(0, 256, (64, 32), np.uint8)
     save_file({"qweight": codes}, "model")
     with pytest.raises(ValueError, match=r"packed codes\. Use importance\.random"):
-        protect_file("model", "public", secret=SECRET, fractions=[0.5], select="qweight")
+        protect_file(
+            "model", "public", secret=SECRET, levels=[0.5], selection=Select(select="qweight")
+        )
     protect_file(
-        "model", "public", secret=SECRET, fractions=[0.5], select="qweight", strategy="random"
+        "model",
+        "public",
+        secret=SECRET,
+        levels=[0.5],
+        selection=Select(select="qweight", importance="random"),
     )
     opened = open_model("public", issue_grant("public", level=1, secret=SECRET))
     assert octets(opened["qweight"]) == octets(codes)
@@ -448,7 +467,7 @@ def test_orbax_adds_a_step_for_a_state_that_names_do_not_have(recipe):
     state = nnx.state(nnx.clone(model), nnx.Any(nnx.Param, nnx.BatchStat))
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(Path("state").absolute(), state)
-    protect_file("state", "state-public", secret=SECRET, fractions=[0.25, 0.5])
+    protect_file("state", "state-public", secret=SECRET, levels=[0.25, 0.5])
     assert {"conv/kernel", "norm/mean"} <= inspect_names("state-public")
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(Path("state-public").absolute(), state)
@@ -465,9 +484,9 @@ def test_orbax_of_a_checkpoint_manager(tmp_path):
     with ocp.CheckpointManager(tmp_path / "run") as manager:
         manager.save(7, args=ocp.args.StandardSave(params))
     with pytest.raises(ValueError, match=r"Name one of them, such as .*default"):
-        protect_file(tmp_path / "run" / "7", tmp_path / "p", secret=SECRET, fractions=[0.5])
+        protect_file(tmp_path / "run" / "7", tmp_path / "p", secret=SECRET, levels=[0.5])
     folder = tmp_path / "run" / "7" / "default"
-    protect_file(folder, tmp_path / "p", secret=SECRET, fractions=[0.5])
+    protect_file(folder, tmp_path / "p", secret=SECRET, levels=[0.5])
     opened = open_model(tmp_path / "p", issue_grant(tmp_path / "p", level=1, secret=SECRET))
     assert octets(opened["kernel"]) == octets(params["kernel"])
 

@@ -20,6 +20,7 @@ from selcrypt_jax import (
     LevelKey,
     LosslessCipher,
     Secret,
+    Select,
     SigningKey,
     issue_grant,
     protect_file,
@@ -195,9 +196,14 @@ def test_equals_unlock_file_at_every_level(read, tmp_path, case):
     select = None if cipher.permute else "^(?!F8_E8M0).*/|blocks"
     public = tmp_path / "public"
     protect_file(
-        source, public, secret=SECRET, fractions=LEVELS, importance=scores, cipher=cipher,
-        signing=signing, select=select,
-    )  # fmt: skip
+        source,
+        public,
+        secret=SECRET,
+        levels=LEVELS,
+        selection=Select(importance=scores, select=select),
+        cipher=cipher,
+        signing=signing,
+    )
     write_verify_key(tmp_path / "signer", SIGNING.public)
     for level in range(1, len(LEVELS) + 1):
         grant = issue_grant(public, level=level, secret=SECRET)
@@ -236,9 +242,15 @@ def small(tmp_path):
     save(tmp_path / "plain", tensors, {"format": "pt", "mark": "\ufffd"})
     public = tmp_path / "public"
     protect_file(
-        tmp_path / "plain", public, secret=SECRET, fractions=(0.5, 1.0), granularity="weight",
-        strategy="random", select="a|b", layout="HWIO", signing=SIGNING, small=0,
-    )  # fmt: skip
+        tmp_path / "plain",
+        public,
+        secret=SECRET,
+        levels=(0.5, 1.0),
+        selection=Select(
+            granularity="weight", layout="HWIO", select="a|b", small=0, importance="random"
+        ),
+        signing=SIGNING,
+    )
     write_grant(tmp_path / "grant", issue_grant(public, level=2, secret=SECRET))
     return public, tmp_path / "grant"
 

@@ -31,6 +31,7 @@ from selcrypt_jax import (
     IntegrityError,
     LevelKey,
     Secret,
+    Select,
     SigningKey,
     inspect_file,
     level_key,
@@ -183,9 +184,14 @@ def released(path: Path, signing: SigningKey | None) -> Released:
 def protected(folder: Path, plain: Parts, signing: SigningKey | None) -> Path:
     (folder / "plain").write_bytes(plain.to_bytes())
     protect_file(
-        folder / "plain", folder / "public", secret=SECRET, signing=signing, layout="HWIO",
-        fractions=[0.2, 0.4, 0.6], select=".*kernel", force=True,
-    )  # fmt: skip
+        folder / "plain",
+        folder / "public",
+        secret=SECRET,
+        levels=[0.2, 0.4, 0.6],
+        selection=Select(layout="HWIO", select=".*kernel"),
+        signing=signing,
+        force=True,
+    )
     return folder / "public"
 
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import selcrypt_jax as sj
-from selcrypt_jax import LeafCount, PaperLevels, importance, mask_counts, nested_masks
+from selcrypt_jax import PaperLevels, importance, mask_counts, nested_masks
+from selcrypt_jax._tree.rings import LeafCount
 
 
 def counts(masks, name="w"):
@@ -122,7 +123,7 @@ def test_nested_and_exact(scores, percents, scope):
 
     fractions = [percent / 100 for percent in percents]
     if not expected[0] or any(len(high) <= len(low) for low, high in itertools.pairwise(expected)):
-        with pytest.raises(ValueError, match=r"fractions: level \d+ selects"):
+        with pytest.raises(ValueError, match=r"level \d+ adds no groups"):
             nested_masks(scores, fractions, scope=scope)
         return
     masks = nested_masks(scores, fractions, scope=scope)
@@ -135,15 +136,15 @@ W = {"w": np.arange(100.0)}
 NAN = np.ones((2, 3))
 NAN[1, 2] = np.nan
 BAD = {
-    "zero": (W, [0.0], ValueError, ["fractions[0]", "(0, 1]", "0.0"]),
-    "above one": (W, [0.5, 1.5], ValueError, ["fractions[1]", "(0, 1]", "1.5"]),
-    "negative": (W, [-0.1], ValueError, ["fractions[0]", "-0.1"]),
-    "nan": (W, [math.nan], ValueError, ["fractions[0]", "nan"]),
+    "zero": (W, [0.0], ValueError, ["levels[0]", "(0, 1]", "0.0"]),
+    "above one": (W, [0.5, 1.5], ValueError, ["levels[1]", "(0, 1]", "1.5"]),
+    "negative": (W, [-0.1], ValueError, ["levels[0]", "-0.1"]),
+    "nan": (W, [math.nan], ValueError, ["levels[0]", "nan"]),
     "unsorted": (W, [0.5, 0.2], ValueError, ["0.2", "0.5", "ascending", "Sort"]),
-    "none": (W, [], ValueError, ["fractions", "none"]),
-    "a number": (W, 0.5, TypeError, ["fractions", "float", "[fraction]"]),
-    "selects nothing": (W, [0.001], ValueError, ["level 1", "0 groups", "100 groups", "larger"]),
-    "adds nothing": (W, [0.05, 0.051], ValueError, ["level 2", "5 groups", "level 1", "fewer"]),
+    "none": (W, [], ValueError, ["levels", "none"]),
+    "a number": (W, 0.5, TypeError, ["levels", "float", "[0.08]"]),
+    "selects nothing": (W, [0.001], ValueError, ["level 1", "adds no groups", "'w'", "larger"]),
+    "adds nothing": (W, [0.05, 0.051], ValueError, ["level 2", "adds no groups", "fewer levels"]),
     "nan score": ({"conv": {"w": NAN}}, [0.5], ValueError,
                   ["'conv/w'", "NaN", "1 of 6", "(1, 2)", "select"]),
     "no scores": ({"w": False, "b": False}, [0.5], ValueError, ["'b', 'w'", "at least one"]),
@@ -202,7 +203,7 @@ def test_shares_in_single_precision_are_what_they_were_written_as():
 
 @pytest.mark.parametrize("shares", ["0.1", ["0.1"], [True], np.ones((1, 2))])
 def test_shares_that_are_no_numbers(shares):
-    with pytest.raises(TypeError, match="fractions"):
+    with pytest.raises(TypeError, match="levels"):
         nested_masks({"k": np.arange(100.0)}, shares)
 
 
@@ -222,7 +223,7 @@ def test_small_leaves_join_every_level():
     scores = dict.fromkeys(params, False) | {"middle": np.abs(params["middle"])}
     masks = sj.nested_masks(scores, [0.1, 0.2])
     # Of 11,141 weights: 5 + 64 + 72 are 1.3 %.
-    wide = sj.with_small_leaves(params, masks, share=0.02)
+    wide = sj.with_small_leaves(params, masks, small=0.02)
     for before, mask in zip(masks, wide, strict=True):
         np.testing.assert_array_equal(mask["middle"], before["middle"])
         assert mask["first"].all()
@@ -255,13 +256,13 @@ def test_small_leaves_join_every_level():
 def test_the_smallest_leaves_within_a_share(share, names):
     params = network()
     empty = dict.fromkeys(params, False)
-    (mask,) = sj.with_small_leaves(params, (empty,), share=share)
+    (mask,) = sj.with_small_leaves(params, (empty,), small=share)
     assert {name for name, leaf in mask.items() if np.any(leaf)} == names
-    (mask,) = sj.with_small_leaves(params, (empty,), share=share, select="^sc|^f|^t|^m")
+    (mask,) = sj.with_small_leaves(params, (empty,), select="^sc|^f|^t|^m", small=share)
     assert {name for name, leaf in mask.items() if np.any(leaf)} == names - {"last"}
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_bad_share_of_small_leaves(share):
     with pytest.raises(ValueError, match="expected a share of all weights"):
-        sj.with_small_leaves(network(), (False,), share=share)
+        sj.with_small_leaves(network(), (False,), small=share)

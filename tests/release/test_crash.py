@@ -28,6 +28,7 @@ from selcrypt_jax import (
     Grant,
     IntegrityError,
     Secret,
+    Select,
     SigningKey,
     inspect_file,
     level_key,
@@ -71,9 +72,9 @@ def run(
             path,
             output,
             secret=SECRET,
+            levels=[0.02, 0.05, 0.08],
+            selection=Select(importance=importance),
             signing=SIGNING,
-            fractions=[0.02, 0.05, 0.08],
-            importance=importance,
             force=force,
         )
     elif command == "unlock":

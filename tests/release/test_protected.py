@@ -1,5 +1,6 @@
 """The protected file: what comes back, who gets what, and that it is an ordinary file."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from selcrypt_jax import (
     PaperLevels,
     Protected,
     Secret,
+    Select,
     SigningKey,
     encrypt,
     importance,
@@ -45,7 +47,9 @@ from selcrypt_jax._format.envelope import Envelope
 from selcrypt_jax._format.rings import ring_mask, seal_mask
 from selcrypt_jax._io.safetensors import SafetensorsFile, header
 from selcrypt_jax._masks.levels import as_levels
-from selcrypt_jax._release.plan import check_room, guess_layout, merged_counts
+from selcrypt_jax._masks.scores import guess_layout
+from selcrypt_jax._masks.selection import merged_counts
+from selcrypt_jax._release.choose import check_header
 from selcrypt_jax._tree.dtypes import SAFETENSORS
 
 SECRET = Secret(bytes(range(32)))
@@ -80,8 +84,10 @@ def key_of(path: Path, level: int, levels: int = 3, secret: Secret = SECRET) -> 
 
 def make(tmp_path: Path, tensors: dict[str, Any], metadata: Any = None, **options: Any):
     source = write(tmp_path / "model.safetensors", tensors, metadata)
-    options = {"secret": SECRET, "signing": SIGNING, "fractions": THREE, **options}
-    protect_file(source, tmp_path / "public.safetensors", **options)
+    names = {field.name for field in dataclasses.fields(Select)} & options.keys()
+    selection = Select(**{name: options.pop(name) for name in names})
+    options = {"secret": SECRET, "signing": SIGNING, "levels": THREE, **options}
+    protect_file(source, tmp_path / "public.safetensors", selection=selection, **options)
     return source, tmp_path / "public.safetensors"
 
 
@@ -107,7 +113,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path, code, layout):
     some = patterns.tobytes()[: 5 * dtype.bits // 8]
     tensors = {"w": (code, shape, patterns.tobytes()), "plain": (code, (5,), some)}
     source, public = make(
-        tmp_path, tensors, {"format": "pt"}, layout=layout, select="w", strategy="random"
+        tmp_path, tensors, {"format": "pt"}, layout=layout, select="w", importance="random"
     )
     unlock_file(public, tmp_path / "out.safetensors", key_of(public, 3))
     assert (tmp_path / "out.safetensors").read_bytes() == source.read_bytes()
@@ -150,7 +156,7 @@ def test_metadata_of_the_caller_stays_and_comes_back(tmp_path, metadata):
 
 def test_a_file_of_the_stock_library_comes_back_as_it_was(tmp_path):
     safetensors.numpy.save_file(kernels(), tmp_path / "stock.safetensors", {"format": "np"})
-    protect_file(tmp_path / "stock.safetensors", tmp_path / "p", secret=SECRET, fractions=THREE)
+    protect_file(tmp_path / "stock.safetensors", tmp_path / "p", secret=SECRET, levels=THREE)
     unlock_file(tmp_path / "p", tmp_path / "out", Grant(key_of(tmp_path / "p", 3).key))
     assert (tmp_path / "out").read_bytes() == (tmp_path / "stock.safetensors").read_bytes()
 
@@ -159,7 +165,7 @@ def test_a_file_of_the_stock_library_comes_back_as_it_was(tmp_path):
 
 
 def test_one_file_five_grants_five_results(tmp_path):
-    source, public = make(tmp_path, kernels(), layout="HWIO", fractions=[0.1, 0.2, 0.3, 0.4, 0.5])
+    source, public = make(tmp_path, kernels(), layout="HWIO", levels=[0.1, 0.2, 0.3, 0.4, 0.5])
     original = read(source)
     wrong = []
     for level in range(6):
@@ -320,9 +326,13 @@ def test_a_checkpoint_in_several_files(tmp_path, scope):
     before = sharded(tmp_path / "model", {"format": "np"})
     public = tmp_path / "public"
     protect_file(
-        tmp_path / "model", public, secret=SECRET, signing=SIGNING, fractions=THREE, scope=scope,
-        layout="HWIO",
-    )  # fmt: skip
+        tmp_path / "model",
+        public,
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(layout="HWIO", scope=scope),
+        signing=SIGNING,
+    )
     assert {path.name for path in public.iterdir()} == set(before)
     found = verify_file(public, signer=SIGNING.public)
     assert (found.files, found.tensors) == (2, 8)
@@ -353,7 +363,12 @@ def test_shards_cannot_be_left_out(tmp_path):
     sharded(tmp_path / "model")
     public = tmp_path / "public"
     protect_file(
-        tmp_path / "model", public, secret=SECRET, signing=SIGNING, fractions=THREE, layout="HWIO"
+        tmp_path / "model",
+        public,
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(layout="HWIO"),
+        signing=SIGNING,
     )
     index = public / "model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -378,9 +393,13 @@ def test_an_orbax_checkpoint(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "model", params)
     protect_file(
-        tmp_path / "model", tmp_path / "public", secret=SECRET, signing=SIGNING, fractions=THREE,
-        layout="HWIO",
-    )  # fmt: skip
+        tmp_path / "model",
+        tmp_path / "public",
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(layout="HWIO"),
+        signing=SIGNING,
+    )
     assert verify_file(tmp_path / "public", signer=SIGNING.public).tensors == 4
     with ocp.PyTreeCheckpointer() as checkpointer:
         shipped = checkpointer.restore(tmp_path / "public")
@@ -400,7 +419,7 @@ def test_an_orbax_checkpoint(tmp_path):
     with pytest.raises(FileExistsError, match="the output exists already"):
         unlock_file(tmp_path / "public", tmp_path / "4", key_of(tmp_path / "public", 3))
     with pytest.raises(ValueError, match="is a protected file already"):
-        protect_file(tmp_path / "public", tmp_path / "5", secret=SECRET, fractions=THREE)
+        protect_file(tmp_path / "public", tmp_path / "5", secret=SECRET, levels=THREE)
     (tmp_path / "outer").mkdir()
     (tmp_path / "model").rename(tmp_path / "outer" / "default")
     with pytest.raises(ValueError, match=r"folder of \['default'\]\. Name one of them"):
@@ -430,8 +449,9 @@ def tree() -> dict[str, Any]:
 def test_a_tree_goes_there_and_back_without_a_disk(form):
     params = tree()
     scores = importance.l2(params)
-    given = {"masks": nested_masks(scores, THREE)} if form == "masks" else {
-        "masks": scores, "fractions": THREE}  # fmt: skip
+    given: dict[str, Any] = {"masks": nested_masks(scores, THREE)}
+    if form == "scores":
+        given = {"levels": THREE, "selection": Select(scores, small=0)}
     protected = protect(params, **given, secret=SECRET, signing=SIGNING, metadata={"a": "b"})
     assert jax.tree.structure(protected.params) == jax.tree.structure(params)
     assert protected.params["dense"][1] is params["dense"][1]
@@ -467,7 +487,13 @@ def test_a_tree_goes_there_and_back_without_a_disk(form):
 )
 def test_any_tree_can_be_saved(tmp_path, params, layout):
     scores = importance.l2(params, layout=layout)
-    protected = protect(params, scores, fractions=THREE, secret=SECRET, signing=SIGNING)
+    protected = protect(
+        params,
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(importance=scores, small=0),
+        signing=SIGNING,
+    )
     protected.save(tmp_path / "model.safetensors")
     assert verify_file(tmp_path / "model.safetensors", signer=SIGNING.public).tensors == len(
         [leaf for leaf in jax.tree.leaves(params) if eqx.is_array(leaf)]
@@ -531,7 +557,11 @@ def test_given_scores_decide(tmp_path):
     scores[..., :8] = 1
     write(tmp_path / "scores", {"conv/kernel": scores})
     protect_file(
-        source, tmp_path / "p", secret=SECRET, fractions=[0.25], importance=tmp_path / "scores"
+        source,
+        tmp_path / "p",
+        secret=SECRET,
+        levels=[0.25],
+        selection=Select(importance=tmp_path / "scores"),
     )
     changed = np.frombuffer(read(tmp_path / "p")["conv/kernel"][2], np.float32).reshape(
         3, 3, 16, 32
@@ -546,9 +576,12 @@ def test_given_scores_can_be_selected_from(tmp_path):
     scores = {"conv/kernel": np.ones((1, 1, 16, 32)), "dense/kernel": np.ones((64, 40))}
     write(tmp_path / "scores", scores)
     chosen = protect_file(
-        source, tmp_path / "p", secret=SECRET, fractions=[0.5], importance=tmp_path / "scores",
-        select="conv", small=0,
-    )  # fmt: skip
+        source,
+        tmp_path / "p",
+        secret=SECRET,
+        levels=[0.5],
+        selection=Select(importance=tmp_path / "scores", select="conv", small=0),
+    )
     assert chosen.groups == {"conv/kernel": 256}
     assert chosen.layout is None
     assert chosen.model_id.hex() == inspect_file(tmp_path / "p").model_id
@@ -563,9 +596,12 @@ def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
     source = write(tmp_path / "m", tensors)
     write(tmp_path / "s", scores)
     protect_file(
-        source, tmp_path / "p", secret=SECRET, fractions=THREE, importance=tmp_path / "s",
-        scope=scope,
-    )  # fmt: skip
+        source,
+        tmp_path / "p",
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(importance=tmp_path / "s", scope=scope),
+    )
     key = level_key(SECRET, bytes.fromhex(inspect_file(tmp_path / "p").model_id), level=3, levels=3)
     expected = nested_masks(scores, THREE, scope=scope)
     with SafetensorsFile(tmp_path / "p") as file:
@@ -580,14 +616,14 @@ def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
 def test_positions_that_need_too_much_room_are_refused_before_the_work():
     shapes = [(10_000, 10_000)] * 12
     fifths = as_levels([0.016, 0.032, 0.048, 0.064, 0.08])
-    with pytest.raises(ValueError, match=r"would take 118 MB, and a header has room for 100 MB"):
-        check_room(shapes, fifths, "model.safetensors")
-    check_room(shapes, as_levels([0.01]), "model.safetensors")
+    with pytest.raises(ValueError, match=r"would take 118 MB, and a header holds at most 100 MB"):
+        check_header(shapes, fifths, "model.safetensors")
+    check_header(shapes, as_levels([0.01]), "model.safetensors")
 
 
 def test_levels_of_the_paper(tmp_path):
     _, public = make(
-        tmp_path, kernels(), layout="HWIO", fractions=PaperLevels(0.3, levels=5), signing=None
+        tmp_path, kernels(), layout="HWIO", levels=PaperLevels(0.3, levels=5), signing=None
     )
     assert len(inspect_file(public).levels) == 5
 
@@ -598,12 +634,12 @@ BAD = {
     "select nothing": ({"select": "nope"}, "matches no leaf. There are: 'conv/bias', 'conv/k"),
     "select a bool": ({"select": "flag"}, "'flag': expected an array of floats or integers"),
     "budget selects nothing": (
-        {"fractions": [1e-6]}, "level 1 adds no groups to those below it, expected at least one"),
-    "too small to hide in": ({"fractions": [0.002]}, "tensor 'dense/kernel', level 1: too small"),
-    "a level too many": ({"fractions": [0.1, 0.1]}, "level 2 adds no groups"),
-    "share above 1": ({"fractions": [1.5]}, "expected a share of the groups"),
+        {"levels": [1e-6]}, "level 1 adds no groups to those below it, expected at least one"),
+    "too small to hide in": ({"levels": [0.002]}, "tensor 'dense/kernel', level 1: too small"),
+    "a level too many": ({"levels": [0.1, 0.1]}, "level 2 adds no groups"),
+    "share above 1": ({"levels": [1.5]}, "expected a share of the groups"),
     "packed": ({"select": "packed"}, "dtype of 8 bits or more, got float4_e2m1fn"),
-    "strategy": ({"strategy": "fisher"}, "strategy: expected l2, random"),
+    "importance": ({"importance": "fisher", "layout": None}, "importance: expected l2, random"),
 }  # fmt: skip
 
 
@@ -618,10 +654,10 @@ def test_bad_choices_are_refused(tmp_path, options, message):
 def test_twice_is_refused(tmp_path):
     _, public = make(tmp_path, kernels(), layout="HWIO")
     with pytest.raises(ValueError, match=r"is a protected file already.*rotate"):
-        protect_file(public, tmp_path / "x", secret=SECRET, fractions=THREE)
+        protect_file(public, tmp_path / "x", secret=SECRET, levels=THREE)
     write(tmp_path / "clash", kernels(), {"selcrypt.x": "mine"})
     with pytest.raises(ValueError, match=r"metadata .'selcrypt\.x'. have names"):
-        protect_file(tmp_path / "clash", tmp_path / "x", secret=SECRET, fractions=THREE)
+        protect_file(tmp_path / "clash", tmp_path / "x", secret=SECRET, levels=THREE)
     with pytest.raises(ValueError, match="is not a protected file"):
         verify_file(write(tmp_path / "plain", kernels()))
 
@@ -637,9 +673,12 @@ def test_bad_scores_are_refused(tmp_path):
         write(tmp_path / "scores", scores)
         with pytest.raises((ValueError, TypeError), match=message):
             protect_file(
-                source, tmp_path / "p", secret=SECRET, fractions=[0.25],
-                importance=tmp_path / "scores",
-            )  # fmt: skip
+                source,
+                tmp_path / "p",
+                secret=SECRET,
+                levels=[0.25],
+                selection=Select(importance=tmp_path / "scores"),
+            )
 
 
 @pytest.mark.parametrize(
@@ -669,8 +708,13 @@ def test_arguments_of_another_type_are_named(tmp_path):
         protect({"v": jnp.ones((40, 40))}, (True,), secret=SECRET, metadata={"step": 3})
     with pytest.raises(TypeError, match="params 'v': expected a concrete array, got a traced"):
         jax.jit(lambda v: protect({"v": v}, (True,), secret=SECRET).params)(jnp.ones((40, 40)))
-    with pytest.raises(ValueError, match=r"scores: expected scores for tensors"):
-        protect({"v": jnp.ones(99)}, [{"v": True}], fractions=[0.5], secret=SECRET)
+    with pytest.raises(TypeError, match=r"scores '0/v': expected an array of numbers"):
+        protect(
+            {"v": jnp.ones(99)},
+            secret=SECRET,
+            levels=[0.5],
+            selection=Select(importance=[{"v": np.True_}], small=0),
+        )
 
 
 def test_the_path_of_a_key_file_does(tmp_path):
@@ -749,7 +793,7 @@ def test_small_tensors_are_encrypted_whole(tmp_path):
     tensors["steps"] = np.arange(3)
     source, public = tmp_path / "model.safetensors", tmp_path / "public.safetensors"
     safetensors.numpy.save_file(tensors, source, {"format": "pt"})
-    chosen = protect_file(source, public, secret=SECRET, signing=SIGNING, fractions=THREE)
+    chosen = protect_file(source, public, secret=SECRET, levels=THREE, signing=SIGNING)
     assert chosen.groups.keys() == {"first.weight", "norm.weight", "norm.bias", "body.weight"}
     file = safetensors.numpy.load_file(public)
     for name in ("first.weight", "norm.weight", "norm.bias"):
@@ -764,16 +808,22 @@ def test_small_tensors_are_encrypted_whole(tmp_path):
     for name in tensors:
         np.testing.assert_array_equal(top[name], tensors[name])
 
-    protect_file(source, tmp_path / "2", secret=SECRET, fractions=THREE, small=0, select="body")
+    protect_file(
+        source,
+        tmp_path / "2",
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(select="body", small=0),
+    )
     np.testing.assert_array_equal(
         safetensors.numpy.load_file(tmp_path / "2")["norm.bias"], tensors["norm.bias"]
     )
     chosen = protect_file(
-        source, tmp_path / "3", secret=SECRET, fractions=THREE, select="body|bias"
+        source, tmp_path / "3", secret=SECRET, levels=THREE, selection=Select(select="body|bias")
     )
     assert chosen.groups.keys() == {"norm.bias", "body.weight"}
     with pytest.raises(ValueError, match=r"small: expected a share of all weights in \[0, 1\]"):
-        protect_file(source, tmp_path / "4", secret=SECRET, fractions=THREE, small=2)
+        protect_file(source, tmp_path / "4", secret=SECRET, levels=THREE, selection=Select(small=2))
     assert not (tmp_path / "4").exists()
 
 
@@ -787,10 +837,10 @@ def test_a_tensor_that_is_small_is_not_too_small(tmp_path):
         "head.weight": rng.standard_normal((1, 64), np.float32),  # 8 % of it hide nothing
     }
     path = write(tmp_path / "m", tensors, {"format": "pt"})
-    chosen = protect_file(path, tmp_path / "p", secret=SECRET, fractions=[0.08])
+    chosen = protect_file(path, tmp_path / "p", secret=SECRET, levels=[0.08])
     assert chosen.groups == {"body.weight": 1310, "head.weight": 64}
     with pytest.raises(ValueError, match=r"head\.weight.*too small to hide in"):
-        protect_file(path, tmp_path / "q", secret=SECRET, fractions=[0.08], small=0)
+        protect_file(path, tmp_path / "q", secret=SECRET, levels=[0.08], selection=Select(small=0))
 
 
 def test_pytorch_says_the_layout_itself(tmp_path):
@@ -799,7 +849,7 @@ def test_pytorch_says_the_layout_itself(tmp_path):
     tensors["fc.weight"] = np.random.default_rng(0).standard_normal((64, 32), np.float32)
     path = write(tmp_path / "m", tensors, {"format": "pt"})
     chosen = protect_file(
-        path, tmp_path / "p", secret=SECRET, fractions=[0.5], granularity="filter"
+        path, tmp_path / "p", secret=SECRET, levels=[0.5], selection=Select(granularity="filter")
     )
     assert chosen.layout == "OIHW"
 
@@ -813,9 +863,12 @@ def test_copies_have_the_same_selection(tmp_path, select):
     tensors = {"embed": tied, "head": tied.copy(), "other": other}  # one that starts alike
     path = write(tmp_path / "m", tensors)
     protect_file(
-        path, tmp_path / "p", secret=SECRET, fractions=[0.04, 0.08], strategy="random",
-        layout="OIHW", small=0, select=select,
-    )  # fmt: skip
+        path,
+        tmp_path / "p",
+        secret=SECRET,
+        levels=[0.04, 0.08],
+        selection=Select(layout="OIHW", select=select, small=0, importance="random"),
+    )
     public = safetensors.numpy.load_file(tmp_path / "p")
     hidden = {name: public[name] != tensor for name, tensor in tensors.items()}
     assert hidden["embed"].sum() == round(0.08 * 64 * 32 - 0.5)
@@ -842,7 +895,7 @@ def test_a_state_has_its_names_in_orbax(tmp_path):
     released.save_orbax(tmp_path / "ours")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "plain", state)
-    protect_file(tmp_path / "plain", tmp_path / "theirs", secret=SECRET, fractions=[0.5])
+    protect_file(tmp_path / "plain", tmp_path / "theirs", secret=SECRET, levels=[0.5])
     for path in (tmp_path / "ours", tmp_path / "theirs"):
         grant = issue_grant(path, level=1, secret=SECRET)
         assert set(open_model(path, grant)) == {"bias", "kernel"}

@@ -112,7 +112,7 @@ def test_orbax_folders_of_one_process(tmp_path):
         tmp_path / "plain",
         tmp_path / "public",
         secret=SECRET,
-        fractions=[0.5],
+        levels=[0.5],
         cipher=LosslessCipher(),
     )
     released = Protected.load_orbax(tmp_path / "public", tensors)

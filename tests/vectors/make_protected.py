@@ -16,6 +16,7 @@ import safetensors.numpy
 from selcrypt_jax import (
     LosslessCipher,
     Secret,
+    Select,
     SigningKey,
     inspect_file,
     level_key,
@@ -82,9 +83,14 @@ def make() -> None:
     ]:
         path = HERE / f"{name}.safetensors"
         protect_file(
-            source, path, secret=SECRET, signing=signing, fractions=[0.3, 0.6, 0.9], cipher=cipher,
-            layout="HWIO", select="kernel|long|quantised",
-        )  # fmt: skip
+            source,
+            path,
+            secret=SECRET,
+            levels=[0.3, 0.6, 0.9],
+            selection=Select(layout="HWIO", select="kernel|long|quantised"),
+            signing=signing,
+            cipher=cipher,
+        )
         model_id = bytes.fromhex(inspect_file(path).model_id)
         keys = [level_key(SECRET, model_id, level=m, levels=LEVELS) for m in (1, 2, 3)]
         levels = []

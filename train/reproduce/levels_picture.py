@@ -23,7 +23,7 @@ from _paper import colour_denoiser, denoiser
 from _tasks import psnr
 from flax import nnx
 
-from selcrypt_jax import Secret, importance, level_key, protect_calibrated, unlock
+from selcrypt_jax import Secret, Select, Targets, importance, level_key, protect, unlock
 
 SIGMA = 50 / 255
 TITLES = ["everybody", "level 1", "level 2", "level 3", "level 4, exact"]
@@ -61,15 +61,17 @@ def main(config: Config) -> None:
         granularity="weight",
     )
     secret = Secret.generate()
-    released, _ = protect_calibrated(
-        lambda state: subject.quality(state).mean(),
+    released = protect(
         subject.state,
-        scores,
-        config.targets,
         secret=secret,
-        tolerance=0.5,
-        evaluations=120,
-        progress=lambda step: print(step, flush=True),
+        levels=Targets(
+            config.targets,
+            lambda state: subject.quality(state).mean(),
+            tolerance=0.5,
+            evaluations=120,
+            progress=lambda step: print(step, flush=True),
+        ),
+        selection=Select(importance=scores, small=0),
     )
     grants = [level_key(secret, released.model_id, level=m, levels=4) for m in range(1, 5)]
     states = [released.params, *(unlock(released, grant) for grant in grants)]

@@ -1,0 +1,114 @@
+"""The quality that levels shall give."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+
+class Evaluation(NamedTuple):
+    """One step of the search.
+
+    Attributes:
+        number: 1, 2, and so on.
+        level: that was tried; M for the untouched network.
+        share: of the groups, that the level opens, or for level 0 that is encrypted.
+        value: what it gives, mean over keys; or in the release that is sought.
+    """
+
+    number: int
+    level: int
+    share: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The quality that levels shall give, for `protect`, `protect_file` and `calibrate_levels`.
+
+    Attributes:
+        targets: what levels 0 to M-1 shall give, from the worst to the best; level M gives the
+            original. The first may be None, "as bad as it gets": all of the budget is encrypted.
+        evaluate: ``params -> number``: the metric, on data that were not used for training. It has
+            to give the same number for the same params. For a checkpoint on disk the params are a
+            dict from the names of all tensors to arrays.
+        tolerance: how far a level may be from its target. By default 2 % of the way from the
+            first target to the untouched network.
+        evaluations: how often `evaluate` may be called for a release: 8 times a target and 8 more
+            by default. Four targets need about 20 where keys make a difference of three tolerances
+            (standard deviation), 25 where it is five, and 40 where it is eight; some networks need
+            twice as many.
+        lower_is_better: True for a loss: the targets then descend.
+        progress: called after each evaluation.
+
+    Examples:
+        >>> targets = Targets([21, 25], psnr_of, tolerance=1)
+        >>> weights = Select(granularity="weight", budget=0.9)
+        >>> released = protect(params, secret=secret, levels=targets, selection=weights)
+        >>> released.calibration.exact
+        True
+    """
+
+    targets: Sequence[float | None]
+    evaluate: Callable[[Any], Any]
+    tolerance: float | None = None
+    evaluations: int | None = None
+    lower_is_better: bool = False
+    progress: Callable[[Evaluation], None] | None = None
+
+    @property
+    def sign(self) -> float:
+        """What makes the metric one of which higher is better."""
+        return -1.0 if self.lower_is_better else 1.0
+
+    @property
+    def small(self) -> float:
+        """The share of small tensors unless given: with them level 0 is hard to steer."""
+        return 0.02 if list(self.targets[:1]) == [None] else 0.0
+
+
+def checked_targets(asked: Targets) -> list[float | None]:
+    """Targets of which the higher is the better.
+
+    Raises:
+        TypeError: not a list of numbers, or a metric that cannot be called.
+        ValueError: there are none, or they are not in order.
+    """
+    if not isinstance(asked, Targets):
+        raise TypeError(
+            f"targets: expected Targets, got {type(asked).__name__}. Pass the metric too: "
+            "Targets([20, 24, 28], psnr)."
+        )
+    if not callable(asked.evaluate):
+        raise TypeError(
+            f"evaluate: expected a function of params, got {type(asked.evaluate).__name__}."
+        )
+    targets, sign = asked.targets, asked.sign
+    if isinstance(targets, str) or not hasattr(targets, "__len__"):
+        raise TypeError(
+            "targets: expected a number for each level from 0 on, got "
+            f"{type(targets).__name__}. Pass a list, such as [20, 24, 28]."
+        )
+    if not len(targets):
+        raise ValueError(
+            "targets: expected a number for each level from 0 on, got none. Pass some."
+        )
+    wanted: list[float | None] = []
+    for level, target in enumerate(targets):
+        if target is None and level == 0 and len(targets) > 1:
+            wanted.append(None)
+            continue
+        if target is None or isinstance(target, str) or not math.isfinite(target):
+            raise ValueError(
+                f"targets[{level}]: expected a finite number, got {target!r}. None, as bad as it "
+                "gets, is for level 0 alone, with levels above it."
+            )
+        wanted.append(sign * float(target))
+        below = wanted[level - 1] if level else None
+        if below is not None and sign * target < below:
+            order = "ascending" if sign > 0 else "descending (lower is better)"
+            raise ValueError(
+                f"targets[{level}]: expected {order} targets, from level 0 on, got {target} after "
+                f"{targets[level - 1]}. Sort them."
+            )
+    return wanted

@@ -1,0 +1,59 @@
+"""What is selected for encryption, as one object."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from .._tree.groups import Granularity, Layout, Selector
+from .ranks import Scope
+
+Strategy = Literal["l2", "random", "ascend", "descend", "mean"]
+"""The ways to judge importance that need no data."""
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True)
+class Select:
+    """What is encrypted. The same options, under the same names, as of ``selcrypt protect``.
+
+    Attributes:
+        importance: How groups are ranked. A strategy that needs no data: l2 (the default), random,
+            ascend, descend or mean. Or scores, learned (pss) or measured, under the names of the
+            tensors that take part: a .safetensors file, or in Python also a pytree. l2 and descend
+            take the largest weights, which stay large: an attacker can guess where they are, though
+            not what they were. random tells nothing.
+        budget: Share of the groups that is encrypted, in every tensor that takes part; 0.08 by
+            default. With targets it is the most that may be encrypted, 1 by default.
+        granularity: What is selected: kernels (the default; in a dense layer, single weights),
+            whole filters, or weights. Positions of single weights take about a bit a weight. Not
+            with scores, whose shapes say it.
+        layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX. By default it is
+            told from the shapes.
+        select: Which tensors take part: a regular expression, searched in their names; "^(?!fc)"
+            takes all that do not begin with fc. In Python also a function (name, tensor) -> bool.
+            By default all floats with two axes or more, or all that have scores.
+        scope: Whether budget and levels hold in every tensor (leaf), or over all of them (model).
+        small: Share of all weights. The smallest tensors that together have no more are encrypted
+            as a whole, beside the budget: normalisation, biases, often the first and the last
+            layer. Level 1 opens them. By default 0.02; with targets 0, unless the first is "any"
+            (None), since small tensors make level 0 hard to steer.
+
+    Examples:
+        >>> protected = protect(params, secret=secret, selection=Select("random", budget=0.3))
+    """
+
+    importance: Any = "l2"
+    budget: float | None = None
+    granularity: Granularity | None = None
+    layout: Layout | None = None
+    select: Selector = None
+    scope: Scope = "leaf"
+    small: float | None = None
+
+    @property
+    def scores_file(self) -> Path | None:
+        """The file of the scores, if they come from one."""
+        is_path = isinstance(self.importance, str | os.PathLike)
+        return Path(self.importance) if is_path and self.importance not in STRATEGIES else None

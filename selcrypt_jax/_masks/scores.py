@@ -1,0 +1,272 @@
+"""Scores for the tensors of a checkpoint or a tree: by a strategy, or given."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import numpy as np
+
+from .._ciphers.lossless import LosslessCipher
+from .._importance import closed
+from .._io.arrays import ArraySource, as_array
+from .._io.safetensors import SafetensorsFile
+from .._keys.chacha import chacha20_key
+from .._tree.dtypes import SAFETENSORS
+from .._tree.groups import Granularity, Layout, group_shape
+from .._tree.hosts import from_first
+from .._tree.names import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
+from .masks import checked_score
+from .options import STRATEGIES, Select
+from .ranks import Scores
+from .selection import leaves_of_tensors, small_leaves
+
+
+class _Leaf:
+    """Shape and dtype of a tensor that need not be read; no pytree, as a NamedTuple would be."""
+
+    def __init__(self, dtype: str, shape: Sequence[int]) -> None:
+        self.dtype, self.shape = np.dtype(SAFETENSORS[dtype].name), tuple(shape)
+        self.ndim = len(shape)
+
+
+class NamedTensors(Protocol):
+    """Tensors with dtype (safetensors' name) and shape, to be read one by one."""
+
+    @property
+    def tensors(self) -> Mapping[str, Any]: ...
+
+    def read(self, name: str) -> bytearray: ...
+
+
+def scores_for(
+    source: NamedTensors,
+    selection: Select,
+    stack: ExitStack,
+    *,
+    metadata: Mapping[str, str],
+    what: str,
+) -> tuple[Scores, Layout | None]:
+    """The order of importance that options ask for.
+
+    Args:
+        source: tensors of a checkpoint, or of a tree.
+        selection: what is asked for.
+        stack: closes the file of the scores, which are read one tensor at a time.
+        metadata: of the checkpoint; may tell the layout.
+        what: the checkpoint or tree, for messages.
+
+    Returns:
+        The scores, and the layout of the kernels; None for given scores, whose shapes decide.
+
+    Raises:
+        ValueError: nothing is selected, scores that do not fit, options that exclude each other.
+        OSError: a file of scores that cannot be read.
+    """
+    importance = selection.importance
+    if not (isinstance(importance, str) and importance in STRATEGIES):
+        for name in ("granularity", "layout"):
+            if getattr(selection, name) is not None:
+                raise ValueError(
+                    f"importance: expected scores alone, got {name} too, which the scores decide. "
+                    "Leave it out."
+                )
+        return _checked(_given(source, selection, stack)), None
+    granularity = selection.granularity or "kernel"
+    try:
+        names = choose_tensors(source.tensors, selection.select)
+        layout = selection.layout or guess_layout(source.tensors, names, metadata, granularity)
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from None
+    return _checked(strategy_scores(source, names, importance, granularity, layout)), layout
+
+
+def _given(source: NamedTensors, selection: Select, stack: ExitStack) -> Scores:
+    importance = selection.importance
+    if (path := selection.scores_file) is not None:
+        if isinstance(importance, str) and not os.path.lexists(path):
+            raise ValueError(
+                f"importance: expected {', '.join(STRATEGIES)}, or a .safetensors file with "
+                f"scores, got {importance!r}, which is neither. Learned scores (pss) come from a "
+                "file, or in Python as a pytree."
+            )
+        what = str(path)
+        given: NamedTensors = stack.enter_context(SafetensorsFile(path))
+    else:
+        what = "importance"
+        leaves = named_leaves(importance, what).leaves
+        arrays = {n: checked_score(n, leaf) for n, leaf in leaves.items()}
+        given = ArraySource({n: a for n, a in arrays.items() if a is not None}, what)
+    return given_scores(given, source.tensors, selection.select, what)
+
+
+def _checked(scores: Scores) -> Scores:
+    """The same, refusing NaN as they are read."""
+
+    def of(name: str) -> np.ndarray:
+        array = checked_score(name, scores.of(name))
+        assert array is not None
+        return array
+
+    return Scores(scores.shapes, of)
+
+
+def source_of_tree(tree: NamedLeaves) -> ArraySource:
+    """The arrays of a tree as tensors."""
+    return ArraySource({name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)})
+
+
+def whole_leaves(
+    tensors: Mapping[str, Any], selection: Select, cipher: LosslessCipher, *, default: float
+) -> list[str]:
+    """Names of the tensors that are encrypted as a whole, see `Select.small`.
+
+    Raises:
+        ValueError: a share out of range, or `select` that takes nothing.
+    """
+    share = default if selection.small is None else selection.small
+    among = None if selection.select is None else choose_tensors(tensors, selection.select)
+    return small_leaves(leaves_of_tensors(tensors), share, among=among, cipher=cipher)
+
+
+def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
+    """Names of the tensors that take part.
+
+    Args:
+        tensors: by name, with dtype and shape.
+        select: see `selcrypt_jax.importance`; None takes floats with a mantissa and two axes or
+            more. (Of float4 and of scales alone, as in float8_e8m0fnu, there is nothing to hide.)
+
+    Raises:
+        ValueError: nothing is selected, or something that is no number.
+    """
+    leaves = {name: _Leaf(info.dtype, info.shape) for name, info in tensors.items()}
+    if select is None:
+        chosen = [name for name in tensors if _by_default(tensors[name])]
+        if not chosen:
+            kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
+            raise ValueError(
+                "select: expected floats of 8 bits or more with two axes or more, got "
+                f"{listed(kinds)}. Say with `select` which tensors to protect."
+            )
+    else:
+        chosen = select_leaves(leaves, select)
+    return [name for name in tensors if name in chosen]
+
+
+def _by_default(info: Any) -> bool:
+    dtype = SAFETENSORS[info.dtype]
+    return dtype.kind == "float" and dtype.bits >= 8 and dtype.mantissa > 0 and len(info.shape) > 1
+
+
+def guess_layout(
+    tensors: Mapping[str, Any],
+    names: Sequence[str],
+    metadata: Mapping[str, str],
+    granularity: Granularity,
+) -> Layout:
+    """Where the output and input axes of kernels are.
+
+    The metadata's ``format`` says so for PyTorch. Else shapes do: spatial axes are short and lie
+    behind them in PyTorch, before them in JAX. Without a leaf of three axes or more the metadata
+    have the last word.
+
+    Raises:
+        ValueError: the leaves do not agree, or nothing tells.
+    """
+    if metadata.get("format") == "pt":
+        return "OIHW"
+    votes: dict[Layout, str] = {}
+    for name in names:
+        shape = tensors[name].shape
+        if len(shape) < 3:
+            continue
+        first, last = math.prod(shape[:-2]), math.prod(shape[2:])
+        if first != last:
+            votes["HWIO" if first < last else "OIHW"] = name
+    if len(votes) == 1:
+        return next(iter(votes))
+    if metadata.get("format") in ("np", "flax", "jax"):
+        return "HWIO"
+    flat = all(len(tensors[name].shape) < 3 for name in names)
+    if granularity == "weight" or (granularity == "kernel" and not votes and flat):
+        return "HWIO"  # a kernel of two axes is one weight in either
+    raise ValueError(
+        "layout: cannot tell where the output and input axes are"
+        + "".join(f"; {name!r} looks like {layout}" for layout, name in votes.items())
+        + ". Say it (--layout): OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
+    )
+
+
+def strategy_scores(
+    source: NamedTensors,
+    names: Sequence[str],
+    strategy: str,
+    granularity: Granularity,
+    layout: Layout,
+) -> Scores:
+    """Scores that need no data."""
+    options: dict[str, Any] = {
+        "select": lambda *_: True,
+        "granularity": granularity,
+        "layout": layout,
+    }
+    if strategy == "random":
+        # Not to be repeated by an attacker, and the same on all hosts.
+        options["key"] = chacha20_key(from_first(os.urandom(32)))
+    function = getattr(closed, strategy)
+
+    def scores(name: str) -> np.ndarray:
+        info = source.tensors[name]
+        leaf = as_array(source.read(name), info.dtype, info.shape)
+        return np.asarray(function({name: leaf}, **options)[name])
+
+    shapes = {name: group_shape(source.tensors[name].shape, granularity, layout) for name in names}
+    return Scores(shapes, scores)
+
+
+def given_scores(
+    given: NamedTensors, tensors: Mapping[str, Any], select: Selector, what: str
+) -> Scores:
+    """Scores from a file of their own.
+
+    Args:
+        given: the scores.
+        tensors: of the checkpoint.
+        select: takes some of them only; None all of them.
+        what: the scores, for messages.
+
+    Raises:
+        ValueError: names that the checkpoint lacks, or shapes that do not broadcast.
+    """
+    unknown = [name for name in given.tensors if name not in tensors]
+    if unknown or not given.tensors:
+        raise ValueError(
+            f"{what}: expected scores for tensors of the checkpoint ({listed(tensors)}), got "
+            f"{listed(unknown)}. Save them under the same names."
+        )
+    for name, info in given.tensors.items():
+        shape = tensors[name].shape
+        if SAFETENSORS[info.dtype].kind == "other":
+            raise ValueError(
+                f"{what}: {name!r}: expected numbers, the higher the more important, got "
+                f"{info.dtype}. Save scores, not masks."
+            )
+        if len(info.shape) != len(shape) or any(
+            m not in (1, n) for m, n in zip(info.shape, shape, strict=True)
+        ):
+            raise ValueError(
+                f"{what}: {name!r}: expected scores that broadcast against shape "
+                f"{tuple(shape)}, axis by axis of size 1 or the tensor's, got shape "
+                f"{tuple(info.shape)}. They are of another model or layout: score this one."
+            )
+
+    def scores(name: str) -> np.ndarray:
+        info = given.tensors[name]
+        return as_array(given.read(name), info.dtype, info.shape)
+
+    names = list(given.tensors)
+    if select is not None:
+        names = choose_tensors({name: tensors[name] for name in names}, select)
+    return Scores({name: tuple(given.tensors[name].shape) for name in names}, scores)

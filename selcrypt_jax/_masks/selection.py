@@ -1,0 +1,238 @@
+"""From scores to rings, once: every command and function that selects anything does it here."""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import PyTree
+
+from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher, order_bits
+from .._tree.dtypes import DTYPES, SAFETENSORS, Dtype
+from .._tree.groups import Ring
+from .._tree.names import NamedLeaves, is_array, listed
+from .levels import Levels, check_share, exact
+from .ranks import Scope, Scores, ranked
+
+MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
+
+
+class Leaf(NamedTuple):
+    """What selection has to know of a leaf."""
+
+    dtype: Dtype
+    shape: tuple[int, ...]
+
+
+Ranks = list[tuple[int, int]]
+"""Ranges of ranks, each from its first to before its second number."""
+
+Cut = Callable[[Sequence[int], int, LosslessCipher], list[Ranks]]
+"""Counts of a leaf's levels, weights in a group, cipher → the ranks of each level's ring."""
+
+
+def leaves_of_tensors(tensors: Mapping[str, Any]) -> dict[str, Leaf]:
+    """Leaves from tensors with safetensors' names of dtypes."""
+    return {n: Leaf(SAFETENSORS[info.dtype], tuple(info.shape)) for n, info in tensors.items()}
+
+
+def leaves_of_tree(tree: NamedLeaves) -> dict[str, Leaf]:
+    """The arrays of a tree whose dtype is one of numbers."""
+    return {
+        name: Leaf(DTYPES[str(leaf.dtype)], tuple(leaf.shape))
+        for name, leaf in tree.leaves.items()
+        if is_array(leaf) and str(leaf.dtype) in DTYPES
+    }
+
+
+def select_rings(
+    scores: Scores,
+    levels: Levels,
+    *,
+    scope: Scope = "leaf",
+    leaves: Mapping[str, Leaf] | None = None,
+    cipher: LosslessCipher | None = None,
+    whole: Collection[str] = (),
+    cut: Cut | None = None,
+) -> Iterator[Ring]:
+    """Ranks groups, takes the best for each level, and checks that the rings can be encrypted.
+
+    Args:
+        scores: of the leaves that take part, without NaN; read one leaf at a time.
+        levels: how many groups each level may decrypt.
+        scope: whether the counts hold in every leaf, or over all of them.
+        leaves: what the scores are for. Without it every count is taken as it is.
+        cipher: with `leaves`: rings that it cannot hide are merged with others of their leaf.
+        whole: leaves that are encrypted as a whole, and opened by level 1. They need no place in
+            the order, unless it has no other leaf.
+        cut: how a leaf's rings follow from its counts; `merge_upwards` by default.
+
+    Yields:
+        The rings, leaf by leaf and then by level.
+
+    Raises:
+        ValueError: once all rings have been yielded: leaves that the cipher refuses, or a level
+            that adds nothing to the one below. Before: an unknown scope or dtype.
+    """
+    if scope not in ("leaf", "model"):
+        raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
+    shapes = {name: shape for name, shape in scores.shapes.items() if name not in whole}
+    if not shapes:
+        shapes = scores.shapes
+        whole = [name for name in whole if name not in shapes]
+    cipher = LosslessCipher() if cipher is None else cipher
+    if leaves is not None:
+        for name in shapes:  # before any of them is read
+            try:
+                cipher.fine_mask(leaves[name].dtype)
+            except ValueError as error:
+                raise ValueError(f"tensor {name!r}: {error}. Leave it out with `select`.") from None
+        for name in whole:
+            yield Ring(name, 1, np.ones(leaves[name].shape, bool))
+
+    added: list[int] = []
+    refused: dict[str, str] = {}
+    for name, ranks, counts in ranked(Scores(shapes, scores.of), levels.counts, scope):
+        if leaves is None:
+            rings, size, weights = _between(counts), ranks.size, 1
+        else:
+            size = math.prod(leaves[name].shape)
+            weights = size // max(ranks.size, 1)
+            rings = (cut or merge_upwards)(counts, weights, cipher)
+            if size > MAX_WEIGHTS:
+                refused[name] = (
+                    f"tensor {name!r}: expected at most {MAX_WEIGHTS} weights in a tensor, got "
+                    f"{size}. Split it, or leave it out with `select`."
+                )
+                continue
+        added = added or [0] * len(rings)
+        if not size:
+            continue  # nothing to hide in an empty leaf
+        for level, own in enumerate(rings, 1):
+            mask = np.zeros(ranks.shape, bool)
+            for start, stop in own:
+                if start < stop:
+                    mask |= (ranks >= start) & (ranks < stop)
+            groups = int(np.count_nonzero(mask))
+            if not groups:
+                continue
+            if leaves is not None:
+                try:
+                    cipher.check_size(
+                        f"tensor {name!r}, level {level}",
+                        leaves[name].dtype,
+                        groups=groups,
+                        weights=groups * weights,
+                    )
+                except ValueError as error:
+                    refused.setdefault(name, str(error))
+            added[level - 1] += groups
+            yield Ring(name, level, mask)
+    if refused:
+        more = f" The same for {listed(list(refused)[1:])}." if len(refused) > 1 else ""
+        raise ValueError(next(iter(refused.values())) + more)
+    for level, groups in enumerate(added, 1):
+        if not groups:
+            raise ValueError(
+                f"level {level} adds no groups to those below it, expected at least one in "
+                f"{listed(shapes)}. Encrypt a larger share, use fewer levels, a finer granularity "
+                "or scope 'model', or select larger tensors."
+            )
+
+
+def masks_of_rings(
+    rings: Iterable[Ring],
+    levels: int,
+    tree: NamedLeaves,
+    shapes: Mapping[str, Sequence[int]] = {},
+) -> tuple[PyTree, ...]:
+    """Nested masks: what each level may decrypt.
+
+    Args:
+        rings: of levels 1 to M.
+        levels: M.
+        tree: that the masks shall look like.
+        shapes: leaf → shape of its mask, for leaves that get an array even if nothing is selected.
+    """
+    masks: list[dict[str, np.ndarray]] = [
+        {name: np.zeros(shape, bool) for name, shape in shapes.items()} for _ in range(levels)
+    ]
+    for ring in rings:
+        for mask in masks[ring.level - 1 :]:
+            before = mask.get(ring.name)
+            same = before is not None and before.shape == ring.mask.shape
+            mask[ring.name] = before | ring.mask if same else ring.mask
+    return tuple(tree.rebuild_only(mask) for mask in masks)
+
+
+def small_leaves(
+    leaves: Mapping[str, Leaf],
+    share: float,
+    *,
+    among: Collection[str] | None = None,
+    cipher: LosslessCipher | None = None,
+) -> list[str]:
+    """The smallest floats, as many as together have no more than a share of all of them.
+
+    Args:
+        leaves: of a checkpoint or tree.
+        share: of all floats, in [0, 1].
+        among: names that may be taken; None for all.
+        cipher: that has to hide them: it refuses a leaf of a few weights, and those stay plain.
+
+    Returns:
+        Their names, from the smallest on; equal ones by name.
+
+    Raises:
+        ValueError, TypeError: a share out of range.
+    """
+    check_share("small", share, of="all weights", or_none=True)
+    cipher = LosslessCipher() if cipher is None else cipher
+    sizes = {n: math.prod(leaf.shape) for n, leaf in leaves.items() if leaf.dtype.kind == "float"}
+    rest = exact(share) * sum(sizes.values())
+    found = []
+    for name in sorted(sizes, key=lambda name: (sizes[name], name)):
+        rest -= sizes[name]
+        if rest < 0:
+            break
+        if (among is None or name in among) and cipher.hides(*leaves[name]):
+            found.append(name)
+    return found
+
+
+def _between(counts: Sequence[int]) -> list[Ranks]:
+    return [[pair] for pair in itertools.pairwise((0, *counts))]
+
+
+def merge_upwards(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[Ranks]:
+    """The rings of a leaf, where one with too few orders is opened by the next higher level.
+
+    Masked fine bits move a weight by less than an eighth, so a ring needs 128 bits of order
+    alone. What the leaf would give to a low level in a smaller ring, that level does not get.
+    """
+    return _between(merged_counts(counts, weights, cipher))
+
+
+def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
+    """The counts of a leaf's levels once rings of few orders have moved up."""
+    if not cipher.permute:
+        return list(counts)
+    result: list[int] = []
+    kept = 0
+    for count in counts:
+        if not is_few(count - kept, weights, cipher):
+            kept = count
+        result.append(kept)
+    if kept < counts[-1]:
+        # What is left at the top cannot stand alone: the ring below goes up with it.
+        below = max((count for count in result if count < kept), default=0)
+        result = [below if count == kept else count for count in result]
+        result[-1] = counts[-1]
+    return result
+
+
+def is_few(groups: int, weights: int, cipher: LosslessCipher) -> bool:
+    """Whether a ring of so many groups, of so many weights each, has too few orders."""
+    units = 1 if cipher.unit == "group" else weights
+    return cipher.permute and order_bits(groups * units) < MINIMUM_HIDING

@@ -1,0 +1,189 @@
+"""What a release encrypts: from options to sealed rings, the same way for files and trees."""
+
+import hashlib
+import itertools
+import math
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+from jaxtyping import PyTree
+
+from .._calibrate.levels import Calibration, Targets, release_levels
+from .._ciphers.lossless import LosslessCipher
+from .._format.envelope import SealedRing
+from .._format.rings import seal_mask
+from .._format.tensors import Rings, TensorSource
+from .._io.safetensors import MAX_HEADER
+from .._keys.keys import Secret
+from .._masks.levels import Levels, LevelsLike, as_levels
+from .._masks.options import Select
+from .._masks.scores import NamedTensors, scores_for, whole_leaves
+from .._masks.selection import leaves_of_tensors, select_rings
+from .._tree.groups import Layout, Ring
+
+
+class Chosen(NamedTuple):
+    """What is encrypted.
+
+    Attributes:
+        rings: tensor → its sealed rings.
+        levels: M.
+        layout: of the kernels; None where nobody had to know.
+        calibration: what the levels give, if they were searched for.
+        model_id: under which they were searched for. It must not be used for anything else, so
+            callers of the package never see it before the release is made.
+    """
+
+    rings: Rings
+    levels: int
+    layout: Layout | None = None
+    calibration: Calibration | None = None
+    model_id: bytes | None = None
+
+
+class Plan:
+    """What is asked for; options are checked here, before any work.
+
+    Args:
+        source: the tensors.
+        levels: see `protect_file`.
+        selection: see there.
+        cipher: see there.
+        stack: closes the file of the scores.
+        metadata: of the checkpoint; may tell the layout.
+        what: the checkpoint or tree, for messages.
+
+    Raises:
+        ValueError, TypeError, OSError: options that do not fit the tensors or each other.
+    """
+
+    def __init__(
+        self,
+        source: NamedTensors,
+        levels: LevelsLike | Targets,
+        selection: Select,
+        cipher: LosslessCipher,
+        *,
+        stack: ExitStack,
+        metadata: Mapping[str, str],
+        what: str,
+    ) -> None:
+        self.source, self.selection, self.cipher = source, selection, cipher
+        self.targets = levels if isinstance(levels, Targets) else None
+        self.levels = None if isinstance(levels, Targets) else as_levels(levels, selection.budget)
+        self.layout: Layout | None
+        self.scores, self.layout = scores_for(
+            source, selection, stack, metadata=metadata, what=what
+        )
+        default = 0.02 if self.targets is None else self.targets.small
+        self.whole = whole_leaves(source.tensors, selection, cipher, default=default)
+
+    def choose(
+        self, params: Callable[[], PyTree], secret: Secret, files: Iterable[TensorSource]
+    ) -> Chosen:
+        """Selects, or searches for levels that meet their targets.
+
+        Args:
+            params: gives all tensors as a pytree, for the search.
+            secret: the owner's, for the search.
+            files: the sources of the tensors.
+
+        Raises:
+            ValueError: leaves that cannot be encrypted; levels that add nothing; targets that are
+                out of reach.
+        """
+        tensors, scope = self.source.tensors, self.selection.scope
+        if self.targets is not None:
+            found, calibration, model_id = release_levels(
+                params(), self.scores, self.targets, self.selection, self.cipher,
+                whole=self.whole, secret=secret, twins=twins_of(files, tensors),
+            )  # fmt: skip
+            rings = sealed(found)
+            return Chosen(rings, len(calibration.levels), self.layout, calibration, model_id)
+        assert self.levels is not None
+        selected = select_rings(
+            self.scores, self.levels, scope=scope, leaves=leaves_of_tensors(tensors),
+            cipher=self.cipher, whole=self.whole,
+        )  # fmt: skip
+        rings = sealed(selected)
+        for names in twins_of(files, rings):
+            first = next(name for name in names if name in rings)
+            rings |= {n: [(m, ring._replace(tensor=n)) for m, ring in rings[first]] for n in names}
+        levels = max(level for found in rings.values() for level, _ in found)
+        return Chosen(rings, levels, self.layout)
+
+
+def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
+    """Rings with their masks packed, one after the other."""
+    found: dict[str, list[tuple[int, SealedRing]]] = {}
+    for ring in rings:
+        found.setdefault(ring.name, []).append((ring.level, seal_mask(ring.name, ring.mask)))
+    return found
+
+
+def twins_of(files: Iterable[TensorSource], among: Container[str]) -> list[list[str]]:
+    """Names of tensors that are bit for bit alike, such as tied weights that were saved twice.
+
+    The same has to be encrypted in all of them: what one encrypts and another leaves plain is
+    plain.
+
+    Args:
+        files: that have the tensors.
+        among: what may be encrypted; tensors of which none is are of no interest.
+    """
+    source = {name: file for file in files for name in file.tensors}
+    like: dict[object, list[str]] = {}
+    for name, file in source.items():
+        info = file.tensors[name]
+        if math.prod(info.shape):
+            like.setdefault((info.dtype, tuple(info.shape)), []).append(name)
+    found: list[list[str]] = []
+    for names in like.values():
+        if len(names) == 1 or not any(name in among for name in names):
+            continue
+        # Most are told apart by how they start.
+        for alike in _groups(names, lambda n: bytes(next(iter(source[n].chunks(n, 64)))[:64])):
+            found += _groups(alike, lambda name: _digest(source[name].chunks(name)))
+    return [names for names in found if any(name in among for name in names)]
+
+
+def _groups(names: Sequence[str], key: Callable[[str], bytes]) -> list[list[str]]:
+    """Two names or more with one key."""
+    groups: dict[bytes, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _digest(pieces: Iterable[bytearray]) -> bytes:
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.digest()
+
+
+def check_header(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:
+    """Refuses positions that would not fit into a file's header, before they are computed.
+
+    Args:
+        shapes: of the scores of each tensor that takes part.
+        levels: how many groups each level opens in every tensor.
+        what: the checkpoint's file, for messages.
+
+    Raises:
+        ValueError: they need more than the 100 MB that the format allows.
+    """
+    bits = 0.0
+    for size in map(math.prod, shapes):
+        for below, count in itertools.pairwise((0, *levels.counts(size))):
+            share = (count - below) / max(size, 1)
+            if 0 < share < 1:
+                bits -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
+    estimate = bits / 8 * 4 / 3  # no coding takes less; base64 takes a third more
+    if estimate > MAX_HEADER:
+        raise ValueError(
+            f"{what}: the positions of what is encrypted would take {estimate / 1e6:,.0f} MB, and "
+            f"a header holds at most {MAX_HEADER / 1e6:,.0f} MB. Select larger groups "
+            "(--granularity filter), a smaller share, fewer tensors, or split the checkpoint."
+        )

@@ -1,0 +1,201 @@
+"""Protecting checkpoints on disk, tensor by tensor."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+
+from .._calibrate.levels import Calibration, calibrate_levels
+from .._calibrate.targets import Targets
+from .._ciphers.lossless import LosslessCipher
+from .._format.envelope import check_unprotected
+from .._io.arrays import as_array
+from .._io.atomic import check_output
+from .._io.safetensors import SafetensorsFile
+from .._keys.keys import Secret, SigningKey
+from .._masks.levels import LevelsLike
+from .._masks.options import STRATEGIES, Select
+from .._masks.scores import scores_for
+from .._tree.groups import Layout
+from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
+from .choose import Plan, check_header
+
+
+class Selected(NamedTuple):
+    """What was selected in a protected checkpoint.
+
+    Attributes:
+        model_id: 16 bytes that name the protection.
+        layout: of the kernels, given or told from their shapes; None for given scores.
+        groups: tensor → how many of its groups are encrypted.
+        untouched: dtype → how many weights lie in tensors of which nothing is encrypted.
+        calibration: what the levels of the file give, if `Targets` were asked for.
+
+    Examples:
+        >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
+        >>> sum(selected.groups.values()) > 0
+        True
+    """
+
+    model_id: bytes
+    layout: Layout | None
+    groups: Mapping[str, int]
+    untouched: Mapping[str, int]
+    calibration: Calibration | None = None
+
+
+def protect_file(
+    path: AnyPath,
+    output: AnyPath,
+    *,
+    secret: Secret,
+    levels: LevelsLike | Targets = 5,
+    selection: Select = Select(),
+    signing: SigningKey | None = None,
+    cipher: LosslessCipher | None = None,
+    force: bool = False,
+) -> Selected:
+    """Protects a checkpoint for release, tensor by tensor.
+
+    The output has the same names, dtypes and shapes, and runs at level 0 in every program that
+    reads safetensors. In tensors that are bit for bit alike, such as tied weights that were saved
+    twice, the same weights are encrypted, whether they take part or not.
+
+    Args:
+        path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
+            the folder of an Orbax checkpoint.
+        output: path of the new file, or of the new folder for a checkpoint in a folder.
+        secret: the owner's.
+        levels: a number of levels, each of which opens an equal part of ``selection.budget``; or
+            the share of the groups that each level opens, ascending, the last one being what is
+            encrypted; or `Levels`, such as `PaperLevels`; or `Targets`, the quality that levels
+            shall give. Rings that are too small to hide in are merged upwards, leaf by leaf. With
+            targets the whole checkpoint is in memory, and else one tensor at a time.
+        selection: what is encrypted, see `Select`.
+        signing: signs the file; its public half names the owner.
+        cipher: `LosslessCipher()` unless given.
+        force: replace an existing file.
+
+    Returns:
+        What was selected.
+
+    Raises:
+        ValueError: not a checkpoint, or one that is protected already; nothing to select; a leaf
+            that is too small to hide in; positions that need more space than a header has; targets
+            that no release was found for.
+        TypeError: an argument of another type; a metric that does not return a number.
+        OSError: files that cannot be read or written. There is no output then.
+
+    Examples:
+        >>> protect_file("plain.safetensors", "public.safetensors", secret=secret).layout
+        'OIHW'
+        >>> random = Select("random", budget=0.3)
+        >>> done = protect_file(
+        ...     "plain.safetensors", "other.safetensors", secret=secret, levels=3, selection=random
+        ... )
+    """
+    cipher = LosslessCipher() if cipher is None else cipher
+    with open_checkpoint(path) as checkpoint, ExitStack() as stack:
+        files = list(checkpoint.files.values())
+        check_plain(checkpoint)
+        check_scores(selection, checkpoint, output)
+        what = str(checkpoint.path)
+        plan = Plan(
+            checkpoint, levels, selection, cipher,
+            stack=stack, metadata=files[0].metadata or {}, what=what,
+        )  # fmt: skip
+        if plan.levels is not None and selection.scope == "leaf":
+            for file in files:
+                here = [s for name, s in plan.scores.shapes.items() if name in file.tensors]
+                check_header(here, plan.levels, str(file.path))
+        # Before the work of choosing, which is the most of it.
+        with checkpoint_outputs(checkpoint, output, force=force) as create:
+            try:
+                chosen = plan.choose(lambda: read_params(checkpoint), secret, files)
+            except ValueError as error:
+                if plan.targets is not None:
+                    raise
+                raise ValueError(f"{what}: {error}") from None
+            protection = Protection.new(secret, chosen.levels, cipher, signing, chosen.model_id)
+            for name, file in checkpoint.files.items():
+                here = {t: chosen.rings[t] for t in file.tensors if t in chosen.rings}
+                job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
+                with create(name) as out:
+                    out.protected(job, protection)
+    untouched: Counter[str] = Counter()
+    for name, info in checkpoint.tensors.items():
+        if name not in chosen.rings:
+            untouched[info.dtype] += math.prod(info.shape)
+    return Selected(
+        protection.key.model_id,
+        chosen.layout,
+        {name: sum(ring.groups for _, ring in found) for name, found in chosen.rings.items()},
+        +untouched,
+        chosen.calibration,
+    )
+
+
+def calibrate_file(
+    path: AnyPath,
+    targets: Targets,
+    *,
+    seed: int,
+    keys: int,
+    selection: Select,
+    cipher: LosslessCipher,
+) -> Calibration:
+    """`calibrate_levels` for a checkpoint on disk, which has to fit into memory."""
+    with open_checkpoint(path) as checkpoint, ExitStack() as stack:
+        for file in checkpoint.files.values():
+            check_unprotected(file.metadata, str(file.path))
+        check_scores(selection, checkpoint)
+        metadata = next(iter(checkpoint.files.values())).metadata or {}
+        scores, _ = scores_for(
+            checkpoint, selection, stack, metadata=metadata, what=str(checkpoint.path)
+        )
+        order = {name: scores.of(name) for name in scores.shapes}
+        params = read_params(checkpoint)
+    return calibrate_levels(
+        params,
+        targets,
+        key=jax.random.key(seed),
+        keys=keys,
+        selection=replace(selection, importance=order, granularity=None, layout=None),
+        cipher=cipher,
+    )
+
+
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint that is protected already, or that the safetensors library refuses."""
+    for file in checkpoint.files.values():
+        check_unprotected(file.metadata, str(file.path))
+        if isinstance(file, SafetensorsFile):
+            file.ask_stock_reader()
+
+
+def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | None = None) -> None:
+    """Refuses a file of scores that is the output, or the checkpoint itself."""
+    if (scores := selection.scores_file) is None:
+        return
+    if output is not None:
+        check_output(output, scores)
+    for file in checkpoint.files.values():
+        if scores.exists() and file.path.exists() and scores.samefile(file.path):
+            raise ValueError(
+                f"{scores}: expected scores, got the checkpoint itself. Save scores under the "
+                f"names of its tensors, or name a strategy: {', '.join(STRATEGIES)}."
+            )
+
+
+def read_params(checkpoint: Checkpoint) -> dict[str, Any]:
+    """All tensors; on the device at once, unless JAX has no such dtype."""
+    params: dict[str, Any] = {}
+    for name, info in checkpoint.tensors.items():
+        array = as_array(checkpoint.read(name), info.dtype, info.shape)
+        same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+        params[name] = jax.device_put(array) if same else array
+    return params

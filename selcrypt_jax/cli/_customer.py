@@ -1,0 +1,91 @@
+"""The commands of a customer: unlock, inspect, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from .._release.use import inspect_file, unlock_file, verify_file
+from ._options import AnyGrantFile, Flat, Opening, Output, Printing, Writing, spare
+from ._tables import inspection_as_dict, print_inspection
+
+
+def unlock(
+    file: Positional[Path],
+    grant: Annotated[Path, arg(aliases=["-g"])],
+    out: Output,
+    level: int | None = None,
+    opening: Annotated[Opening, Flat] = Opening(),
+    writing: Annotated[Writing, Flat] = Writing(),
+) -> None:
+    """Writes the checkpoint that a grant opens; at the top level it is the original.
+
+    Signature, digests and decrypted weights are all checked before the output appears.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        grant: The grant file.
+        out: The checkpoint; a new folder for a checkpoint in a folder.
+        level: A lower level than the grant's.
+        opening: How the grant is opened.
+        writing: How it is written.
+    """
+    spare(out, grant, opening.passphrase_file, *opening.identity)
+    opened = opening.read(grant)
+    assert opened is not None
+    unlock_file(file, out, opened, level=level, force=writing.force)
+    level = opened.key.level if level is None else level
+    model_id = opened.key.model_id.hex()
+    writing.say(
+        {"out": str(out), "model_id": model_id, "level": level},
+        f"Wrote {out}: level {level} of model {model_id}.",
+    )
+
+
+def inspect(
+    file: Positional[Path],
+    grant: AnyGrantFile = None,
+    opening: Annotated[Opening, Flat] = Opening(),
+    printing: Annotated[Printing, Flat] = Printing(),
+) -> None:
+    """Shows levels, shares, cipher, signer and sizes; with a grant, also what it opens.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        grant: A grant file.
+        opening: How the grant is opened.
+        printing: How it is printed.
+    """
+    print_inspection(inspect_file(file, opening.read(grant)), printing.as_json)
+
+
+def verify(
+    file: Positional[Path],
+    signer: Path | None = None,
+    grant: AnyGrantFile = None,
+    opening: Annotated[Opening, Flat] = Opening(),
+    printing: Annotated[Printing, Flat] = Printing(),
+) -> None:
+    """Checks the signature and every digest; with a grant, also all that it opens.
+
+    Without --signer the file is sound but may be anybody's: compare the signer that is shown.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        signer: The owner's signing.pub.
+        grant: A grant file.
+        opening: How the grant is opened.
+        printing: How it is printed.
+    """
+    opened = opening.read(grant)
+    found = verify_file(file, signer=signer, grant=opened)
+    known = signer is not None or (opened is not None and opened.signer is not None)
+    text = f"{file}: every digest fits."
+    if found.signer is not None:
+        whose = ", as expected" if known else "; compare that with what the owner says"
+        text += f" Signed by {found.signer}{whose}."
+    else:
+        text += " Not signed; the grant vouches for it."
+    if opened is not None:
+        text += f" Levels 1 to {opened.key.level} open to what was encrypted."
+    Writing(as_json=printing.as_json).say(inspection_as_dict(found) | {"signer_known": known}, text)

@@ -1,0 +1,295 @@
+"""The owner's commands: keys, protecting, granting, rotating, planning levels."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, UseAppendAction, arg
+
+from .._format.keyfiles import write_grant, write_secret, write_signing_key, write_verify_key
+from .._keys.keys import Secret, SigningKey
+from .._release.use import inspect_file, issue_grant, rotate_file
+from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
+from ._selection import Goal, Levels, Selection, Unit, cipher_of, levels_of
+from ._tables import calibration_as_dict, print_inspection, print_levels
+
+
+def keygen(
+    out: Output,
+    lock: Annotated[Locking, Flat] = Locking(),
+    writing: Annotated[Writing, Flat] = Writing(),
+) -> None:
+    """Makes the owner's keys: secret.key, and the signing pair signing.key and signing.pub.
+
+    Keep secret.key and signing.key safe and secret: all grants come from the first, and the second
+    signs in your name. Give signing.pub to everybody. One pair of keys serves all your models.
+    With --force keys that are there are replaced, and what was protected with them can never be
+    opened again.
+
+    Args:
+        out: Folder for the keys; made if it does not exist.
+        lock: How the private keys are locked.
+        writing: How they are written.
+    """
+    words = lock.read()
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    paths = {name: out / name for name in ("secret.key", "signing.key", "signing.pub")}
+    if not writing.force:  # all or nothing
+        for path in paths.values():
+            if path.exists():
+                raise FileExistsError(
+                    f"{path}: exists already. Name another folder; --force would replace it, and "
+                    "what was protected with it could never be opened again."
+                )
+    signing, force = SigningKey.generate(), writing.force
+    write_secret(paths["secret.key"], Secret.generate(), passphrase=words, force=force)
+    write_signing_key(paths["signing.key"], signing, passphrase=words, force=force)
+    write_verify_key(paths["signing.pub"], signing.public, force=force)
+    signer = signing.public.hex()
+    writing.say(
+        {name: str(path) for name, path in paths.items()} | {"signer": signer},
+        f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "
+        f"them safe.\nWrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
+    )
+
+
+def protect(
+    file: Positional[Path],
+    out: Output,
+    keys: Annotated[OwnerKeys, Flat],
+    selection: Annotated[Selection, Flat] = Selection(),
+    levels: Levels = None,
+    goal: Annotated[Goal, Flat] = Goal(),
+    unit: Unit = "weight",
+    writing: Annotated[Writing, Flat] = Writing(),
+) -> None:
+    """Protects a checkpoint: encrypts its most important weights in place, in levels.
+
+    The output has the same tensors and runs, badly, in every program that reads safetensors.
+    Sign it, so that everybody can check that it is yours.
+
+    How bad it is without a key says little about what an attacker can get back by fine-tuning:
+    selcrypt audit measures that. Encrypting more makes it harder. Never publish
+    the same weights in two forms, plain or with another selection: the difference tells.
+
+    Args:
+        file: A .safetensors file; or the index, or the folder, of one in several files; or the
+            folder of an Orbax checkpoint. From a folder, only weights are read and written.
+        out: The protected file; a new folder for a checkpoint in a folder.
+        keys: Your keys.
+        selection: What is encrypted.
+        levels: How many levels of quality, 5 by default. Each opens an equal part of the budget; in
+            small tensors, where a part would be too little to hide, the next higher level opens it.
+            Or the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
+            last one is all that is encrypted. selcrypt calibrate finds such shares.
+        goal: What levels shall give.
+        unit: What the cipher permutes: single weights, or whole groups, which leave less of a
+            trace and have fewer orders.
+        writing: How it is written.
+    """
+    from .._release.files import protect_file  # the start of JAX, which other commands don't need
+
+    wanted = levels_of(levels, goal)
+    spare(out, *keys.files)
+    with goal.named():
+        selected = protect_file(
+            file,
+            out,
+            secret=keys.read_secret(),
+            levels=wanted,
+            selection=selection,
+            signing=keys.read_signing(),
+            cipher=cipher_of(unit),
+            force=writing.force,
+        )
+    made = inspect_file(out)
+    found = selected.calibration
+    print_inspection(
+        made,
+        writing.as_json,
+        {
+            "layout": selected.layout,
+            "selected": dict(selected.groups),
+            "untouched": dict(selected.untouched),
+        },
+        found and calibration_as_dict(found, wanted.targets, spreads=False),
+    )
+    integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
+    # A quantised checkpoint: only its scales take part by themselves.
+    given = selection.select is not None or selection.scores_file is not None
+    if not given and sum(integers.values()) > made.weights / 2:
+        print(
+            f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
+            "names their tensors: none of them is encrypted.",
+            file=sys.stderr,
+        )
+    if keys.signing is None:
+        print(
+            "Not signed: only the holder of a grant will notice if it is altered. Use --signing.",
+            file=sys.stderr,
+        )
+
+
+def calibrate(
+    file: Positional[Path],
+    goal: Annotated[Goal, Flat],
+    selection: Annotated[Selection, Flat] = Selection(),
+    keys: int = 16,
+    seed: int = 0,
+    unit: Unit = "weight",
+    printing: Annotated[Printing, Flat] = Printing(),
+) -> None:
+    """Finds what each level has to open so that it gives the quality that you name.
+
+    Encrypts the checkpoint in memory in up to 8 ways a level, under new keys each time, measures
+    the result, and prints the shares for selcrypt protect. Writes nothing.
+
+      selcrypt calibrate model.safetensors --targets 20 24 28 --evaluate mine:psnr
+
+    These are averages over keys, for planning. A file has one key, with which a level may be far
+    off: selcrypt protect --targets makes a file whose own levels are as you say.
+
+    Args:
+        file: The checkpoint, as for selcrypt protect.
+        goal: What levels shall give.
+        selection: What is encrypted, as for selcrypt protect. To plan with random scores, which
+            differ each time, save them (selcrypt_jax.importance.random).
+        keys: How many encryptions a value is averaged over, at most; three where they agree.
+        seed: For the keys that are tried.
+        unit: As for selcrypt protect.
+        printing: How it is printed.
+    """
+    from .._release.files import calibrate_file
+
+    wanted = goal.read()
+    with goal.named():
+        found = calibrate_file(
+            file, wanted, seed=seed, keys=keys, selection=selection, cipher=cipher_of(unit)
+        )
+    flags = ["--levels", *map(repr, found.levels), *selection.flags(), "--unit", unit]
+    if selection.small is None:
+        flags += ["--small", str(wanted.small)]
+    result = calibration_as_dict(found, wanted.targets, spreads=True)
+    if printing.as_json:
+        print(json.dumps(result | {"shares": list(found.levels), "protect": flags}, indent=2))
+        return
+    print_levels(result)
+    print(
+        f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n\n"
+        f"  selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
+        f"--secret keys/secret.key {shlex.join(flags)}"
+    )
+
+
+def grant(
+    file: Positional[Path],
+    level: int,
+    owner: Annotated[OwnerSecret, Flat],
+    out: Output,
+    signer: Path | None = None,
+    to: UseAppendAction[tuple[str, ...]] = (),
+    lock: Annotated[Locking, Flat] = Locking(),
+    writing: Annotated[Writing, Flat] = Writing(),
+) -> None:
+    """Issues a level: writes the key that opens levels 1 to this one of one protected file.
+
+    Args:
+        file: The protected file.
+        level: The highest level that the grant opens.
+        owner: Your secret.
+        out: The grant file.
+        signer: Your signing.pub: refuse a file that you did not sign. Use it where the file comes
+            from others' hands.
+        to: Seal the grant to this recipient, so that it can travel in the open: an age public key
+            (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
+            given several times.
+        lock: How the grant is locked.
+        writing: How it is written.
+    """
+    spare(out, file, signer, lock.new_passphrase_file, *owner.files)
+    recipients = [_recipient(text) for text in to]
+    words = lock.read()
+    made = issue_grant(file, level=level, secret=owner.read_secret(), signer=signer)
+    write_grant(out, made, recipients=recipients, passphrase=words, force=writing.force)
+    model, signer_hex = made.key.model_id.hex(), made.signer and made.signer.hex()
+    whose = f"signed by {signer_hex}" if signer_hex else "not signed"
+    secrecy = "Only the recipients can read it." if to else "Anyone who has it can use it."
+    writing.say(
+        {
+            "grant": str(out),
+            "model_id": model,
+            "level": level,
+            "signer": signer_hex,
+            "recipients": len(to),
+        },
+        f"Wrote {out}: opens levels 1 to {level} of model {model}, {whose}. "
+        + ("It is locked with a passphrase." if words and not to else secrecy),
+    )
+
+
+def rotate(
+    file: Positional[Path],
+    keys: Annotated[OwnerKeys, Flat],
+    old_signer: Path | None = None,
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    writing: Annotated[Writing, Flat] = Writing(),
+) -> None:
+    """Gives a protected file a new model id, keys and ciphertext; old grants do not open it.
+
+    With new keys, levels below the top give another quality, by as much as keys matter: measure it
+    again.
+
+    An old copy of the file can still be opened with an old grant; and both files together show
+    which weights are encrypted, since these alone differ.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        keys: Your keys; the signing key is needed if the file is signed, by the same key.
+        old_signer: The signing.pub of the old file, if it is signed with another key of yours.
+        out: Where to write it; by default it takes the place of the old file. A new folder for a
+            checkpoint in a folder.
+        writing: How it is written.
+    """
+    if out is not None:
+        spare(out, old_signer, *keys.files)
+    model_id = rotate_file(
+        file,
+        out,
+        old_signer=old_signer,
+        secret=keys.read_secret(),
+        signing=keys.read_signing(),
+        force=writing.force,
+    )
+    where = file if out is None else out
+    writing.say(
+        {"out": str(where), "model_id": model_id.hex()},
+        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. Below the top "
+        "level, new keys give another quality: measure it.",
+    )
+
+
+def _recipient(text: str) -> str:
+    """A public key, or that in a file. No message shows it: it may be a private one."""
+    if text.startswith(("age1", "ssh-")):
+        return text
+    if text.upper().startswith("AGE-SECRET-KEY-") or text.startswith("-----BEGIN"):
+        raise ValueError(
+            "--to: expected a public key (age1... or ssh-...), got a private one. Keep that one to "
+            "yourself, and name the public one."
+        )
+    try:
+        lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
+    except FileNotFoundError:
+        raise ValueError(
+            f"--to: expected a public key (age1... or ssh-...) or a file with one, got {text!r}, "
+            "which is neither. Ask the customer for their public key."
+        ) from None
+    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
+        raise ValueError(
+            f"{text}: expected a file with one public key (age1... or ssh-...), got another. Ask "
+            "the customer for their public key."
+        )
+    return lines[0]

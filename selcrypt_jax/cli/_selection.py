@@ -1,0 +1,124 @@
+"""Options of the commands that select weights: the fields of `Select` and `Targets`."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from tyro.conf import Suppress
+
+from .._calibrate.targets import Evaluation, Targets
+from .._ciphers.lossless import LosslessCipher
+from .._io.imported import imported
+from .._masks.options import Select
+
+Unit = Literal["weight", "group"]
+Levels = int | tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class Selection(Select):
+    """What is encrypted."""
+
+    importance: str = "l2"
+    select: str | None = None
+
+    def flags(self) -> list[str]:
+        """The options that differ from their defaults, as they are written on a command line."""
+        words = []
+        for option in fields(Select):
+            value = getattr(self, option.name)
+            if value != option.default:
+                words += [f"--{option.name}", str(value)]
+        return words
+
+
+@dataclass(frozen=True)
+class Goal(Targets):
+    """What levels shall give.
+
+    Attributes:
+        targets: What levels 0, 1, ... shall give, from the worst to the best; one more level gives
+            the original. The first may be "any": as bad as the budget makes it. The checkpoint has
+            to fit into memory.
+        evaluate: With targets: import path module:function of your metric, a function of a dict
+            from the names of the tensors to arrays; the working folder is searched. Let it measure
+            on data that the network was not trained on.
+        tolerance: With targets: how far a level may be from its own. By default 2 % of the way from
+            the first target to the original.
+        evaluations: With targets: how often the metric may be called; 8 times a target and 8 more
+            by default.
+        lower_is_better: With targets: whether the metric is a loss; targets then descend.
+    """
+
+    # As they are typed.
+    targets: tuple[str, ...] = ()  # pyright: ignore
+    evaluate: str | None = None  # pyright: ignore
+    progress: Suppress[Callable[[Evaluation], None] | None] = None
+
+    def read(self) -> Targets:
+        """The targets as numbers, and the metric imported."""
+        if self.evaluate is None:
+            raise ValueError(
+                "targets: expected a metric to measure them by, got none. Add --evaluate "
+                "module:function."
+            )
+        numbers = [_number(text, level) for level, text in enumerate(self.targets)]
+        return Targets(
+            numbers,
+            imported("evaluate", self.evaluate),
+            self.tolerance,
+            self.evaluations,
+            self.lower_is_better,
+            _say if sys.stderr.isatty() else None,
+        )
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors of the metric's results name the metric."""
+        try:
+            yield
+        except TypeError as error:
+            if not str(error).startswith("evaluate"):
+                raise
+            raise ValueError(f"{self.evaluate}: {error}") from None
+
+
+def levels_of(levels: Levels, goal: Goal) -> Any:
+    """What `protect_file` takes as its levels."""
+    if goal.targets:
+        if levels is not None:
+            raise ValueError(
+                "targets: expected them alone, got levels too, which they decide. Leave those out."
+            )
+        return goal.read()
+    alone = [o.name for o in fields(Goal) if getattr(goal, o.name) != o.default]
+    if alone:
+        names = ", ".join(name.replace("_", "-") for name in alone)
+        raise ValueError(f"{names}: is of use with targets only, got none. Add --targets.")
+    return 5 if levels is None else levels
+
+
+def cipher_of(unit: Unit) -> LosslessCipher:
+    """The cipher that options ask for."""
+    return replace(LosslessCipher(), unit=unit)
+
+
+def _number(text: str, level: int) -> float | None:
+    if text == "any":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"targets: expected a number for level {level}, got {text!r}. Only level 0 may be "
+            '"any".'
+        ) from None
+
+
+def _say(step: Evaluation) -> None:
+    print(
+        f"{step.number}: level {step.level}, {step.share:.4%} of the groups: {step.value:.6g}",
+        file=sys.stderr,
+    )
