@@ -3,9 +3,9 @@
 The way of the data, in pure functions over any parameter pytree::
 
     scores    = pss(loss_fn, params, batches, key=key)     # or importance.l2(params), ...
-    masks     = nested_masks(scores, fractions)            # M nested boolean pytrees
+    masks     = nested_masks(scores, [0.02, 0.08])         # M nested boolean pytrees
     keys      = ring_keys(level_key(secret, new_model_id(), levels=M))
-    protected = encrypt(params, masks, keys)               # anybody may have this
+    protected = encrypt(params, masks, keys)               # anyone may have this
     level_m   = decrypt(protected, masks[:m], keys[:m])    # with the key of level m
 
 References:

@@ -1,5 +1,6 @@
 """What the documents show runs: every block of README and docs, examples, notebooks."""
 
+import doctest
 import inspect
 import json
 import re
@@ -181,7 +182,7 @@ def test_what_is_public_has_a_docstring(name):
 
 
 EXAMPLES = {
-    name: re.findall(r"^ *(?:>>>|\.\.\.) (.*)$", inspect.getdoc(value) or "", re.MULTILINE)
+    name: doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
     for name, value in PUBLIC.items()
 }
 
@@ -194,7 +195,8 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
     model.eval()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     whole = models.DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
-    safetensors.numpy.save_file(models.to_torch(whole), "torch.safetensors")
+    for path in ("torch.safetensors", "plain.safetensors"):
+        safetensors.numpy.save_file(models.to_torch(whole), path)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 12, 12, 3)), jnp.float32)
     scores = sj.importance.l2(params, granularity="weight")
     masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
@@ -212,6 +214,7 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
         **{name.rpartition(".")[2]: value for name, value in PUBLIC.items()},
         **{"jax": jax, "nnx": nnx, "safetensors": safetensors, "path": "torch.safetensors"},
         "save_file": safetensors.numpy.save_file,
+        "importance": sj.importance,
         "key": jax.random.key(1),
         "signing": sj.SigningKey.generate(),
         "apply": apply,
@@ -225,15 +228,12 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, lines in EXAMPLES.items() if lines])
+@pytest.mark.parametrize("name", [name for name, found in EXAMPLES.items() if found])
 def test_examples_of_docstrings(name, scope):
-    if name == "selcrypt_jax.open_model":
-        everything = nnx.state(scope["model"])
-        masks = sj.nested_masks(sj.importance.l2(everything), [0.3, 0.5])
-        sj.protect(everything, masks, secret=scope["secret"]).save("model.safetensors")
-        alice = sj.issue_grant("model.safetensors", level=2, secret=scope["secret"])
-        sj.write_grant("alice.grant", alice)
-    exec("\n".join(EXAMPLES[name]), scope)
+    test = doctest.DocTest(EXAMPLES[name], scope, name, None, 0, None)
+    said: list[str] = []
+    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test, out=said.append)
+    assert not said, "".join(said)
 
 
 def test_names_in_the_readme_exist():

@@ -1,0 +1,233 @@
+"""Every form of a checkpoint through one table: a new form is one row."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+from strategies import octets
+
+from selcrypt_jax import (
+    IntegrityError,
+    LevelKey,
+    Secret,
+    Select,
+    SigningKey,
+    inspect_file,
+    level_key,
+    open_model,
+    protect,
+    protect_file,
+    rotate_file,
+    unlock,
+    unlock_file,
+    verify_file,
+)
+
+SECRET, SIGNING = Secret(bytes(range(32))), SigningKey(bytes(reversed(range(32))))
+LEVELS = [0.1, 0.3, 0.5]
+SELECTION = Select(layout="HWIO", small=0)
+
+
+def tensors() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "conv/kernel": rng.standard_normal((3, 3, 16, 32)).astype(np.float32),
+        "conv/bias": rng.standard_normal(32).astype(np.float32),
+        "dense/kernel": jnp.asarray(rng.standard_normal((64, 40)), jnp.bfloat16),
+        "steps": np.array(7, np.int32),
+    }
+
+
+def nested() -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, leaf in tensors().items():
+        *steps, last = name.split("/")
+        inner = tree
+        for step in steps:
+            inner = inner.setdefault(step, {})
+        inner[last] = leaf
+    return tree
+
+
+def as_numpy(found: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+class Form(NamedTuple):
+    """A way to keep a checkpoint on disk.
+
+    Attributes:
+        write: folder → path of the plain checkpoint.
+        alter: changes one bit of a tensor of a protected checkpoint.
+    """
+
+    write: Callable[[Path], Path]
+    alter: Callable[[Path], object]
+
+
+def one_file(folder: Path) -> Path:
+    safetensors.numpy.save_file(as_numpy(tensors()), folder / "plain.safetensors")
+    return folder / "plain.safetensors"
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def several_files(folder: Path) -> Path:
+    where = folder / "plain"
+    where.mkdir()
+    found, shards = as_numpy(tensors()), {}
+    for number, names in enumerate((["conv/kernel", "steps"], ["conv/bias", "dense/kernel"]), 1):
+        shard = f"model-{number}-of-2.safetensors"
+        safetensors.numpy.save_file({name: found[name] for name in names}, where / shard)
+        shards |= dict.fromkeys(names, shard)
+    index = json.dumps({"metadata": {}, "weight_map": shards})
+    (where / "model.safetensors.index.json").write_text(index)
+    return where
+
+
+def orbax(folder: Path) -> Path:
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((folder / "plain").absolute(), nested())
+    return folder / "plain"
+
+
+def alter_orbax(path: Path) -> None:
+    tree = nested()
+    tree["conv"]["bias"] = tree["conv"]["bias"] + 1
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        checkpointer.save((path.parent / "other").absolute(), tree)
+    text = (path / "selcrypt.json").read_bytes()
+    for item in sorted(path.rglob("*"), reverse=True):
+        item.unlink() if item.is_file() else item.rmdir()
+    path.rmdir()
+    (path.parent / "other").rename(path)
+    (path / "selcrypt.json").write_bytes(text)
+
+
+FORMS = {
+    "one file": Form(one_file, flip_last_byte),
+    "several files": Form(
+        several_files, lambda path: flip_last_byte(path / "model-1-of-2.safetensors")
+    ),
+    "orbax": Form(orbax, alter_orbax),
+}
+
+
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def form(request: pytest.FixtureRequest) -> Form:
+    return request.param
+
+
+@pytest.fixture
+def public(form: Form, tmp_path: Path) -> Path:
+    plain = form.write(tmp_path)
+    protect_file(
+        plain, tmp_path / "public", secret=SECRET, levels=LEVELS, selection=SELECTION,
+        signing=SIGNING,
+    )  # fmt: skip
+    return tmp_path / "public"
+
+
+def key_of(path: Path, level: int, secret: Secret = SECRET) -> LevelKey:
+    model_id = bytes.fromhex(inspect_file(path).model_id)
+    return level_key(secret, model_id, level=level, levels=len(LEVELS))
+
+
+def differing(found: dict[str, Any]) -> dict[str, int]:
+    """Tensor → weights that are not the original's."""
+    return {
+        name: int((np.asarray(found[name]).view("u1") != np.asarray(leaf).view("u1")).sum())
+        if np.ndim(leaf)
+        else int(octets(found[name]) != octets(leaf))
+        for name, leaf in tensors().items()
+    }
+
+
+def test_the_top_level_is_the_original_and_each_level_opens_more(public):
+    wrong = [differing(open_model(public, key_of(public, level))) for level in (1, 2, 3)]
+    shipped = differing(open_model(public))
+    for name in ("conv/kernel", "dense/kernel"):
+        assert shipped[name] > wrong[0][name] > wrong[1][name] > wrong[2][name] == 0
+    for name in ("conv/bias", "steps"):
+        assert shipped[name] == 0
+
+
+def test_unlocked_files_hold_what_open_model_gives(public, tmp_path):
+    for level in (2, 3):
+        unlock_file(public, tmp_path / f"level {level}", key_of(public, level))
+    protect_file(
+        tmp_path / "level 3", tmp_path / "again", secret=SECRET, levels=LEVELS, selection=SELECTION
+    )  # what comes out is a plain checkpoint of the same form
+    again = open_model(tmp_path / "again", key_of(tmp_path / "again", 3))
+    assert not any(differing(again).values())
+    half = open_model(public, key_of(public, 2))
+    with pytest.raises(ValueError, match="is not a protected file"):
+        open_model(tmp_path / "level 2")
+    assert differing(half)["conv/kernel"]
+
+
+def test_the_same_weights_are_encrypted_in_memory_and_on_disk(public):
+    released = protect(nested(), secret=SECRET, levels=LEVELS, selection=SELECTION)
+    shipped = open_model(public)
+    opened = unlock(released, level_key(SECRET, released.model_id, level=1, levels=3))
+    theirs = open_model(public, key_of(public, 1))
+    for path, inner in (("conv", "kernel"), ("dense", "kernel")):
+        name, plain = f"{path}/{inner}", np.asarray(nested()[path][inner])
+        file, tree = np.asarray(shipped[name]), np.asarray(released.params[path][inner])
+        # Where a permutation leaves a weight in place its fine bits still change.
+        assert ((file != plain) == (tree != plain)).mean() > 0.99
+        left = np.asarray(theirs[name]) != plain, np.asarray(opened[path][inner]) != plain
+        assert (left[0] == left[1]).mean() > 0.99
+
+
+def test_a_rotated_checkpoint_opens_with_new_keys_only(public, tmp_path):
+    old = key_of(public, 3)
+    rotate_file(public, tmp_path / "new", secret=SECRET, signing=SIGNING)
+    with pytest.raises(ValueError, match="grant is for model"):
+        open_model(tmp_path / "new", old)
+    assert not any(differing(open_model(tmp_path / "new", key_of(tmp_path / "new", 3))).values())
+
+
+def test_verified_and_described(public):
+    found = verify_file(public, signer=SIGNING.public, grant=key_of(public, 2))
+    assert found == verify_file(public, grant=key_of(public, 2)) == inspect_file(
+        public, key_of(public, 2)
+    )  # fmt: skip
+    assert [level.opens for level in found.levels] == [True, True, False]
+    assert (found.tensors, found.weights) == (4, 3 * 3 * 16 * 32 + 32 + 64 * 40 + 1)
+
+
+def test_a_key_of_another_secret_opens_nothing(public, tmp_path):
+    with pytest.raises(IntegrityError):
+        unlock_file(public, tmp_path / "out", key_of(public, 3, Secret(bytes(32))))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_altered_checkpoint_does_not_open(public, form, tmp_path):
+    key = key_of(public, 3)
+    form.alter(public)
+    for read in (
+        lambda: open_model(public, key),
+        lambda: verify_file(public),
+        lambda: unlock_file(public, tmp_path / "out", key),
+    ):
+        with pytest.raises(IntegrityError, match="SHA-256"):
+            read()
+    assert not (tmp_path / "out").exists()
+    inspect_file(public)  # which reads no tensors
+
+
+def test_protected_once(public, tmp_path):
+    with pytest.raises(ValueError, match="protected file already"):
+        protect_file(public, tmp_path / "twice", secret=SECRET)
+    assert not (tmp_path / "twice").exists()
