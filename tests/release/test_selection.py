@@ -80,10 +80,9 @@ def test_functions_agree(tmp_path_factory, levels, scope, small, cipher, strateg
     options = {"levels": levels, "selection": selection, "cipher": cipher}
     try:
         found = written(tmp_path, params, **options)
-    except ValueError as error:
-        with pytest.raises(ValueError, match="too small to hide in|adds no groups"):
+    except ValueError:
+        with pytest.raises(ValueError, match=r"too small to hide in|adds no groups"):
             protect(params, secret=SECRET, **options)
-        assert str(tmp_path) in str(error)
         return
     count = len(inspect_file(tmp_path / "public").levels)
     released = protect(params, secret=SECRET, **options)
