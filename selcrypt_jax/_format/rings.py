@@ -10,8 +10,10 @@ import numpy as np
 
 from .._ciphers.engine_numpy import rewrite_leaf
 from .._ciphers.lossless import LosslessCipher
+from .._io.errors import IntegrityError
 from .._tree.dtypes import SAFETENSORS
-from .envelope import DAMAGED, NO_DIGEST, IntegrityError, SealedRing
+from .boxes import SealedRing
+from .manifest import DAMAGED, NO_DIGEST, Checker
 
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
@@ -44,9 +46,9 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
     whole = stream.eof and not stream.unused_data and len(packed) == expected
     mask = np.unpackbits(np.frombuffer(packed if whole else b"", np.uint8)).view(bool)
     if not whole or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
-        raise IntegrityError(
-            f"{what}: box of level {level}: tensor {ring.tensor!r}: expected a bitmap of "
-            f"{expected} bytes with {ring.groups} groups, got another. {DAMAGED}"
+        raise Checker(f"{what}: box of level {level}", "ring").error(
+            f"tensor {ring.tensor!r}: expected a bitmap of {expected} bytes with {ring.groups} "
+            "groups, got another"
         )
     return mask[:size].reshape(ring.mask_shape)
 
@@ -86,9 +88,8 @@ def rewrite_tensor(
     for level, ring in found:
         mask = ring_mask(ring, level, what)
         if (taken & mask).any():
-            raise IntegrityError(
-                f"{what}: box of level {level}: tensor {ring.tensor!r}: its ring overlaps with "
-                f"that of a lower level. {DAMAGED}"
+            raise Checker(f"{what}: box of level {level}", "ring").error(
+                f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
             )
         taken = taken | mask
         masks.append(mask)
@@ -108,7 +109,8 @@ def rewrite_tensor(
         if inverse and digest.hexdigest() != ring.sha256:
             raise IntegrityError(
                 f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "
-                f"than were encrypted. {DAMAGED}"
+                f"than were encrypted. {DAMAGED}",
+                reason="plaintext",
             )
         done.append((level, ring._replace(sha256=digest.hexdigest())))
     return done

@@ -14,7 +14,8 @@ from .._calibrate.search import Evaluation
 from .._ciphers.lossless import LosslessCipher
 from .._io.arrays import as_array
 from .._io.atomic import check_output
-from .._keys.keys import Secret, SigningKey
+from .._keys.keys import Secret
+from .._keys.signing import SigningKey
 from .._masks.ranks import Scope
 from .._tree.groups import Granularity, Layout
 from .._tree.names import Selector, named_leaves
@@ -97,7 +98,7 @@ def protect_calibrated(
 
     Examples:
         >>> released, found = protect_calibrated(psnr_of, params, scores, [20, 24], secret=secret)
-        >>> released.save("model.safetensors")
+        >>> released.save("public.safetensors")
     """
     check_release(params, metadata)
     found, model_id = _calibrated(

@@ -1,28 +1,23 @@
 """Checkpoints on disk: one file, several with an index, or an Orbax folder; read and written."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
-from .._format.envelope import (
-    NO_DIGEST,
-    Envelope,
-    IntegrityError,
-    LevelSize,
-    Manifest,
-    SealedRing,
-    Tensor,
-    metadata_digest,
-)
-from .._format.tensors import Rings, TensorSource, Unlocked, Write, check_table, encrypt_tensors
+from .._format.boxes import Rings, SealedRing
+from .._format.envelope import Envelope
+from .._format.manifest import NO_DIGEST, LevelSize, Manifest, Tensor, metadata_digest
+from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
 from .._io.atomic import check_output, new_file, new_folder
+from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_shards, find_shards
-from .._keys.keys import LevelKey, Secret, SigningKey, check_signing, level_key, new_model_id
+from .._keys.keys import LevelKey, Secret, level_key, new_model_id
+from .._keys.signing import SigningKey, VerifyKey, check_signing
 
 if TYPE_CHECKING:
     from .._io.orbax import OrbaxCheckpoint
@@ -61,41 +56,46 @@ class Protection:
         key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
         return cls(key, cipher, signing)
 
-    def seal(
-        self,
-        tensors: Mapping[str, Tensor],
-        rings: Rings,
-        metadata: Mapping[str, str] | None,
-        shard: tuple[int, int] | None,
-        what: str,
-    ) -> Envelope:
-        """The envelope of one file."""
+    def encrypt(self, job: "Job", write: Write) -> Envelope:
+        """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
+        tensors, rings = encrypt_tensors(
+            job.source, job.rings, self.key, self.cipher, write, what=job.what
+        )
+        levels = self._by_level(rings)
+        manifest = self._manifest(job, tensors, levels)
+        return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
+
+    def blank(self, job: "Job") -> Envelope:
+        """As long as what `encrypt` returns, before the digests are known."""
+        tensors = {
+            name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in _layout(job.source)
+        }
+        levels = self._by_level(job.rings)
+        return Envelope.blank(self._manifest(job, tensors, levels), job.metadata, levels, job.what)
+
+    def _by_level(self, rings: Rings) -> list[list[SealedRing]]:
         levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
-        for name in rings:
-            for level, ring in rings[name]:
+        for found in rings.values():
+            for level, ring in found:
                 levels[level - 1].append(ring)
+        return levels
 
-        def size(level: list[SealedRing]) -> LevelSize:
-            weights = [ring.weights(tensors[ring.tensor].shape) for ring in level]
-            return LevelSize(sum(ring.groups for ring in level), sum(weights))
+    def _manifest(
+        self, job: "Job", tensors: Mapping[str, Tensor], levels: Sequence[Sequence[SealedRing]]
+    ) -> Manifest:
+        def size(rings: Sequence[SealedRing]) -> LevelSize:
+            weights = sum(ring.weights(tensors[ring.tensor].shape) for ring in rings)
+            return LevelSize(sum(ring.groups for ring in rings), weights)
 
-        manifest = Manifest(
+        return Manifest(
             model_id=self.key.model_id,
             cipher=self.cipher,
             levels=tuple(map(size, levels)),
             tensors=tensors,
             signer=None if self.signing is None else self.signing.public,
-            metadata=None if metadata is None else metadata_digest(metadata),
-            shard=shard,
+            metadata=None if job.metadata is None else metadata_digest(job.metadata),
+            shard=job.shard,
         )
-        return Envelope.seal(manifest, metadata, levels, self.key, self.signing, what)
-
-    def encrypt(self, job: "Job", write: Write) -> Envelope:
-        """Encrypts the tensors of one file, in order; what has to go with them."""
-        table, done = encrypt_tensors(
-            job.source, job.rings, self.key, self.cipher, write, what=job.what
-        )
-        return self.seal(table, done, job.metadata, job.shard, job.what)
 
 
 class Job(NamedTuple):
@@ -124,26 +124,20 @@ class _SafetensorsOutput(NamedTuple):
     def protected(self, job: Job, protection: Protection) -> None:
         """Encrypts the tensors and writes them."""
         layout = _layout(job.source)
-
-        def head(envelope: Envelope) -> bytes:
-            entries = {**(job.metadata or {}), **envelope.entries()}
-            try:
-                return header(layout, entries)
-            except ValueError as error:
-                raise ValueError(
-                    f"{job.what}: the positions of what is encrypted do not fit into the file: "
-                    f"{error} Select larger groups (granularity 'filter'), a smaller share or "
-                    "fewer tensors."
-                ) from None
-
-        # The header comes before the data but holds their digests. Its size is known, since these
-        # all have the same length, so room is left for it.
-        blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
-        room = len(head(protection.seal(blank, job.rings, job.metadata, job.shard, job.what)))
-        self.file.seek(room)
+        # The header comes before the data but holds their digests. These have one length, so that
+        # of the header is known before.
+        try:
+            length = len(header(layout, protection.blank(job).entries()))
+        except ValueError as error:
+            raise ValueError(
+                f"{job.what}: the positions of what is encrypted do not fit into the file: "
+                f"{error} Select larger groups (granularity 'filter'), a smaller share or fewer "
+                "tensors."
+            ) from None
+        self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
-        first = head(envelope)
-        assert len(first) == room
+        first = header(layout, envelope.entries())
+        assert len(first) == length
         self.file.seek(0)
         self.file.write(first)
 
@@ -165,12 +159,10 @@ class _OrbaxOutput(NamedTuple):
     metadata: dict[str, str]
 
     def protected(self, job: Job, protection: Protection) -> None:
-        envelope = protection.encrypt(job, self.data.__setitem__)
-        self.metadata.update(job.metadata or {}, **envelope.entries())
+        self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
 
     def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
-        for name in source.tensors:
-            self.data[name] = source.read(name)
+        self.data.update((name, source.read(name)) for name in source.tensors)
         self.metadata.update(metadata or {})
 
 
@@ -204,7 +196,7 @@ class Checkpoint:
         """Number of a file and of all files."""
         return None if self.index is None else (list(self.files).index(name) + 1, len(self.files))
 
-    def envelopes(self, signer: bytes | None = None) -> dict[str, Envelope]:
+    def envelopes(self, signer: VerifyKey | None = None) -> dict[str, Envelope]:
         """The checked envelopes of all files.
 
         Raises:
@@ -218,22 +210,32 @@ class Checkpoint:
         for name, envelope in result.items():
             envelope.check_signature(signer)
             check_table(self.files[name], envelope)
-            manifest = envelope.manifest
+            manifest, problem = envelope.manifest, ""
             for field in ("model_id", "cipher", "signer"):
                 if getattr(manifest, field) != getattr(first.manifest, field):
-                    raise IntegrityError(
+                    problem = (
                         f"{self.path}: expected shards of one protection, but {envelope.what} and "
                         f"{first.what} differ in {field}. Get all of them together."
                     )
-            if self.index is not None and (
-                manifest.shard != self.shard(name)
-                or len(manifest.levels) != len(first.manifest.levels)
-            ):
-                raise IntegrityError(
-                    f"{envelope.what}: expected shard {self.shard(name)}, got {manifest.shard}. "
-                    "Shards were left out, added or renamed."
+            expected = manifest.shard if self.index is None else self.shard(name)
+            levels = len(manifest.levels) == len(first.manifest.levels)
+            if not problem and (manifest.shard != expected or not levels):
+                problem = (
+                    f"{envelope.what}: expected shard {expected}, got {manifest.shard}. Shards "
+                    "were left out, added or renamed."
                 )
+            if problem:
+                raise IntegrityError(problem, reason="shard")
         return result
+
+    def unlocked(
+        self, envelopes: Mapping[str, Envelope], key: LevelKey | None, *, owner: bool = False
+    ) -> dict[str, Unlocked]:
+        """All files as a level sees them, by name; see `Unlocked`."""
+        return {
+            name: Unlocked(file, envelopes[name], key, owner=owner)
+            for name, file in self.files.items()
+        }
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from .._format.tensors import Unlocked
 from .checkpoint import AnyPath, open_checkpoint
 from .use import AnyGrant, grant_key
 
@@ -29,8 +28,9 @@ def open_model(
         stay.
 
     Raises:
-        ValueError: no protected file, a grant that is not for it, or a `like` that does not fit.
-        IntegrityError: the file is not what its owner made.
+        ValueError: no protected file, or a `like` that does not fit.
+        GrantError: a grant that does not open the file.
+        IntegrityError: the file was altered.
         OSError: a file that cannot be read.
 
     Examples:
@@ -44,21 +44,20 @@ def open_model(
     with open_checkpoint(path) as checkpoint:
         if like is not None:
             _check_like(like, checkpoint.tensors, str(path))
-        envelopes = checkpoint.envelopes(signer)
-        for name, file in checkpoint.files.items():
+        for plain in checkpoint.unlocked(checkpoint.envelopes(signer), key).values():
             data: dict[str, bytearray] = {}
-            for tensor, piece in Unlocked(file, envelopes[name], key).pieces():
-                if tensor in data:
-                    data[tensor] += piece
+            for name, piece in plain.pieces():
+                if name in data:
+                    data[name] += piece
                 else:
-                    data[tensor] = piece
+                    data[name] = piece
             from .._io.arrays import as_array  # NumPy has started by now, while the file was read
 
-            for tensor, info in file.tensors.items():
+            for name, info in plain.tensors.items():
                 try:
-                    arrays[tensor] = as_array(data.pop(tensor, b""), info.dtype, info.shape)
+                    arrays[name] = as_array(data.pop(name, b""), info.dtype, info.shape)
                 except ValueError as error:
-                    raise ValueError(f"{path}: tensor {tensor!r}: {error}") from None
+                    raise ValueError(f"{path}: tensor {name!r}: {error}") from None
     return arrays if like is None else _rebuild(like, arrays)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher, order_bits
-from .._format.envelope import SealedRing
+from .._format.boxes import SealedRing
 from .._format.rings import seal_mask
 from .._importance import closed as _importance
 from .._io.arrays import as_array

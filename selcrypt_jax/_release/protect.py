@@ -15,13 +15,15 @@ from jax.core import Tracer
 from jaxtyping import PyTree
 
 from .._ciphers.lossless import LosslessCipher
-from .._format.envelope import Envelope, SealedRing, check_unprotected
+from .._format.boxes import Rings, SealedRing
+from .._format.envelope import Envelope, check_unprotected
 from .._format.rings import seal_mask
-from .._format.tensors import Rings, Unlocked, check_table
+from .._format.tensors import Unlocked, check_table
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import check_output, new_file
 from .._io.safetensors import SafetensorsFile, header
-from .._keys.keys import Secret, SigningKey, new_model_id
+from .._keys.keys import Secret, new_model_id
+from .._keys.signing import SigningKey
 from .._masks.levels import Levels, as_levels
 from .._masks.ranks import Scope, Scores
 from .._tree.groups import Granularity, Layout
@@ -180,7 +182,7 @@ def protect(
 
     Examples:
         >>> released = protect(params, masks, secret=secret, signing=signing)
-        >>> released.save("model.safetensors")
+        >>> released.save("public.safetensors")
     """
     return protected_tree(
         params,
@@ -253,7 +255,7 @@ def protected_tree(
             leaves[name] = _leaf(data, source, name, tree.leaves[name])
 
     envelope = protection.encrypt(Job(source, metadata, rings, None, "params"), keep)
-    entries = {**(metadata or {}), **envelope.entries()}
+    entries = envelope.entries()
     if together:
         entries = _agreed(envelope, entries)
     return Protected(tree.rebuild(leaves), entries)

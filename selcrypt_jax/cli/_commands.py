@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .._ciphers.lossless import LosslessCipher
-from .._format import keyfiles as _keyfiles
 from .._io.atomic import check_output
-from .._keys.keys import Grant, Secret, SigningKey
+from .._keys.grant import Grant
+from .._keys.keys import Secret
+from .._keys.signing import SigningKey
 from .._release.use import (
     Inspection,
     inspect_file,
@@ -116,9 +117,9 @@ def keygen(
                     "what was protected with it could never be opened again."
                 )
     signing = SigningKey.generate()
-    _keyfiles.write_secret(paths["secret.key"], Secret.generate(), passphrase=words, force=force)
-    _keyfiles.write_signing_key(paths["signing.key"], signing, passphrase=words, force=force)
-    _keyfiles.write_verify_key(paths["signing.pub"], signing.public, force=force)
+    Secret.generate().write(paths["secret.key"], passphrase=words, force=force)
+    signing.write(paths["signing.key"], passphrase=words, force=force)
+    signing.public.write(paths["signing.pub"], force=force)
     _print(
         {name: str(path) for name, path in paths.items()} | {"signer": signing.public.hex()},
         as_json,
@@ -337,7 +338,7 @@ def grant(
     words = _new_passphrase(passphrase, new_passphrase_file)
     owner = _read_secret(secret, passphrase_file)
     made = issue_grant(file, level=level, secret=owner, signer=signer)
-    _keyfiles.write_grant(out, made, recipients=recipients, passphrase=words, force=force)
+    made.write(out, recipients=recipients, passphrase=words, force=force)
     model = made.key.model_id.hex()
     whose = "not signed" if made.signer is None else f"signed by {made.signer.hex()}"
     who = "Only the recipients can read it." if to else "Whoever has it can use it."
@@ -496,19 +497,17 @@ def rotate(
 
 
 def _read_secret(path: Path, passphrase_file: Path | None) -> Secret:
-    return _keyfiles.read_secret(path, passphrase=_passphrase(passphrase_file, str(path)))
+    return Secret.read(path, passphrase=_passphrase(passphrase_file, str(path)))
 
 
 def _read_signing(path: Path | None, passphrase_file: Path | None) -> SigningKey | None:
     if path is None:
         return None
-    return _keyfiles.read_signing_key(path, passphrase=_passphrase(passphrase_file, str(path)))
+    return SigningKey.read(path, passphrase=_passphrase(passphrase_file, str(path)))
 
 
 def _read_grant(path: Path, identity: tuple[Path, ...], passphrase_file: Path | None) -> Grant:
-    return _keyfiles.read_grant(
-        path, identities=identity, passphrase=_passphrase(passphrase_file, str(path))
-    )
+    return Grant.read(path, identities=identity, passphrase=_passphrase(passphrase_file, str(path)))
 
 
 def _recipient(text: str) -> str:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -186,19 +187,42 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture
-def scope(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the examples of docstrings take for granted."""
-    monkeypatch.chdir(tmp_path)
+def small_model() -> models.DnCNN:
     model = models.DnCNN(depth=3, width=16, channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
     model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """A protected file, the keys of its owner, and a grant of level 2 of 3."""
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "keys").mkdir()
+    secret, signing = sj.Secret.generate(), sj.SigningKey.generate()
+    secret.write(folder / "keys" / "secret.key")
+    signing.write(folder / "keys" / "signing.key")
+    signing.public.write(folder / "keys" / "signing.pub")
+    state = nnx.state(small_model())
+    masks = sj.nested_masks(sj.importance.l2(state), [0.2, 0.3, 0.5])
+    path = folder / "model.safetensors"
+    sj.protect(state, masks, secret=secret, signing=signing).save(path)
+    sj.issue_grant(path, level=2, secret=secret).write(folder / "alice.grant")
+    return folder
+
+
+@pytest.fixture
+def scope(shipped, tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the examples of docstrings take for granted."""
+    shutil.copytree(shipped, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     whole = models.DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
     safetensors.numpy.save_file(models.to_torch(whole), "torch.safetensors")
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 12, 12, 3)), jnp.float32)
     scores = sj.importance.l2(params, granularity="weight")
     masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
-    secret, model_id = sj.Secret.generate(), sj.new_model_id()
+    secret, model_id = sj.Secret.read("keys/secret.key"), sj.new_model_id()
     keys = sj.ring_keys(sj.level_key(secret, model_id, levels=3))
 
     def apply(params: Any, images: Any) -> Any:
@@ -213,7 +237,7 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
         **{"jax": jax, "nnx": nnx, "safetensors": safetensors, "path": "torch.safetensors"},
         "save_file": safetensors.numpy.save_file,
         "key": jax.random.key(1),
-        "signing": sj.SigningKey.generate(),
+        "signing": sj.SigningKey.read("keys/signing.key"),
         "apply": apply,
         "loss_fn": lambda params, batch: jnp.square(apply(params, batch)).mean(),
         "batches": images,
@@ -227,12 +251,6 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, lines in EXAMPLES.items() if lines])
 def test_examples_of_docstrings(name, scope):
-    if name == "selcrypt_jax.open_model":
-        everything = nnx.state(scope["model"])
-        masks = sj.nested_masks(sj.importance.l2(everything), [0.3, 0.5])
-        sj.protect(everything, masks, secret=scope["secret"]).save("model.safetensors")
-        alice = sj.issue_grant("model.safetensors", level=2, secret=scope["secret"])
-        sj.write_grant("alice.grant", alice)
     exec("\n".join(EXAMPLES[name]), scope)
 
 
