@@ -105,8 +105,8 @@ class Manifest:
         check.that(cipher.pop("name") == "lossless", "cipher.name", "'lossless'")
         check.that(cipher["unit"] in ("weight", "group"), "cipher.unit", "'weight' or 'group'")
         check.that(isinstance(cipher["permute"], bool), "cipher.permute", "true or false")
-        if cipher["fine_bits"] is not None:
-            check.counts([cipher["fine_bits"]], "cipher.fine_bits")
+        fine = cipher["fine_bits"]
+        check.counts([] if fine is None else [fine], "cipher.fine_bits")
         levels, shard, tensors = fields["levels"], fields["shard"], fields["tensors"]
         known = isinstance(levels, list) and 1 <= len(levels) <= MAX_LEVELS
         check.that(known, "levels", f"a list of 1 to {MAX_LEVELS}")

@@ -44,8 +44,6 @@ def encrypt_tensors(
     key: LevelKey,
     cipher: LosslessCipher,
     write: Write,
-    *,
-    what: str,
 ) -> tuple[dict[str, Tensor], Rings]:
     """Reads tensors, encrypts their rings, and writes them in the order of the source.
 
@@ -61,7 +59,7 @@ def encrypt_tensors(
 
             data = source.read(name)
             done[name] = rewrite_tensor(
-                data, info, rings[name], keys, cipher, inverse=False, what=what
+                data, info, rings[name], keys, cipher, inverse=False, what=name
             )
             pieces = (data,)
         else:
@@ -88,21 +86,21 @@ class Unlocked:
         key: of level m, or None for level 0.
         owner: whether the key comes from the owner's secret, for messages.
 
+    Attributes:
+        tensors: see `TensorSource`.
+        envelope: of the file.
+        rings: tensor → its rings that the key opens, with their levels.
+
     Raises:
         GrantError: a key of another model.
         IntegrityError: the file was altered, seen here or while reading.
     """
 
     def __init__(
-        self,
-        source: TensorSource,
-        envelope: Envelope,
-        key: LevelKey | None,
-        *,
-        owner: bool = False,
+        self, source: TensorSource, envelope: Envelope, key: LevelKey | None, *, owner: bool = False
     ) -> None:
         self.tensors = source.tensors
-        self._source, self._envelope = source, envelope
+        self._source, self.envelope = source, envelope
         self._keys = {} if key is None else cipher_keys(key)
         self.rings: Rings = {} if key is None else envelope.open(key, owner=owner)
 
@@ -119,7 +117,7 @@ class Unlocked:
         for piece in self._source.chunks(name):
             digest.update(piece)
             yield piece
-        _check_digest(digest, self._envelope, name)
+        _check_digest(digest, self.envelope, name)
 
     def pieces(self) -> Iterator[tuple[str, bytearray]]:
         """All tensors, in order, piece by piece; as `chunks`, with all processors at work."""
@@ -142,7 +140,7 @@ class Unlocked:
 
     def _load(self, name: str) -> bytearray:
         data = self._source.read(name)
-        _check_digest(hashlib.sha256(data), self._envelope, name)
+        _check_digest(hashlib.sha256(data), self.envelope, name)
         return data
 
     def _decrypt(self, name: str, loaded: Callable[[], bytearray]) -> bytearray:
@@ -155,9 +153,9 @@ class Unlocked:
                 self.tensors[name],
                 self.rings[name],
                 self._keys,
-                self._envelope.manifest.cipher,
+                self.envelope.manifest.cipher,
                 inverse=True,
-                what=self._envelope.what,
+                what=self.envelope.what,
             )
         return data
 

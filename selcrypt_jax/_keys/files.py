@@ -69,7 +69,15 @@ GRANT = Kind(
     "Opens a level of one model, and those below it: keep it secret.",
     fields=("model-id", "level", "signer"), optional=frozenset({"signer"}),
 )  # fmt: skip
-_KINDS = {kind.name: kind for kind in (SECRET, SIGNING, VERIFY, GRANT)}
+_OTHERS = {
+    **{f"{kind.name}-v": kind.called for kind in (SECRET, SIGNING, VERIFY, GRANT)},
+    "AGE-SECRET-KEY-": "an age identity (for --identity)",
+    "-----BEGIN": "a PEM file",
+    "-----BEGIN AGE": "something sealed with age, which only a grant can be",
+    "age1": "the public key of a recipient",
+    "ssh-": "the public key of a recipient",
+}
+"""How else a file may begin; where two fit, the later one counts."""
 
 
 class StoredKey(KeyMaterial):
@@ -104,17 +112,33 @@ class StoredKey(KeyMaterial):
             FileExistsError: there is such a file, and no `force`.
             OSError: it cannot be written.
         """
-        text = key_text(self._kind, bytes(self), passphrase=passphrase)
-        write_key_file(path, self._kind, text, force=force)
+        write_key_file(path, self._kind, bytes(self), passphrase=passphrase, force=force)
 
 
 # --- writing ------------------------------------------------------------------------------------
 
 
-def key_text(
-    kind: Kind, value: bytes, fields: Mapping[str, str] | None = None, *, passphrase: str | None
-) -> bytes:
-    """The text of a key file."""
+def write_key_file(
+    path: AnyPath,
+    kind: Kind,
+    value: bytes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    passphrase: str | None = None,
+    sealed: Callable[[bytes], bytes] = bytes,
+    force: bool,
+) -> None:
+    """Writes a key file, whole or not at all; a private one for its owner alone.
+
+    Args:
+        path: of the file.
+        kind: of the key.
+        value: 32 bytes.
+        fields: in the clear.
+        passphrase: locks the file.
+        sealed: seals its text to a recipient.
+        force: replace an existing file.
+    """
     lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in (fields or {}).items())]
     if passphrase is None:
         lines.append(f"key: {_encoded(value)}")
@@ -122,14 +146,10 @@ def key_text(
         salt, nonce = os.urandom(SALT_BYTES), os.urandom(_NONCE_BYTES)
         lines += [f"kdf: {_KDF.format(**_COSTS)}", f"salt: {_encoded(salt)}"]
         lock = _lock(passphrase, salt, _COSTS)
-        sealed = nonce + lock.encrypt(nonce, value, "\n".join(lines).encode())
-        lines.append(f"sealed: {_encoded(sealed)}")
+        locked = nonce + lock.encrypt(nonce, value, "\n".join(lines).encode())
+        lines.append(f"sealed: {_encoded(locked)}")
     lines.append(f"checksum: {checksum(lines)}")
-    return "\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode()
-
-
-def write_key_file(path: AnyPath, kind: Kind, data: bytes, *, force: bool) -> None:
-    """Writes a key file, whole or not at all; a private one for its owner alone."""
+    data = sealed("\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode())
     try:
         with new_file(path, force=force, private=kind.private) as file:
             file.write(data)
@@ -229,29 +249,18 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     """The fields, and the lines that the checksum covers. No message shows a line of the file."""
     lines = text_lines(data, what, kind.called, f"Name {kind.made}.")
     _check_kind(lines[0] if lines else "", what, kind)
-    lock = ("kdf", "salt", "sealed") if kind.private else ()
-    known = (*kind.fields, "key", *lock, "checksum")
-    fields: dict[str, str] = {}
-    for number, line in enumerate(lines[1:], 2):
-        name, colon, text = (part.strip(_SPACES) for part in line.partition(":"))
-        if line.startswith("selcrypt-") and not colon:
-            message = f"{what}: expected one key in a file, got another. Split them."
-            raise GrantError(message, reason="kind")
-        if not colon or name not in known:
-            raise damaged(
-                what,
-                f"line {number} (comments not counted): expected 'name: value' with one of the "
-                f"names {', '.join(known)}, got something else",
-            )
-        if name in fields:
-            raise damaged(what, f"field {name!r}: expected it once, got it twice")
-        fields[name] = text
-    allowed = {*kind.fields, *(lock if "sealed" in fields else ("key",)), "checksum"}
-    missing, more = allowed - kind.optional - fields.keys(), fields.keys() - allowed
-    if missing or more:
-        got = f"no {', '.join(sorted(missing))}" if missing else f"{', '.join(sorted(more))} too"
-        expected = ", ".join(sorted(allowed - kind.optional))
-        raise damaged(what, f"expected the fields {expected}, got {got}")
+    if any(line.startswith("selcrypt-") for line in lines[1:]):
+        message = f"{what}: expected one key in a file, got another. Split them."
+        raise GrantError(message, reason="kind")
+    pairs = [[part.strip(_SPACES) for part in line.partition(":")[::2]] for line in lines[1:]]
+    fields = dict(pairs)
+    locked = kind.private and "sealed" in fields
+    known = (*kind.fields, *(("kdf", "salt", "sealed") if locked else ("key",)), "checksum")
+    needed = sorted({*known} - kind.optional)
+    missing = [name for name in needed if name not in fields]
+    if missing or not fields.keys() <= {*known} or len(fields) < len(pairs):
+        got = f"no {', '.join(missing)}" if missing else "others too, or one of them twice"
+        raise damaged(what, f"expected the fields {', '.join(needed)}, got {got}")
     order = [name for name in known if name in fields and name != "checksum"]
     canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
     if fields["checksum"] != checksum(canonical):
@@ -261,28 +270,18 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
 
 def _check_kind(first: str, what: str, kind: Kind) -> None:
     name, _, version = first.rpartition("-v")
-    if name == kind.name and version == "1":
+    if (name, version) == (kind.name, "1"):
         return
-    if name in _KINDS and version.isascii() and version.isdigit():
-        if name == kind.name:
-            message = f"{what}: expected version 1, got version {version[:9]}. Update selcrypt-jax."
-            raise GrantError(message, reason="kind")
-        actual = _KINDS[name].called
+    if name == kind.name and version.isdecimal():
+        problem = f"expected version 1, got version {version[:9]}. Update selcrypt-jax."
     else:
-        others = {
-            "AGE-SECRET-KEY-": "an age identity (for --identity)",
-            "-----BEGIN AGE": "something sealed with age, which only a grant can be",
-            "-----BEGIN": "a PEM file",
-            "age1": "the public key of a recipient",
-            "ssh-": "the public key of a recipient",
-        }
-        none = "no file of selcrypt's" if first else "an empty file"
-        actual = next((text for start, text in others.items() if first.startswith(start)), none)
-    raise GrantError(
-        f"{what}: expected {kind.called}, which begins with {kind.name}-v1, got {actual}. Name "
-        f"{kind.made}.",
-        reason="kind",
-    )
+        actual = "no file of selcrypt's" if first else "an empty file"
+        for start, text in _OTHERS.items():
+            if first.startswith(start):
+                actual = text
+        problem = f"expected {kind.called}, which begins with {kind.name}-v1, got {actual}. Name "
+        problem += f"{kind.made}."
+    raise GrantError(f"{what}: {problem}", reason="kind")
 
 
 def _unlocked(

@@ -5,15 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .age import sealed, unsealed
-from .files import (
-    GRANT,
-    AnyPath,
-    Passphrase,
-    damaged,
-    key_text,
-    read_key_file,
-    write_key_file,
-)
+from .files import GRANT, AnyPath, Passphrase, damaged, read_key_file, write_key_file
 from .keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey
 from .material import KEY_BYTES
 from .signing import VerifyKey
@@ -108,8 +100,10 @@ class Grant:
         fields = {"model-id": self.key.model_id.hex(), "level": str(self.key.level)}
         if self.signer is not None:
             fields["signer"] = self.signer.hex()
-        text = key_text(GRANT, bytes(self.key), fields, passphrase=passphrase)
-        write_key_file(path, GRANT, sealed(text, recipients) if recipients else text, force=force)
+        write_key_file(
+            path, GRANT, bytes(self.key), fields, passphrase=passphrase, force=force,
+            sealed=lambda text: sealed(text, recipients) if recipients else text,
+        )  # fmt: skip
 
 
 def _unhexed(path: AnyPath, field: str, text: str, size: int) -> bytes:

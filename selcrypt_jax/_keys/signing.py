@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from .files import SIGNING, VERIFY, AnyPath, StoredKey, key_text, read_key_file, write_key_file
+from .files import SIGNING, VERIFY, AnyPath, StoredKey, read_key_file, write_key_file
 from .material import KEY_BYTES, checked_bytes
 
 
@@ -56,7 +56,7 @@ class VerifyKey:
             FileExistsError: there is such a file, and no `force`.
             OSError: it cannot be written.
         """
-        write_key_file(path, VERIFY, key_text(VERIFY, self.value, passphrase=None), force=force)
+        write_key_file(path, VERIFY, self.value, force=force)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
         """Whether the 64 bytes of a signature are of this key and this message."""

@@ -1,7 +1,8 @@
 """Checkpoints on disk: one file, several with an index, or an Orbax folder; read and written."""
 
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,44 +59,39 @@ class Protection:
 
     def encrypt(self, job: "Job", write: Write) -> Envelope:
         """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
-        tensors, rings = encrypt_tensors(
-            job.source, job.rings, self.key, self.cipher, write, what=job.what
-        )
-        levels = self._by_level(rings)
-        manifest = self._manifest(job, tensors, levels)
+        found = encrypt_tensors(job.source, job.rings, self.key, self.cipher, write)
+        manifest, levels = self._manifest(job, *found)
         return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
 
     def blank(self, job: "Job") -> Envelope:
         """As long as what `encrypt` returns, before the digests are known."""
-        tensors = {
-            name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in _layout(job.source)
-        }
-        levels = self._by_level(job.rings)
-        return Envelope.blank(self._manifest(job, tensors, levels), job.metadata, levels, job.what)
-
-    def _by_level(self, rings: Rings) -> list[list[SealedRing]]:
-        levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
-        for found in rings.values():
-            for level, ring in found:
-                levels[level - 1].append(ring)
-        return levels
+        tensors = {n: Tensor(dtype, shape, NO_DIGEST) for n, dtype, shape in layout(job.source)}
+        manifest, levels = self._manifest(job, tensors, job.rings)
+        return Envelope.blank(manifest, job.metadata, levels, job.what)
 
     def _manifest(
-        self, job: "Job", tensors: Mapping[str, Tensor], levels: Sequence[Sequence[SealedRing]]
-    ) -> Manifest:
-        def size(rings: Sequence[SealedRing]) -> LevelSize:
-            weights = sum(ring.weights(tensors[ring.tensor].shape) for ring in rings)
-            return LevelSize(sum(ring.groups for ring in rings), weights)
-
-        return Manifest(
+        self, job: "Job", tensors: Mapping[str, Tensor], rings: Rings
+    ) -> tuple[Manifest, list[list[SealedRing]]]:
+        """The manifest of a file, and its rings by level."""
+        levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
+        for level, ring in itertools.chain.from_iterable(rings.values()):
+            levels[level - 1].append(ring)
+        manifest = Manifest(
             model_id=self.key.model_id,
             cipher=self.cipher,
-            levels=tuple(map(size, levels)),
+            levels=tuple(
+                LevelSize(
+                    sum(ring.groups for ring in found),
+                    sum(ring.weights(tensors[ring.tensor].shape) for ring in found),
+                )
+                for found in levels
+            ),
             tensors=tensors,
             signer=None if self.signing is None else self.signing.public,
             metadata=None if job.metadata is None else metadata_digest(job.metadata),
             shard=job.shard,
         )
+        return manifest, levels
 
 
 class Job(NamedTuple):
@@ -123,11 +119,11 @@ class _SafetensorsOutput(NamedTuple):
 
     def protected(self, job: Job, protection: Protection) -> None:
         """Encrypts the tensors and writes them."""
-        layout = _layout(job.source)
-        # The header comes before the data but holds their digests. These have one length, so that
-        # of the header is known before.
+        # The header comes before the data but holds their digests, so its place is left free. Its
+        # length is known: all digests have the same.
+        tensors = layout(job.source)
         try:
-            length = len(header(layout, protection.blank(job).entries()))
+            length = len(header(tensors, protection.blank(job).entries()))
         except ValueError as error:
             raise ValueError(
                 f"{job.what}: the positions of what is encrypted do not fit into the file: "
@@ -136,20 +132,16 @@ class _SafetensorsOutput(NamedTuple):
             ) from None
         self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
-        first = header(layout, envelope.entries())
-        assert len(first) == length
+        head = header(tensors, envelope.entries())
+        assert len(head) == length
         self.file.seek(0)
-        self.file.write(first)
+        self.file.write(head)
 
-    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+    def plain(self, source: Unlocked) -> None:
         """Writes the tensors as a level sees them."""
-        self.file.write(header(_layout(source), metadata))
+        self.file.write(header(layout(source), source.envelope.own))
         for _, piece in source.pieces():
             self.file.write(piece)
-
-
-def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
 
 
 class _OrbaxOutput(NamedTuple):
@@ -161,9 +153,14 @@ class _OrbaxOutput(NamedTuple):
     def protected(self, job: Job, protection: Protection) -> None:
         self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
 
-    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+    def plain(self, source: Unlocked) -> None:
         self.data.update((name, source.read(name)) for name in source.tensors)
-        self.metadata.update(metadata or {})
+        self.metadata.update(source.envelope.own or {})
+
+
+def layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of all tensors, for `header`."""
+    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
 
 
 Output = _SafetensorsOutput | _OrbaxOutput
@@ -218,9 +215,8 @@ class Checkpoint:
                         f"{first.what} differ in {field}. Get all of them together."
                     )
             expected = manifest.shard if self.index is None else self.shard(name)
-            levels = len(manifest.levels) == len(first.manifest.levels)
-            if not problem and (manifest.shard != expected or not levels):
-                problem = (
+            if manifest.shard != expected or len(manifest.levels) != len(first.manifest.levels):
+                problem = problem or (
                     f"{envelope.what}: expected shard {expected}, got {manifest.shard}. Shards "
                     "were left out, added or renamed."
                 )
@@ -281,29 +277,24 @@ def checkpoint_outputs(
     (first, *_) = checkpoint.files.values()
 
     @contextmanager
-    def shard_output(stack: ExitStack, path: Path) -> Iterator[Output]:
-        # All get their names together, when the last one is written: until then a process that
-        # is killed leaves nothing of them behind.
-        file = stack.enter_context(new_file(path))
-        yield _SafetensorsOutput(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    @contextmanager
     def folder_output(like: "OrbaxCheckpoint") -> Iterator[Output]:
         from .._io.orbax import orbax_output
 
-        with orbax_output(output, like) as (data, metadata):
-            yield _OrbaxOutput(data, metadata)
+        with orbax_output(output, like) as new:
+            yield _OrbaxOutput(*new)
 
     if not isinstance(first, SafetensorsFile):
         yield lambda _: folder_output(first)
     elif checkpoint.index is None:
-        # Opened now, since what is wrong with it is to be told before the work.
+        # Opened now, so that what is wrong with it is told before the work.
         with new_file(output, force=force) as file:
             yield lambda _: nullcontext(_SafetensorsOutput(file))
     else:
         with new_folder(output) as folder:
+            # All files get their names together, when the last one is written: until then a
+            # process that is killed leaves nothing of them behind.
             with ExitStack() as stack:
-                yield lambda name: shard_output(stack, folder / name)
+                yield lambda name: nullcontext(
+                    _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
+                )
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

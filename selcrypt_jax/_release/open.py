@@ -7,11 +7,7 @@ from .use import AnyGrant, grant_key
 
 
 def open_model(
-    path: AnyPath,
-    grant: AnyGrant | None = None,
-    *,
-    level: int | None = None,
-    like: Any = None,
+    path: AnyPath, grant: AnyGrant | None = None, *, level: int | None = None, like: Any = None
 ) -> Any:
     """The parameters of a protected file, as a grant opens them.
 
@@ -63,9 +59,9 @@ def open_model(
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:
     from .._io.arrays import ArrayInfo, ArraySource
-    from .._tree.names import is_array, listed, named_leaves
+    from .._tree.names import listed
 
-    leaves = {n: leaf for n, leaf in named_leaves(like, "like").leaves.items() if is_array(leaf)}
+    leaves = _arrays(like)
     extra = [name for name in tensors if name not in leaves]
     missing = [name for name in leaves if name not in tensors]
     if extra or missing:
@@ -86,20 +82,24 @@ def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
     import jax
     import numpy as np
 
-    from .._tree.names import is_array, named_leaves
+    from .._tree.names import named_leaves
 
-    tree = named_leaves(like, "like")
-    leaves = {}
-    for name, leaf in tree.leaves.items():
-        if not is_array(leaf):
-            continue
-        array = leaves[name] = arrays[name]
+    leaves = dict(arrays)
+    for name, leaf in _arrays(like).items():
+        dtype = arrays[name].dtype
         if isinstance(leaf, np.ndarray | np.generic):
             continue
-        if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+        if dtype != jax.dtypes.canonicalize_dtype(dtype):
             raise ValueError(
-                f"like: {name!r}: expected a dtype that JAX holds as it is, got {array.dtype}, "
-                "which it would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
+                f"like: {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
+                "would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
             )
-        leaves[name] = jax.device_put(array, leaf.sharding)
-    return tree.rebuild(leaves)
+        leaves[name] = jax.device_put(arrays[name], leaf.sharding)
+    return named_leaves(like, "like").rebuild(leaves)
+
+
+def _arrays(like: Any) -> dict[str, Any]:
+    from .._tree.names import is_array, named_leaves
+
+    leaves = named_leaves(like, "like").leaves
+    return {name: leaf for name, leaf in leaves.items() if is_array(leaf)}

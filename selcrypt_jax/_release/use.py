@@ -17,14 +17,7 @@ from .._io.safetensors import SafetensorsFile
 from .._keys.grant import Grant
 from .._keys.keys import LevelKey, Secret, level_key
 from .._keys.signing import SigningKey, VerifyKey, check_signing
-from .checkpoint import (
-    AnyPath,
-    Checkpoint,
-    Job,
-    Protection,
-    checkpoint_outputs,
-    open_checkpoint,
-)
+from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
@@ -136,12 +129,11 @@ def unlock_file(
     """
     key, signer = grant_key(grant, level)
     with open_checkpoint(path) as checkpoint:
-        envelopes = checkpoint.envelopes(signer)
-        plain = checkpoint.unlocked(envelopes, key)
+        plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
         with checkpoint_outputs(checkpoint, output, force=force) as create:
-            for name in checkpoint.files:
+            for name, source in plain.items():
                 with create(name) as out:
-                    out.plain(plain[name], envelopes[name].own)
+                    out.plain(source)
 
 
 def rotate_file(
@@ -224,8 +216,8 @@ def rotate_file(
             checkpoint, target, force=force or in_place, in_place=in_place
         ) as create:
             for name, source in plain.items():
-                own, what = envelopes[name].own, envelopes[name].what
-                job = Job(source, own, source.rings, checkpoint.shard(name), what)
+                old = source.envelope
+                job = Job(source, old.own, source.rings, checkpoint.shard(name), old.what)
                 with create(name) as out:
                     out.protected(job, protection)
     return protection.key.model_id

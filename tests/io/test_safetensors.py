@@ -192,8 +192,6 @@ def test_reading(tmp_path):
         assert list(file.chunks("")) == []
         with pytest.raises(KeyError):
             file.read("c")
-        with pytest.raises(ValueError, match="expected at least 1 byte, got 0"):
-            list(file.chunks("b", 0))
 
 
 def test_a_file_that_changes_meanwhile(tmp_path):
@@ -416,9 +414,6 @@ def test_shards(sharded):
     assert find_shards(sharded / "model-1.safetensors") is None
     files = open_shards(index)
     check_shards(index, files)
-    first = {"model-1.safetensors": files["model-1.safetensors"]}
-    with pytest.raises(ValueError, match=r"expected the shards .*'model-2.* got \['model-1"):
-        check_shards(index, first)
     close(files)
 
 
