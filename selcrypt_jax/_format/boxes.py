@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.errors import GrantError, IntegrityError
 from .._keys.keys import LevelKey
-from .manifest import Checker
+from .checks import COUNT, COUNTS, LIST, TEXT, Checker, hex_of
 
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 
@@ -103,18 +103,17 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
     check = Checker(what, "ring")
     end = 4 + int.from_bytes(plain[:4], "little")
     check.that(len(plain) >= end, "table", "a table of the given length")
-    table = check.fields(check.json(plain[4:end]), "table", "rings")
-    check.that(isinstance(table["rings"], list), "rings", "a list")
+    table = check.fields(check.json(plain[4:end]), "table", rings=LIST)
+    rules = {
+        "tensor": TEXT, "mask_shape": COUNTS, "groups": COUNT, "bytes": COUNT,
+        "sha256": hex_of(hashlib.sha256().digest_size),
+    }  # fmt: skip
     rings: dict[str, SealedRing] = {}
     for entry in table["rings"]:
-        check.fields(entry, "rings", "tensor mask_shape groups bytes sha256")
-        name, size = entry["tensor"], entry["bytes"]
-        check.that(isinstance(name, str) and name not in rings, "tensor", "each tensor once")
-        shape = check.counts(entry["mask_shape"], "mask_shape")
-        check.counts([entry["groups"], size], "groups")
-        check.hex(entry["sha256"], "sha256", hashlib.sha256().digest_size)
-        bitmap = plain[end : end + size]
-        rings[name] = SealedRing(name, shape, entry["groups"], bitmap, entry["sha256"])
+        check.fields(entry, "rings", **rules)
+        name, shape, groups, size, digest = (entry[field] for field in rules)
+        check.that(name not in rings, "tensor", "each tensor once")
+        rings[name] = SealedRing(name, tuple(shape), groups, plain[end : end + size], digest)
         end += size
     check.that(end == len(plain), "table", "bitmaps up to the end of the box")
     return list(rings.values())

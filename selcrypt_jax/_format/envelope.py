@@ -24,7 +24,8 @@ from .._keys.keys import LevelKey
 from .._keys.signing import SigningKey, VerifyKey
 from .._tree.dtypes import SAFETENSORS
 from .boxes import Rings, SealedRing, box_length, open_box, seal_box
-from .manifest import DAMAGED, Checker, LevelSize, Manifest, metadata_digest
+from .checks import DAMAGED, Checker
+from .manifest import LevelSize, Manifest, metadata_digest
 
 MANIFEST = "selcrypt"
 _BOX = "selcrypt.box."

@@ -1,21 +1,18 @@
 """The manifest of a protected file: what it says of itself in the clear. See FORMAT.md."""
 
-import base64
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
-from .._io.errors import IntegrityError, IntegrityReason
-from .._io.strict_json import json_object, show
 from .._keys.keys import MAX_LEVELS, MODEL_ID_BYTES
 from .._keys.material import KEY_BYTES
 from .._keys.signing import VerifyKey
+from .checks import COUNT, COUNTS, FLAG, LIST, OBJECT, TEXT, Checker, hex_of, one_of, or_null
 
 FORMAT = "selcrypt-v1"
-DAMAGED = "The file was damaged or altered: download it again from its owner."
 _DIGEST_BYTES = 32
 NO_DIGEST = "0" * (2 * _DIGEST_BYTES)
 
@@ -99,101 +96,35 @@ class Manifest:
                 f"{what}: expected format {FORMAT}, got {given[:20]}. It was written by "
                 "another version: update selcrypt-jax."
             )
-        check.fields(fields, "", "format model_id cipher levels metadata shard signer tensors")
-        check.that(given == FORMAT, "format", FORMAT)
-        cipher = check.fields(fields["cipher"], "cipher", "name unit permute fine_bits")
-        check.that(cipher.pop("name") == "lossless", "cipher.name", "'lossless'")
-        check.that(cipher["unit"] in ("weight", "group"), "cipher.unit", "'weight' or 'group'")
-        check.that(isinstance(cipher["permute"], bool), "cipher.permute", "true or false")
-        fine = cipher["fine_bits"]
-        check.counts([] if fine is None else [fine], "cipher.fine_bits")
-        levels, shard, tensors = fields["levels"], fields["shard"], fields["tensors"]
-        known = isinstance(levels, list) and 1 <= len(levels) <= MAX_LEVELS
-        check.that(known, "levels", f"a list of 1 to {MAX_LEVELS}")
+        check.fields(
+            fields, "", format=one_of(FORMAT), model_id=hex_of(MODEL_ID_BYTES), cipher=OBJECT,
+            levels=LIST, metadata=or_null(hex_of(_DIGEST_BYTES)), shard=or_null(COUNTS),
+            signer=or_null(hex_of(KEY_BYTES)), tensors=OBJECT,
+        )  # fmt: skip
+        levels, shard, signer = fields["levels"], fields["shard"], fields["signer"]
+        check.that(1 <= len(levels) <= MAX_LEVELS, "levels", f"a list of 1 to {MAX_LEVELS}")
         for level in levels:
-            check.counts([*check.fields(level, "levels", "groups weights").values()], "levels")
-        if shard is not None:
-            check.counts(shard, "shard")
-            known = len(shard) == 2 and 1 <= shard[0] <= shard[1]
-            check.that(known, "shard", "null or [number, count]")
-        check.that(isinstance(tensors, dict), "tensors", "an object")
-        for name, tensor in tensors.items():
-            check.fields(tensor, f"tensors {name!r}", "dtype shape sha256")
-            check.that(isinstance(tensor["dtype"], str), f"tensors {name!r}: dtype", "text")
-            tensor["shape"] = check.counts(tensor["shape"], f"tensors {name!r}: shape")
-            check.hex(tensor["sha256"], f"tensors {name!r}: sha256", _DIGEST_BYTES)
-        metadata, signer = fields["metadata"], fields["signer"]
-        if metadata is not None:
-            check.hex(metadata, "metadata", _DIGEST_BYTES)
+            check.fields(level, "levels", groups=COUNT, weights=COUNT)
+        ordered = shard is None or (len(shard) == 2 and 1 <= shard[0] <= shard[1])
+        check.that(ordered, "shard", "null or [number, count]")
+        cipher = check.fields(
+            fields["cipher"], "cipher", name=one_of("lossless"), unit=one_of("weight", "group"),
+            permute=FLAG, fine_bits=or_null(COUNT),
+        )  # fmt: skip
+        tensors = {}
+        digest = hex_of(_DIGEST_BYTES)
+        for name, entry in fields["tensors"].items():
+            check.fields(entry, f"tensors {name!r}", dtype=TEXT, shape=COUNTS, sha256=digest)
+            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), entry["sha256"])
         return cls(
-            model_id=check.hex(fields["model_id"], "model_id", MODEL_ID_BYTES),
-            cipher=LosslessCipher(**cipher),
+            model_id=bytes.fromhex(fields["model_id"]),
+            cipher=LosslessCipher(cipher["unit"], cipher["permute"], cipher["fine_bits"]),
             levels=tuple(LevelSize(**level) for level in levels),
-            tensors={name: Tensor(**tensor) for name, tensor in tensors.items()},
-            signer=None if signer is None else VerifyKey(check.hex(signer, "signer", KEY_BYTES)),
-            metadata=metadata,
+            tensors=tensors,
+            signer=None if signer is None else VerifyKey(bytes.fromhex(signer)),
+            metadata=fields["metadata"],
             shard=None if shard is None else (shard[0], shard[1]),
         )
-
-
-class Checker(NamedTuple):
-    """Checks of parts of a protected file, with errors that name the field.
-
-    Attributes:
-        what: the part, for messages.
-        reason: of the errors.
-    """
-
-    what: str
-    reason: IntegrityReason
-
-    def error(self, problem: str) -> IntegrityError:
-        """The error that says so."""
-        return IntegrityError(f"{self.what}: {problem}. {DAMAGED}", reason=self.reason)
-
-    def that(self, condition: bool, field: str, expected: str) -> None:
-        """Refuses a field."""
-        if not condition:
-            raise self.error(f"field {show(field)}: expected {expected}, got something else")
-
-    def json(self, raw: bytes) -> dict[str, Any]:
-        """Parses an object."""
-        try:
-            return json_object(raw, self.what)
-        except ValueError as error:
-            raise IntegrityError(f"{error} {DAMAGED}", reason=self.reason) from None
-
-    def fields(self, value: Any, field: str, names: str) -> dict[str, Any]:
-        """Refuses anything but an object with exactly these fields."""
-        expected = names.split()
-        if not isinstance(value, dict) or set(value) != set(expected):
-            got = sorted(value) if isinstance(value, dict) else type(value).__name__
-            where = f"field {show(field)}: " if field else ""
-            raise self.error(f"{where}expected an object with {expected}, got {show(got)}")
-        return value
-
-    def counts(self, value: Any, field: str) -> tuple[int, ...]:
-        """Refuses anything but a list of whole numbers from 0."""
-        known = isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
-        self.that(known, field, "numbers")
-        return tuple(value)
-
-    def hex(self, value: Any, field: str, size: int) -> bytes:
-        """So many bytes as hex in lower case."""
-        lower = isinstance(value, str) and set(value) <= set("0123456789abcdef")
-        self.that(lower and len(value) == 2 * size, field, f"{2 * size} digits in hex")
-        return bytes.fromhex(value)
-
-    def base64(self, text: str) -> bytes:
-        """Bytes in the one encoding that they have."""
-        try:
-            data = base64.b64decode(text, validate=True)
-        except ValueError:
-            data = None
-        # base64 would let the last character vary.
-        if data is None or base64.b64encode(data).decode() != text:
-            raise self.error("expected base64, got something else")
-        return data
 
 
 def metadata_digest(metadata: Mapping[str, str]) -> str:

@@ -13,7 +13,8 @@ from .._ciphers.lossless import LosslessCipher
 from .._io.errors import IntegrityError
 from .._tree.dtypes import SAFETENSORS
 from .boxes import SealedRing
-from .manifest import DAMAGED, NO_DIGEST, Checker
+from .checks import DAMAGED, Checker
+from .manifest import NO_DIGEST
 
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:

@@ -12,8 +12,9 @@ from .._io.strict_json import show
 from .._keys.keys import LevelKey
 from .._tree.dtypes import SAFETENSORS
 from .boxes import Rings
+from .checks import Checker
 from .envelope import Envelope
-from .manifest import Checker, Tensor
+from .manifest import Tensor
 
 _BATCH = 1 << 27  # bytes of tensors that are held together
 
@@ -163,14 +164,14 @@ class Unlocked:
 def _batches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
     """Neighbours that are held in memory together; large tensors alone."""
     batch: list[str] = []
-    room = _BATCH
+    left = _BATCH
     for name, info in tensors.items():
         size = math.prod(info.shape) * SAFETENSORS[info.dtype].bits // 8
-        if batch and size > room:
+        if batch and size > left:
             yield batch
-            batch, room = [], _BATCH
+            batch, left = [], _BATCH
         batch.append(name)
-        room -= size
+        left -= size
     if batch:
         yield batch
 

@@ -116,7 +116,7 @@ def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
 def _stored_names(stored: Iterable[str]) -> dict[str, str]:
     """Names as `named_leaves` has them → those in the checkpoint.
 
-    Of an ``nnx.State`` Orbax keeps a further step ``value`` for each variable.
+    For an ``nnx.State``, Orbax stores one more step, ``value``, for each variable.
     """
     names = list(stored)
     of_state = bool(names) and all(name.endswith(_VALUE) for name in names)

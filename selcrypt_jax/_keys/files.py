@@ -62,7 +62,7 @@ SIGNING = Kind(
 VERIFY = Kind(
     "selcrypt-verify-key", "a verify key (public)",
     "the signing.pub that selcrypt keygen made",
-    "For everybody: shows that a model is signed by its owner.", private=False,
+    "Public: shows that a model is signed by its owner.", private=False,
 )  # fmt: skip
 GRANT = Kind(
     "selcrypt-grant", "a grant", "the file that selcrypt grant made",
@@ -228,9 +228,7 @@ def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
     actual, text = "", ""
     if len(data) > _MAX_BYTES:
         actual = f"more than {_MAX_BYTES} bytes"
-    elif data.startswith((b"\xff\xfe", b"\xfe\xff")) or (
-        len(data) > 1 and not (any(data[:64:2]) and any(data[1:64:2]))
-    ):
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
         actual, remedy = "UTF-16", "Save it as UTF-8."
     else:
         try:

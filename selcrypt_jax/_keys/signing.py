@@ -1,4 +1,4 @@
-"""Ed25519 (RFC 8032): the owner's signing key, and the public key that everybody checks with."""
+"""Ed25519 (RFC 8032): the owner's signing key, and the public key that checks its signatures."""
 
 import os
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class VerifyKey:
         return cls(read_key_file(path, VERIFY)[1])
 
     def write(self, path: AnyPath, *, force: bool = False) -> None:
-        """Writes a file for everybody.
+        """Writes a file that anyone may read.
 
         Args:
             path: of the file, in a folder that exists.

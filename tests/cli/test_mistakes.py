@@ -610,7 +610,7 @@ CALLS = {
         TypeError, r"key: expected a LevelKey, got Secret. Make one with level_key"),
     "key of another model": (
         lambda m: sj.unlock(m.released, m.stranger),
-        ValueError, r"params: is model \w+, but the grant is for model \w+. Ask the owner"),
+        sj.GrantError, r"params: is model \w+, but the grant is for model \w+. Ask the owner"),
     "secret as grant": (
         lambda m: sj.open_model(m.path, SECRET),
         TypeError, r"grant: expected a Grant, .* got Secret. The owner makes one with issue_grant"),

@@ -110,7 +110,7 @@ def test_a_pipe_is_read_once(tmp_path):
 
 BAD: dict[str, tuple[Callable[[str], bytes], str, str]] = {
     "UTF-16": (lambda t: t.encode("utf-16"), "kind", "UTF-16"),
-    "UTF-16 without a mark": (lambda t: t.encode("utf-16-le"), "kind", "UTF-16"),
+    "UTF-16 without a mark": (lambda t: t.encode("utf-16-le"), "kind", "no file of selcrypt"),
     "Latin-1": (lambda t: t.encode() + b"# \xe9\n", "kind", "expected UTF-8 text"),
     "empty": (lambda t: b"", "kind", "got an empty file"),
     "too long": (lambda t: t.encode() + b"#" * 70_000, "kind", "more than 65536 bytes"),
