@@ -34,7 +34,13 @@ _SIGNATURE_BYTES = 64
 _MAX_AXES = 63  # NumPy has one more, which the table of positions takes
 
 
-def check_unprotected(metadata: Mapping[str, str] | None, what: str) -> None:
+Own = Mapping[str, str] | None
+"""The entries of ``__metadata__``, or None if a file has none at all."""
+ByLevel = Sequence[Sequence[SealedRing]]
+"""The rings of level 1..M."""
+
+
+def check_unprotected(metadata: Own, what: str) -> None:
     """Refuses to protect twice.
 
     Raises:
@@ -70,14 +76,14 @@ class Envelope:
     manifest: Manifest
     boxes: tuple[str, ...]
     signature: bytes | None
-    own: Mapping[str, str] | None
+    own: Own
 
     @classmethod
     def seal(
         cls,
         manifest: Manifest,
-        own: Mapping[str, str] | None,
-        rings: Sequence[Sequence[SealedRing]],
+        own: Own,
+        rings: ByLevel,
         key: LevelKey,
         signing: SigningKey | None,
         what: str,
@@ -98,20 +104,14 @@ class Envelope:
         return cls(what, text, manifest, boxes, signature, own)
 
     @classmethod
-    def blank(
-        cls,
-        manifest: Manifest,
-        own: Mapping[str, str] | None,
-        rings: Sequence[Sequence[SealedRing]],
-        what: str,
-    ) -> "Envelope":
+    def blank(cls, manifest: Manifest, own: Own, rings: ByLevel, what: str) -> "Envelope":
         """As long as what `seal` makes of the same with digests, but neither sealed nor signed."""
         boxes = tuple("A" * box_length(found) for found in rings)
         signature = None if manifest.signer is None else bytes(_SIGNATURE_BYTES)
         return cls(what, manifest.to_text(), manifest, boxes, signature, own)
 
     @classmethod
-    def from_metadata(cls, metadata: Mapping[str, str] | None, what: str) -> "Envelope":
+    def from_metadata(cls, metadata: Own, what: str) -> "Envelope":
         """Reads what `entries` made, and checks the caller's entries. No seal is opened yet.
 
         Raises:

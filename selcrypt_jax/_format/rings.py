@@ -3,7 +3,7 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,7 +57,7 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
 def rewrite_tensor(
     data: bytearray,
     info: Any,
-    rings: Iterable[tuple[int, SealedRing]],
+    rings: Sequence[tuple[int, SealedRing]],
     keys: Mapping[int, bytes],
     cipher: LosslessCipher,
     *,
@@ -83,28 +83,20 @@ def rewrite_tensor(
     """
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
-    found = list(rings)
-    masks: list[np.ndarray] = []
+    masks: list[tuple[np.ndarray, bytes]] = []
     taken = np.False_
-    for level, ring in found:
+    for level, ring in rings:
         mask = ring_mask(ring, level, what)
         if (taken & mask).any():
             raise Checker(f"{what}: box of level {level}", "ring").error(
                 f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
             )
         taken = taken | mask
-        masks.append(mask)
-    plain = rewrite_leaf(
-        bits,
-        info.shape,
-        [(mask, keys[level]) for mask, (level, _) in zip(masks, found, strict=True)],
-        found[0][1].tensor,
-        cipher=cipher,
-        fine=cipher.fine_mask(dtype),
-        inverse=inverse,
-    )
+        masks.append((mask, keys[level]))
+    name, fine = rings[0][1].tensor, cipher.fine_mask(dtype)
+    plain = rewrite_leaf(bits, info.shape, masks, name, cipher=cipher, fine=fine, inverse=inverse)
     done = []
-    for (level, ring), weights in zip(found, plain, strict=True):
+    for (level, ring), weights in zip(rings, plain, strict=True):
         digest = hashlib.sha256(b"selcrypt/v1/ring\0")
         digest.update(np.ascontiguousarray(weights).data)
         if inverse and digest.hexdigest() != ring.sha256:

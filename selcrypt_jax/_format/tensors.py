@@ -40,11 +40,7 @@ Write = Callable[[str, bytearray], object]
 
 
 def encrypt_tensors(
-    source: TensorSource,
-    rings: Rings,
-    key: LevelKey,
-    cipher: LosslessCipher,
-    write: Write,
+    source: TensorSource, rings: Rings, key: LevelKey, cipher: LosslessCipher, write: Write
 ) -> tuple[dict[str, Tensor], Rings]:
     """Reads tensors, encrypts their rings, and writes them in the order of the source.
 
@@ -58,10 +54,8 @@ def encrypt_tensors(
         if name in rings:
             from .rings import rewrite_tensor  # the start of NumPy
 
-            data = source.read(name)
-            done[name] = rewrite_tensor(
-                data, info, rings[name], keys, cipher, inverse=False, what=name
-            )
+            data, found = source.read(name), rings[name]
+            done[name] = rewrite_tensor(data, info, found, keys, cipher, inverse=False, what=name)
             pieces = (data,)
         else:
             pieces = source.chunks(name)
@@ -149,15 +143,13 @@ class Unlocked:
         if name in self.rings:
             from .rings import rewrite_tensor
 
-            rewrite_tensor(
-                data,
+            info, rings, cipher = (
                 self.tensors[name],
                 self.rings[name],
-                self._keys,
                 self.envelope.manifest.cipher,
-                inverse=True,
-                what=self.envelope.what,
             )
+            what = self.envelope.what
+            rewrite_tensor(data, info, rings, self._keys, cipher, inverse=True, what=what)
         return data
 
 

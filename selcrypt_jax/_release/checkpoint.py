@@ -227,7 +227,7 @@ class Checkpoint:
     def unlocked(
         self, envelopes: Mapping[str, Envelope], key: LevelKey | None, *, owner: bool = False
     ) -> dict[str, Unlocked]:
-        """All files as a level sees them, by name; see `Unlocked`."""
+        """All files as a level sees them, by name, their boxes opened; see `Unlocked`."""
         return {
             name: Unlocked(file, envelopes[name], key, owner=owner)
             for name, file in self.files.items()

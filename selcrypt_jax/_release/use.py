@@ -96,8 +96,7 @@ def issue_grant(
                 "one of these; level 0, the file as it is, needs no key."
             )
         key = level_key(secret, manifest.model_id, level=level, levels=levels)
-        for envelope in envelopes.values():
-            envelope.open(key, owner=True)  # a grant of another secret would open nothing
+        checkpoint.unlocked(envelopes, key, owner=True)  # another secret's would open nothing
     return Grant(key, manifest.signer)
 
 
@@ -325,9 +324,7 @@ def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
     key, signer = (None, None) if grant is None else grant_key(grant)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes(signer)
-        if key is not None:
-            for envelope in envelopes.values():
-                envelope.open(key)
+        checkpoint.unlocked(envelopes, key)
         return _report(checkpoint, envelopes, key)
 
 
@@ -355,11 +352,8 @@ def verify_file(
     public = _verify_key(signer)
     with open_checkpoint(path) as checkpoint:
         if public is not None and insisted is not None and public != insisted:
-            raise GrantError(
-                f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}. "
-                "Use one of them.",
-                reason="signer",
-            )
+            message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."
+            raise GrantError(f"{message} Use one of them.", reason="signer")
         envelopes = checkpoint.envelopes(public or insisted)
         manifest = next(iter(envelopes.values())).manifest
         if manifest.signer is None and key is None:
