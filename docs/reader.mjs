@@ -3,8 +3,8 @@
 //
 //     node reader.mjs public.safetensors alice.grant out.safetensors [--signer signing.pub]
 //
-// It writes the checkpoint that the grant unlocks, or one line that says why not. It follows
-// FORMAT.md; "§" names a section of it.
+// It writes the checkpoint that the grant unlocks, or one line that says why not, with the reason
+// (§ Failures) first. It follows FORMAT.md; "§" names a section of it.
 import {
   createCipheriv, createDecipheriv, createHash, createPublicKey, hkdfSync, verify,
 } from 'node:crypto';
@@ -15,7 +15,26 @@ import { endianness } from 'node:os';
 import { parseArgs } from 'node:util';
 import { inflateSync } from 'node:zlib';
 
-const check = (passed, message) => { if (!passed) throw new Error(message); };
+// --- § Failures ----------------------------------------------------------------------------------
+
+class Refused extends Error {
+  constructor(message, reason) {
+    super(message);
+    this.reason = reason;
+  }
+}
+
+const check = (passed, message, reason) => { if (!passed) throw new Refused(message, reason); };
+
+// What is refused inside of a step is refused for its reason, unless it has one of its own.
+function step(reason, action) {
+  try {
+    return action();
+  } catch (error) {
+    if (error instanceof Refused) error.reason ??= reason;
+    throw error;
+  }
+}
 
 function* chunks(bytes) { // Node hashes, reads and writes less than 2 GiB in a call
   for (let i = 0; i < bytes.length; i += 2 ** 30) yield bytes.subarray(i, i + 2 ** 30);
@@ -56,7 +75,7 @@ function decode(bytes, what) {
   try {
     return new TextDecoder('utf-8', { fatal: true, ignoreBOM: true }).decode(bytes);
   } catch {
-    throw new Error(`${what}: not UTF-8`);
+    throw new Refused(`${what}: not UTF-8`);
   }
 }
 
@@ -66,7 +85,7 @@ function parseJSON(text, what) {
   try {
     JSON.parse(text);
   } catch {
-    throw new Error(`${what}: not JSON`);
+    throw new Refused(`${what}: not JSON`);
   }
   let at = 0;
   const peek = () => {
@@ -130,23 +149,25 @@ const strip = (line) => line.replace(/^[ \t\r]+|[ \t\r]+$/g, '');
 
 function readKeyFile(path, kind, names) {
   const bytes = readFileSync(path);
-  check(bytes.length <= 65536, `${path}: too long`);
-  const lines = decode(bytes, path).replace(/^\uFEFF/, '').split('\n').map(strip)
+  check(bytes.length <= 65536, `${path}: too long`, 'kind');
+  const text = step('kind', () => decode(bytes, path));
+  const lines = text.replace(/^\uFEFF/, '').split('\n').map(strip)
     .filter((line) => line && !line.startsWith('#'));
   check(!/^(age-encryption\.org\/|-----BEGIN AGE)/.test(lines[0]),
-    `${path}: sealed with age, open it with that first`);
-  check(lines[0] === kind, `${path}: not a file that begins with ${kind}`);
+    `${path}: sealed with age, open it with that first`, 'recipient');
+  check(lines[0] === kind, `${path}: not a file that begins with ${kind}`, 'kind');
   const found = new Map();
   for (const line of lines.slice(1)) {
     const [, name, text] = line.match(/^([a-z-]+)[ \t\r]*:[ \t\r]*([^]*)$/) ?? [];
     check(name && !found.has(name), `${path}: a line that is no field, or a field twice`);
     found.set(name, text);
   }
-  check(!found.has('sealed'), `${path}: locked with a passphrase, write it without one first`);
+  check(!found.has('sealed'), `${path}: locked with a passphrase, write it without one first`,
+    'passphrase');
   const order = names.filter((name) => name !== 'signer' || found.has(name));
   const { checksum, ...values } = fields(found, [...order, 'checksum'], path);
-  const text = [kind, ...order.map((name) => `${name}: ${values[name]}`)].join('\n');
-  check(sha256('selcrypt/v1/file\0', text).toString('hex', 0, 8) === checksum,
+  const signed = [kind, ...order.map((name) => `${name}: ${values[name]}`)].join('\n');
+  check(sha256('selcrypt/v1/file\0', signed).toString('hex', 0, 8) === checksum,
     `${path}: the checksum does not fit, so there is a typing error`);
   const key = unbase64(values.key, path);
   check(key.length === 32, `${path}: the key has not 32 bytes`);
@@ -178,7 +199,7 @@ function readAt(file, position, length) {
   for (const chunk of chunks(bytes)) {
     for (let done = 0; done < chunk.length;) {
       const count = readSync(file, chunk, done, chunk.length - done, position);
-      check(count > 0, 'the file became shorter while it was read');
+      check(count > 0, 'the file became shorter while it was read', 'file');
       done += count;
       position += count;
     }
@@ -225,7 +246,8 @@ function readHeader(file) {
 function parseManifest(text) {
   const map = parseJSON(text, 'manifest');
   const format = map instanceof Map ? map.get('format') : undefined;
-  check(!/^selcrypt-v(?!1$)\d+$/.test(format), `the file has the later format ${format}`);
+  check(!/^selcrypt-v(?!1$)\d+$/.test(format), `the file has the later format ${format}`,
+    'version');
   const manifest = fields(map, ['format', 'model_id', 'cipher', 'levels', 'metadata', 'shard',
     'signer', 'tensors'], 'manifest');
   const { model_id: modelId, levels, metadata, shard, signer, tensors } = manifest;
@@ -255,8 +277,8 @@ function parseManifest(text) {
 
 function readMetadata(metadata) {
   const text = metadata.get('selcrypt');
-  check(text !== undefined, 'the file is not protected');
-  const manifest = parseManifest(text);
+  check(text !== undefined, 'the file is not protected', 'unprotected');
+  const manifest = step('manifest', () => parseManifest(text));
   const boxNames = manifest.levels.map((_, i) => `selcrypt.box.${i + 1}`);
   const ours = new Set(['selcrypt', ...boxNames]);
   if (manifest.signer !== null) ours.add('selcrypt.signature');
@@ -310,7 +332,7 @@ function unseal(box, m, key, manifestText) {
   try {
     aead.final();
   } catch {
-    throw new Error(`${what}: does not open; the key is another file's, or something was changed`);
+    throw new Refused(`${what}: does not open; the key is another file's, or something was changed`);
   }
   return content;
 }
@@ -318,7 +340,8 @@ function unseal(box, m, key, manifestText) {
 // The rings of level m, each with its tensor and its mask.
 function openBox(manifest, tensors, m, key) {
   const what = `box ${m}`;
-  const content = unseal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text);
+  const content = step('box', () =>
+    unseal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text));
   const length = content.length >= 4 ? content.readUInt32LE() : Infinity;
   check(4 + length <= content.length, `${what}: cut`);
   let at = 4 + length;
@@ -393,7 +416,7 @@ function positions({ tensor, maskShape, mask, groups, size }, byGroup, taken) {
   const found = new Uint32Array(groups * size);
   for (let i = 0, place = 0; i < groupOf.length; i++) {
     if (!isIn(groupOf[i])) continue;
-    check(!taken[i], `tensor ${tensor.name}: its rings overlap`);
+    check(!taken[i], `tensor ${tensor.name}: its rings overlap`, 'ring');
     taken[i] = 1;
     found[byGroup ? next[groupOf[i]]++ : place++] = i;
   }
@@ -440,14 +463,13 @@ function unpermute(c, units, key) {
 }
 
 // Decrypts a ring where it lies. A weight of 64 bits is two words of 32, which spares BigInt.
-function decryptRing(ring, cipher, cipherKey, bytes, taken) {
+function decryptRing(ring, at, cipher, cipherKey, bytes) {
   const { name, dtype } = ring.tensor;
   const fine = fineBits(cipher, DTYPES.get(dtype));
   const Words = { 8: Uint8Array, 16: Uint16Array }[DTYPES.get(dtype)[0]] ?? Uint32Array;
   const lanes = fine.length; // words of a weight
   const data = new Words(bytes.buffer);
   const byGroup = cipher.unit === 'group';
-  const at = positions(ring, byGroup, taken);
   let key = cipherKey;
   const leaf = sha256('selcrypt/v1/leaf\0', name);
   for (let i = 0; i < 32; i += 4) key = fold(key, leaf.readUInt32LE(i));
@@ -462,7 +484,7 @@ function decryptRing(ring, cipher, cipherKey, bytes, taken) {
   }
   if (cipher.permute) x = unpermute(x, byGroup ? ring.groups : at.length, fold(key, 0));
   check(sha256('selcrypt/v1/ring\0', Buffer.from(x.buffer)).toString('hex') === ring.sha256,
-    `tensor ${name}: was decrypted to other weights than were encrypted`);
+    `tensor ${name}: was decrypted to other weights than were encrypted`, 'plaintext');
   for (let i = 0; i < x.length; i++) data[at[Math.floor(i / lanes)] * lanes + i % lanes] = x[i];
 }
 
@@ -505,34 +527,42 @@ function main() {
   const [path, grantPath, output] = positionals;
   check(endianness() === 'LE', 'this needs a little-endian machine');
   check(!existsSync(output), `${output}: exists already`);
-  const grant = readGrant(grantPath);
+  const grant = step('damaged', () => readGrant(grantPath));
   const signers = grant.signer === null ? [] : [grant.signer];
   if (values.signer !== undefined) {
-    const { key } = readKeyFile(values.signer, 'selcrypt-verify-key-v1', ['key']);
+    const { key } = step('damaged', () =>
+      readKeyFile(values.signer, 'selcrypt-verify-key-v1', ['key']));
     signers.push(key.toString('hex'));
   }
 
   const file = openSync(path);
-  const { metadata, tensors, start } = readHeader(file); // § Reading, 1
-  const manifest = readMetadata(metadata); // 2
+  const { metadata, tensors, start } = step('file', () => readHeader(file)); // § Reading, 1
+  const manifest = step('metadata', () => readMetadata(metadata)); // 2
   check(signers.every((signer) => signer === manifest.signer), // 3
-    'the file is not from the signer who is expected, or was altered');
-  if (manifest.signer !== null) checkSignature(manifest);
-  checkTable(manifest.tensors, tensors); // 4
-  check(grant.modelId === manifest.modelId, 'the grant is for another file'); // 5
-  check(grant.level <= manifest.levels.length, 'the grant is for a level that is not there');
+    'the file is not from the signer who is expected, or was altered', 'signer');
+  if (manifest.signer !== null) step('signature', () => checkSignature(manifest));
+  step('table', () => checkTable(manifest.tensors, tensors)); // 4
+  check(grant.modelId === manifest.modelId, 'the grant is for another file', 'model'); // 5
+  check(grant.level <= manifest.levels.length, 'the grant is for a level that is not there',
+    'level');
   const byName = new Map(tensors.map((tensor) => [tensor.name, { ...tensor, rings: [] }]));
-  for (let m = grant.level, key = grant.key; m >= 1; m--, key = hkdf(key, 'down')) {
-    for (const ring of openBox(manifest, byName, m, key)) {
+  const keys = [grant.key]; // of the grant's level, and downwards
+  while (keys.length < grant.level) keys.push(hkdf(keys.at(-1), 'down'));
+  keys.reverse().forEach((key, i) => {
+    for (const ring of step('ring', () => openBox(manifest, byName, i + 1, key))) {
       ring.tensor.rings.push([ring, hkdf(key, 'cipher')]);
     }
-  }
+  });
   const contents = [...byName.values()].map((tensor) => { // 6
     const bytes = readAt(file, start + tensor.start, tensor.stop - tensor.start);
     check(sha256(bytes).toString('hex') === manifest.tensors.get(tensor.name).sha256,
-      `tensor ${tensor.name}: was changed`);
+      `tensor ${tensor.name}: was changed`, 'digest');
     const taken = new Uint8Array(tensor.rings.length ? product(tensor.shape) : 0);
-    for (const [ring, key] of tensor.rings) decryptRing(ring, manifest.cipher, key, bytes, taken);
+    const byGroup = manifest.cipher.unit === 'group';
+    const places = tensor.rings.map(([ring]) => positions(ring, byGroup, taken));
+    tensor.rings.forEach(([ring, key], i) => {
+      decryptRing(ring, places[i], manifest.cipher, key, bytes);
+    });
     return bytes;
   });
   write(output, manifest, tensors, contents);
@@ -542,6 +572,7 @@ try {
   main();
 } catch (error) {
   // One line; a name from a file must not write to the terminal.
-  console.error(`reader.mjs: ${error.message.slice(0, 300).replace(/\p{Cc}+/gu, ' ')}`);
+  const message = error.message.slice(0, 300).replace(/\p{Cc}+/gu, ' ');
+  console.error(`reader.mjs: ${error.reason ? `${error.reason}: ` : ''}${message}`);
   process.exitCode = 1;
 }

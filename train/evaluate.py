@@ -32,14 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from selcrypt_jax import (
-    IntegrityError,
-    inspect_file,
-    issue_grant,
-    open_model,
-    read_grant,
-    read_secret,
-)
+from selcrypt_jax import Grant, IntegrityError, Secret, inspect_file, issue_grant, open_model
 from selcrypt_jax.models import VGG19, DnCNN
 
 UNITS = {"accuracy": "accuracy", "psnr": "PSNR / dB", "ssim": "SSIM"}
@@ -121,10 +114,10 @@ def levels_of(config: Config) -> list[tuple[int | None, Any]]:
         passphrase = None
         if config.passphrase_file is not None:
             passphrase = config.passphrase_file.read_text(encoding="utf-8").partition("\n")[0]
-        secret = read_secret(config.secret, passphrase=passphrase)
+        secret = Secret.read(config.secret, passphrase=passphrase)
         grant = issue_grant(config.file, level=highest, secret=secret)
     else:
-        grant = None if config.grant is None else read_grant(config.grant)
+        grant = None if config.grant is None else Grant.read(config.grant)
         highest = 0 if grant is None else grant.key.level
     opened: list[tuple[int | None, Any]] = [(0, open_model(config.file))]
     for level in range(1, highest + 1):

@@ -1,1 +1,1 @@
-"""The protected file and key files, as FORMAT.md describes them."""
+"""The protected file, as FORMAT.md describes it: manifest, boxes, envelope, tensors."""

@@ -3,15 +3,18 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from .._ciphers.engine_numpy import rewrite_leaf
 from .._ciphers.lossless import LosslessCipher
+from .._io.errors import IntegrityError
 from .._tree.dtypes import SAFETENSORS
-from .envelope import DAMAGED, NO_DIGEST, IntegrityError, SealedRing
+from .boxes import SealedRing
+from .checks import DAMAGED, Checker
+from .manifest import NO_DIGEST
 
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
@@ -44,9 +47,9 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
     whole = stream.eof and not stream.unused_data and len(packed) == expected
     mask = np.unpackbits(np.frombuffer(packed if whole else b"", np.uint8)).view(bool)
     if not whole or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
-        raise IntegrityError(
-            f"{what}: box of level {level}: tensor {ring.tensor!r}: expected a bitmap of "
-            f"{expected} bytes with {ring.groups} groups, got another. {DAMAGED}"
+        raise Checker(f"{what}: box of level {level}", "ring").error(
+            f"tensor {ring.tensor!r}: expected a bitmap of {expected} bytes with {ring.groups} "
+            "groups, got another"
         )
     return mask[:size].reshape(ring.mask_shape)
 
@@ -54,7 +57,7 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
 def rewrite_tensor(
     data: bytearray,
     info: Any,
-    rings: Iterable[tuple[int, SealedRing]],
+    rings: Sequence[tuple[int, SealedRing]],
     keys: Mapping[int, bytes],
     cipher: LosslessCipher,
     *,
@@ -80,35 +83,27 @@ def rewrite_tensor(
     """
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
-    found = list(rings)
-    masks: list[np.ndarray] = []
+    masks: list[tuple[np.ndarray, bytes]] = []
     taken = np.False_
-    for level, ring in found:
+    for level, ring in rings:
         mask = ring_mask(ring, level, what)
         if (taken & mask).any():
-            raise IntegrityError(
-                f"{what}: box of level {level}: tensor {ring.tensor!r}: its ring overlaps with "
-                f"that of a lower level. {DAMAGED}"
+            raise Checker(f"{what}: box of level {level}", "ring").error(
+                f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
             )
         taken = taken | mask
-        masks.append(mask)
-    plain = rewrite_leaf(
-        bits,
-        info.shape,
-        [(mask, keys[level]) for mask, (level, _) in zip(masks, found, strict=True)],
-        found[0][1].tensor,
-        cipher=cipher,
-        fine=cipher.fine_mask(dtype),
-        inverse=inverse,
-    )
+        masks.append((mask, keys[level]))
+    name, fine = rings[0][1].tensor, cipher.fine_mask(dtype)
+    plain = rewrite_leaf(bits, info.shape, masks, name, cipher=cipher, fine=fine, inverse=inverse)
     done = []
-    for (level, ring), weights in zip(found, plain, strict=True):
+    for (level, ring), weights in zip(rings, plain, strict=True):
         digest = hashlib.sha256(b"selcrypt/v1/ring\0")
         digest.update(np.ascontiguousarray(weights).data)
         if inverse and digest.hexdigest() != ring.sha256:
             raise IntegrityError(
                 f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "
-                f"than were encrypted. {DAMAGED}"
+                f"than were encrypted. {DAMAGED}",
+                reason="plaintext",
             )
         done.append((level, ring._replace(sha256=digest.hexdigest())))
     return done

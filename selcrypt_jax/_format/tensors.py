@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -11,10 +11,10 @@ from .._ciphers.lossless import LosslessCipher
 from .._io.strict_json import show
 from .._keys.keys import LevelKey
 from .._tree.dtypes import SAFETENSORS
-from .envelope import DAMAGED, Envelope, IntegrityError, SealedRing, Tensor
-
-Rings = Mapping[str, list[tuple[int, SealedRing]]]
-"""Tensor → its rings, with their levels."""
+from .boxes import Rings
+from .checks import Checker
+from .envelope import Envelope
+from .manifest import Tensor
 
 _BATCH = 1 << 27  # bytes of tensors that are held together
 
@@ -40,34 +40,26 @@ Write = Callable[[str, bytearray], object]
 
 
 def encrypt_tensors(
-    source: TensorSource,
-    rings: Rings,
-    key: LevelKey,
-    cipher: LosslessCipher,
-    write: Write,
-    *,
-    what: str,
-) -> tuple[dict[str, Tensor], dict[str, list[tuple[int, SealedRing]]]]:
+    source: TensorSource, rings: Rings, key: LevelKey, cipher: LosslessCipher, write: Write
+) -> tuple[dict[str, Tensor], Rings]:
     """Reads tensors, encrypts their rings, and writes them in the order of the source.
 
     Returns:
         The table of the tensors as shipped, and the rings with the digests of their plaintext.
     """
-    from .rings import rewrite_tensor
-
     keys = cipher_keys(key)
-    table: dict[str, Tensor] = {}
-    done = {}
+    table, done = {}, {}
     for name, info in source.tensors.items():
-        digest = hashlib.sha256()
+        pieces: Iterable[bytearray]
         if name in rings:
-            data = source.read(name)
-            done[name] = rewrite_tensor(
-                data, info, rings[name], keys, cipher, inverse=False, what=what
-            )
-            pieces: Iterable[bytearray] = (data,)
+            from .rings import rewrite_tensor  # the start of NumPy
+
+            data, found = source.read(name), rings[name]
+            done[name] = rewrite_tensor(data, info, found, keys, cipher, inverse=False, what=name)
+            pieces = (data,)
         else:
             pieces = source.chunks(name)
+        digest = hashlib.sha256()
         for piece in pieces:
             digest.update(piece)
             write(name, piece)
@@ -89,30 +81,30 @@ class Unlocked:
         key: of level m, or None for level 0.
         owner: whether the key comes from the owner's secret, for messages.
 
+    Attributes:
+        tensors: see `TensorSource`.
+        envelope: of the file.
+        rings: tensor → its rings that the key opens, with their levels.
+
     Raises:
-        ValueError: a key of another model.
-        IntegrityError: anything that is not as its owner made it, here or while reading.
+        GrantError: a key of another model.
+        IntegrityError: the file was altered, seen here or while reading.
     """
 
     def __init__(
-        self,
-        source: TensorSource,
-        envelope: Envelope,
-        key: LevelKey | None,
-        *,
-        owner: bool = False,
+        self, source: TensorSource, envelope: Envelope, key: LevelKey | None, *, owner: bool = False
     ) -> None:
         self.tensors = source.tensors
-        self._source, self._envelope = source, envelope
+        self._source, self.envelope = source, envelope
         self._keys = {} if key is None else cipher_keys(key)
-        self.rings = {} if key is None else envelope.open(key, owner=owner)
+        self.rings: Rings = {} if key is None else envelope.open(key, owner=owner)
 
     def read(self, name: str) -> bytearray:
         """See `TensorSource`."""
-        return self._decrypt(name, self._load(name))
+        return self._decrypt(name, lambda: self._load(name))
 
     def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
-        """See `TensorSource`. To be read to its end: the digest is known there."""
+        """See `TensorSource`. Read it to its end: the digest is known only there."""
         if name in self.rings:
             yield self.read(name)
             return
@@ -120,64 +112,58 @@ class Unlocked:
         for piece in self._source.chunks(name):
             digest.update(piece)
             yield piece
-        _check_digest(digest, self._envelope, name)
+        _check_digest(digest, self.envelope, name)
 
     def pieces(self) -> Iterator[tuple[str, bytearray]]:
         """All tensors, in order, piece by piece; as `chunks`, with all processors at work."""
-        for batch in _batches(self.tensors):
-            if len(batch) == 1:
-                yield from ((batch[0], piece) for piece in self.chunks(batch[0]))
-            else:
-                yield from zip(batch, self._in_parallel(batch), strict=True)
-
-    def _in_parallel(self, names: Sequence[str]) -> Iterator[bytearray]:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            loaded = [pool.submit(self._load, name) for name in names]
-            if self.rings:
-                pass
-            done = [
-                pool.submit(lambda n, f: self._decrypt(n, f.result()), name, future)
-                for name, future in zip(names, loaded, strict=True)
-            ]
-            del loaded
-            while done:  # not held any longer than it takes
-                yield done.pop(0).result()
+            for batch in _batches(self.tensors):
+                if len(batch) == 1:
+                    yield from ((batch[0], piece) for piece in self.chunks(batch[0]))
+                    continue
+                loads = [pool.submit(self._load, name) for name in batch]
+                jobs = [
+                    pool.submit(self._decrypt, name, load.result)
+                    for name, load in zip(batch, loads, strict=True)
+                ]
+                del loads
+                for name in batch:
+                    yield name, jobs.pop(0).result()  # not held any longer than it takes
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _load(self, name: str) -> bytearray:
         data = self._source.read(name)
-        _check_digest(hashlib.sha256(data), self._envelope, name)
+        _check_digest(hashlib.sha256(data), self.envelope, name)
         return data
 
-    def _decrypt(self, name: str, data: bytearray) -> bytearray:
+    def _decrypt(self, name: str, loaded: Callable[[], bytearray]) -> bytearray:
+        data = loaded()
         if name in self.rings:
             from .rings import rewrite_tensor
 
-            rewrite_tensor(
-                data,
+            info, rings, cipher = (
                 self.tensors[name],
                 self.rings[name],
-                self._keys,
-                self._envelope.manifest.cipher,
-                inverse=True,
-                what=self._envelope.what,
+                self.envelope.manifest.cipher,
             )
+            what = self.envelope.what
+            rewrite_tensor(data, info, rings, self._keys, cipher, inverse=True, what=what)
         return data
 
 
 def _batches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
     """Neighbours that are held in memory together; large tensors alone."""
     batch: list[str] = []
-    room = _BATCH
+    left = _BATCH
     for name, info in tensors.items():
         size = math.prod(info.shape) * SAFETENSORS[info.dtype].bits // 8
-        if batch and size > room:
+        if batch and size > left:
             yield batch
-            batch, room = [], _BATCH
+            batch, left = [], _BATCH
         batch.append(name)
-        room -= size
+        left -= size
     if batch:
         yield batch
 
@@ -192,16 +178,15 @@ def check_table(source: TensorSource, envelope: Envelope) -> None:
     actual = {n: (t.dtype, tuple(t.shape)) for n, t in source.tensors.items()}
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
-            raise IntegrityError(
-                f"{envelope.what}: tensor {show(name)}: expected {show(expected.get(name))} as the "
-                f"manifest says, got {show(actual.get(name))}. {DAMAGED}"
+            raise Checker(f"{envelope.what}: tensor {show(name)}", "table").error(
+                f"expected {show(expected.get(name))} as the manifest says, got "
+                f"{show(actual.get(name))}"
             )
 
 
 def _check_digest(digest: Any, envelope: Envelope, name: str) -> None:
-    expected = envelope.manifest.tensors[name].sha256
-    if digest.hexdigest() != expected:
-        raise IntegrityError(
-            f"{envelope.what}: tensor {show(name)}: expected SHA-256 {expected[:16]}… as the "
-            f"manifest says, got {digest.hexdigest()[:16]}…. {DAMAGED}"
+    expected, actual = envelope.manifest.tensors[name].sha256, digest.hexdigest()
+    if actual != expected:
+        raise Checker(f"{envelope.what}: tensor {show(name)}", "digest").error(
+            f"expected SHA-256 {expected[:16]}… as the manifest says, got {actual[:16]}…"
         )

@@ -1,1 +1,1 @@
-"""Files: atomic outputs, strict JSON, safetensors, shards, Orbax."""
+"""Files: atomic outputs, strict JSON, safetensors, shards, Orbax; the errors of the package."""

@@ -56,8 +56,7 @@ def new_file(
             if mode is not None:
                 os.fchmod(descriptor, mode)
             os.fsync(descriptor)
-            if temporary is None:
-                temporary = _name_file(descriptor, target, force)
+            temporary = temporary or _name_file(descriptor, target, force)
             if temporary is not None:
                 raw.close()  # some systems don't rename open files
                 _rename(temporary, target, force)
@@ -217,19 +216,16 @@ def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:
 
 
 def _rename(temporary: Path, target: Path, force: bool) -> None:
-    if force:
-        os.replace(temporary, target)
-        return
-    try:
-        os.link(temporary, target)  # unlike a rename, it replaces nothing
-    except FileExistsError:
-        raise _appeared(target) from None
-    except OSError:  # a file system without links
-        if os.path.lexists(target):
-            raise _appeared(target) from None
-        os.rename(temporary, target)
-    else:
-        temporary.unlink()
+    if not force:
+        try:
+            os.link(temporary, target)  # unlike a rename, it replaces nothing
+        except OSError:  # there is such a file, or links are unknown to the file system
+            if os.path.lexists(target):
+                raise _appeared(target) from None
+        else:
+            temporary.unlink()
+            return
+    os.replace(temporary, target)
 
 
 def _sibling(target: Path) -> Path:

@@ -24,8 +24,6 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
         ValueError: it holds some, as a checkpoint of several items does, but is none.
     """
     path = Path(path)
-    if not path.is_dir():
-        return False
     if (path / _TREE).is_file():
         return True
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
@@ -70,14 +68,10 @@ class OrbaxCheckpoint(ArraySource):
         self.tree = named_leaves(restored, str(self.path))
         self.stored = _stored_names(self.tree.leaves)
         super().__init__(
-            {name: self.tree.leaves[stored] for name, stored in self.stored.items()},
-            str(self.path),
+            {name: self.tree.leaves[stored] for name, stored in self.stored.items()}, str(self.path)
         )
         self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
         self.metadata = _read_metadata(self.path)
-
-    def close(self) -> None:
-        """Nothing is open."""
 
 
 @contextmanager
@@ -99,14 +93,12 @@ def orbax_output(
     metadata: dict[str, str] = {}
     with new_folder(path) as folder:
         yield data, metadata
-        leaves: Mapping[str, Any] = {
-            name: as_array(data[name], info.dtype, info.shape)
+        leaves = {
+            like.stored[name]: as_array(data[name], info.dtype, info.shape)
             for name, info in like.tensors.items()
         }
-        inner = folder.absolute() / _INNER
         with ocp.PyTreeCheckpointer() as checkpointer:
-            stored = {like.stored[name]: leaf for name, leaf in leaves.items()}
-            checkpointer.save(inner, like.tree.rebuild(stored))
+            checkpointer.save(folder.absolute() / _INNER, like.tree.rebuild(leaves))
         _put_together(folder, metadata)
 
 
@@ -124,7 +116,7 @@ def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
 def _stored_names(stored: Iterable[str]) -> dict[str, str]:
     """Names as `named_leaves` has them → those in the checkpoint.
 
-    Of an ``nnx.State`` Orbax keeps a further step ``value`` for each variable.
+    For an ``nnx.State``, Orbax stores one more step, ``value``, for each variable.
     """
     names = list(stored)
     of_state = bool(names) and all(name.endswith(_VALUE) for name in names)
@@ -133,16 +125,9 @@ def _stored_names(stored: Iterable[str]) -> dict[str, str]:
 
 def _nested(leaves: Mapping[str, Any]) -> Any:
     """Leaves by name as dictionaries in dictionaries, which is how Orbax names them as we do."""
-    if list(leaves) == [""]:
-        return leaves[""]
-    tree: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *steps, last = name.split("/")
-        inner = tree
-        for step in steps:
-            inner = inner.setdefault(step, {})
-        inner[last] = leaf
-    return tree
+    from flax.traverse_util import unflatten_dict
+
+    return leaves[""] if list(leaves) == [""] else unflatten_dict(dict(leaves), sep="/")
 
 
 def _read_metadata(path: Path) -> dict[str, str] | None:

@@ -18,8 +18,9 @@ import os
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import safetensors
 
@@ -68,7 +69,7 @@ class TensorInfo(NamedTuple):
     stop: int
 
 
-class SafetensorsFile:
+class SafetensorsFile(AbstractContextManager[Any]):
     """A safetensors file whose header has been checked; a context manager.
 
     The data are read when asked for, from one descriptor: who replaces the file under its name
@@ -118,9 +119,6 @@ class SafetensorsFile:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -143,10 +141,8 @@ class SafetensorsFile:
 
         Raises:
             KeyError: no such tensor.
-            ValueError: a size below 1, or the file has become shorter since it was opened.
+            ValueError: the file has become shorter since it was opened.
         """
-        if size < 1:
-            raise ValueError(f"size: expected at least 1 byte, got {size}.")
         info = self.tensors[name]
         for start in range(info.start, info.stop, size):
             yield self._read(start, min(start + size, info.stop))

@@ -1,1 +1,1 @@
-"""Secrets, level keys, signatures; ChaCha20 for ``jax.random``."""
+"""Secrets, level keys, signing keys, grants, and their files; ChaCha20 for ``jax.random``."""

@@ -11,61 +11,22 @@ M is a 32-bit little-endian number. A level key gives all lower ones and no high
 id is random and new for each protection, so that no keystream is ever used twice.
 """
 
-import hmac
 import operator
 import os
-import unicodedata
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING
 
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from .._io.errors import GrantError
+from .files import SECRET, StoredKey
+from .material import KEY_BYTES, KeyMaterial, checked_bytes, hkdf, stretched
 
 if TYPE_CHECKING:  # keys alone must not cost the start of JAX
     from jaxtyping import PRNGKeyArray
 
-KEY_BYTES = 32
 MODEL_ID_BYTES = 16
-_SALT_BYTES = 16
 MAX_LEVELS = 2**16
 
 
-class _Bytes:
-    """32 secret bytes that are never printed."""
-
-    __slots__ = ("_value",)
-    _remedy = ""  # for messages
-
-    def __init__(self, value: bytes) -> None:
-        what = f"{type(self).__name__}: expected {KEY_BYTES} bytes"
-        if not isinstance(value, bytes | bytearray | memoryview):
-            # Not the value: a passphrase may have been passed for a key.
-            raise TypeError(f"{what}, got {type(value).__name__}. {self._remedy}")
-        self._value = bytes(value)
-        if len(self._value) != KEY_BYTES:
-            raise ValueError(f"{what}, got {len(self._value)}. {self._remedy}")
-
-    def __bytes__(self) -> bytes:
-        return self._value
-
-    def __eq__(self, other: object) -> bool:
-        if type(other) is not type(self):
-            return NotImplemented
-        return hmac.compare_digest(self._value, other._value)
-
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __reduce__(self) -> NoReturn:
-        # A pickle is the easiest way to leave a secret in a cache or a checkpoint.
-        raise TypeError(f"cannot pickle {type(self).__name__}: write bytes(...) where it belongs")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"
-
-
-class Secret(_Bytes):
+class Secret(StoredKey):
     """The owner's 32 random bytes, from which all keys of all their models follow.
 
     Args:
@@ -75,11 +36,15 @@ class Secret(_Bytes):
         TypeError: not bytes.
         ValueError: not 32 of them.
 
-    ``bytes(secret)`` gives them back, for storage.
+    Examples:
+        >>> secret = Secret.generate()
+        >>> secret.write("owner.key", passphrase="correct horse battery staple")
+        >>> assert Secret.read("owner.key", passphrase="correct horse battery staple") == secret
     """
 
     __slots__ = ()
-    _remedy = "Use Secret.generate(), Secret.from_passphrase(...) or read_secret(path)."
+    _kind = SECRET
+    _remedy = "Use Secret.generate(), Secret.from_passphrase(...) or Secret.read(path)."
 
     @classmethod
     def generate(cls) -> "Secret":
@@ -101,49 +66,34 @@ class Secret(_Bytes):
         Args:
             passphrase: any text, read in Unicode normal form C, so that the keyboard does not
                 matter.
-            salt: at least 16 random bytes, new for each secret (`os.urandom`); not secret, but
-                to be kept, since there is no secret without it.
+            salt: at least 16 random bytes, new for each secret (`os.urandom`). It is not secret,
+                but the secret cannot be made again without it.
             iterations: passes over the memory.
             lanes: degree of parallelism.
             memory_kib: memory in KiB.
 
         Raises:
-            TypeError: a passphrase that is no text.
+            TypeError: a passphrase that is not text.
             ValueError: an empty passphrase, or a salt that is too short.
 
         References:
             RFC 9106, section 4: the second recommended option is the default.
         """
-        if not isinstance(passphrase, str):
-            raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}.")
-        if not passphrase.strip():
-            raise ValueError("passphrase: expected some text, got an empty one.")
-        if not isinstance(salt, bytes):
-            raise TypeError(f"salt: expected random bytes, got {type(salt).__name__}.")
-        if len(salt) < _SALT_BYTES:
-            raise ValueError(
-                f"salt: expected at least {_SALT_BYTES} random bytes, got {len(salt)}. "
-                "Make one with os.urandom(16) and keep it."
-            )
-        kdf = Argon2id(
-            salt=salt,
-            length=KEY_BYTES,
-            iterations=iterations,
-            lanes=lanes,
-            memory_cost=memory_kib,
-        )
-        return cls(kdf.derive(unicodedata.normalize("NFC", passphrase).encode()))
+        costs = {"iterations": iterations, "lanes": lanes, "memory_kib": memory_kib}
+        return cls(stretched(passphrase, salt, **costs))
 
 
 def new_model_id() -> bytes:
-    """16 random bytes that name one protection of one model. Public; never to be used twice."""
+    """16 random bytes that name one protection of one model. Public; never to be used twice.
+
+    Examples:
+        >>> key = level_key(secret, new_model_id(), levels=3)
+    """
     return os.urandom(MODEL_ID_BYTES)
 
 
-class LevelKey(_Bytes):
-    """What opens levels 1..`level` of one protected model: what a customer is given.
-
-    `write_grant` and `read_grant` store one in a file.
+class LevelKey(KeyMaterial):
+    """The key of levels 1..`level` of one protected model, which a `Grant` carries.
 
     Args:
         value: 32 bytes, K_level of the chain.
@@ -152,24 +102,29 @@ class LevelKey(_Bytes):
 
     Raises:
         TypeError, ValueError: bytes of another number or type, or a level out of range.
+
+    Examples:
+        >>> key = Grant.read("alice.grant").key
+        >>> first = open_model("model.safetensors", key.lower(1))
     """
 
     __slots__ = ("level", "model_id")
-    _remedy = "Use level_key(...) or read_grant(path).key."
+    _remedy = "Use level_key(...) or Grant.read(path).key."
 
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
-        level = operator.index(level)
-        if not 1 <= level <= MAX_LEVELS:
-            raise ValueError(f"level: expected 1..{MAX_LEVELS}, got {level}. Level 0 needs no key.")
-        self.level = level
-        self.model_id = _check_model_id(model_id)
+        self.level = operator.index(level)
+        if not 1 <= self.level <= MAX_LEVELS:
+            raise ValueError(
+                f"level: expected 1..{MAX_LEVELS}, got {self.level}. Level 0 needs no key."
+            )
+        self.model_id = _checked_model_id(model_id)
 
     def lower(self, level: int) -> "LevelKey":
         """The key of a lower level of the same model.
 
         Raises:
-            ValueError: a level that is higher than this one, or below 1.
+            GrantError: a level that is higher than this one, or below 1.
         """
         if not 1 <= level <= self.level:
             remedy = (
@@ -177,18 +132,15 @@ class LevelKey(_Bytes):
                 if level > self.level
                 else "Level 0 needs no key: it is the protected model as it is."
             )
-            raise ValueError(f"level: expected 1..{self.level}, got {level}. {remedy}")
-        value = bytes(self)
-        for _ in range(self.level - level):
-            value = hkdf(value, b"down")
-        return LevelKey(value, level=level, model_id=self.model_id)
+            message = f"level: expected 1..{self.level}, got {level}. {remedy}"
+            raise GrantError(message, reason="level")
+        return self.all()[level - 1]
 
     def all(self) -> "tuple[LevelKey, ...]":
         """The keys of levels 1 to this one."""
-        value, values = bytes(self), [bytes(self)]
+        values = [bytes(self)]
         for _ in range(self.level - 1):
-            value = hkdf(value, b"down")
-            values.append(value)
+            values.append(hkdf(values[-1], b"down"))
         return tuple(
             LevelKey(value, level=level, model_id=self.model_id)
             for level, value in enumerate(reversed(values), 1)
@@ -217,7 +169,7 @@ class LevelKey(_Bytes):
 def level_key(
     secret: Secret | bytes, model_id: bytes, *, level: int | None = None, levels: int
 ) -> LevelKey:
-    """The key of one level: what its customer is given.
+    """The key of one level, for the customer of that level.
 
     Args:
         secret: the owner's.
@@ -228,6 +180,11 @@ def level_key(
     Raises:
         TypeError, ValueError: a secret or model id of another type or length, or a level that
             does not exist.
+
+    Examples:
+        >>> model_id = bytes.fromhex(inspect_file("model.safetensors").model_id)
+        >>> key = level_key(Secret.read("keys/secret.key"), model_id, level=2, levels=3)
+        >>> assert key == Grant.read("alice.grant").key
     """
     secret = secret if isinstance(secret, Secret) else Secret(secret)
     levels = operator.index(levels)
@@ -238,7 +195,7 @@ def level_key(
         raise ValueError(
             f"level: expected 1..{levels}, got {level}. Name one of these; level 0 needs no key."
         )
-    model_id = _check_model_id(model_id)
+    model_id = _checked_model_id(model_id)
     top = hkdf(bytes(secret), b"top" + levels.to_bytes(4, "little"), salt=model_id)
     return LevelKey(top, level=levels, model_id=model_id).lower(level)
 
@@ -268,89 +225,5 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
     return tuple(chacha20_key(lower.cipher_key()) for lower in key.all())
 
 
-class SigningKey(_Bytes):
-    """The owner's Ed25519 key, which signs protected files.
-
-    Args:
-        value: 32 bytes, uniformly random, the seed of RFC 8032. Use `SigningKey.generate`.
-
-    Raises:
-        TypeError: not bytes.
-        ValueError: not 32 of them.
-    """
-
-    __slots__ = ()
-    _remedy = "Use SigningKey.generate() or read_signing_key(path)."
-
-    @classmethod
-    def generate(cls) -> "SigningKey":
-        """A new key from the operating system's random generator."""
-        return cls(os.urandom(KEY_BYTES))
-
-    @property
-    def public(self) -> bytes:
-        """The 32 bytes of the public key, which name the owner."""
-        return Ed25519PrivateKey.from_private_bytes(bytes(self)).public_key().public_bytes_raw()
-
-    def sign(self, message: bytes) -> bytes:
-        """The 64 bytes of a signature."""
-        return Ed25519PrivateKey.from_private_bytes(bytes(self)).sign(message)
-
-
-def verify_signature(public: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether a signature is of this message and this key.
-
-    Args:
-        public: 32 bytes.
-        message: what was signed.
-        signature: 64 bytes.
-    """
-    try:
-        Ed25519PublicKey.from_public_bytes(public).verify(signature, message)
-    except (InvalidSignature, ValueError):
-        return False
-    return True
-
-
-def check_signing(signing: object) -> None:
-    """Refuses what cannot sign: a path, a public key, a secret.
-
-    Raises:
-        TypeError: so it is.
-    """
-    if signing is not None and not isinstance(signing, SigningKey):
-        raise TypeError(
-            f"signing: expected a SigningKey, got {type(signing).__name__}. {SigningKey._remedy}"
-        )
-
-
-class Grant(NamedTuple):
-    """What a customer is given.
-
-    Attributes:
-        key: of the level; it names the model.
-        signer: the owner's public key, 32 bytes, which files must be signed with; or None.
-    """
-
-    key: LevelKey
-    signer: bytes | None = None
-
-
-def _check_model_id(model_id: bytes) -> bytes:
-    if not isinstance(model_id, bytes):
-        raise TypeError(
-            f"model_id: expected {MODEL_ID_BYTES} bytes, got {type(model_id).__name__}. "
-            "Make one with new_model_id()."
-        )
-    if len(model_id) != MODEL_ID_BYTES:
-        raise ValueError(
-            f"model_id: expected {MODEL_ID_BYTES} bytes, got {len(model_id)}. "
-            "Make one with new_model_id()."
-        )
-    return model_id
-
-
-def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
-    return HKDF(
-        algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"selcrypt/v1/" + domain
-    ).derive(key)
+def _checked_model_id(model_id: bytes) -> bytes:
+    return checked_bytes(model_id, MODEL_ID_BYTES, "model_id", "Make one with new_model_id().")

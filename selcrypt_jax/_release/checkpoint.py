@@ -1,5 +1,6 @@
 """Checkpoints on disk: one file, several with an index, or an Orbax folder; read and written."""
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -8,21 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
-from .._format.envelope import (
-    NO_DIGEST,
-    Envelope,
-    IntegrityError,
-    LevelSize,
-    Manifest,
-    SealedRing,
-    Tensor,
-    metadata_digest,
-)
-from .._format.tensors import Rings, TensorSource, Unlocked, Write, check_table, encrypt_tensors
+from .._format.boxes import Rings, SealedRing
+from .._format.envelope import Envelope
+from .._format.manifest import NO_DIGEST, LevelSize, Manifest, Tensor, metadata_digest
+from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
 from .._io.atomic import check_output, new_file, new_folder
+from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_shards, find_shards
-from .._keys.keys import LevelKey, Secret, SigningKey, check_signing, level_key, new_model_id
+from .._keys.keys import LevelKey, Secret, level_key, new_model_id
+from .._keys.signing import SigningKey, VerifyKey, check_signing
 
 if TYPE_CHECKING:
     from .._io.orbax import OrbaxCheckpoint
@@ -61,41 +57,41 @@ class Protection:
         key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
         return cls(key, cipher, signing)
 
-    def seal(
-        self,
-        tensors: Mapping[str, Tensor],
-        rings: Rings,
-        metadata: Mapping[str, str] | None,
-        shard: tuple[int, int] | None,
-        what: str,
-    ) -> Envelope:
-        """The envelope of one file."""
+    def encrypt(self, job: "Job", write: Write) -> Envelope:
+        """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
+        found = encrypt_tensors(job.source, job.rings, self.key, self.cipher, write)
+        manifest, levels = self._manifest(job, *found)
+        return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
+
+    def blank(self, job: "Job") -> Envelope:
+        """As long as what `encrypt` returns, before the digests are known."""
+        tensors = {n: Tensor(dtype, shape, NO_DIGEST) for n, dtype, shape in layout(job.source)}
+        manifest, levels = self._manifest(job, tensors, job.rings)
+        return Envelope.blank(manifest, job.metadata, levels, job.what)
+
+    def _manifest(
+        self, job: "Job", tensors: Mapping[str, Tensor], rings: Rings
+    ) -> tuple[Manifest, list[list[SealedRing]]]:
+        """The manifest of a file, and its rings by level."""
         levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
-        for name in rings:
-            for level, ring in rings[name]:
-                levels[level - 1].append(ring)
-
-        def size(level: list[SealedRing]) -> LevelSize:
-            weights = [ring.weights(tensors[ring.tensor].shape) for ring in level]
-            return LevelSize(sum(ring.groups for ring in level), sum(weights))
-
+        for level, ring in itertools.chain.from_iterable(rings.values()):
+            levels[level - 1].append(ring)
         manifest = Manifest(
             model_id=self.key.model_id,
             cipher=self.cipher,
-            levels=tuple(map(size, levels)),
+            levels=tuple(
+                LevelSize(
+                    sum(ring.groups for ring in found),
+                    sum(ring.weights(tensors[ring.tensor].shape) for ring in found),
+                )
+                for found in levels
+            ),
             tensors=tensors,
             signer=None if self.signing is None else self.signing.public,
-            metadata=None if metadata is None else metadata_digest(metadata),
-            shard=shard,
+            metadata=None if job.metadata is None else metadata_digest(job.metadata),
+            shard=job.shard,
         )
-        return Envelope.seal(manifest, metadata, levels, self.key, self.signing, what)
-
-    def encrypt(self, job: "Job", write: Write) -> Envelope:
-        """Encrypts the tensors of one file, in order; what has to go with them."""
-        table, done = encrypt_tensors(
-            job.source, job.rings, self.key, self.cipher, write, what=job.what
-        )
-        return self.seal(table, done, job.metadata, job.shard, job.what)
+        return manifest, levels
 
 
 class Job(NamedTuple):
@@ -123,39 +119,29 @@ class _SafetensorsOutput(NamedTuple):
 
     def protected(self, job: Job, protection: Protection) -> None:
         """Encrypts the tensors and writes them."""
-        layout = _layout(job.source)
-
-        def head(envelope: Envelope) -> bytes:
-            entries = {**(job.metadata or {}), **envelope.entries()}
-            try:
-                return header(layout, entries)
-            except ValueError as error:
-                raise ValueError(
-                    f"{job.what}: the positions of what is encrypted do not fit into the file: "
-                    f"{error} Select larger groups (granularity 'filter'), a smaller share or "
-                    "fewer tensors."
-                ) from None
-
-        # The header comes before the data but holds their digests. Its size is known, since these
-        # all have the same length, so room is left for it.
-        blank = {name: Tensor(dtype, shape, NO_DIGEST) for name, dtype, shape in layout}
-        room = len(head(protection.seal(blank, job.rings, job.metadata, job.shard, job.what)))
-        self.file.seek(room)
+        # The header comes before the data but holds their digests, so its place is left free. Its
+        # length is known: all digests have the same.
+        tensors = layout(job.source)
+        try:
+            length = len(header(tensors, protection.blank(job).entries()))
+        except ValueError as error:
+            raise ValueError(
+                f"{job.what}: the positions of what is encrypted do not fit into the file: "
+                f"{error} Select larger groups (granularity 'filter'), a smaller share or fewer "
+                "tensors."
+            ) from None
+        self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
-        first = head(envelope)
-        assert len(first) == room
+        head = header(tensors, envelope.entries())
+        assert len(head) == length
         self.file.seek(0)
-        self.file.write(first)
+        self.file.write(head)
 
-    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
+    def plain(self, source: Unlocked) -> None:
         """Writes the tensors as a level sees them."""
-        self.file.write(header(_layout(source), metadata))
+        self.file.write(header(layout(source), source.envelope.own))
         for _, piece in source.pieces():
             self.file.write(piece)
-
-
-def _layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
 
 
 class _OrbaxOutput(NamedTuple):
@@ -165,13 +151,16 @@ class _OrbaxOutput(NamedTuple):
     metadata: dict[str, str]
 
     def protected(self, job: Job, protection: Protection) -> None:
-        envelope = protection.encrypt(job, self.data.__setitem__)
-        self.metadata.update(job.metadata or {}, **envelope.entries())
+        self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
 
-    def plain(self, source: Unlocked, metadata: Mapping[str, str] | None) -> None:
-        for name in source.tensors:
-            self.data[name] = source.read(name)
-        self.metadata.update(metadata or {})
+    def plain(self, source: Unlocked) -> None:
+        self.data.update((name, source.read(name)) for name in source.tensors)
+        self.metadata.update(source.envelope.own or {})
+
+
+def layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of all tensors, for `header`."""
+    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
 
 
 Output = _SafetensorsOutput | _OrbaxOutput
@@ -204,7 +193,7 @@ class Checkpoint:
         """Number of a file and of all files."""
         return None if self.index is None else (list(self.files).index(name) + 1, len(self.files))
 
-    def envelopes(self, signer: bytes | None = None) -> dict[str, Envelope]:
+    def envelopes(self, signer: VerifyKey | None = None) -> dict[str, Envelope]:
         """The checked envelopes of all files.
 
         Raises:
@@ -218,22 +207,31 @@ class Checkpoint:
         for name, envelope in result.items():
             envelope.check_signature(signer)
             check_table(self.files[name], envelope)
-            manifest = envelope.manifest
+            manifest, problem = envelope.manifest, ""
             for field in ("model_id", "cipher", "signer"):
                 if getattr(manifest, field) != getattr(first.manifest, field):
-                    raise IntegrityError(
+                    problem = (
                         f"{self.path}: expected shards of one protection, but {envelope.what} and "
                         f"{first.what} differ in {field}. Get all of them together."
                     )
-            if self.index is not None and (
-                manifest.shard != self.shard(name)
-                or len(manifest.levels) != len(first.manifest.levels)
-            ):
-                raise IntegrityError(
-                    f"{envelope.what}: expected shard {self.shard(name)}, got {manifest.shard}. "
-                    "Shards were left out, added or renamed."
+            expected = manifest.shard if self.index is None else self.shard(name)
+            if manifest.shard != expected or len(manifest.levels) != len(first.manifest.levels):
+                problem = problem or (
+                    f"{envelope.what}: expected shard {expected}, got {manifest.shard}. Shards "
+                    "were left out, added or renamed."
                 )
+            if problem:
+                raise IntegrityError(problem, reason="shard")
         return result
+
+    def unlocked(
+        self, envelopes: Mapping[str, Envelope], key: LevelKey | None, *, owner: bool = False
+    ) -> dict[str, Unlocked]:
+        """All files as a level sees them, by name, their boxes opened; see `Unlocked`."""
+        return {
+            name: Unlocked(file, envelopes[name], key, owner=owner)
+            for name, file in self.files.items()
+        }
 
 
 @contextmanager
@@ -279,29 +277,24 @@ def checkpoint_outputs(
     (first, *_) = checkpoint.files.values()
 
     @contextmanager
-    def shard_output(stack: ExitStack, path: Path) -> Iterator[Output]:
-        # All get their names together, when the last one is written: until then a process that
-        # is killed leaves nothing of them behind.
-        file = stack.enter_context(new_file(path))
-        yield _SafetensorsOutput(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-    @contextmanager
     def folder_output(like: "OrbaxCheckpoint") -> Iterator[Output]:
         from .._io.orbax import orbax_output
 
-        with orbax_output(output, like) as (data, metadata):
-            yield _OrbaxOutput(data, metadata)
+        with orbax_output(output, like) as new:
+            yield _OrbaxOutput(*new)
 
     if not isinstance(first, SafetensorsFile):
         yield lambda _: folder_output(first)
     elif checkpoint.index is None:
-        # Opened now, since what is wrong with it is to be told before the work.
+        # Opened now, so that what is wrong with it is told before the work.
         with new_file(output, force=force) as file:
             yield lambda _: nullcontext(_SafetensorsOutput(file))
     else:
         with new_folder(output) as folder:
+            # All files get their names together, when the last one is written: until then a
+            # process that is killed leaves nothing of them behind.
             with ExitStack() as stack:
-                yield lambda name: shard_output(stack, folder / name)
+                yield lambda name: nullcontext(
+                    _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
+                )
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

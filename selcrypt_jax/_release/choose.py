@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 
 from .._calibrate.levels import Calibration, Targets, release_levels
 from .._ciphers.lossless import LosslessCipher
-from .._format.envelope import SealedRing
+from .._format.boxes import Rings, SealedRing
 from .._format.rings import seal_mask
-from .._format.tensors import Rings, TensorSource
+from .._format.tensors import TensorSource
 from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret
 from .._masks.levels import Levels, LevelsLike, as_levels

@@ -16,7 +16,8 @@ from .._format.envelope import check_unprotected
 from .._io.arrays import as_array
 from .._io.atomic import check_output
 from .._io.safetensors import SafetensorsFile
-from .._keys.keys import Secret, SigningKey
+from .._keys.keys import Secret
+from .._keys.signing import SigningKey
 from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select
 from .._masks.scores import scores_for

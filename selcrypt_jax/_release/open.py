@@ -2,17 +2,12 @@
 
 from typing import Any
 
-from .._format.tensors import Unlocked
 from .checkpoint import AnyPath, open_checkpoint
 from .use import AnyGrant, grant_key
 
 
 def open_model(
-    path: AnyPath,
-    grant: AnyGrant | None = None,
-    *,
-    level: int | None = None,
-    like: Any = None,
+    path: AnyPath, grant: AnyGrant | None = None, *, level: int | None = None, like: Any = None
 ) -> Any:
     """The parameters of a protected file, as a grant opens them.
 
@@ -29,8 +24,9 @@ def open_model(
         stay.
 
     Raises:
-        ValueError: no protected file, a grant that is not for it, or a `like` that does not fit.
-        IntegrityError: the file is not what its owner made.
+        ValueError: no protected file, or a `like` that does not fit.
+        GrantError: a grant that does not open the file.
+        IntegrityError: the file was altered.
         OSError: a file that cannot be read.
 
     Examples:
@@ -44,29 +40,28 @@ def open_model(
     with open_checkpoint(path) as checkpoint:
         if like is not None:
             _check_like(like, checkpoint.tensors, str(path))
-        envelopes = checkpoint.envelopes(signer)
-        for name, file in checkpoint.files.items():
+        for plain in checkpoint.unlocked(checkpoint.envelopes(signer), key).values():
             data: dict[str, bytearray] = {}
-            for tensor, piece in Unlocked(file, envelopes[name], key).pieces():
-                if tensor in data:
-                    data[tensor] += piece
+            for name, piece in plain.pieces():
+                if name in data:
+                    data[name] += piece
                 else:
-                    data[tensor] = piece
+                    data[name] = piece
             from .._io.arrays import as_array  # NumPy has started by now, while the file was read
 
-            for tensor, info in file.tensors.items():
+            for name, info in plain.tensors.items():
                 try:
-                    arrays[tensor] = as_array(data.pop(tensor, b""), info.dtype, info.shape)
+                    arrays[name] = as_array(data.pop(name, b""), info.dtype, info.shape)
                 except ValueError as error:
-                    raise ValueError(f"{path}: tensor {tensor!r}: {error}") from None
+                    raise ValueError(f"{path}: tensor {name!r}: {error}") from None
     return arrays if like is None else _rebuild(like, arrays)
 
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:
     from .._io.arrays import ArrayInfo, ArraySource
-    from .._tree.names import is_array, listed, named_leaves
+    from .._tree.names import listed
 
-    leaves = {n: leaf for n, leaf in named_leaves(like, "like").leaves.items() if is_array(leaf)}
+    leaves = _arrays(like)
     extra = [name for name in tensors if name not in leaves]
     missing = [name for name in leaves if name not in tensors]
     if extra or missing:
@@ -87,20 +82,24 @@ def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
     import jax
     import numpy as np
 
-    from .._tree.names import is_array, named_leaves
+    from .._tree.names import named_leaves
 
-    tree = named_leaves(like, "like")
-    leaves = {}
-    for name, leaf in tree.leaves.items():
-        if not is_array(leaf):
-            continue
-        array = leaves[name] = arrays[name]
+    leaves = dict(arrays)
+    for name, leaf in _arrays(like).items():
+        dtype = arrays[name].dtype
         if isinstance(leaf, np.ndarray | np.generic):
             continue
-        if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+        if dtype != jax.dtypes.canonicalize_dtype(dtype):
             raise ValueError(
-                f"like: {name!r}: expected a dtype that JAX holds as it is, got {array.dtype}, "
-                "which it would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
+                f"like: {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
+                "would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
             )
-        leaves[name] = jax.device_put(array, leaf.sharding)
-    return tree.rebuild(leaves)
+        leaves[name] = jax.device_put(arrays[name], leaf.sharding)
+    return named_leaves(like, "like").rebuild(leaves)
+
+
+def _arrays(like: Any) -> dict[str, Any]:
+    from .._tree.names import is_array, named_leaves
+
+    leaves = named_leaves(like, "like").leaves
+    return {name: leaf for name, leaf in leaves.items() if is_array(leaf)}

@@ -18,7 +18,8 @@ from .._format.tensors import Unlocked, check_table
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import new_file
 from .._io.safetensors import header
-from .._keys.keys import Secret, SigningKey, new_model_id
+from .._keys.keys import Secret, new_model_id
+from .._keys.signing import SigningKey
 from .._masks.levels import LevelsLike
 from .._masks.options import Select
 from .._masks.scores import source_of_tree
@@ -191,7 +192,7 @@ def protect(
             leaves[name] = _leaf(data, source, name, tree.leaves[name])
 
     envelope = protection.encrypt(Job(source, metadata, chosen.rings, None, "params"), keep)
-    entries = {**(metadata or {}), **envelope.entries()}
+    entries = envelope.entries()
     if together:
         entries = _agreed(envelope, entries)
     return Protected(tree.rebuild(leaves), entries, chosen.calibration)

@@ -12,27 +12,21 @@ from typing import NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
-from .._format.keyfiles import read_grant, read_verify_key
-from .._format.tensors import Unlocked
+from .._io.errors import GrantError
 from .._io.safetensors import SafetensorsFile
-from .._keys.keys import KEY_BYTES, Grant, LevelKey, Secret, SigningKey, check_signing, level_key
-from .checkpoint import (
-    AnyPath,
-    Checkpoint,
-    Job,
-    Protection,
-    checkpoint_outputs,
-    open_checkpoint,
-)
+from .._keys.grant import Grant
+from .._keys.keys import LevelKey, Secret, level_key
+from .._keys.signing import SigningKey, VerifyKey, check_signing
+from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
 
-AnySigner = bytes | AnyPath
+AnySigner = VerifyKey | AnyPath
 """A public key, or the path of its file."""
 
 
-def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, bytes | None]:
+def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, VerifyKey | None]:
     """The level key, and the signer that the grant insists on.
 
     Args:
@@ -41,12 +35,12 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, byte
 
     Raises:
         TypeError: something else.
-        ValueError, OSError: a file that holds no grant, or a level above the grant's.
+        GrantError, OSError: a file that holds no grant, or a level above the grant's.
     """
     if isinstance(grant, str | os.PathLike):
-        grant = read_grant(grant)
+        grant = Grant.read(grant)
     if isinstance(grant, LevelKey):
-        grant = Grant(grant, None)
+        grant = Grant(grant)
     if not isinstance(grant, Grant):
         raise TypeError(
             f"grant: expected a Grant, a LevelKey or the path of a grant file, got "
@@ -55,16 +49,15 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, byte
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
-def _signer(signer: AnySigner | None) -> bytes | None:
-    if signer is None or (isinstance(signer, bytes) and len(signer) == KEY_BYTES):
-        return signer
+def _verify_key(signer: AnySigner | None) -> VerifyKey | None:
     if isinstance(signer, str | os.PathLike):
-        return read_verify_key(signer)
-    expected = f"signer: expected a public key of {KEY_BYTES} bytes"
-    remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
-    if isinstance(signer, bytes):
-        raise ValueError(f"{expected}, got {len(signer)}. {remedy}")
-    raise TypeError(f"{expected} or a path, got {type(signer).__name__}. {remedy}")
+        return VerifyKey.read(signer)
+    if not isinstance(signer, VerifyKey | None):
+        raise TypeError(
+            f"signer: expected a VerifyKey or the path of its file, got {type(signer).__name__}. "
+            "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
+        )
+    return signer
 
 
 def issue_grant(
@@ -76,20 +69,26 @@ def issue_grant(
         path: protected file, or checkpoint in several files.
         level: the highest level that the grant opens.
         secret: the owner's.
-        signer: the owner's public key, or its file. Whoever holds a grant could seal and sign an
-            altered file up to their level, so say it where the file comes from others' hands.
+        signer: the owner's public key, or its file. Anyone with a grant could seal and sign an
+            altered file up to their level, so pass it where the file comes from others' hands.
 
     Returns:
-        A grant for this file, and for files of its signer only, if it has one. See `write_grant`.
+        A grant for this file, and for files of its signer only, if it has one. See `Grant.write`.
 
     Raises:
         ValueError: no protected file, or a level that it does not have.
-        IntegrityError: another owner's file, or one that is not as its owner made it.
+        GrantError: the secret did not protect this file.
+        IntegrityError: another owner's file, or one that was altered.
         OSError: a file that cannot be read.
+
+    Examples:
+        >>> secret = Secret.read("keys/secret.key")
+        >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
+        >>> grant.write("bob.grant")
     """
     with open_checkpoint(path) as checkpoint:
-        envelopes = list(checkpoint.envelopes(_signer(signer)).values())
-        manifest = envelopes[0].manifest
+        envelopes = checkpoint.envelopes(_verify_key(signer))
+        manifest = next(iter(envelopes.values())).manifest
         levels = len(manifest.levels)
         if not 1 <= operator.index(level) <= levels:
             raise ValueError(
@@ -97,8 +96,7 @@ def issue_grant(
                 "one of these; level 0, the file as it is, needs no key."
             )
         key = level_key(secret, manifest.model_id, level=level, levels=levels)
-        for envelope in envelopes:
-            envelope.open(key, owner=True)  # a grant of another secret would open nothing
+        checkpoint.unlocked(envelopes, key, owner=True)  # another secret's would open nothing
     return Grant(key, manifest.signer)
 
 
@@ -120,18 +118,21 @@ def unlock_file(
         force: replace an existing file.
 
     Raises:
-        ValueError: no protected file, or a grant that is not for it.
-        IntegrityError: it is not what its owner made.
-        OSError: what cannot be read or written. There is no output then.
+        ValueError: no protected file.
+        GrantError: a grant that does not open it.
+        IntegrityError: the file was altered.
+        OSError: a file that cannot be read or written. There is no output then.
+
+    Examples:
+        >>> unlock_file("model.safetensors", "unlocked.safetensors", "alice.grant", level=1)
     """
     key, signer = grant_key(grant, level)
     with open_checkpoint(path) as checkpoint:
-        envelopes = checkpoint.envelopes(signer)
-        plain = {n: Unlocked(file, envelopes[n], key) for n, file in checkpoint.files.items()}
+        plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
         with checkpoint_outputs(checkpoint, output, force=force) as create:
-            for name in checkpoint.files:
+            for name, source in plain.items():
                 with create(name) as out:
-                    out.plain(plain[name], envelopes[name].own)
+                    out.plain(source)
 
 
 def rotate_file(
@@ -147,16 +148,16 @@ def rotate_file(
 
     With new keys, levels below the top give another quality, by as much as keys matter.
 
-    Who still has the old file can open that one, of course; and who compares both files sees which
-    weights are encrypted.
+    The old file can still be opened by anyone who kept it and has a grant. Both files together
+    show which weights are encrypted.
 
     Args:
         path: protected file, or checkpoint in several files.
         output: where to write it; by default it takes the place of the old file. A checkpoint in
             several files needs one.
         secret: the owner's.
-        signing: signs the new file; needed if the old one is signed, and of no use if it is not:
-            nothing tells then that the file is the owner's.
+        signing: signs the new file. Needed if the old one is signed; refused if it is not, since
+            nothing shows then that the file is the owner's.
         old_signer: public key that the old file is signed with, or its file, if it is not that of
             ``signing``.
         force: replace an existing file at ``output``.
@@ -166,8 +167,15 @@ def rotate_file(
 
     Raises:
         ValueError: a signed file and no signing key, or the other way round.
-        IntegrityError: another secret or signer, or it is not what its owner made.
-        OSError: what cannot be read or written. The old file is as it was then.
+        GrantError: the secret did not protect this file.
+        IntegrityError: another signer, or the file was altered.
+        OSError: a file that cannot be read or written. The old file is unchanged then.
+
+    Examples:
+        >>> secret, signing = Secret.read("keys/secret.key"), SigningKey.read("keys/signing.key")
+        >>> model_id = rotate_file("model.safetensors", "new.safetensors", secret=secret,
+        ...                        signing=signing)
+        >>> issue_grant("new.safetensors", level=2, secret=secret).write("new.grant")
     """
     check_signing(signing)
     with open_checkpoint(path) as checkpoint:
@@ -179,13 +187,13 @@ def rotate_file(
                 f"{checkpoint.path}: is signed by {manifest.signer.hex()}, expected a signing key "
                 "for the new file, got none. Pass the owner's signing key (--signing)."
                 if manifest.signer is not None
-                else f"{checkpoint.path}: is not signed, so it may have been altered by whoever "
-                "holds a grant; expected no signing key, got one. To sign it, protect the original "
+                else f"{checkpoint.path}: is not signed, so it may have been altered by anyone "
+                "with a grant; expected no signing key, got one. To sign it, protect the original "
                 "again."
             )
         if signing is not None:
             # Signing what somebody else signed would make their changes ours.
-            expected = _signer(old_signer) or signing.public
+            expected = _verify_key(old_signer) or signing.public
             for envelope in envelopes.values():
                 envelope.check_signature(expected)
         if manifest.shard is not None and checkpoint.index is None:
@@ -193,10 +201,8 @@ def rotate_file(
                 f"{checkpoint.path}: is file {manifest.shard[0]} of {manifest.shard[1]} of a "
                 "checkpoint, expected all of them. Name the index, or the folder."
             )
-        key = level_key(secret, manifest.model_id, level=levels, levels=levels)
-        plain = {
-            n: Unlocked(file, envelopes[n], key, owner=True) for n, file in checkpoint.files.items()
-        }
+        key = level_key(secret, manifest.model_id, levels=levels)
+        plain = checkpoint.unlocked(envelopes, key, owner=True)
         protection = Protection.new(secret, levels, manifest.cipher, signing)
         in_place = output is None
         if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
@@ -204,21 +210,14 @@ def rotate_file(
                 f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
                 "output, got none. Name one."
             )
+        target = checkpoint.path if output is None else output
         with checkpoint_outputs(
-            checkpoint,
-            checkpoint.path if in_place else output,
-            force=force or in_place,
-            in_place=in_place,
+            checkpoint, target, force=force or in_place, in_place=in_place
         ) as create:
-            for name, file in checkpoint.files.items():
+            for name, source in plain.items():
+                old = source.envelope
+                job = Job(source, old.own, source.rings, checkpoint.shard(name), old.what)
                 with create(name) as out:
-                    job = Job(
-                        plain[name],
-                        envelopes[name].own,
-                        plain[name].rings,
-                        checkpoint.shard(name),
-                        str(file.path),
-                    )
                     out.protected(job, protection)
     return protection.key.model_id
 
@@ -247,8 +246,8 @@ class Inspection(NamedTuple):
     Attributes:
         path: of the file.
         model_id: in hex.
-        signer: public key in hex, or None. The signature over the manifest has been checked; that
-            the tensors are those of the manifest is what `verify_file` finds out.
+        signer: public key in hex, or None. The signature over the manifest has been checked;
+            whether the tensors are those of the manifest, `verify_file` finds out.
         cipher: of the rings, its parameters.
         levels: one report a level.
         tensors: how many there are.
@@ -256,6 +255,10 @@ class Inspection(NamedTuple):
         file_bytes: size of all files together.
         manifest_bytes: how much of it is manifest, boxes and signature.
         files: how many.
+
+    Examples:
+        >>> found = inspect_file("model.safetensors")
+        >>> shares = [level.share for level in found.levels]
     """
 
     path: str
@@ -296,6 +299,7 @@ def _report(
             len(key.encode()) + len(value.encode())
             for envelope in envelopes.values()
             for key, value in envelope.entries().items()
+            if key not in (envelope.own or {})
         ),
         files=len(checkpoint.files),
     )
@@ -309,15 +313,18 @@ def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
         grant: also tells what this one opens; its boxes are opened to be sure.
 
     Raises:
-        ValueError: no protected file, or a grant that is not for it.
-        IntegrityError: a manifest, a signature or a box that is not as its owner made it.
+        ValueError: no protected file.
+        GrantError: a grant that does not open it.
+        IntegrityError: an altered manifest, signature or box.
+
+    Examples:
+        >>> found = inspect_file("model.safetensors", "alice.grant")
+        >>> assert [level.opens for level in found.levels] == [True, True, False]
     """
+    key, signer = (None, None) if grant is None else grant_key(grant)
     with open_checkpoint(path) as checkpoint:
-        key, signer = (None, None) if grant is None else grant_key(grant)
         envelopes = checkpoint.envelopes(signer)
-        if key is not None:
-            for envelope in envelopes.values():
-                envelope.open(key)
+        checkpoint.unlocked(envelopes, key)
         return _report(checkpoint, envelopes, key)
 
 
@@ -333,28 +340,31 @@ def verify_file(
         grant: a grant, a level key, or the path of a grant file.
 
     Raises:
-        ValueError: no protected file; or one that is not signed, of which nothing can be said
-            without a grant.
-        IntegrityError: it is not what its owner made.
+        ValueError: no protected file; or one without a signature, which shows nothing without a
+            grant.
+        GrantError: a grant that does not open it, or that asks for another signer.
+        IntegrityError: the file was altered.
+
+    Examples:
+        >>> found = verify_file("model.safetensors", signer="keys/signing.pub")
     """
+    key, insisted = (None, None) if grant is None else grant_key(grant)
+    public = _verify_key(signer)
     with open_checkpoint(path) as checkpoint:
-        key, insisted = (None, None) if grant is None else grant_key(grant)
-        public = _signer(signer)
         if public is not None and insisted is not None and public != insisted:
-            raise ValueError(
-                f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}. "
-                "Use one of them."
-            )
+            message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."
+            raise GrantError(f"{message} Use one of them.", reason="signer")
         envelopes = checkpoint.envelopes(public or insisted)
         manifest = next(iter(envelopes.values())).manifest
         if manifest.signer is None and key is None:
             raise ValueError(
-                f"{checkpoint.path}: is not signed, so whoever altered it could have made its "
-                "digests fit. Verify it with a grant, or have it signed by its owner."
+                f"{checkpoint.path}: is not signed, so anyone who altered it could have made "
+                "its digests fit. Verify it with a grant, or have it signed by its owner."
             )
-        for name, file in checkpoint.files.items():
+        for name, plain in checkpoint.unlocked(envelopes, key).items():
+            file = checkpoint.files[name]
             if isinstance(file, SafetensorsFile):
                 file.ask_stock_reader()
-            for _ in Unlocked(file, envelopes[name], key).pieces():
+            for _ in plain.pieces():
                 pass
         return _report(checkpoint, envelopes, key)

@@ -6,8 +6,11 @@ import time
 from collections.abc import Callable
 
 from .._ciphers.lossless import LosslessCipher
-from .._format.envelope import Envelope, IntegrityError, LevelSize, Manifest
-from .._keys.keys import KEY_BYTES, LevelKey, Secret, level_key, new_model_id
+from .._format.envelope import Envelope
+from .._format.manifest import LevelSize, Manifest
+from .._io.errors import IntegrityError
+from .._keys.keys import LevelKey, Secret, level_key, new_model_id
+from .._keys.material import KEY_BYTES
 from ._records import KeySearch
 
 _YEAR = 3.156e7  # seconds

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 
 from tyro.conf import UseAppendAction, arg
 
-from .._format.keyfiles import read_grant, read_secret, read_signing_key
 from .._io.atomic import check_output
-from .._keys.keys import Grant, Secret, SigningKey
+from .._keys.grant import Grant
+from .._keys.keys import Secret
+from .._keys.signing import SigningKey
 
 Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
@@ -64,7 +65,7 @@ class OwnerSecret:
 
     def read_secret(self) -> Secret:
         """Reads it; asks for a passphrase if it has one."""
-        return read_secret(self.secret, passphrase=ask(self.passphrase_file, self.secret))
+        return Secret.read(self.secret, passphrase=ask(self.passphrase_file, self.secret))
 
     @property
     def files(self) -> list[Path | None]:
@@ -86,7 +87,7 @@ class OwnerKeys(OwnerSecret):
         """Reads the signing key, if there is one."""
         if self.signing is None:
             return None
-        return read_signing_key(self.signing, passphrase=ask(self.passphrase_file, self.signing))
+        return SigningKey.read(self.signing, passphrase=ask(self.passphrase_file, self.signing))
 
     @property
     def files(self) -> list[Path | None]:
@@ -112,7 +113,7 @@ class Opening:
         if path is None:
             return None
         passphrase = ask(self.passphrase_file, path)
-        return read_grant(path, identities=self.identity, passphrase=passphrase)
+        return Grant.read(path, identities=self.identity, passphrase=passphrase)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .._format.keyfiles import write_grant, write_secret, write_signing_key, write_verify_key
-from .._keys.keys import Secret, SigningKey
+from .._keys.keys import Secret
+from .._keys.signing import SigningKey
 from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
 from ._selection import Goal, Levels, Selection, Unit, cipher_of, levels_of
@@ -44,9 +44,9 @@ def keygen(
                     "what was protected with it could never be opened again."
                 )
     signing, force = SigningKey.generate(), writing.force
-    write_secret(paths["secret.key"], Secret.generate(), passphrase=words, force=force)
-    write_signing_key(paths["signing.key"], signing, passphrase=words, force=force)
-    write_verify_key(paths["signing.pub"], signing.public, force=force)
+    Secret.generate().write(paths["secret.key"], passphrase=words, force=force)
+    signing.write(paths["signing.key"], passphrase=words, force=force)
+    signing.public.write(paths["signing.pub"], force=force)
     signer = signing.public.hex()
     writing.say(
         {name: str(path) for name, path in paths.items()} | {"signer": signer},
@@ -212,7 +212,7 @@ def grant(
     recipients = [_recipient(text) for text in to]
     words = lock.read()
     made = issue_grant(file, level=level, secret=owner.read_secret(), signer=signer)
-    write_grant(out, made, recipients=recipients, passphrase=words, force=writing.force)
+    made.write(out, recipients=recipients, passphrase=words, force=writing.force)
     model, signer_hex = made.key.model_id.hex(), made.signer and made.signer.hex()
     whose = f"signed by {signer_hex}" if signer_hex else "not signed"
     secrecy = "Only the recipients can read it." if to else "Anyone who has it can use it."

@@ -517,7 +517,7 @@ def files(tmp_path, monkeypatch, capsys):
     }
     safetensors.numpy.save_file(noise, "scores.safetensors")
     assert main(["keygen", "-o", "keys"]) == 0
-    sj.write_secret("keys/secret.key", SECRET, force=True)
+    SECRET.write("keys/secret.key", force=True)
 
     def run(line, *, fails=None):
         capsys.readouterr()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from selcrypt_jax import Secret, open_model, read_grant, read_secret
+from selcrypt_jax import Grant, Secret, open_model
 from selcrypt_jax.cli import COMMANDS, main
 
 
@@ -272,7 +272,7 @@ def test_bad_input_is_refused_and_nothing_is_lost(selcrypt, public):
 def test_secrets_are_never_shown(selcrypt, public, capsys, monkeypatch):
     """Not by any command, nor in any error, nor in the file."""
     selcrypt(f"grant {public} --level 2 --secret keys/secret.key -o g")
-    secrets = [bytes(read_secret("keys/secret.key")), bytes(read_grant("g").key)]
+    secrets = [bytes(Secret.read("keys/secret.key")), bytes(Grant.read("g").key)]
     secrets += [base64.b64decode(Path("keys/signing.key").read_text().split("key: ")[1].split()[0])]
     lines = [
         f"inspect {public}", f"inspect {public} -g g --json", f"verify {public} -g g",

@@ -86,7 +86,7 @@ COMMANDS = {
         r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Get them first"),
     "altered after protection": (
         "unlock altered.safetensors -o new -g alice.grant",
-        r"altered.safetensors: tensor 'classifier.weight': expected SHA-256 .* get it anew"),
+        r"altered.safetensors: tensor 'classifier.weight': expected SHA-256 .* download it again"),
     # --- the wrong grant or level
     "grant of another model": (
         f"{UNLOCK} bob.grant",
@@ -394,9 +394,9 @@ def fill() -> list[str]:
     Path("utf16.key").write_bytes(text.encode("utf-16"))
     for name, content in keys.items():
         Path(name).write_text(content)
-    hidden = secret_forms(raw, bytes(sj.read_secret("keys/secret.key")))
-    hidden += secret_forms(bytes(sj.read_signing_key("keys/signing.key")))
-    hidden += secret_forms(bytes(sj.read_grant("alice.grant").key))
+    hidden = secret_forms(raw, bytes(sj.Secret.read("keys/secret.key")))
+    hidden += secret_forms(bytes(sj.SigningKey.read("keys/signing.key")))
+    hidden += secret_forms(bytes(sj.Grant.read("alice.grant").key))
 
     try:
         import pyrage
@@ -600,20 +600,20 @@ CALLS = {
         TypeError, r"Secret: expected 32 bytes, got str. Use .* Secret.from_passphrase"),
     "path as secret": (
         lambda m: sj.protect(m.params, m.masks, secret="keys/secret.key"),
-        TypeError, r"Secret: expected 32 bytes, got str. Use .* read_secret\(path\)"),
+        TypeError, r"Secret: expected 32 bytes, got str. Use .* Secret.read\(path\)"),
     "public key to sign": (
         lambda m: sj.protect(
             m.params, m.masks, secret=SECRET, signing=sj.SigningKey.generate().public),
-        TypeError, r"signing: expected a SigningKey, got bytes. Use .* read_signing_key\(path\)"),
+        TypeError, r"signing: expected a SigningKey, got VerifyKey. Use .* SigningKey.read"),
     "signing key to verify": (
         lambda m: sj.verify_file(m.path, signer=sj.SigningKey.generate()),
-        TypeError, r"signer: expected a public key .* got SigningKey. Pass the `public`"),
-    "level key as grant": (
-        lambda m: sj.write_grant(m.path.with_name("new"), m.key),
-        TypeError, r"grant: expected a Grant, got LevelKey. Pass what issue_grant returns"),
+        TypeError, r"signer: expected a VerifyKey or .* got SigningKey. Pass the `public`"),
+    "secret as level key": (
+        lambda m: sj.Grant(SECRET),
+        TypeError, r"key: expected a LevelKey, got Secret. Make one with level_key"),
     "key of another model": (
         lambda m: sj.unlock(m.released, m.stranger),
-        ValueError, r"params: is model \w+, but the grant is for model \w+. Ask the owner"),
+        sj.GrantError, r"params: is model \w+, but the grant is for model \w+. Ask the owner"),
     "secret as grant": (
         lambda m: sj.open_model(m.path, SECRET),
         TypeError, r"grant: expected a Grant, .* got Secret. The owner makes one with issue_grant"),

@@ -4,6 +4,7 @@ import doctest
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -187,12 +188,35 @@ EXAMPLES = {
 }
 
 
-@pytest.fixture
-def scope(tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the examples of docstrings take for granted."""
-    monkeypatch.chdir(tmp_path)
+def small_model() -> models.DnCNN:
     model = models.DnCNN(depth=3, width=16, channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
     model.eval()
+    return model
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory) -> Path:
+    """A protected file, the keys of its owner, and a grant of level 2 of 3."""
+    folder = tmp_path_factory.mktemp("shipped")
+    (folder / "keys").mkdir()
+    secret, signing = sj.Secret.generate(), sj.SigningKey.generate()
+    secret.write(folder / "keys" / "secret.key")
+    signing.write(folder / "keys" / "signing.key")
+    signing.public.write(folder / "keys" / "signing.pub")
+    state = nnx.state(small_model())
+    masks = sj.nested_masks(sj.importance.l2(state), [0.2, 0.3, 0.5])
+    path = folder / "model.safetensors"
+    sj.protect(state, masks, secret=secret, signing=signing).save(path)
+    sj.issue_grant(path, level=2, secret=secret).write(folder / "alice.grant")
+    return folder
+
+
+@pytest.fixture
+def scope(shipped, tmp_path, monkeypatch) -> dict[str, Any]:
+    """What the examples of docstrings take for granted."""
+    shutil.copytree(shipped, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    model = small_model()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     whole = models.DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
     for path in ("torch.safetensors", "plain.safetensors"):
@@ -200,7 +224,7 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 2, 12, 12, 3)), jnp.float32)
     scores = sj.importance.l2(params, granularity="weight")
     masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
-    secret, model_id = sj.Secret.generate(), sj.new_model_id()
+    secret, model_id = sj.Secret.read("keys/secret.key"), sj.new_model_id()
     keys = sj.ring_keys(sj.level_key(secret, model_id, levels=3))
 
     def apply(params: Any, images: Any) -> Any:
@@ -216,7 +240,7 @@ def scope(tmp_path, monkeypatch) -> dict[str, Any]:
         "save_file": safetensors.numpy.save_file,
         "importance": sj.importance,
         "key": jax.random.key(1),
-        "signing": sj.SigningKey.generate(),
+        "signing": sj.SigningKey.read("keys/signing.key"),
         "apply": apply,
         "loss_fn": lambda params, batch: jnp.square(apply(params, batch)).mean(),
         "batches": images,
@@ -242,7 +266,7 @@ def test_names_in_the_readme_exist():
     )
     named = set(re.findall(r"`(?:selcrypt_jax\.)?([A-Za-z]\w*)(?:\.\w+)*`", section))
     here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
-    parts = {"DnCNN", "models", "audit", "run"}  # of selcrypt_jax.models and of Cipher
+    parts = {"DnCNN", "models", "audit", "run", "read", "write", "reason"}  # of other objects
     assert named - parts - here == set()
 
 

@@ -162,7 +162,7 @@ for module in (sj, audit, importance, models):
 cli.main(["keygen", "-o", "keys"])
 params = {"a": np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)}
 mask = {"a": np.arange(4096).reshape(64, 64) % 8 == 0}
-protected = sj.protect(params, [mask], secret=sj.read_secret("keys/secret.key"))
+protected = sj.protect(params, [mask], secret=sj.Secret.read("keys/secret.key"))
 protected.save("p.safetensors")
 assert not audit.changed(params, protected.params).mask["a"][~mask["a"]].any()
 assert not audit.zero_fill(protected.params, mask)["a"][mask["a"]].any()

@@ -15,13 +15,14 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from protected_files import reason_of
 
 from selcrypt_jax import LevelKey, Secret, level_key, unlock_file
 
 FOLDER = Path(__file__).parent.parent / "vectors" / "protected"
 VECTORS = json.loads((FOLDER / "vectors.json").read_text())
 GOOD = {vector["file"]: vector for vector in VECTORS["good"]}
-BAD = {vector["file"]: vector["why"] for vector in VECTORS["bad"]}
+FAILURES = json.loads((FOLDER.parent / "failures.json").read_text())
 TOP = len(VECTORS["good"][0]["levels"])
 
 
@@ -175,8 +176,13 @@ def test_good_files_open_at_every_level(name, tmp_path):
     assert (tmp_path / f"{TOP}").read_bytes() == (FOLDER / "original.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_refused(name, tmp_path):
-    with pytest.raises(ValueError, match=name):
+def test_every_bad_file_has_a_reason():
+    assert FAILURES.keys() == {vector["file"] for vector in VECTORS["bad"]}
+
+
+@pytest.mark.parametrize(("name", "reason"), FAILURES.items(), ids=FAILURES)
+def test_bad_files_are_refused(name, reason, tmp_path):
+    with pytest.raises(ValueError, match=name) as caught:
         unlock_file(FOLDER / name, tmp_path / "out", top_key(GOOD["weight.safetensors"]))
+    assert reason_of(caught.value) == reason
     assert not list(tmp_path.iterdir())

@@ -231,7 +231,7 @@ def child(code, folder):
 
 def kill_while_writing(block, number, folder):
     process = child(
-        f"{block}\n    file.write(bytes(1 << 20)); print('ready', flush=True); sys.stdin.read()",
+        f"{block}\n    file.write(bytes(1 << 20)); print('ready', flush=True); signal.pause()",
         folder,
     )
     assert process.stdout.readline() == "ready\n"

@@ -40,8 +40,12 @@ def test_a_level_key_gives_the_lower_ones_and_no_higher_one():
     for high in levels:
         for low in levels[: high.level]:
             assert high.lower(low.level) == low
-    with pytest.raises(ValueError, match=r"expected 1\.\.2, got 3.*lower levels only"):
-        levels[1].lower(3)
+    for level, words in {3: "lower levels only", 0: "Level 0 needs no key"}.items():
+        with pytest.raises(
+            sj.GrantError, match=rf"expected 1\.\.2, got {level}.*{words}"
+        ) as caught:
+            levels[1].lower(level)
+        assert caught.value.reason == "level"
 
 
 def test_ring_keys_of_a_level_are_the_first_keys_of_the_owner():

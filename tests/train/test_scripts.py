@@ -101,7 +101,7 @@ def test_scores_say_what_is_encrypted(capsys):
         }  # fmt: skip
 
     secret = sj.Secret.generate()
-    sj.write_secret("secret.key", secret)
+    secret.write("secret.key")
     chosen = sj.protect_file(
         "dncnn.safetensors",
         "public.safetensors",
@@ -456,9 +456,9 @@ def test_what_is_wrong_with_a_network_of_ones_own_is_named(
 @pytest.fixture
 def protected():
     secret = sj.Secret.generate()
-    sj.write_secret("secret.key", secret)
+    secret.write("secret.key")
     sj.protect_file("dncnn.safetensors", "public.safetensors", secret=secret, fractions=[0.2, 0.5])
-    sj.write_grant("1.grant", sj.issue_grant("public.safetensors", level=1, secret=secret))
+    sj.issue_grant("public.safetensors", level=1, secret=secret).write("1.grant")
     return secret
 
 
@@ -554,7 +554,7 @@ def test_levels_of_a_checkpoint_in_several_files(module):
     index = {"metadata": {"total_size": 0}, "weight_map": where}
     Path("parts/model.safetensors.index.json").write_text(json.dumps(index))
     secret = sj.Secret.generate()
-    sj.write_secret("secret.key", secret)
+    secret.write("secret.key")
     sj.protect_file("parts", "public", secret=secret, fractions=[0.2, 0.5], small=0)
     evaluate = module("evaluate")
     config = evaluate.Dncnn(file=Path("public"), secret=Path("secret.key"), images=Path("images"))
@@ -568,7 +568,7 @@ def test_levels_of_a_checkpoint_in_several_files(module):
 
 def test_a_locked_secret_opens_with_its_passphrase(module, protected, capsys):
     evaluate = module("evaluate")
-    sj.write_secret("locked.key", protected, passphrase="open sesame")
+    protected.write("locked.key", passphrase="open sesame")
     Path("words").write_text("open sesame\n")
     config = evaluate.Dncnn(
         file=Path("public.safetensors"), images=Path("images"), secret=Path("locked.key"),
@@ -618,7 +618,7 @@ def test_what_cannot_be_written_is_told_before_measuring(module, protected):
 
 def test_wrong_keys_and_files_end_with_a_message(protected):
     public = ("--file", "public.safetensors")
-    sj.write_secret("other.key", sj.Secret.generate())
+    sj.Secret.generate().write("other.key")
     run(*EVALUATE, *public, "--secret", "other.key", fails="does not open")
 
 
@@ -659,7 +659,7 @@ def test_what_is_wrong_with_an_evaluation_is_named(module, protected, options, m
         model = VGG19(width=1 / 64, rngs=nnx.Rngs(jax.random.key(0, impl="rbg")))
         save_file(to_torch(model), "vgg.safetensors")
     sj.protect_file("dncnn.safetensors", "other.safetensors", secret=protected, fractions=[0.5])
-    sj.write_grant("other.grant", sj.issue_grant("other.safetensors", level=1, secret=protected))
+    sj.issue_grant("other.safetensors", level=1, secret=protected).write("other.grant")
     given = {"file": "public.safetensors", "images": "images"} | options
     paths = {name: Path(v) for name, v in given.items() if isinstance(v, str)}
     with pytest.raises(SystemExit, match=message):
@@ -700,7 +700,7 @@ def test_importance_and_levels_of_vgg19(module, capsys):
     }  # fmt: skip
 
     secret = sj.Secret.generate()
-    sj.write_secret("secret.key", secret)
+    secret.write("secret.key")
     chosen = sj.protect_file(
         "vgg.safetensors",
         "public.safetensors",

@@ -1,0 +1,140 @@
+"""Sealed boxes: the positions of a level's ring, under the key of that level. See FORMAT.md."""
+
+import base64
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from .._io.errors import GrantError, IntegrityError
+from .._keys.keys import LevelKey
+from .checks import COUNT, COUNTS, LIST, TEXT, Checker, hex_of
+
+_NONCE_BYTES, _TAG_BYTES = 12, 16
+
+
+class SealedRing(NamedTuple):
+    """What the box of a level says of one tensor.
+
+    Attributes:
+        tensor: its name.
+        mask_shape: of the ring's mask, one size an axis of the tensor: 1 inside a group.
+        groups: how many the ring has.
+        bitmap: the mask in C order, eight groups a byte, the first in the highest bit; zlib.
+        sha256: of the ring's plaintext, in hex.
+    """
+
+    tensor: str
+    mask_shape: tuple[int, ...]
+    groups: int
+    bitmap: bytes
+    sha256: str
+
+    def weights(self, shape: Sequence[int]) -> int:
+        """How many weights of a tensor of that shape the ring has."""
+        return self.groups * math.prod(shape) // max(math.prod(self.mask_shape), 1)
+
+
+Rings = Mapping[str, list[tuple[int, SealedRing]]]
+"""Tensor → its rings, with their levels."""
+
+
+def seal_box(key: LevelKey, manifest: str, rings: Sequence[SealedRing]) -> str:
+    """The box of a level, in base64.
+
+    Args:
+        key: of the level.
+        manifest: its text, which the box is bound to.
+        rings: that the box is to hold.
+    """
+    # The key is new with each protection; the nonce is random all the same, so that sealing a
+    # second time under the same key, as when a protection is repeated, does no harm.
+    nonce = os.urandom(_NONCE_BYTES)
+    aead = ChaCha20Poly1305(key.seal_key())
+    sealed = nonce + aead.encrypt(nonce, _content(rings), box_context(manifest, key.level))
+    return base64.b64encode(sealed).decode()
+
+
+def box_length(rings: Sequence[SealedRing]) -> int:
+    """How many characters `seal_box` makes of them, whatever their digests are."""
+    sealed = _NONCE_BYTES + len(_content(rings)) + _TAG_BYTES
+    return 4 * -(-sealed // 3)
+
+
+def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) -> list[SealedRing]:
+    """The rings in a box.
+
+    Args:
+        key: of its level.
+        manifest: the text that it is bound to.
+        box: see `seal_box`.
+        file: for messages.
+        owner: whether the key comes from the owner's secret.
+
+    Raises:
+        GrantError: it does not open to the owner.
+        IntegrityError: it does not open, or is malformed.
+    """
+    what = f"{file}: box of level {key.level}"
+    sealed = Checker(what, "box").base64(box)
+    nonce, sealed = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
+    aead = ChaCha20Poly1305(key.seal_key())
+    try:
+        plain = aead.decrypt(nonce, sealed, box_context(manifest, key.level))
+    except (InvalidTag, ValueError):  # ValueError: shorter than a nonce
+        altered = "or the manifest or the box was altered"
+        if owner:
+            raise GrantError(
+                f"{what}: does not open: this secret did not protect this file, {altered}. Use the "
+                "secret that it was protected with.",
+                reason="secret",
+            ) from None
+        raise IntegrityError(
+            f"{what}: does not open: the key is not this file's, {altered}. Download the file "
+            "again, or ask for the grant again.",
+            reason="box",
+        ) from None
+    # A key of a level is enough to seal boxes of it, so what is in them is checked too.
+    check = Checker(what, "ring")
+    end = 4 + int.from_bytes(plain[:4], "little")
+    check.that(len(plain) >= end, "table", "a table of the given length")
+    table = check.fields(check.json(plain[4:end]), "table", rings=LIST)
+    rules = {
+        "tensor": TEXT, "mask_shape": COUNTS, "groups": COUNT, "bytes": COUNT,
+        "sha256": hex_of(hashlib.sha256().digest_size),
+    }  # fmt: skip
+    rings: dict[str, SealedRing] = {}
+    for entry in table["rings"]:
+        check.fields(entry, "rings", **rules)
+        name, shape, groups, size, digest = (entry[field] for field in rules)
+        check.that(name not in rings, "tensor", "each tensor once")
+        rings[name] = SealedRing(name, tuple(shape), groups, plain[end : end + size], digest)
+        end += size
+    check.that(end == len(plain), "table", "bitmaps up to the end of the box")
+    return list(rings.values())
+
+
+def box_context(manifest: str, level: int) -> bytes:
+    """Associated data of a box: where it belongs."""
+    digest = hashlib.sha256(manifest.encode()).digest()
+    return b"selcrypt/v1/box\0" + level.to_bytes(4, "little") + digest
+
+
+def _content(rings: Sequence[SealedRing]) -> bytes:
+    table = [
+        {
+            "tensor": ring.tensor,
+            "mask_shape": ring.mask_shape,
+            "groups": ring.groups,
+            "bytes": len(ring.bitmap),
+            "sha256": ring.sha256,
+        }
+        for ring in rings
+    ]
+    head = json.dumps({"rings": table}, ensure_ascii=False, separators=(",", ":")).encode()
+    return len(head).to_bytes(4, "little") + head + b"".join(ring.bitmap for ring in rings)

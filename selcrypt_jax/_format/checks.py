@@ -1,0 +1,99 @@
+"""Checks of the parts of a protected file, with errors that name the part and the field."""
+
+import base64
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .._io.errors import IntegrityError, IntegrityReason
+from .._io.strict_json import json_object, show
+
+DAMAGED = "The file was damaged or altered: download it again from its owner."
+
+
+class Rule(NamedTuple):
+    """What a field of JSON may be.
+
+    Attributes:
+        fits: whether a value is.
+        expected: the same, for messages.
+    """
+
+    fits: Callable[[Any], bool]
+    expected: str
+
+
+TEXT = Rule(lambda value: isinstance(value, str), "text")
+FLAG = Rule(lambda value: isinstance(value, bool), "true or false")
+COUNT = Rule(lambda value: type(value) is int and value >= 0, "a whole number from 0")
+COUNTS = Rule(lambda value: isinstance(value, list) and all(map(COUNT.fits, value)), "numbers")
+LIST = Rule(lambda value: isinstance(value, list), "a list")
+OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
+
+
+def one_of(*values: str) -> Rule:
+    """One of some texts."""
+    return Rule(lambda value: value in values, " or ".join(map(repr, values)))
+
+
+def hex_of(size: int) -> Rule:
+    """So many bytes as hex in lower case."""
+    pattern = re.compile(f"[0-9a-f]{{{2 * size}}}")
+    return Rule(
+        lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None,
+        f"{2 * size} digits in hex",
+    )
+
+
+def or_null(rule: Rule) -> Rule:
+    """The same, or null."""
+    return Rule(lambda value: value is None or rule.fits(value), f"null or {rule.expected}")
+
+
+class Checker(NamedTuple):
+    """Checks one part of a file.
+
+    Attributes:
+        what: the file and the part, for messages.
+        reason: of the errors.
+    """
+
+    what: str
+    reason: IntegrityReason
+
+    def error(self, problem: str) -> IntegrityError:
+        """The error that says so."""
+        return IntegrityError(f"{self.what}: {problem}. {DAMAGED}", reason=self.reason)
+
+    def that(self, condition: bool, field: str, expected: str) -> None:
+        """Refuses a field."""
+        if not condition:
+            raise self.error(f"field {show(field)}: expected {expected}, got something else")
+
+    def json(self, raw: bytes) -> dict[str, Any]:
+        """Parses an object."""
+        try:
+            return json_object(raw, self.what)
+        except ValueError as error:
+            raise IntegrityError(f"{error} {DAMAGED}", reason=self.reason) from None
+
+    def fields(self, value: Any, field: str, /, **rules: Rule) -> dict[str, Any]:
+        """Refuses anything but an object with exactly these fields."""
+        if not isinstance(value, dict) or value.keys() != rules.keys():
+            got = sorted(value) if isinstance(value, dict) else type(value).__name__
+            where = f"field {show(field)}: " if field else ""
+            raise self.error(f"{where}expected an object with {list(rules)}, got {show(got)}")
+        for name, rule in rules.items():
+            self.that(rule.fits(value[name]), f"{field}: {name}" if field else name, rule.expected)
+        return value
+
+    def base64(self, text: str) -> bytes:
+        """Bytes in the one encoding that they have."""
+        try:
+            data = base64.b64decode(text, validate=True)
+        except ValueError:
+            data = None
+        # base64 would let the last character vary.
+        if data is None or base64.b64encode(data).decode() != text:
+            raise self.error("expected base64, got something else")
+        return data

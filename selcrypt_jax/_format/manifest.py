@@ -1,0 +1,136 @@
+"""The manifest of a protected file: what it says of itself in the clear. See FORMAT.md."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .._ciphers.lossless import LosslessCipher
+from .._keys.keys import MAX_LEVELS, MODEL_ID_BYTES
+from .._keys.material import KEY_BYTES
+from .._keys.signing import VerifyKey
+from .checks import COUNT, COUNTS, FLAG, LIST, OBJECT, TEXT, Checker, hex_of, one_of, or_null
+
+FORMAT = "selcrypt-v1"
+_DIGEST_BYTES = 32
+NO_DIGEST = "0" * (2 * _DIGEST_BYTES)
+
+
+class Tensor(NamedTuple):
+    """A tensor as it is shipped.
+
+    Attributes:
+        dtype: safetensors' name, such as ``"F32"``.
+        shape: its shape.
+        sha256: of its bytes in the file, in hex.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+class LevelSize(NamedTuple):
+    """How much one level adds to the one below.
+
+    Attributes:
+        groups: number of groups in the ring.
+        weights: number of weights in them.
+    """
+
+    groups: int
+    weights: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a protected file says of itself, in the clear.
+
+    Attributes:
+        model_id: 16 random bytes, new for each protection.
+        cipher: how the rings are encrypted.
+        levels: size of ring 1..M.
+        tensors: every tensor of the file by name, in no particular order.
+        signer: the owner, or None for a file that is not signed.
+        metadata: digest of the caller's own entries of ``__metadata__``, or None if the file that
+            was protected had no ``__metadata__``.
+        shard: number of this file and of all files, from 1, of a checkpoint in several files.
+    """
+
+    model_id: bytes
+    cipher: LosslessCipher
+    levels: tuple[LevelSize, ...]
+    tensors: Mapping[str, Tensor]
+    signer: VerifyKey | None = None
+    metadata: str | None = None
+    shard: tuple[int, int] | None = None
+
+    def to_text(self) -> str:
+        """The JSON that is shipped."""
+        fields = {
+            "format": FORMAT,
+            "model_id": self.model_id.hex(),
+            "cipher": {"name": "lossless", **vars(self.cipher)},
+            "levels": [level._asdict() for level in self.levels],
+            "metadata": self.metadata,
+            "shard": self.shard,
+            "signer": None if self.signer is None else self.signer.hex(),
+            "tensors": {name: tensor._asdict() for name, tensor in self.tensors.items()},
+        }
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
+
+    @classmethod
+    def from_text(cls, text: str, what: str) -> "Manifest":
+        """Reads the JSON, strictly.
+
+        Raises:
+            ValueError: of a later version of the format.
+            IntegrityError: anything that this version would not have written.
+        """
+        check = Checker(f"{what}: manifest", "manifest")
+        fields = check.json(text.encode())
+        given = fields.get("format")
+        if given != FORMAT and isinstance(given, str) and given.startswith("selcrypt-v"):
+            raise ValueError(
+                f"{what}: expected format {FORMAT}, got {given[:20]}. It was written by "
+                "another version: update selcrypt-jax."
+            )
+        check.fields(
+            fields, "", format=one_of(FORMAT), model_id=hex_of(MODEL_ID_BYTES), cipher=OBJECT,
+            levels=LIST, metadata=or_null(hex_of(_DIGEST_BYTES)), shard=or_null(COUNTS),
+            signer=or_null(hex_of(KEY_BYTES)), tensors=OBJECT,
+        )  # fmt: skip
+        levels, shard, signer = fields["levels"], fields["shard"], fields["signer"]
+        check.that(1 <= len(levels) <= MAX_LEVELS, "levels", f"a list of 1 to {MAX_LEVELS}")
+        for level in levels:
+            check.fields(level, "levels", groups=COUNT, weights=COUNT)
+        ordered = shard is None or (len(shard) == 2 and 1 <= shard[0] <= shard[1])
+        check.that(ordered, "shard", "null or [number, count]")
+        cipher = check.fields(
+            fields["cipher"], "cipher", name=one_of("lossless"), unit=one_of("weight", "group"),
+            permute=FLAG, fine_bits=or_null(COUNT),
+        )  # fmt: skip
+        tensors = {}
+        digest = hex_of(_DIGEST_BYTES)
+        for name, entry in fields["tensors"].items():
+            check.fields(entry, f"tensors {name!r}", dtype=TEXT, shape=COUNTS, sha256=digest)
+            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), entry["sha256"])
+        return cls(
+            model_id=bytes.fromhex(fields["model_id"]),
+            cipher=LosslessCipher(cipher["unit"], cipher["permute"], cipher["fine_bits"]),
+            levels=tuple(LevelSize(**level) for level in levels),
+            tensors=tensors,
+            signer=None if signer is None else VerifyKey(bytes.fromhex(signer)),
+            metadata=fields["metadata"],
+            shard=None if shard is None else (shard[0], shard[1]),
+        )
+
+
+def metadata_digest(metadata: Mapping[str, str]) -> str:
+    """SHA-256 of the caller's entries, in hex: sorted, every text with its length before it."""
+    digest = hashlib.sha256(b"selcrypt/v1/metadata\0")
+    for key, value in sorted((k.encode(), v.encode()) for k, v in metadata.items()):
+        for text in (key, value):
+            digest.update(len(text).to_bytes(8, "little") + text)
+    return digest.hexdigest()

@@ -1,0 +1,93 @@
+"""Files sealed to a recipient's age or SSH key, with the extra ``age``."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .._io.errors import GrantError
+from .files import check_path, text_lines
+
+_STARTS = (b"-----BEGIN AGE ENCRYPTED FILE-----", b"age-encryption.org/")
+
+
+def sealed(data: bytes, recipients: Sequence[str]) -> bytes:
+    """Seals a file to age (``age1...``) or SSH public keys.
+
+    Raises:
+        ValueError: something that is no recipient.
+        ModuleNotFoundError: the extra ``age`` is not installed.
+    """
+    pyrage = _pyrage()
+    keys = []
+    for text in recipients:
+        kind = pyrage.ssh if text.startswith("ssh-") else pyrage.x25519
+        try:
+            keys.append(kind.Recipient.from_str(text.strip()))
+        except pyrage.RecipientError:
+            # Not the text: it may be a private key that was passed by mistake.
+            raise ValueError(
+                "recipient: expected an age (age1...) or SSH (ssh-ed25519 ...) public key, got "
+                "something else. Copy it again, whole and in one line."
+            ) from None
+    return pyrage.encrypt(data, keys, armored=True)
+
+
+def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]]) -> bytes | None:
+    """Opens what `sealed` made; None for data that are not sealed.
+
+    Raises:
+        GrantError: sealed to others, or damaged.
+        ModuleNotFoundError: the extra ``age`` is not installed.
+    """
+    data = data.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not data.startswith(_STARTS):
+        return None
+    if not identities:
+        raise GrantError(
+            f"{what}: is sealed to somebody's age or SSH key, expected that private key, got "
+            "none. Pass it: --identity FILE, or Grant.read(path, identities=[FILE]).",
+            reason="recipient",
+        )
+    for path in identities:
+        check_path(path)
+    pyrage = _pyrage()
+    keys = [key for path in identities for key in _identities(pyrage, Path(path))]
+    try:
+        return pyrage.decrypt(data, keys)
+    except pyrage.DecryptError:
+        raise GrantError(
+            f"{what}: is not sealed to the keys in {', '.join(map(str, identities))}, or damaged. "
+            "Name another identity, or send the owner your public key and ask for a new grant.",
+            reason="recipient",
+        ) from None
+
+
+def _identities(pyrage: Any, path: Path) -> list[Any]:
+    data = path.read_bytes()
+    try:
+        if data.lstrip().startswith(b"-----BEGIN"):
+            return [pyrage.ssh.Identity.from_buffer(data)]
+        lines = text_lines(data, str(path), "a private key", "Name the file with your private key.")
+        found = [pyrage.x25519.Identity.from_str(line) for line in lines]
+    except pyrage.IdentityError:
+        found = []
+    if not found:
+        raise GrantError(
+            f"{path}: expected an age identity (AGE-SECRET-KEY-1...) or an SSH private key without "
+            "a passphrase, got something else. Name the file with your private key.",
+            reason="recipient",
+        )
+    return found
+
+
+def _pyrage() -> Any:
+    try:
+        import pyrage
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "grants that are sealed with age need pyrage, which is not installed. Install the "
+            "extra: pip install 'selcrypt-jax[age]'",
+            name=error.name,
+        ) from error
+    return pyrage

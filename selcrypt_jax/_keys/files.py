@@ -1,0 +1,335 @@
+"""Keys and grants as short text files. See FORMAT.md, "Grants and keys"."""
+
+import base64
+import hashlib
+import os
+import re
+import stat
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, NamedTuple, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from .._io.atomic import new_file
+from .._io.errors import GrantError
+from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, hkdf, stretched
+
+AnyPath = str | os.PathLike[str]
+Passphrase = str | Callable[[], str] | None
+"""A passphrase, or a function that asks for it."""
+
+_MAX_BYTES = 1 << 16
+_NONCE_BYTES, _TAG_BYTES = 12, 16
+_COSTS = {"iterations": 3, "lanes": 4, "memory_kib": 65536}
+_KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
+_LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
+_SPACES = " \t\r"
+
+
+class Kind(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        name: in its first line, before the version.
+        called: in messages.
+        made: what it is called where its owner has it, for messages.
+        comment: what its owner should know.
+        private: whether it holds a secret.
+        fields: the ones in the clear; ``key`` comes after them.
+        optional: those of them that may be missing.
+    """
+
+    name: str
+    called: str
+    made: str
+    comment: str
+    private: bool = True
+    fields: tuple[str, ...] = ()
+    optional: frozenset[str] = frozenset()
+
+
+SECRET = Kind(
+    "selcrypt-secret", "a secret", "the secret.key that selcrypt keygen made",
+    "All grants of your models come from this. Keep it secret, and keep a copy of it.",
+)  # fmt: skip
+SIGNING = Kind(
+    "selcrypt-signing-key", "a signing key (private)",
+    "the signing.key that selcrypt keygen made",
+    "This signs models in your name: keep it secret.",
+)  # fmt: skip
+VERIFY = Kind(
+    "selcrypt-verify-key", "a verify key (public)",
+    "the signing.pub that selcrypt keygen made",
+    "Public: shows that a model is signed by its owner.", private=False,
+)  # fmt: skip
+GRANT = Kind(
+    "selcrypt-grant", "a grant", "the file that selcrypt grant made",
+    "Opens a level of one model, and those below it: keep it secret.",
+    fields=("model-id", "level", "signer"), optional=frozenset({"signer"}),
+)  # fmt: skip
+_OTHERS = {
+    **{f"{kind.name}-v": kind.called for kind in (SECRET, SIGNING, VERIFY, GRANT)},
+    "AGE-SECRET-KEY-": "an age identity (for --identity)",
+    "-----BEGIN": "a PEM file",
+    "-----BEGIN AGE": "something sealed with age, which only a grant can be",
+    "age1": "the public key of a recipient",
+    "ssh-": "the public key of a recipient",
+}
+"""How else a file may begin; where two fit, the later one counts."""
+
+
+class StoredKey(KeyMaterial):
+    """Key material with a text file of its own."""
+
+    __slots__ = ()
+    _kind: ClassVar[Kind]
+
+    @classmethod
+    def read(cls, path: AnyPath, *, passphrase: Passphrase = None) -> Self:
+        """Reads what `write` wrote.
+
+        Args:
+            path: of the file; a pipe works.
+            passphrase: or a function that asks for it, called only if the file is locked.
+
+        Raises:
+            GrantError: a file of another kind, a damaged one, or a wrong passphrase.
+            OSError: it cannot be read.
+        """
+        return cls(read_key_file(path, cls._kind, passphrase)[1])
+
+    def write(self, path: AnyPath, *, passphrase: str | None = None, force: bool = False) -> None:
+        """Writes a file that only its owner may read.
+
+        Args:
+            path: of the file, in a folder that exists.
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+            force: replace an existing file; what needs the key in it is then lost.
+
+        Raises:
+            FileExistsError: there is such a file, and no `force`.
+            OSError: it cannot be written.
+        """
+        write_key_file(path, self._kind, bytes(self), passphrase=passphrase, force=force)
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def write_key_file(
+    path: AnyPath,
+    kind: Kind,
+    value: bytes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    passphrase: str | None = None,
+    sealed: Callable[[bytes], bytes] = bytes,
+    force: bool,
+) -> None:
+    """Writes a key file, whole or not at all; a private one for its owner alone.
+
+    Args:
+        path: of the file.
+        kind: of the key.
+        value: 32 bytes.
+        fields: in the clear.
+        passphrase: locks the file.
+        sealed: seals its text to a recipient.
+        force: replace an existing file.
+    """
+    lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in (fields or {}).items())]
+    if passphrase is None:
+        lines.append(f"key: {_encoded(value)}")
+    else:
+        salt, nonce = os.urandom(SALT_BYTES), os.urandom(_NONCE_BYTES)
+        lines += [f"kdf: {_KDF.format(**_COSTS)}", f"salt: {_encoded(salt)}"]
+        lock = _lock(passphrase, salt, _COSTS)
+        locked = nonce + lock.encrypt(nonce, value, "\n".join(lines).encode())
+        lines.append(f"sealed: {_encoded(locked)}")
+    lines.append(f"checksum: {checksum(lines)}")
+    data = sealed("\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode())
+    try:
+        with new_file(path, force=force, private=kind.private) as file:
+            file.write(data)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
+            "with force=True (--force) it is replaced, and what only it could open is lost."
+        ) from None
+
+
+def checksum(lines: Sequence[str]) -> str:
+    """Tells a typing error from a wrong key."""
+    return hashlib.sha256(b"selcrypt/v1/file\0" + "\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _lock(passphrase: str, salt: bytes, costs: Mapping[str, int]) -> ChaCha20Poly1305:
+    return ChaCha20Poly1305(hkdf(stretched(passphrase, salt, **costs), b"file"))
+
+
+def _encoded(value: bytes) -> str:
+    return base64.b64encode(value).decode()
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def read_key_file(
+    path: AnyPath,
+    kind: Kind,
+    passphrase: Passphrase = None,
+    unsealed: Callable[[bytes], bytes | None] = lambda _: None,
+) -> tuple[dict[str, str], bytes]:
+    """The fields and the 32 bytes of a key file.
+
+    Args:
+        path: of the file.
+        kind: that is expected.
+        passphrase: or a function that asks for it.
+        unsealed: opens a file that is sealed to a recipient, and gives None for any other.
+
+    Raises:
+        GrantError: see `StoredKey.read`.
+        OSError: it cannot be read.
+    """
+    check_path(path)
+    with open(path, "rb") as file:  # once, since it may be a pipe
+        mode = os.fstat(file.fileno()).st_mode
+        data = file.read(_MAX_BYTES + 1)
+    inner = unsealed(data)
+    fields, canonical = _parse(data if inner is None else inner, str(path), kind)
+    if "sealed" in fields:
+        value = _unlocked(fields, canonical, str(path), passphrase)
+    else:
+        value = _decoded(fields["key"], str(path), "key", KEY_BYTES)
+    exposed = os.name == "posix" and stat.S_ISREG(mode) and mode & 0o077
+    if kind.private and inner is None and exposed:
+        warnings.warn(
+            f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
+            stacklevel=3,
+        )
+    return fields, value
+
+
+def check_path(path: AnyPath) -> None:
+    """Refuses a key in the place of its file, before a message shows it."""
+    text = os.fspath(path)
+    if isinstance(text, str) and re.fullmatch("AGE-SECRET-KEY-.*|[A-Za-z0-9+/]{43}=", text.strip()):
+        raise ValueError(
+            "key: expected the path of a file, got a key itself. Save it in a file that only you "
+            "can read, and name that."
+        )
+
+
+def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
+    """The lines of a key file that say something."""
+    actual, text = "", ""
+    if len(data) > _MAX_BYTES:
+        actual = f"more than {_MAX_BYTES} bytes"
+    elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        actual, remedy = "UTF-16", "Save it as UTF-8."
+    else:
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            actual = f"{len(data)} bytes of something else"
+    if actual:
+        message = f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}"
+        raise GrantError(message, reason="kind")
+    # Not splitlines() and strip(), which know more ends of lines and spaces than FORMAT.md does.
+    lines = (line.strip(_SPACES) for line in text.split("\n"))
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str]]:
+    """The fields, and the lines that the checksum covers. No message shows a line of the file."""
+    lines = text_lines(data, what, kind.called, f"Name {kind.made}.")
+    _check_kind(lines[0] if lines else "", what, kind)
+    if any(line.startswith("selcrypt-") for line in lines[1:]):
+        message = f"{what}: expected one key in a file, got another. Split them."
+        raise GrantError(message, reason="kind")
+    pairs = [[part.strip(_SPACES) for part in line.partition(":")[::2]] for line in lines[1:]]
+    fields = dict(pairs)
+    locked = kind.private and "sealed" in fields
+    known = (*kind.fields, *(("kdf", "salt", "sealed") if locked else ("key",)), "checksum")
+    needed = sorted({*known} - kind.optional)
+    missing = [name for name in needed if name not in fields]
+    if missing or not fields.keys() <= {*known} or len(fields) < len(pairs):
+        got = f"no {', '.join(missing)}" if missing else "others too, or one of them twice"
+        raise damaged(what, f"expected the fields {', '.join(needed)}, got {got}")
+    order = [name for name in known if name in fields and name != "checksum"]
+    canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
+    if fields["checksum"] != checksum(canonical):
+        raise damaged(what, "the checksum does not fit")
+    return fields, canonical
+
+
+def _check_kind(first: str, what: str, kind: Kind) -> None:
+    name, _, version = first.rpartition("-v")
+    if (name, version) == (kind.name, "1"):
+        return
+    if name == kind.name and version.isdecimal():
+        problem = f"expected version 1, got version {version[:9]}. Update selcrypt-jax."
+    else:
+        actual = "no file of selcrypt's" if first else "an empty file"
+        for start, text in _OTHERS.items():
+            if first.startswith(start):
+                actual = text
+        problem = f"expected {kind.called}, which begins with {kind.name}-v1, got {actual}. Name "
+        problem += f"{kind.made}."
+    raise GrantError(f"{what}: {problem}", reason="kind")
+
+
+def _unlocked(
+    fields: Mapping[str, str], canonical: Sequence[str], what: str, passphrase: Passphrase
+) -> bytes:
+    pattern = _KDF.format(**{name: rf"(?P<{name}>[0-9]{{1,8}})" for name in _LIMITS})
+    found = re.fullmatch(pattern, fields["kdf"])
+    costs = {name: int(text) for name, text in found.groupdict().items()} if found else {}
+    if (
+        not costs
+        or not all(1 <= costs[name] <= limit for name, limit in _LIMITS.items())
+        or costs["memory_kib"] < 8 * costs["lanes"]
+    ):
+        limits = _KDF.format(**_LIMITS)
+        raise damaged(what, f"field 'kdf': expected at most {limits}, got something else")
+    salt = _decoded(fields["salt"], what, "salt", SALT_BYTES)
+    sealed = _decoded(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + _TAG_BYTES)
+    if passphrase is None:
+        raise GrantError(
+            f"{what}: is locked with a passphrase, got none. Pass it: --passphrase-file FILE, or "
+            "read(path, passphrase=...).",
+            reason="passphrase",
+        )
+    words = passphrase if isinstance(passphrase, str) else passphrase()
+    lock = _lock(words, salt, costs)
+    nonce, text = sealed[:_NONCE_BYTES], "\n".join(canonical[:-1])
+    try:
+        return lock.decrypt(nonce, sealed[_NONCE_BYTES:], text.encode())
+    except InvalidTag:
+        raise GrantError(
+            f"{what}: wrong passphrase. Use the one that it was locked with, letter by letter.",
+            reason="passphrase",
+        ) from None
+
+
+def _decoded(text: str, what: str, field: str, size: int) -> bytes:
+    try:
+        data = base64.b64decode(text, validate=True)
+    except ValueError:
+        data = b""
+    # A content has one encoding: others differ in bits that say nothing.
+    if len(data) != size or _encoded(data) != text:
+        raise damaged(what, f"field {field!r}: expected {size} bytes in base64, got others")
+    return data
+
+
+def damaged(what: str, problem: str) -> GrantError:
+    """The error for a key file that nobody wrote like that."""
+    return GrantError(
+        f"{what}: {problem}. The file is cut off, damaged or mistyped: take another copy, or ask "
+        "for it again.",
+        reason="damaged",
+    )

@@ -1,0 +1,115 @@
+"""The grant: a level key with the signer that files must have, and its file."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .age import sealed, unsealed
+from .files import GRANT, AnyPath, Passphrase, damaged, read_key_file, write_key_file
+from .keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey
+from .material import KEY_BYTES
+from .signing import VerifyKey
+
+
+@dataclass(frozen=True)
+class Grant:
+    """What a customer is given to open a level of one protected model.
+
+    Attributes:
+        key: of the level; it names the model.
+        signer: the owner, who must have signed the files that the grant opens; or None.
+
+    Raises:
+        TypeError: a key or a signer of another type.
+
+    Examples:
+        >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
+        >>> grant.write("bob.grant", passphrase="correct horse battery staple")
+        >>> assert Grant.read("bob.grant", passphrase="correct horse battery staple") == grant
+    """
+
+    key: LevelKey
+    signer: VerifyKey | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, LevelKey):
+            raise TypeError(
+                f"key: expected a LevelKey, got {type(self.key).__name__}. Make one with level_key."
+            )
+        if not isinstance(self.signer, VerifyKey | None):
+            raise TypeError(
+                f"signer: expected a VerifyKey, got {type(self.signer).__name__}. Pass the "
+                "`public` of the owner's SigningKey, or VerifyKey.read(path)."
+            )
+
+    @classmethod
+    def read(
+        cls, path: AnyPath, *, passphrase: Passphrase = None, identities: Sequence[AnyPath] = ()
+    ) -> "Grant":
+        """Reads what `write` wrote.
+
+        Args:
+            path: of the file; a pipe works.
+            passphrase: or a function that asks for it, called only if the file is locked.
+            identities: files with age or SSH private keys, for a grant that is sealed to one of
+                them.
+
+        Raises:
+            GrantError: a file of another kind, a damaged one, a wrong passphrase, or sealed to
+                others.
+            ModuleNotFoundError: it is sealed, and the extra ``age`` is not installed.
+            OSError: it cannot be read.
+        """
+        fields, value = read_key_file(
+            path, GRANT, passphrase, lambda data: unsealed(data, str(path), identities)
+        )
+        model_id = _unhexed(path, "model-id", fields["model-id"], MODEL_ID_BYTES)
+        level, signer = fields["level"], fields.get("signer")
+        # Not int() alone, which takes 0_2 and other scripts' digits, and shows what it refuses.
+        if not (re.fullmatch("[1-9][0-9]{0,8}", level) and int(level) <= MAX_LEVELS):
+            raise damaged(
+                str(path), f"level: expected a number 1..{MAX_LEVELS}, got something else"
+            )
+        if signer is not None:
+            signer = VerifyKey(_unhexed(path, "signer", signer, KEY_BYTES))
+        return cls(LevelKey(value, level=int(level), model_id=model_id), signer)
+
+    def write(
+        self,
+        path: AnyPath,
+        *,
+        passphrase: str | None = None,
+        recipients: Sequence[str] = (),
+        force: bool = False,
+    ) -> None:
+        """Writes a file that only its owner may read.
+
+        Args:
+            path: of the file, in a folder that exists.
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+            recipients: seals the file to these age (``age1...``) or SSH public keys, so that it
+                can travel in the open. Needs the extra ``age``.
+            force: replace an existing file.
+
+        Raises:
+            ValueError: something that is no recipient.
+            FileExistsError: there is such a file, and no `force`.
+            ModuleNotFoundError: recipients, and the extra ``age`` is not installed.
+            OSError: it cannot be written.
+        """
+        fields = {"model-id": self.key.model_id.hex(), "level": str(self.key.level)}
+        if self.signer is not None:
+            fields["signer"] = self.signer.hex()
+        write_key_file(
+            path, GRANT, bytes(self.key), fields, passphrase=passphrase, force=force,
+            sealed=lambda text: sealed(text, recipients) if recipients else text,
+        )  # fmt: skip
+
+
+def _unhexed(path: AnyPath, field: str, text: str, size: int) -> bytes:
+    # fromhex() takes upper case and spaces, too.
+    if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
+        raise damaged(
+            str(path), f"{field}: expected {size} bytes as hex in lower case, got something else"
+        )
+    return bytes.fromhex(text)

@@ -1,0 +1,81 @@
+"""Key material: secret bytes that are never shown, and the functions that derive keys."""
+
+import hmac
+import unicodedata
+from typing import NoReturn
+
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+KEY_BYTES = 32
+SALT_BYTES = 16
+
+
+def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
+    """Bytes of a given number.
+
+    Raises:
+        TypeError, ValueError: not bytes, or another number of them.
+    """
+    expected = f"{name}: expected {size} bytes"
+    if not isinstance(value, bytes | bytearray | memoryview):
+        # Not the value: a passphrase may have been passed for a key.
+        raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
+    if len(bytes(value)) != size:
+        raise ValueError(f"{expected}, got {len(bytes(value))}. {remedy}")
+    return bytes(value)
+
+
+class KeyMaterial:
+    """32 secret bytes, which are never printed, pickled or hashed."""
+
+    __slots__ = ("_value",)
+    _remedy = ""  # for messages
+
+    def __init__(self, value: bytes) -> None:
+        self._value = checked_bytes(value, KEY_BYTES, type(self).__name__, self._remedy)
+
+    def __bytes__(self) -> bytes:
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return hmac.compare_digest(self._value, other._value)
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+    def __reduce__(self) -> NoReturn:
+        # A pickle is the easiest way to leave a secret in a cache or a checkpoint.
+        raise TypeError(f"cannot pickle {type(self).__name__}: write bytes(...) where it belongs")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"
+
+
+def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
+    """32 bytes of HKDF-SHA256 (RFC 5869) under a domain of ours."""
+    kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"selcrypt/v1/" + domain)
+    return kdf.derive(key)
+
+
+def stretched(
+    passphrase: str, salt: bytes, *, iterations: int, lanes: int, memory_kib: int
+) -> bytes:
+    """32 bytes of Argon2id (RFC 9106); see `Secret.from_passphrase`."""
+    if not isinstance(passphrase, str):
+        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}.")
+    if not passphrase.strip():
+        raise ValueError("passphrase: expected some text, got an empty one.")
+    if not isinstance(salt, bytes):
+        raise TypeError(f"salt: expected random bytes, got {type(salt).__name__}.")
+    if len(salt) < SALT_BYTES:
+        raise ValueError(
+            f"salt: expected at least {SALT_BYTES} random bytes, got {len(salt)}. "
+            "Make one with os.urandom(16) and keep it."
+        )
+    kdf = Argon2id(
+        salt=salt, length=KEY_BYTES, iterations=iterations, lanes=lanes, memory_cost=memory_kib
+    )
+    return kdf.derive(unicodedata.normalize("NFC", passphrase).encode())
