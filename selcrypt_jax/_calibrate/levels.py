@@ -9,7 +9,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._ciphers.lossless import LosslessCipher
 from .._masks.ranks import Scope
 from .._tree.names import Selector, check_key
-from .network import Sampled
+from .network import Network, Sampled
 from .search import Evaluation, Search
 
 
@@ -119,14 +119,18 @@ def calibrate_levels(
     network = Sampled(
         eval_fn, params, scores, scope, small, select, cipher, sign, key=key, keys=keys
     )
-    search = Search(network, wanted, budget, tolerance, progress)
+    return calibrated(Search(network, wanted, budget, tolerance, progress), network)
+
+
+def calibrated(search: Search, network: Network) -> Calibration:
+    """Runs a search, and says what it found."""
     values, spreads, exact = search.run()
     return Calibration(
-        masks=network.masks(search.counts),
-        fractions=tuple(map(network.fraction, search.counts)),
-        values=tuple(sign * float(value) for value in values),
-        spreads=spreads,
-        untouched=sign * search.untouched,
+        masks=network.masks(search.bounds),
+        fractions=tuple(map(network.fraction, network.opened(search.bounds))),
+        values=tuple(network.sign * float(value) for value in values),
+        spreads=tuple(map(float, spreads)),
+        untouched=network.sign * search.untouched,
         exact=exact,
         evaluations=search.evaluations,
         calls=network.calls,

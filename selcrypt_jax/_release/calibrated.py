@@ -7,10 +7,9 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from .._calibrate.levels import Calibration, checked_targets
+from .._calibrate.levels import Calibration, calibrated, checked_targets
 from .._calibrate.network import Release
-from .._calibrate.release import ReleaseSearch
-from .._calibrate.search import Evaluation
+from .._calibrate.search import Evaluation, Search
 from .._ciphers.lossless import LosslessCipher
 from .._io.arrays import as_array
 from .._io.atomic import check_output
@@ -261,16 +260,5 @@ def _calibrated(
         eval_fn, params, scores, scope, small, select, cipher, sign,
         secret=secret, levels=len(wanted), alike=alike,
     )  # fmt: skip
-    search = ReleaseSearch(network, wanted, budget, tolerance, progress, evaluations)
-    values = search.run()
-    found = Calibration(
-        masks=network.masks(search.bounds),
-        fractions=tuple(map(network.fraction, network.opened(search.bounds))),
-        values=tuple(sign * value for value in values),
-        spreads=(0.0,) * len(values),
-        untouched=sign * search.untouched,
-        exact=network.is_exact(search.bounds),
-        evaluations=search.evaluations,
-        calls=network.calls,
-    )
-    return found, network.model_id
+    search = Search(network, wanted, budget, tolerance, progress, evaluations)
+    return calibrated(search, network), network.model_id

@@ -23,7 +23,6 @@ from selcrypt_jax import calibrate_levels, importance, nested_masks
 from selcrypt_jax._calibrate import network as _measured
 from selcrypt_jax._calibrate.curve import Curve, isotonic
 from selcrypt_jax._calibrate.network import Network
-from selcrypt_jax._calibrate.release import ReleaseSearch
 from selcrypt_jax._calibrate.search import Search, most_evaluations
 from selcrypt_jax._release.plan import is_few, settled_counts
 from selcrypt_jax.cli import main
@@ -73,17 +72,22 @@ def test_isotonic_is_that_of_scipy(points):
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 
-def test_a_curve_keeps_its_shape_when_other_levels_change():
+def test_a_curve_goes_through_what_was_measured():
     curve = Curve(rising=False, power=0)
     curve.expect(0, 100.0, 1)
-    curve.add(10, 60.0, 1)
-    curve.add(100, 20.0, 1)
-    curve.outdate()
-    curve.add(10, 70.0, 1)
-    assert curve.at(100) == pytest.approx(30)
-    assert curve.nearest(50, 1, 1000) == 10
-    assert curve.nearest(50, 11, 1000) is None
-    assert curve.around(50) == ((10, pytest.approx(70)), (100, pytest.approx(30)))
+    curve.expect(10, 1.0, 0.1)
+    curve.add(10, 60.0, 1)  # in place of what was expected
+    curve.add(100, 18.0, 1)
+    curve.add(100, 24.0, 2)  # averaged
+    assert curve.at(10) == pytest.approx(60)
+    assert curve.at(100) == pytest.approx(22)
+    middle = math.sqrt(11 * 101) - 1  # of logarithms of one more
+    assert curve.at(round(middle)) == pytest.approx(41, abs=0.2)
+    assert curve.crossing(41, 1, 1000) == round(middle)
+    assert curve.crossing(41, 50, 1000) == 50
+    assert curve.crossing(5, 1, 1000) == 1000  # there is nothing on that side
+    curve.forget_beyond(50)
+    assert curve.measured == {10}
 
 
 @given(st.integers(1, 10**7), st.data())
@@ -98,7 +102,8 @@ class KnownNetwork:
     """What levels give is a formula, with noise."""
 
     sign, params = 1.0, None
-    fraction = Network.fraction
+    steady = False
+    fraction, sample = Network.fraction, Network.sample
 
     def __init__(self, *, half, power, opening, noise=0.0, keys=1, back=0.0):
         self.half, self.power, self.opening, self.back = half, power, opening, back
@@ -122,11 +127,11 @@ class KnownNetwork:
         rising = all(b > a for a, b in zip([0, *counts], counts, strict=False))
         return None if rising else "a level adds no groups"
 
-    def closed(self, level, counts):
-        return counts[level - 1] if level else 0, counts[-1]
+    def renew(self):
+        pass
 
-    def sample(self, masks):
-        return self._drawn(*masks)
+    def draw(self, level, counts):
+        return self._drawn(counts[level - 1] if level else 0, counts[-1])
 
     def check(self, counts, precision):
         levels = [0, *counts[:-1]]
@@ -151,7 +156,7 @@ def test_every_target_is_met_with_few_evaluations(targets, half, power, opening)
     assert search.evaluations <= most_evaluations(len(targets))
     np.testing.assert_allclose(values, targets, atol=1.0)
     assert (np.diff(values) >= 0).all()
-    assert sorted(set(search.counts)) == search.counts
+    assert sorted(set(search.bounds)) == search.bounds
 
 
 @given(**KNOWN)
@@ -160,7 +165,7 @@ def test_noise_is_averaged_over_keys(half, power, opening):
     search = Search(network, [60, 75, 85, 95], 1.0, 1.5, None)
     search.run()
     assert search.evaluations <= 40
-    true = [network.true(n, search.counts[-1]) for n in (0, *search.counts[:-1])]
+    true = [network.true(n, search.bounds[-1]) for n in (0, *search.bounds[:-1])]
     np.testing.assert_allclose(true, [60, 75, 85, 95], atol=2.5)
 
 
@@ -183,6 +188,7 @@ def test_steps_that_are_too_large_are_told():
 class KnownRelease(KnownNetwork):
     """The same under keys that stay: each ring in each leaf adds its own noise."""
 
+    steady = True
     leaves = (0.4, 0.3, 0.15, 0.1, 0.05)
 
     def __init__(self, **options):
@@ -197,7 +203,10 @@ class KnownRelease(KnownNetwork):
         assert sorted(counts) == counts
         return super().refusal(counts[: len(counts) // 2])
 
-    def sample(self, level, counts):
+    def is_exact(self, counts):
+        return True
+
+    def draw(self, level, counts):
         half = len(counts) // 2
         opened, ends = [0, *counts[:half]], [*counts[: half - 1 : -1], counts[half - 1]]
         error = 0.0
@@ -217,18 +226,20 @@ class KnownRelease(KnownNetwork):
 def test_a_release_meets_every_target(seed, half, power, opening):
     network = KnownRelease(half=half, power=power, opening=opening, noise=3.0)
     network.renewed = seed
-    search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
-    values = search.run()
+    search = Search(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+    values, spreads, exact = search.run()
+    assert exact
+    assert not spreads.any()
     np.testing.assert_allclose(values, [60, 75, 85, 95], atol=1.0)
     assert sorted(values) == list(values)
-    assert [network.sample(level, search.bounds) for level in range(4)] == list(values)
+    assert [network.draw(level, search.bounds) for level in range(4)] == list(values)
 
 
 def test_a_release_takes_few_evaluations():
     found = []
     for seed in range(20):
         network = KnownRelease(half=1000 + 300 * seed, power=1.2, opening=0.8, noise=3.0)
-        search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+        search = Search(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
         search.run()
         found.append(search.evaluations)
     assert np.median(found) <= 25
