@@ -214,18 +214,19 @@ class Search:
         known = {high + 1: above} if level else {}
         out: set[int] = set()
         while self.evaluations < self._limit:
-            place = first
-            if place is None or values:
-                place = high if aim is None else self._next(aim, known | values, out, low, high)
+            if first is not None and not values:
+                wanted = first
+            else:
+                wanted = high if aim is None else self._next(aim, values, known, out, low, high)
             try:
-                place = places.allowed(level, place, out)
+                place = places.allowed(level, wanted, out)
             except ValueError as error:
                 if values:
                     break
                 if strict:
                     return str(error)
                 raise
-            if aim is not None and self._is_hopeless(aim, values, place):
+            if aim is not None and self._is_hopeless(aim, values, wanted, place):
                 break
             if given is not None:
                 curve.add(place, given, self._network.keys)
@@ -254,28 +255,37 @@ class Search:
         places.put(level, place)
         if level and abs(values[place] - aim) > self._tolerance:
             # It cannot come nearer to a level beside it: the others meet it halfway.
-            lean = (values[place] - aim) / 2
-            self._aims = [
-                other if other is None or index == level else other - lean
-                for index, other in enumerate(self._aims)
-            ]
+            lean = float(np.clip((values[place] - aim) / 2, -self._near, self._near))
+            for index, target in enumerate(self._targets):
+                if index != level and target is not None:
+                    self._aims[index] = target - lean
         return values[place]
 
     def _next(
-        self, aim: float, values: Mapping[int, float], out: Collection[int], low: int, high: int
+        self,
+        aim: float,
+        values: Mapping[int, float],
+        known: Mapping[int, float],
+        out: Collection[int],
+        low: int,
+        high: int,
     ) -> int:
         """Between two neighbours on different sides of the target, or where the curve crosses."""
-        curve, found = self._curve, []
-        for one, other in itertools.pairwise(sorted(values)):
-            before, behind = values[one] - aim, values[other] - aim
+        curve, found, points = self._curve, [], {**known, **values}
+        sides = [value > aim for value in list(values.values())[-3:]]
+        stuck = len(sides) == 3 and len(set(sides)) == 1
+        for one, other in itertools.pairwise(sorted(points)):
+            before, behind = points[one] - aim, points[other] - aim
             if before * behind < 0:
-                share = min(max(before / (before - behind), 0.2), 0.8)
+                share = 0.5 if stuck else min(max(before / (before - behind), 0.1), 0.9)
                 place = (1 - share) * curve.place(one) + share * curve.place(other)
                 if (count := curve.count(place)) not in out:
                     found.append((abs(before) + abs(behind), count))
         return min(found)[1] if found else curve.crossing(aim, low, high)
 
-    def _is_hopeless(self, aim: float, values: Mapping[int, float], place: int) -> bool:
+    def _is_hopeless(
+        self, aim: float, values: Mapping[int, float], wanted: int, place: int
+    ) -> bool:
         """Whether values stay on one side, or there is no place left where the curve is near."""
         if len(values) < 4:
             return False
@@ -283,7 +293,8 @@ class Search:
         if errors.min() > 0 or errors.max() < 0:
             return len(errors) >= 10 or abs(errors.mean()) > 3 * errors.std(ddof=1)
         noise = np.std([value - self._curve.at(n) for n, value in values.items()], ddof=1)
-        return bool(abs(self._curve.at(place) - aim) > 2 * self._tolerance + 3 * noise)
+        far = abs(self._curve.at(place) - aim) > 2 * self._tolerance + 3 * noise
+        return place != wanted and bool(far)
 
     def _expect(self, level: int, above: float) -> Curve:
         """The curve of a level, which begins with what is known of it."""
