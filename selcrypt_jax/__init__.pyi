@@ -17,11 +17,8 @@ from ._format.keyfiles import write_grant as write_grant
 from ._format.keyfiles import write_secret as write_secret
 from ._format.keyfiles import write_signing_key as write_signing_key
 from ._format.keyfiles import write_verify_key as write_verify_key
-from ._importance.gates import hard_concrete as hard_concrete
-from ._importance.gates import probability_open as probability_open
 from ._importance.pss import PSSConfig as PSSConfig
 from ._importance.pss import PSSLearner as PSSLearner
-from ._importance.pss import PSSMetrics as PSSMetrics
 from ._importance.pss import PSSState as PSSState
 from ._importance.pss import pss as pss
 from ._importance.pss import pss_learner as pss_learner
