@@ -17,7 +17,7 @@ from ._format.keyfiles import write_grant as write_grant
 from ._format.keyfiles import write_secret as write_secret
 from ._format.keyfiles import write_signing_key as write_signing_key
 from ._format.keyfiles import write_verify_key as write_verify_key
-from ._importance.pss import PSSConfig as PSSConfig
+from ._importance.config import PSSConfig as PSSConfig
 from ._importance.pss import PSSLearner as PSSLearner
 from ._importance.pss import PSSState as PSSState
 from ._importance.pss import pss as pss

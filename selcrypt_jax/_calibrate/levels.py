@@ -32,6 +32,12 @@ class Calibration(NamedTuple):
         evaluations: how many selections and levels were tried.
         calls: how often `eval_fn` was called: an evaluation takes up to `keys` calls, or one for a
             release.
+
+    Examples:
+        >>> found = calibrate_levels(psnr_of, params, scores, [22, 26], key=key)
+        >>> for level, value in enumerate(found.values):
+        ...     print(f"level {level}: {value:.1f} dB, ±{found.spreads[level]:.1g} by the key")
+        >>> released = protect(params, found.masks, secret=secret)
     """
 
     masks: tuple[PyTree, ...]

@@ -12,7 +12,8 @@ from jaxtyping import PyTree
 
 from .. import importance
 from .._ciphers.lossless import LosslessCipher
-from .._importance.pss import PSSConfig, pss
+from .._importance.config import PSSConfig
+from .._importance.pss import pss
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
 from .._release.plan import guess_layout, merged_counts
