@@ -8,7 +8,7 @@ from ._ciphers.dprm import encrypt as encrypt
 from ._ciphers.dprm import unlocking as unlocking
 from ._ciphers.gaussian import GaussianCipher as GaussianCipher
 from ._ciphers.lossless import LosslessCipher as LosslessCipher
-from ._importance.pss import PSSConfig as PSSConfig
+from ._importance.config import PSSConfig as PSSConfig
 from ._importance.pss import PSSLearner as PSSLearner
 from ._importance.pss import PSSState as PSSState
 from ._importance.pss import pss as pss

@@ -29,7 +29,8 @@ import tyro
 from _loop import Row, check_numbers, check_output, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
-from selcrypt_jax import PSSConfig, PSSState, probability_open, pss_learner
+from selcrypt_jax import PSSConfig, PSSState, pss_learner
+from selcrypt_jax._importance.gates import probability_open
 from selcrypt_jax.models import to_torch, torch_names
 
 

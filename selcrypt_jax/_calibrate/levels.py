@@ -13,8 +13,7 @@ from .._masks.ranks import Scores
 from .._masks.scores import scores_for, source_of_tree, whole_leaves
 from .._tree.groups import Ring
 from .._tree.names import check_key, named_leaves
-from .network import Release, Sampled
-from .release import ReleaseSearch
+from .network import Network, Release, Sampled
 from .search import Search
 from .targets import Targets, checked_targets
 
@@ -113,17 +112,7 @@ def calibrate_levels(
             targets, params, scores, selection.scope, whole, cipher, key=key, keys=keys
         )
     search = Search(network, wanted, _budget(selection), targets.tolerance, targets.progress)
-    values, spreads, exact = search.run()
-    return Calibration(
-        masks=network.masks(search.counts),
-        levels=tuple(map(network.fraction, search.counts)),
-        values=tuple(targets.sign * float(value) for value in values),
-        spreads=spreads,
-        untouched=targets.sign * search.untouched,
-        exact=exact,
-        evaluations=search.evaluations,
-        calls=network.calls,
-    )
+    return _found(search, network)
 
 
 def release_levels(
@@ -168,22 +157,27 @@ def release_levels(
         targets, params, scores, selection.scope, whole, cipher,
         secret=secret, levels=len(wanted), twins=twins,
     )  # fmt: skip
-    search = ReleaseSearch(
+    search = Search(
         network, wanted, _budget(selection), targets.tolerance, targets.progress,
         targets.evaluations,
     )  # fmt: skip
-    values = search.run()
-    found = Calibration(
+    found = _found(search, network)
+    return network.rings(search.bounds), found, network.model_id
+
+
+def _found(search: Search, network: Network) -> Calibration:
+    """Runs a search, and says what it found."""
+    values, spreads, exact = search.run()
+    return Calibration(
         masks=network.masks(search.bounds),
         levels=tuple(map(network.fraction, network.opened(search.bounds))),
-        values=tuple(targets.sign * value for value in values),
-        spreads=(0.0,) * len(values),
-        untouched=targets.sign * search.untouched,
-        exact=network.is_exact(search.bounds),
+        values=tuple(network.sign * float(value) for value in values),
+        spreads=tuple(map(float, spreads)),
+        untouched=network.sign * search.untouched,
+        exact=exact,
         evaluations=search.evaluations,
         calls=network.calls,
     )
-    return network.rings(search.bounds), found, network.model_id
 
 
 def _budget(selection: Select) -> float:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
@@ -31,7 +32,7 @@ from .._tree.names import is_array, listed, named_leaves
 from .targets import Targets
 
 
-class Network:
+class Network(ABC):
     """A network that is encrypted by counts of its most important groups, and measured.
 
     A *count* is a number of groups of the whole model; with scope "leaf" it stands for the same
@@ -40,8 +41,10 @@ class Network:
     Args: see `calibrate_levels`.
     """
 
-    keys: int
-    """How many protections a value is the mean of, at most."""
+    keys = 1
+    """How many protections a value is averaged over, at most."""
+    steady = False
+    """Whether the keys stay, so that what is measured is what is released."""
 
     def __init__(
         self,
@@ -133,7 +136,66 @@ class Network:
             )
         return self.sign * number
 
-    def is_same(self, params: PyTree) -> bool:
+    @abstractmethod
+    def ring_keys(self, count: int) -> list[PRNGKeyArray]:
+        """Keys of the last rings."""
+
+    def renew(self) -> None:  # noqa: B027
+        """Begins another release, if it is one."""
+
+    def opened(self, counts: Sequence[int]) -> Sequence[int]:
+        """How many groups levels 1 to M open."""
+        return counts
+
+    def draw(self, level: int, counts: Sequence[int]) -> float:
+        """What a level gives, once."""
+        masks = self.closed(level, counts)
+        keys = self.ring_keys(len(masks))
+        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
+
+    def sample(
+        self, level: int, counts: Sequence[int], target: float | None, tolerance: float
+    ) -> tuple[float, int]:
+        """What a level gives, averaged over keys, and over how many: as few as will do."""
+        values: list[float] = []
+        while len(values) < self.keys and not is_precise(np.array(values), tolerance / 3):
+            values.append(self.draw(level, counts))
+            # Far from the target no more is needed than on which side it is.
+            if target is not None and len(values) > 1:
+                doubt = 3 * np.std(values, ddof=1) / math.sqrt(len(values))
+                if abs(np.mean(values) - target) > 4 * tolerance + doubt:
+                    break
+        return float(np.mean(values)), len(values)
+
+    def check(self, counts: Sequence[int], precision: float) -> tuple[np.ndarray, bool]:
+        """What levels 0 to M-1 give, ``[keys, levels]``; whether level M is exact.
+
+        Args:
+            counts: of the levels.
+            precision: see `is_precise`.
+        """
+        masks = self.masks(counts)
+        rows: list[list[float]] = []
+        exact = True
+        while len(rows) < self.keys and not is_precise(np.array(rows), precision):
+            keys = self.ring_keys(len(masks))
+            protected = encrypt(self.params, masks, keys, cipher=self.cipher)
+            opened = (
+                decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
+                for level in range(len(masks) + 1)
+            )
+            rows.append([self.measure(next(opened)) for _ in masks])
+            exact &= self._is_same(next(opened))
+        return np.array(rows), exact
+
+    def is_exact(self, counts: Sequence[int]) -> bool:
+        """Whether the top level gives back every bit."""
+        masks = self.masks(counts)
+        keys = self.ring_keys(len(masks))
+        protected = encrypt(self.params, masks, keys, cipher=self.cipher)
+        return self._is_same(decrypt(protected, masks, keys, cipher=self.cipher))
+
+    def _is_same(self, params: PyTree) -> bool:
         """Whether all arrays are those of the network, bit for bit."""
         after = named_leaves(params).leaves
         return all(
@@ -159,33 +221,6 @@ class Sampled(Network):
         words = np.asarray(jax.random.bits(drawn, (count, 8), "uint32"))
         return [chacha20_key(row.tobytes()) for row in words]
 
-    def sample(self, masks: Sequence[PyTree]) -> float:
-        """The metric with these encrypted, under new keys."""
-        keys = self.ring_keys(len(masks))
-        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
-
-    def check(self, counts: Sequence[int], precision: float) -> tuple[np.ndarray, bool]:
-        """What levels 0 to M-1 give, ``[keys, levels]``; whether level M is exact.
-
-        Args:
-            counts: of the levels.
-            precision: see `is_precise`.
-        """
-        masks = self.masks(counts)
-        rows: list[list[float]] = []
-        exact = True
-        while len(rows) < self.keys and not is_precise(np.array(rows), precision):
-            keys = self.ring_keys(len(masks))
-            protected = encrypt(self.params, masks, keys, cipher=self.cipher)
-            rows.append([])
-            for level in range(len(masks) + 1):
-                opened = decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
-                if level < len(masks):
-                    rows[-1].append(self.measure(opened))
-                    continue
-                exact &= self.is_same(opened)
-        return np.array(rows), exact
-
 
 class Release(Network):
     """Under the keys of one release.
@@ -204,7 +239,7 @@ class Release(Network):
         twins: names of leaves that are bit for bit alike, in which the same is encrypted.
     """
 
-    keys = 1
+    steady = True
 
     def __init__(
         self,
@@ -249,22 +284,14 @@ class Release(Network):
         return rings
 
     def opened(self, counts: Sequence[int]) -> list[int]:
-        """How many groups levels 1 to M open."""
+        """See `Network.opened`."""
         levels = len(counts) // 2
         ends = [counts[-1 - level] for level in range(levels)] + [counts[levels - 1]]
         return [counts[level] + ends[0] - ends[level + 1] for level in range(levels)]
 
-    def sample(self, level: int, counts: Sequence[int]) -> float:
-        """What a level gives."""
-        masks = self.closed(level, counts)
-        keys = self._ring_keys[-len(masks) :]
-        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
-
-    def is_exact(self, counts: Sequence[int]) -> bool:
-        """Whether the top level gives back every bit."""
-        masks, keys = self.masks(counts), self._ring_keys
-        protected = encrypt(self.params, masks, keys, cipher=self.cipher)
-        return self.is_same(decrypt(protected, masks, keys, cipher=self.cipher))
+    def ring_keys(self, count: int) -> list[PRNGKeyArray]:
+        """Those of the release."""
+        return list(self._ring_keys[-count:])
 
 
 def is_precise(values: np.ndarray, precision: float) -> bool:

@@ -1,19 +1,17 @@
-"""The search for levels that meet their targets, in the mean over keys."""
+"""The search for levels that meet their targets: averaged over keys, or those of one release."""
 
+import itertools
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fractions import Fraction
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from .._masks.levels import check_share
-from .curve import Curve, Point, isotonic
-from .network import Network, Sampled, is_precise
+from .curve import Curve, isotonic
+from .network import Network
+from .places import Places
 from .targets import Evaluation
-
-NetworkT = TypeVar("NetworkT", bound=Network)
 
 
 def most_evaluations(levels: int) -> int:
@@ -21,8 +19,17 @@ def most_evaluations(levels: int) -> int:
     return 8 * levels + 8
 
 
-class Targets(ABC, Generic[NetworkT]):
-    """What is looked for, and what is known of it.
+class Search:
+    """Finds the counts of each level, from the top down.
+
+    Near the place where the curve of a level crosses its target, counts are tried until one is
+    within the tolerance. Averaged over keys, all levels are then checked under keys that the search
+    has not used, and it goes on where they are off.
+
+    Under the keys of one release (`Network.steady`) what a level gives follows from its own counts
+    and those above it, so that what is found stays; and other counts nearby are as good as other
+    keys: they shuffle the ring again. If none is within the tolerance, the search restarts with
+    another release.
 
     Args:
         network: that is measured.
@@ -33,12 +40,9 @@ class Targets(ABC, Generic[NetworkT]):
         limit: how many evaluations may be taken; `most_evaluations` by default.
     """
 
-    _near = 0.5
-    """How many tolerances from the first target are near enough, with all of the budget."""
-
     def __init__(
         self,
-        network: NetworkT,
+        network: Network,
         targets: Sequence[float | None],
         budget: float,
         tolerance: float | None,
@@ -46,9 +50,10 @@ class Targets(ABC, Generic[NetworkT]):
         limit: int | None = None,
     ) -> None:
         self._network, self._targets, self._progress = network, targets, progress
-        self._levels = len(targets)
-        self._limit = most_evaluations(self._levels) if limit is None else limit
-        self.evaluations = 0
+        self._levels, self._steady = len(targets), network.steady
+        limit = most_evaluations(self._levels) if limit is None else limit
+        self._limit = limit if self._steady else limit - self._levels  # which the check takes
+        self.evaluations, self._given = 0, [[] for _ in range(self._levels + 1)]
         check_share("budget", budget)
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
@@ -58,62 +63,290 @@ class Targets(ABC, Generic[NetworkT]):
             )
         self.untouched = network.measure(network.params)
         self._said(self._levels, network.groups, self.untouched)
-        worst = min(target for target in targets if target is not None)
         if tolerance is None:
+            worst = min(target for target in targets if target is not None)
             tolerance = 0.02 * abs(self.untouched - worst)
         if not (math.isfinite(tolerance) and tolerance > 0):
             raise ValueError(f"tolerance: expected a number above 0, got {tolerance}.")
-        self._tolerance = tolerance
         for level, target in enumerate(targets):
             if target is not None and target > self.untouched + tolerance:
                 raise ValueError(
                     f"targets[{level}]: cannot reach {self._show(target)}: the untouched network "
                     f"gives {self._show(self.untouched)}. Ask for less, or say that lower is "
-                    "better (higher_is_better=False, --lower-is-better)."
+                    "better (lower_is_better=True, --lower-is-better)."
                 )
-        # Level m opens counts[m - 1] groups; counts[-1] is all that is encrypted.
-        self.counts = [self._most * level // self._levels for level in range(1, self._levels + 1)]
-        self._curves = [
-            Curve(rising=level > 0, power=0.5 if level else 0) for level in range(self._levels)
-        ]
+        # An average is not known exactly, and has to be as near when it is checked.
+        self._tolerance, self._near = tolerance, tolerance if self._steady else tolerance / 2
+        self._aims = list(targets)
+        self._places = Places(network, self._levels, self._most)
+        # Of level 0, by how much is encrypted; and of the level that is looked for.
+        self._whole = self._curve = Curve(rising=False, power=0)
+
+    @property
+    def bounds(self) -> list[int]:
+        """The counts that were found: M, or 2M of a release."""
+        return self._places.bounds
+
+    def run(self) -> tuple[np.ndarray, np.ndarray, bool]:
+        """What levels 0 to M-1 give, mean and deviation over keys; whether level M is exact."""
+        self._reach()
+        again, exact, checked, slack = False, True, None, np.zeros(0)
+        while True:
+            before, values = self.evaluations, self._settle_all(again, checked, slack)
+            if isinstance(values, str):
+                missing = values
+            elif self._steady:
+                return values, np.zeros(self._levels), self._network.is_exact(self.bounds)
+            else:
+                drawn, same = self._network.check(self.bounds, self._tolerance / 3)
+                exact &= same
+                for level, value in enumerate(drawn.mean(0)):
+                    self._said(level, self.bounds[level - 1], float(value))
+                # Levels in the wrong order, which is chance, are averaged too.
+                checked = isotonic(drawn.mean(0), np.ones(self._levels))
+                alone = len(drawn) == 1
+                spreads = np.full(self._levels, np.nan) if alone else drawn.std(0, ddof=1)
+                errors = [
+                    0.0 if target is None else abs(value - target)
+                    for value, target in zip(checked, self._targets, strict=True)
+                ]
+                if max(errors) <= self._tolerance:
+                    return checked, spreads, exact
+                missing = self._missed(int(np.argmax(errors)))
+                # Levels that may be off by chance stay where they are.
+                slack = self._tolerance + np.nan_to_num(spreads) / math.sqrt(len(drawn))
+            if self.evaluations >= self._limit or self.evaluations == before:
+                raise ValueError(missing)
+            self._network.renew()
+            again = True
+
+    def _settle_all(
+        self, again: bool, checked: np.ndarray | None, slack: np.ndarray
+    ) -> np.ndarray | str:
+        """Goes through the levels once, or as far as there is something to find.
+
+        Args:
+            again: whether the counts are those of an earlier attempt.
+            checked: what they gave under fresh keys.
+            slack: how far from the target they may stay where they are.
+
+        Returns:
+            What levels 0 to M-1 give, or what is missing.
+        """
+        places, order = self._places, [0, *range(self._levels - 1, 0, -1)]
+        places.begin(steered=False)
+        if self._steady and self._levels > 1:
+            # Level 0 depends on all others, and so is last. They take less than it needs.
+            low, high = self._targets[:2]
+            if low is not None and high is not None:
+                room = (high - low) / 2
+                self._settle(0, low + room, max(room * 2 / 3, self._near), strict=False)
+                self._check_little()
+            places.begin(steered=True)
+            order = [*order[1:], 0]
+        values, moved = np.full(self._levels + 1, self.untouched), False
+        for level in order:
+            aim, place = self._aims[level], places.counts[level - 1]
+            given = None if moved or checked is None else float(checked[level])
+            if aim is None and not places.steered:
+                continue
+            if aim is not None and given is not None and abs(given - aim) <= slack[level]:
+                values[level] = given
+                continue
+            found = self._settle(
+                level, aim, self._near, values[level + 1], strict=self._steady,
+                first=place if again else None, given=given,
+            )  # fmt: skip
+            if isinstance(found, str):
+                return found
+            values[level] = found
+            moved |= place != places.counts[level - 1]
+            if not level and not places.steered:
+                self._check_little()
+        return values[:-1]
+
+    def _settle(
+        self,
+        level: int,
+        aim: float | None,
+        near: float,
+        above: float = math.inf,
+        *,
+        strict: bool,
+        first: int | None = None,
+        given: float | None = None,
+    ) -> float | str:
+        """Tries places of one level until what it gives is as near to the target as it shall be.
+
+        Args:
+            level: 0 to M-1.
+            aim: what it shall give; None for anything.
+            near: how near it shall come.
+            above: what the next higher level gives.
+            strict: whether the nearest place is of no use if it is not near.
+            first: where to begin; None for where the target is expected.
+            given: what it gives there, if that is known.
+
+        Returns:
+            What it gives, or what is missing.
+        """
+        places = self._places
+        curve, (low, high) = self._expect(level, above), places.room(level)
+        if not level and places.steered:
+            first = high if aim is None else low
+        values: dict[int, float] = {}
+        known = {high + 1: above} if level else {}
+        out: set[int] = set()
+        while self.evaluations < self._limit:
+            if first is not None and not values:
+                wanted = first
+            else:
+                wanted = high if aim is None else self._next(aim, values, known, out, low, high)
+            try:
+                place = places.allowed(level, wanted, out)
+            except ValueError as error:
+                if values:
+                    break
+                if strict:
+                    return str(error)
+                raise
+            if aim is not None and self._is_hopeless(aim, values, wanted, place):
+                break
+            if given is not None:
+                curve.add(place, given, self._network.keys)
+                value, given = given, None
+            elif not strict and place in curve.measured:
+                value = curve.at(place)
+            else:
+                value = self._measure(level, place)
+                value = value if self._steady else curve.at(place)
+            values[place] = value
+            error = 0.0 if aim is None else value - aim
+            # Of a release, no level is better than a higher one.
+            if abs(error) <= near and (value <= above or not strict):
+                places.put(level, place)
+                return value
+            # The mean does not change faster than this, and nearer by is often the same draw.
+            wide = max(place, places.end) if level or places.steered else place
+            wide = min(wide, high + 1 - place) if level else wide
+            skip = math.ceil(wide * abs(error) / self._span / 8)
+            out.update(range(place - skip + 1, place + skip), [place])
+        if strict or aim is None:
+            return self._missed(level)
+        place = min(values, key=lambda place: abs(values[place] - aim), default=None)
+        if place is None:
+            return curve.at(places.counts[level - 1])
+        places.put(level, place)
+        if level and abs(values[place] - aim) > self._tolerance:
+            # It cannot come nearer to a level beside it: the others meet it halfway.
+            lean = float(np.clip((values[place] - aim) / 2, -self._near, self._near))
+            for index, target in enumerate(self._targets):
+                if index != level and target is not None:
+                    self._aims[index] = target - lean
+        return values[place]
+
+    def _next(
+        self,
+        aim: float,
+        values: Mapping[int, float],
+        known: Mapping[int, float],
+        out: Collection[int],
+        low: int,
+        high: int,
+    ) -> int:
+        """Between two neighbours on different sides of the target, or where the curve crosses."""
+        curve, found, points = self._curve, [], {**known, **values}
+        sides = [value > aim for value in list(values.values())[-3:]]
+        stuck = len(sides) == 3 and len(set(sides)) == 1
+        for one, other in itertools.pairwise(sorted(points)):
+            before, behind = points[one] - aim, points[other] - aim
+            if before * behind < 0:
+                share = 0.5 if stuck else min(max(before / (before - behind), 0.1), 0.9)
+                place = (1 - share) * curve.place(one) + share * curve.place(other)
+                if (count := curve.count(place)) not in out:
+                    found.append((abs(before) + abs(behind), count))
+        return min(found)[1] if found else curve.crossing(aim, low, high)
+
+    def _is_hopeless(
+        self, aim: float, values: Mapping[int, float], wanted: int, place: int
+    ) -> bool:
+        """Whether values stay on one side, or there is no place left where the curve is near."""
+        if len(values) < 4:
+            return False
+        errors = np.array(list(values.values())) - aim
+        if errors.min() > 0 or errors.max() < 0:
+            return len(errors) >= 10 or abs(errors.mean()) > 3 * errors.std(ddof=1)
+        noise = np.std([value - self._curve.at(n) for n, value in values.items()], ddof=1)
+        far = abs(self._curve.at(place) - aim) > 2 * self._tolerance + 3 * noise
+        return place != wanted and bool(far)
+
+    def _expect(self, level: int, above: float) -> Curve:
+        """The curve of a level, which begins with what is known of it."""
+        places = self._places
+        if not level and not places.steered:
+            self._curve = self._whole
+            return self._whole
+        curve = self._curve = Curve(rising=level > 0, power=0.5 if level else 0)
+        closed, target = self._whole.at(places.end), self._targets[level]
+        if not level:
+            curve.expect(places.end, max(closed, target or closed), 0.1)
+            for count in self._whole.measured:
+                if count > places.end:
+                    curve.expect(count, self._whole.at(count), 0.1)
+            return curve
+        assert target is not None
+        low, floor = places.room(level)[0], places.floor(level)
+        curve.expect(low, self._worst, 0.1)
+        if low < floor or not self._steady:
+            curve.expect(floor, min(closed, target), 0.1)
+        curve.expect(places.counts[level], above, 1)
+        return curve
+
+    def _measure(self, level: int, place: int) -> float:
+        bounds, target = self._places.rings(level, place), self._targets[level]
+        value, weight = self._network.sample(level, bounds, target, self._tolerance)
+        self._curve.add(place, value, weight)
+        self._said(level, bounds[level - 1], value)
+        return value
 
     def _reach(self) -> None:
         """Tries all of the budget, and less of it where that does not break the network enough."""
-        curve, target, count = self._curves[0], self._targets[0], self._most
+        curve, target, count = self._whole, self._targets[0], self._most
         curve.expect(0, self.untouched, self._network.keys)
-        worst = self.untouched
+        self._worst = self.untouched
         while True:
-            count = self._allowed(0, count, self._levels, self._most)
+            count = self._places.allowed(0, count)
             value = self._measure(0, count)
-            worst = min(worst, value)
-            if target is None or value <= target + self._near * self._tolerance:
+            self._worst = min(self._worst, value)
+            if target is None or value <= target + self._near:
                 break
             # A network that is shuffled as a whole may be less wrong than one that is in part.
             if count // 4 < self._levels or self.evaluations >= 6:
-                flat = abs(worst - self.untouched) <= 1e-9 * abs(self.untouched)
+                if abs(self._worst - self.untouched) <= 1e-9 * abs(self.untouched):
+                    remedy = "The metric is flat: does the metric look at its argument?"
+                else:
+                    remedy = (
+                        "Raise the budget, take other scores, encrypt small leaves too "
+                        "(small=0.02), or ask for no less than that."
+                    )
                 raise ValueError(
                     f"targets[0]: cannot reach {self._show(target)}: encrypting up to "
                     f"{self._network.fraction(self._most)} of the groups leaves "
-                    f"{self._show(worst)} of {self._show(self.untouched)}. "
-                    + (
-                        "The metric is flat: does eval_fn look at its argument?"
-                        if flat
-                        else "Raise the budget, take other scores, encrypt small leaves too "
-                        "(small=0.02), or ask for no less than that."
-                    )
+                    f"{self._show(self._worst)} of {self._show(self.untouched)}. {remedy}"
                 )
             count //= 4
         curve.forget_beyond(count)
-        self.counts = self._scaled(count)
+        self._places.put(0, count)
+        self._span = max(self.untouched - value, self._tolerance)
 
     def _check_little(self) -> None:
         """Refuses a first target that is passed already where next to nothing is encrypted."""
-        curve, target = self._curves[0], self._targets[0]
-        if target is None or any(curve.at(n) >= target - self._tolerance for n in curve.fresh):
+        curve, target = self._whole, self._targets[0]
+        if target is None or any(curve.at(n) >= target - self._tolerance for n in curve.measured):
             return
         if self.evaluations >= self._limit:
             return  # less may not have been tried
-        least = min(curve.fresh)
+        least = min(curve.measured)
         raise ValueError(
             f"targets[0]: cannot reach {self._show(target)}: encrypting as little as "
             f"{self._network.fraction(least)} of the groups leaves {self._show(curve.at(least))}. "
@@ -121,225 +354,31 @@ class Targets(ABC, Generic[NetworkT]):
             "or scores that spread the damage, such as random ones, or ask for no more than that."
         )
 
-    def _scaled(self, count: int) -> list[int]:
-        """The counts of all levels, as large parts of the whole as now."""
-        scaled = [max(round(n * count / self.counts[-1]), i) for i, n in enumerate(self.counts, 1)]
-        for index in range(self._levels - 2, -1, -1):
-            scaled[index] = min(scaled[index], scaled[index + 1] - 1)
-        return scaled
-
-    def _allowed(
-        self, level: int, count: int, low: int, high: int, without: Collection[int] = ()
-    ) -> int:
-        """A count nearby of which the cipher takes every ring: the nearest, or nearly so."""
-        reason, refusals, distance = None, 0, 0
-        while distance <= max(high - count, count - low) and refusals < 129:
-            for near in dict.fromkeys((count + distance, count - distance)):
-                if low <= near <= high and near not in without:
-                    refused = self._network.refusal(self._rings(level, near)[1])
-                    if refused is None:
-                        return near
-                    reason, refusals = reason or refused, refusals + 1
-            # Rings may be too small by far.
-            distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
-        raise ValueError(
-            f"targets[{level}]: no groups left to choose from: {(reason or 'none').rstrip('.')}. "
-            "Use smaller groups, scope='leaf', fewer levels, or scores without the leaves that are "
-            "too small."
+    def _missed(self, level: int) -> str:
+        """What to say of a level that does not meet its target: what came closest, on each side."""
+        target, given = self._targets[level], sorted(self._given[level])
+        assert target is not None
+        ends = [end for end in given if end[0] <= target][-1:]
+        ends += [end for end in given if end[0] > target][:1]
+        shown = [f"{self._show(value)} at {self._network.fraction(n)}" for value, n in ends]
+        more, other = "evaluations", "."
+        if not self._steady:
+            more = "keys"
+            other = "; or calibrate a release under its own keys (selcrypt protect --targets)."
+        return (
+            f"targets[{level}]: cannot reach {self._show(target)} within {self._tolerance:.3g} in "
+            f"{self.evaluations} evaluations: it gave {' and '.join(shown) or 'nothing yet'}. "
+            f"Allow more {more} or a larger tolerance, or use an order with smaller steps (smaller "
+            "groups, scope='leaf', scores that spread the damage, such as random ones, without "
+            f"small first layers){other}"
         )
-
-    @abstractmethod
-    def _rings(self, level: int, count: int) -> tuple[int, list[int]]:
-        """A level with so many groups, as it is measured: its number there, and all counts."""
-
-    @abstractmethod
-    def _measure(self, level: int, count: int) -> float:
-        """What a level of so many groups gives."""
 
     def _said(self, level: int, count: int, value: float) -> None:
         self.evaluations += 1
+        self._given[level].append((value, count))
         if self._progress is not None:
-            fraction = self._network.fraction(count)
-            sign = self._network.sign
-            self._progress(Evaluation(self.evaluations, level, fraction, sign * value))
+            fraction, value = self._network.fraction(count), self._network.sign * value
+            self._progress(Evaluation(self.evaluations, level, fraction, value))
 
     def _show(self, value: float) -> str:
         return f"{self._network.sign * value:.6g}"
-
-
-class Search(Targets[Sampled]):
-    """Finds the count of each level, from the top down; then checks and corrects all of them."""
-
-    def run(self) -> tuple[np.ndarray, tuple[float, ...], bool]:
-        """Mean and deviation of what each level gives, and whether the top one is exact."""
-        order = [0, *range(self._levels - 1, 0, -1)]
-        self._reach()
-        for level in order:
-            self._solve(level, 10 if level == 0 else 6)
-            if level == 0:
-                self._check_little()
-        found: dict[tuple[int, ...], np.ndarray] = {}
-        exact = True
-        while True:
-            if reason := self._network.refusal(self.counts):
-                raise ValueError(
-                    f"targets: no levels between what was found: {reason}. Use smaller groups, "
-                    "scope='leaf', fewer levels or targets further apart."
-                )
-            drawn, same = self._network.check(self.counts, self._tolerance / 3)
-            exact &= same
-            for level, value in enumerate(drawn.mean(0)):
-                self._said(level, self.counts[level - 1], float(value))
-            known = tuple(self.counts)
-            found[known] = np.concatenate([found[known], drawn]) if known in found else drawn
-            self.counts = list(min(found, key=lambda counts: self._worst(found[counts])))
-            values = found[tuple(self.counts)]
-            met = self._worst(values) <= self._tolerance
-            if met or self.evaluations + self._levels > self._limit:
-                break
-            self.counts = list(known)
-            self._correct(order, drawn, _means(found[known]))
-        if not met:
-            raise ValueError(self._missed(values))
-        spreads = values.std(0, ddof=1) if len(values) > 1 else np.full(self._levels, np.nan)
-        return _means(values), tuple(map(float, spreads)), exact
-
-    def _rings(self, level: int, count: int) -> tuple[int, list[int]]:
-        """A level with so many groups among all counts; those below keep their parts.
-
-        Where that leaves no room for lower levels, they are left out.
-        """
-        if not level:
-            scaled = self._scaled(count)
-            return 0, [count] if self._network.refusal(scaled) else scaled
-        above, lower = self.counts[level:], self.counts[: level - 1]
-        parts = [max(round(n * count / self.counts[level - 1]), i) for i, n in enumerate(lower, 1)]
-        whole = [*parts, count, *above]
-        return (1, [count, *above]) if self._network.refusal(whole) else (level, whole)
-
-    def _measure(self, level: int, count: int) -> float:
-        target, values = self._targets[level], []
-        masks = self._network.closed(*self._rings(level, count))
-        while len(values) < self._network.keys:
-            values.append(self._network.sample(masks))
-            if is_precise(np.array(values), self._tolerance / 3):
-                break
-            # Far from the target no more is needed than on which side it is.
-            if target is not None and len(values) > 1:
-                doubt = 3 * np.std(values, ddof=1) / math.sqrt(len(values))
-                if abs(np.mean(values) - target) > 4 * self._tolerance + doubt:
-                    break
-        mean = float(np.mean(values))
-        self._curves[level].add(count, mean, len(values))
-        self._said(level, count, mean)
-        return mean
-
-    def _solve(self, level: int, most: int) -> None:
-        """Looks for the count of one level, with those above it as they are."""
-        curve, target = self._curves[level], self._targets[level]
-        if target is None:
-            return
-        low = level or self._levels
-        high = self.counts[level] - 1 if level else self._most
-        fresh = not curve.known  # levels below are guesses
-        if level and fresh:
-            above = self._targets[level + 1] if level + 1 < self._levels else self.untouched
-            assert above is not None
-            curve.expect(0, min(self._curves[0].at(self.counts[-1]), target), 0.1)
-            curve.expect(high + 1, above, 0.1)
-        ends: list[tuple[Point | None, Point | None]] = []
-        for _ in range(most):
-            if self.evaluations >= self._limit - self._levels:
-                break
-            here = self.counts[level - 1]
-            if here in curve.fresh and abs(curve.at(here) - target) <= self._tolerance / 2:
-                break
-            ends.append(curve.around(target))
-            count = curve.between(target, ends, low, high)
-            count = self._allowed(level, count, low, high)
-            if count in curve.fresh:
-                break
-            self._measure(level, count)
-            if abs(curve.at(count) - target) <= self._tolerance / 2:
-                break
-        best = curve.nearest(target, low, high)
-        if best is None:
-            best = min(max(self.counts[level - 1], low), high)
-        if level:
-            below = self.counts[: level - 1]
-            for index, count in enumerate(below):
-                part = round(count * best / self.counts[level - 1]) if fresh else count
-                self.counts[index] = max(part, index + 1)
-            self.counts[level - 1] = best
-            for index in range(level - 2, -1, -1):
-                self.counts[index] = min(self.counts[index], self.counts[index + 1] - 1)
-        else:
-            self.counts = self._scaled(best)
-
-    def _correct(self, order: Sequence[int], drawn: np.ndarray, means: np.ndarray) -> None:
-        """Moves the levels that are off, and those below which they moved."""
-        moved = False
-        for level in order:
-            curve, before = self._curves[level], list(self.counts)
-            if moved:
-                curve.outdate()
-                if self.evaluations < self._limit - self._levels:
-                    high = self.counts[level] - 1
-                    place = min(max(self.counts[level - 1], level), high)
-                    self._measure(level, self._allowed(level, place, level, high))
-            else:
-                # The search knew the levels below, and the rings that they leave, by guess only.
-                value, doubt = float(drawn[:, level].mean()), 0.0
-                if len(drawn) > 1:
-                    doubt = 3 * float(drawn[:, level].std(ddof=1)) / math.sqrt(len(drawn))
-                if abs(value - curve.at(self.counts[level - 1])) > doubt + self._tolerance / 2:
-                    curve.outdate()
-                curve.add(self.counts[level - 1], value, len(drawn))
-            # One that is off because it cannot come nearer to the level above moves that one.
-            pushed = level - 1 > 0 and self.counts[level - 2] == self.counts[level - 1] - 1
-            off = self._error(level, means) > self._tolerance
-            off |= pushed and self._error(level - 1, means) > self._tolerance
-            if moved or off:
-                self._solve(level, 3)
-            moved |= before != self.counts
-
-    def _error(self, level: int, values: np.ndarray) -> float:
-        target = self._targets[level]
-        return 0.0 if target is None else abs(float(values[level]) - target)
-
-    def _worst(self, values: np.ndarray) -> float:
-        return max(self._error(level, _means(values)) for level in range(self._levels))
-
-    def _missed(self, values: np.ndarray) -> str:
-        means = _means(values)
-        level = max(range(self._levels), key=lambda level: self._error(level, means))
-        target = self._targets[level]
-        assert target is not None
-        curve = self._curves[level]
-        if not curve.fresh:
-            curve.fresh.add(self.counts[level - 1])
-        tried = sorted((curve.at(count), count) for count in curve.fresh)
-        ends = [
-            *[end for end in tried if end[0] <= target][-1:],
-            *[end for end in tried if end[0] > target][:1],
-        ]
-        between = " and ".join(
-            f"{self._show(value)} at {self._network.fraction(count)}" for value, count in ends
-        )
-        noise = ""
-        if len(values) > 1:
-            error = values[:, level].std(ddof=1) / math.sqrt(len(values))
-            noise = f" (a mean that is known to ±{error:.2g} after {len(values)} keys)"
-        return (
-            f"targets[{level}]: cannot reach {self._show(target)} within {self._tolerance:.3g}: "
-            f"the levels that came closest give {self._show(float(means[level]))}{noise}; by "
-            f"itself, over fewer keys, it gave {between}. Use an order with smaller steps "
-            "(smaller groups, scope='leaf', scores that spread the damage, such as random ones), "
-            "more keys, a larger tolerance, or other targets; or calibrate a release under its own "
-            "key (protect_calibrated, selcrypt protect --targets)."
-        )
-
-
-def _means(values: np.ndarray) -> np.ndarray:
-    """Over keys; of levels in the wrong order, which is chance, over these levels too."""
-    return isotonic(values.mean(0), np.ones(values.shape[1]))

@@ -26,10 +26,11 @@ from .._tree.names import (
 )
 
 LossFn = Callable[[PyTree, Any], Float[Array, ""]]
+Axes = tuple[int, ...]
 
 
 def _by_leaf(
-    score: Callable[[str, AnyArray, tuple[int, ...]], Array],
+    score: Callable[[str, AnyArray, Axes], Array],
     params: PyTree,
     select: Selector,
     granularity: Granularity,
@@ -56,6 +57,11 @@ def _numbers(name: str, leaf: AnyArray) -> Array:
     return array.astype(jnp.float32) if narrow else array
 
 
+def _size(name: str, leaf: AnyArray, axes: Axes) -> Array:
+    """|mean of the group|."""
+    return jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
+
+
 def random(
     params: PyTree,
     *,
@@ -79,9 +85,14 @@ def random(
 
     Raises:
         ValueError: `select` matches nothing, or something that is no array of numbers.
+
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> scores = importance.random(params, key=jax.random.key(0), granularity="weight")
+        >>> masks = nested_masks(scores, [0.02, 0.08])
     """
 
-    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
+    def score(name: str, leaf: AnyArray, _: Axes) -> Array:
         shape = group_shape(leaf.shape, granularity, layout)
         return jax.random.uniform(named_key(key, name), shape)
 
@@ -97,16 +108,14 @@ def descend(
 ) -> PyTree:
     """|mean of the group|: the largest first. Arguments as in `random`.
 
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> masks = nested_masks(importance.descend(params), [0.02, 0.08])
+
     References:
         Tian, Zhou, Duan, CVPR 2021, section 4 ("descending").
     """
-    return _by_leaf(
-        lambda name, leaf, axes: jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True)),
-        params,
-        select,
-        granularity,
-        layout,
-    )
+    return _by_leaf(_size, params, select, granularity, layout)
 
 
 def ascend(
@@ -118,16 +127,14 @@ def ascend(
 ) -> PyTree:
     """−|mean of the group|: the smallest first. Arguments as in `random`.
 
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> masks = nested_masks(importance.ascend(params), [0.02, 0.08])
+
     References:
         Tian, Zhou, Duan, CVPR 2021, section 4 ("ascending").
     """
-    return _by_leaf(
-        lambda name, leaf, axes: -jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True)),
-        params,
-        select,
-        granularity,
-        layout,
-    )
+    return _by_leaf(lambda *group: -_size(*group), params, select, granularity, layout)
 
 
 def mean(
@@ -139,12 +146,16 @@ def mean(
 ) -> PyTree:
     """Nearest first to the leaf's average of |mean of the group|. Arguments as in `random`.
 
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> masks = nested_masks(importance.mean(params), [0.02, 0.08])
+
     References:
         Tian, Zhou, Duan, CVPR 2021, section 4 ("mean").
     """
 
-    def score(name: str, leaf: AnyArray, axes: tuple[int, ...]) -> Array:
-        size = jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
+    def score(name: str, leaf: AnyArray, axes: Axes) -> Array:
+        size = _size(name, leaf, axes)
         return -jnp.abs(size - size.mean())
 
     return _by_leaf(score, params, select, granularity, layout)
@@ -159,18 +170,19 @@ def l2(
 ) -> PyTree:
     """Euclidean norm of the group. Arguments as in `random`.
 
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> scores = importance.l2(params, select="convs", granularity="filter")
+        >>> masks = nested_masks(scores, [0.1, 0.5], scope="model")
+
     References:
         Li et al., Pruning filters for efficient ConvNets, ICLR 2017 (there with the l1 norm).
     """
-    return _by_leaf(
-        lambda name, leaf, axes: jnp.sqrt(
-            jnp.square(_numbers(name, leaf)).sum(axes, keepdims=True)
-        ),
-        params,
-        select,
-        granularity,
-        layout,
-    )
+
+    def score(name: str, leaf: AnyArray, axes: Axes) -> Array:
+        return jnp.sqrt(jnp.square(_numbers(name, leaf)).sum(axes, keepdims=True))
+
+    return _by_leaf(score, params, select, granularity, layout)
 
 
 def taylor(
@@ -195,12 +207,21 @@ def taylor(
     Returns:
         Scores ≥ 0, in units of the loss.
 
+    Raises:
+        ValueError: batches of different numbers, a selected leaf without gradients, or as `random`.
+        TypeError: a loss that is no scalar array.
+
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> scores = importance.taylor(loss_fn, params, batches)
+        >>> masks = nested_masks(scores, [0.02, 0.08])
+
     References:
         Molchanov et al., Importance estimation for neural network pruning, CVPR 2019.
     """
 
-    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
-        return jnp.abs((leaf * gradient).sum(axes, keepdims=True))
+    def score(product: Array, axes: Axes) -> Array:
+        return jnp.abs(product.sum(axes, keepdims=True))
 
     return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)
 
@@ -218,18 +239,23 @@ def fisher(
 
     Arguments as in `taylor`. With batches of one example it is the diagonal Fisher estimate.
 
+    Examples:
+        >>> from selcrypt_jax import importance
+        >>> scores = importance.fisher(loss_fn, params, batches, granularity="filter")
+        >>> masks = nested_masks(scores, [0.1, 0.5], scope="model")
+
     References:
         Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018.
     """
 
-    def score(leaf: AnyArray, gradient: Array, axes: tuple[int, ...]) -> Array:
-        return jnp.square(leaf * gradient).sum(axes, keepdims=True)
+    def score(product: Array, axes: Axes) -> Array:
+        return jnp.square(product).sum(axes, keepdims=True)
 
     return _by_gradient(score, loss_fn, params, batches, select, granularity, layout)
 
 
 def _by_gradient(
-    score: Callable[[Array, Array, tuple[int, ...]], Array],
+    score: Callable[[Array, Axes], Array],
     loss_fn: LossFn,
     params: PyTree,
     batches: PyTree,
@@ -237,35 +263,32 @@ def _by_gradient(
     granularity: Granularity,
     layout: Layout,
 ) -> PyTree:
+    """Mean over batches of the scores of weight times gradient."""
     tree = named_leaves(params)
     chosen = select_differentiable(params, select)
-    count = batch_count(batches)
     arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
 
     # Weights come as arguments, since what is closed over becomes part of the program; and one
     # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
     @jax.jit
-    def add(total: dict[str, Array], arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
+    def products(arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
         def loss(chosen: dict[str, AnyArray]) -> Array:
             return checked_loss(loss_fn(tree.rebuild(arrays | chosen), batch))
 
         gradients = jax.grad(loss)({name: arrays[name] for name in chosen})
         return {
-            name: total[name]
-            + score(
-                _numbers(name, arrays[name]),
-                _numbers(name, gradients[name]),
+            name: score(
+                _numbers(name, arrays[name]) * _numbers(name, gradients[name]),
                 inner_axes(arrays[name].shape, granularity, layout),
             )
             for name in chosen
         }
 
-    total = {
-        name: jnp.zeros(group_shape(leaf.shape, granularity, layout), _numbers(name, leaf).dtype)
-        for name, leaf in chosen.items()
-    }
-    for index in range(count):
-        total = add(total, arrays, jax.tree.map(operator.itemgetter(index), batches))
+    count = batch_count(batches)
+    total = products(arrays, jax.tree.map(operator.itemgetter(0), batches))
+    for index in range(1, count):
+        more = products(arrays, jax.tree.map(operator.itemgetter(index), batches))
+        total = jax.tree.map(operator.add, total, more)
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
 
 

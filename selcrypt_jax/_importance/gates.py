@@ -21,8 +21,6 @@ def hard_concrete(
     *,
     uniform: Float[Array, "*groups"] | None,
     beta: float = BETA,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
 ) -> Float[Array, "*groups"]:
     """Samples gates ``z = clip(s·(ζ − γ) + γ, 0, 1)``, ``s = σ((logit u + log α) / β)``.
 
@@ -31,8 +29,6 @@ def hard_concrete(
         uniform: the noise ``u``, uniform in [0, 1); ``None`` for the median gate, ``u = ½``, as
             in the paper's release.
         beta: temperature β.
-        gamma: γ < 0, lower end of the stretched interval.
-        zeta: ζ > 1, upper end of the stretched interval.
 
     Returns:
         Gates in [0, 1], with the shape and dtype of ``log_alpha``.
@@ -44,25 +40,21 @@ def hard_concrete(
         u = jnp.clip(uniform.astype(log_alpha.dtype), tiny, 1 - tiny)
         noise = jnp.log(u) - jnp.log1p(-u)
     s = jax.nn.sigmoid((noise + log_alpha) / beta)
-    return jnp.clip(s * (zeta - gamma) + gamma, 0, 1)
+    return jnp.clip(s * (ZETA - GAMMA) + GAMMA, 0, 1)
 
 
 def probability_open(
     log_alpha: Float[Array, "*groups"],
     *,
     beta: float = BETA,
-    gamma: float = GAMMA,
-    zeta: float = ZETA,
 ) -> Float[Array, "*groups"]:
     """``P(z ≠ 0) = σ(log α − β·log(−γ/ζ))``.
 
     Args:
         log_alpha: location.
         beta: temperature β.
-        gamma: γ < 0.
-        zeta: ζ > 1.
 
     Returns:
         Probabilities, with the shape and dtype of ``log_alpha``.
     """
-    return jax.nn.sigmoid(log_alpha - beta * math.log(-gamma / zeta))
+    return jax.nn.sigmoid(log_alpha - beta * math.log(-GAMMA / ZETA))

@@ -5,12 +5,10 @@ leaves together (or leaf by leaf); the importance of a group is its ``log α``.
 """
 
 import math
-import operator
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,82 +27,8 @@ from .._tree.names import (
     select_differentiable,
 )
 from .closed import LossFn, batch_count, checked_loss
-from .gates import BETA, hard_concrete, probability_open
-
-
-@dataclass(frozen=True)
-class PSSConfig:
-    """How importance is learned.
-
-    Attributes:
-        objective: ``"keep"`` (the paper): gates say what stays, the rest is zero; what must stay
-            open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
-            noise like the leaf's weights; what breaks the network is important.
-        steps: gradient steps; in each leaf, if `layerwise`.
-        penalty: λ, the price of an open gate in units of the (log) loss: about what a gate that is
-            worth it changes there. The more gates, the smaller: 1e-2 for some tens of thousands,
-            1e-4 for the 2 million of VGG19.
-        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``). If
-            ``None``, Adam with rate 0.1 and ε = λ/10, about what the price alone pulls with: with
-            an ε far below that every gate would move by the rate, however little depends on it,
-            and gates would be ranked by how sure their gradients are, and not by how large.
-        initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
-            almost all closed (−3.5) for ``"break"``.
-        cap: for ``"break"``: the loss at which the network counts as broken. Without one,
-            thousands of kernels that are worthless alone are opened together. By default four
-            times the loss with everything selected replaced by noise.
-        sampled: draw gates (the text of the paper), or take the median gate (its release).
-        layerwise: one leaf at a time, the others' gates at rest (the release), or all together.
-        clamp: bounds of log α.
-        beta: temperature of the gates.
-
-    References:
-        Tian, Zhou, Duan, CVPR 2021, section 3.1. Its release:
-        ``PSSConfig("keep", steps=..., penalty=1e-4, initial_log_alpha=1.0, sampled=False,
-        layerwise=True, optimizer=optax.sgd(0.1, momentum=0.9, nesterov=True))``, 130 epochs.
-    """
-
-    objective: Literal["keep", "break"] = "break"
-    steps: int = 100
-    penalty: float = 1e-2
-    optimizer: optax.GradientTransformation | None = None
-    initial_log_alpha: float | None = None
-    cap: float | None = None
-    sampled: bool = True
-    layerwise: bool = False
-    clamp: tuple[float, float] = (math.log(0.01), math.log(100))
-    beta: float = BETA
-
-    def __post_init__(self) -> None:
-        if self.objective not in ("keep", "break"):
-            raise ValueError(f"objective: expected 'keep' or 'break', got {self.objective!r}.")
-        if operator.index(self.steps) < 1:
-            raise ValueError(f"steps: expected at least 1, got {self.steps}.")
-        if not self.penalty >= 0:
-            raise ValueError(f"penalty: expected at least 0, got {self.penalty}.")
-        if not self.beta > 0:
-            raise ValueError(f"beta: expected more than 0, got {self.beta}.")
-        low, high = self.clamp
-        if not low <= self.start <= high:
-            raise ValueError(
-                f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
-            )
-        if self.optimizer is not None and not isinstance(
-            self.optimizer, optax.GradientTransformation
-        ):
-            raise TypeError(
-                f"optimizer: expected an optax transformation, such as optax.adam(0.1), got "
-                f"{type(self.optimizer).__name__}."
-            )
-        if self.cap is not None and not self.cap > 0:
-            raise ValueError(f"cap: expected a positive loss, got {self.cap}.")
-
-    @property
-    def start(self) -> float:
-        """The log α that gates start from."""
-        if self.initial_log_alpha is not None:
-            return self.initial_log_alpha
-        return 2.5 if self.objective == "keep" else -3.5
+from .config import PSSConfig
+from .gates import hard_concrete, probability_open
 
 
 class PSSState(NamedTuple):
@@ -117,6 +41,13 @@ class PSSState(NamedTuple):
         key: the noise of step t comes from ``fold_in(key, t)``, so that a resumed run equals a
             straight one.
         cap: log of the loss at which the network counts as broken.
+
+    Examples:
+        >>> learner = pss_learner(loss_fn, params, config=PSSConfig(steps=4))
+        >>> state = learner.init(params, batches, key=jax.random.key(0))
+        >>> saved = state._replace(key=jax.random.key_data(state.key))  # plain arrays, to be saved
+        >>> state = saved._replace(key=jax.random.wrap_key_data(saved.key))
+        >>> state, metrics = learner.run(params, batches, state, 2)
     """
 
     log_alpha: dict[str, Float[Array, "..."]]
@@ -147,6 +78,12 @@ class PSSLearner(NamedTuple):
             their number is used in step t.
         scores: ``(state) -> scores``, a pytree of the structure of params.
         steps: how many steps the configuration asks for in all.
+
+    Examples:
+        >>> learner = pss_learner(loss_fn, params, config=PSSConfig(steps=4))
+        >>> state = learner.init(params, batches, key=jax.random.key(0))
+        >>> state, metrics = learner.run(params, batches, state, learner.steps)
+        >>> masks = nested_masks(learner.scores(state), [0.02, 0.08])
     """
 
     init: Callable[..., PSSState]
@@ -175,8 +112,18 @@ def pss_learner(
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
         layout: ``"HWIO"`` or ``"OIHW"``.
 
+    Returns:
+        Functions to begin, to learn for a while, and to look at the scores.
+
     Raises:
         ValueError: nothing is selected, or a leaf without gradients is.
+
+    Examples:
+        >>> learner = pss_learner(loss_fn, params, config=PSSConfig(steps=4))
+        >>> state = learner.init(params, batches, key=jax.random.key(0))
+        >>> for _ in range(2):
+        ...     state, metrics = learner.run(params, batches, state, 2)
+        >>> scores = learner.scores(state)
     """
     tree = named_leaves(params)
     passive = {name: leaf for name, leaf in tree.leaves.items() if not is_array(leaf)}

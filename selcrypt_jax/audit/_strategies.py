@@ -10,7 +10,8 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
-from .._importance.pss import PSSConfig, pss
+from .._importance.config import PSSConfig
+from .._importance.pss import pss
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
 from .._masks.scores import guess_layout

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -168,7 +169,8 @@ def calibrate(
         found = calibrate_file(
             file, wanted, seed=seed, keys=keys, selection=selection, cipher=cipher_of(unit)
         )
-    flags = ["--levels", *map(repr, found.levels), *selection.flags(), "--unit", unit]
+    plain = replace(selection, budget=None)
+    flags = ["--levels", *map(repr, found.levels), *plain.flags(), "--unit", unit]
     if selection.small is None:
         flags += ["--small", str(wanted.small)]
     result = calibration_as_dict(found, wanted.targets, spreads=True)

@@ -1,5 +1,6 @@
 """Levels that meet targets: the search on curves that are known, and the whole way on networks."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -17,15 +18,14 @@ import safetensors.numpy
 import scipy.optimize
 from hypothesis import given
 from hypothesis import strategies as st
-from selcrypt_jax._release.plan import is_few, settled_counts
 
 import selcrypt_jax as sj
-from selcrypt_jax import calibrate_levels, importance, nested_masks
+from selcrypt_jax import Select, Targets, calibrate_levels, importance, nested_masks
 from selcrypt_jax._calibrate import network as _measured
 from selcrypt_jax._calibrate.curve import Curve, isotonic
-from selcrypt_jax._calibrate.network import Network
-from selcrypt_jax._calibrate.release import ReleaseSearch
+from selcrypt_jax._calibrate.network import Network, settled_counts
 from selcrypt_jax._calibrate.search import Search, most_evaluations
+from selcrypt_jax._masks.selection import is_few
 from selcrypt_jax.cli import main
 
 KEY = jax.random.key(0)
@@ -73,17 +73,22 @@ def test_isotonic_is_that_of_scipy(points):
     np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
 
-def test_a_curve_keeps_its_shape_when_other_levels_change():
+def test_a_curve_goes_through_what_was_measured():
     curve = Curve(rising=False, power=0)
     curve.expect(0, 100.0, 1)
-    curve.add(10, 60.0, 1)
-    curve.add(100, 20.0, 1)
-    curve.outdate()
-    curve.add(10, 70.0, 1)
-    assert curve.at(100) == pytest.approx(30)
-    assert curve.nearest(50, 1, 1000) == 10
-    assert curve.nearest(50, 11, 1000) is None
-    assert curve.around(50) == ((10, pytest.approx(70)), (100, pytest.approx(30)))
+    curve.expect(10, 1.0, 0.1)
+    curve.add(10, 60.0, 1)  # in place of what was expected
+    curve.add(100, 18.0, 1)
+    curve.add(100, 24.0, 2)  # averaged
+    assert curve.at(10) == pytest.approx(60)
+    assert curve.at(100) == pytest.approx(22)
+    middle = math.sqrt(11 * 101) - 1  # of logarithms of one more
+    assert curve.at(round(middle)) == pytest.approx(41, abs=0.2)
+    assert curve.crossing(41, 1, 1000) == round(middle)
+    assert curve.crossing(41, 50, 1000) == 50
+    assert curve.crossing(5, 1, 1000) == 1000  # there is nothing on that side
+    curve.forget_beyond(50)
+    assert curve.measured == {10}
 
 
 @given(st.integers(1, 10**7), st.data())
@@ -98,7 +103,8 @@ class KnownNetwork:
     """What levels give is a formula, with noise."""
 
     sign, params = 1.0, None
-    fraction = Network.fraction
+    steady = False
+    fraction, sample = Network.fraction, Network.sample
 
     def __init__(self, *, half, power, opening, noise=0.0, keys=1, back=0.0):
         self.half, self.power, self.opening, self.back = half, power, opening, back
@@ -122,11 +128,11 @@ class KnownNetwork:
         rising = all(b > a for a, b in zip([0, *counts], counts, strict=False))
         return None if rising else "a level adds no groups"
 
-    def closed(self, level, counts):
-        return counts[level - 1] if level else 0, counts[-1]
+    def renew(self):
+        pass
 
-    def sample(self, masks):
-        return self._drawn(*masks)
+    def draw(self, level, counts):
+        return self._drawn(counts[level - 1] if level else 0, counts[-1])
 
     def check(self, counts, precision):
         levels = [0, *counts[:-1]]
@@ -151,7 +157,7 @@ def test_every_target_is_met_with_few_evaluations(targets, half, power, opening)
     assert search.evaluations <= most_evaluations(len(targets))
     np.testing.assert_allclose(values, targets, atol=1.0)
     assert (np.diff(values) >= 0).all()
-    assert sorted(set(search.counts)) == search.counts
+    assert sorted(set(search.bounds)) == search.bounds
 
 
 @given(**KNOWN)
@@ -160,7 +166,7 @@ def test_noise_is_averaged_over_keys(half, power, opening):
     search = Search(network, [60, 75, 85, 95], 1.0, 1.5, None)
     search.run()
     assert search.evaluations <= 40
-    true = [network.true(n, search.counts[-1]) for n in (0, *search.counts[:-1])]
+    true = [network.true(n, search.bounds[-1]) for n in (0, *search.bounds[:-1])]
     np.testing.assert_allclose(true, [60, 75, 85, 95], atol=2.5)
 
 
@@ -183,6 +189,7 @@ def test_steps_that_are_too_large_are_told():
 class KnownRelease(KnownNetwork):
     """The same under keys that stay: each ring in each leaf adds its own noise."""
 
+    steady = True
     leaves = (0.4, 0.3, 0.15, 0.1, 0.05)
 
     def __init__(self, **options):
@@ -197,7 +204,10 @@ class KnownRelease(KnownNetwork):
         assert sorted(counts) == counts
         return super().refusal(counts[: len(counts) // 2])
 
-    def sample(self, level, counts):
+    def is_exact(self, counts):
+        return True
+
+    def draw(self, level, counts):
         half = len(counts) // 2
         opened, ends = [0, *counts[:half]], [*counts[: half - 1 : -1], counts[half - 1]]
         error = 0.0
@@ -217,18 +227,20 @@ class KnownRelease(KnownNetwork):
 def test_a_release_meets_every_target(seed, half, power, opening):
     network = KnownRelease(half=half, power=power, opening=opening, noise=3.0)
     network.renewed = seed
-    search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
-    values = search.run()
+    search = Search(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+    values, spreads, exact = search.run()
+    assert exact
+    assert not spreads.any()
     np.testing.assert_allclose(values, [60, 75, 85, 95], atol=1.0)
     assert sorted(values) == list(values)
-    assert [network.sample(level, search.bounds) for level in range(4)] == list(values)
+    assert [network.draw(level, search.bounds) for level in range(4)] == list(values)
 
 
 def test_a_release_takes_few_evaluations():
     found = []
     for seed in range(20):
         network = KnownRelease(half=1000 + 300 * seed, power=1.2, opening=0.8, noise=3.0)
-        search = ReleaseSearch(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
+        search = Search(network, [60, 75, 85, 95], 1.0, 1.0, None, 200)
         search.run()
         found.append(search.evaluations)
     assert np.median(found) <= 25
@@ -255,18 +267,22 @@ def test_lower_levels_have_no_say_in_higher_ones(counts, weights):
 def test_levels_give_what_was_asked_for(scope):
     steps = []
     found = calibrate_levels(
-        intact, PARAMS, FINE, [60, 75, 90], key=KEY, scope=scope, keys=2, progress=steps.append
+        PARAMS,
+        Targets([60, 75, 90], intact, progress=steps.append),
+        key=KEY,
+        keys=2,
+        selection=Select(importance=FINE, scope=scope, small=0),
     )
     assert found.exact
     assert found.untouched == 100
     assert found.values == pytest.approx([60, 75, 90], abs=0.8)
     assert found.evaluations == len(steps) == steps[-1].number <= 32
     assert found.calls <= 2 * found.evaluations
-    assert steps[-1].fraction == found.fractions[1]
+    assert steps[-1].share == found.levels[1]
     assert [step.level for step in steps[-3:]] == [0, 1, 2]
     # The masks are those of the shares, and a release under other keys gives the same.
     for ours, theirs in zip(
-        found.masks, nested_masks(FINE, found.fractions, scope=scope), strict=True
+        found.masks, nested_masks(FINE, found.levels, scope=scope), strict=True
     ):
         assert bits(ours) == bits(theirs)
     keys = sj.ring_keys(sj.level_key(sj.Secret.generate(), sj.new_model_id(), levels=3))
@@ -277,9 +293,19 @@ def test_levels_give_what_was_asked_for(scope):
 
 
 def test_small_rings_are_merged_as_protect_does():
-    found = calibrate_levels(intact, PARAMS, SCORES, [60, 75], key=KEY, scope="model", small=0.02)
+    found = calibrate_levels(
+        PARAMS,
+        Targets([60, 75], intact),
+        key=KEY,
+        selection=Select(importance=SCORES, scope="model", small=0.02),
+    )
     secret = sj.Secret.generate()
-    released = sj.protect(PARAMS, SCORES, secret=secret, fractions=found.fractions, scope="model")
+    released = sj.protect(
+        PARAMS,
+        secret=secret,
+        levels=found.levels,
+        selection=sj.Select(importance=SCORES, scope="model", small=0),
+    )
     key = sj.level_key(secret, released.model_id, level=1, levels=2)
     opened = sj.unlock(released, key)
     for name in ("conv", "head"):
@@ -298,9 +324,12 @@ def test_a_first_level_that_is_as_bad_as_it_gets():
         return float(np.mean(np.asarray(tree["w"]) == params["w"]))
 
     found = calibrate_levels(
-        share, params, importance.l2(params), [None, 0.8], key=KEY, budget=0.4, small=0.02
+        params,
+        Targets([None, 0.8], share),
+        key=KEY,
+        selection=Select(importance=importance.l2(params), budget=0.4, small=0.02),
     )
-    assert found.fractions[-1] == 0.4
+    assert found.levels[-1] == 0.4
     assert found.values == pytest.approx([0.6, 0.8], abs=0.01)
     assert found.masks[0]["b"].all()
 
@@ -312,31 +341,52 @@ def test_small_leaves_that_break_too_much_are_told():
         return intact(params) * float(same.all())
 
     with pytest.raises(ValueError, match=r"targets\[0\]: cannot reach 60: .*as little as.*small=0"):
-        calibrate_levels(whole, PARAMS, FINE, [60, 80], key=KEY, small=0.02)
+        calibrate_levels(
+            PARAMS, Targets([60, 80], whole), key=KEY, selection=Select(importance=FINE, small=0.02)
+        )
 
 
 def test_lower_may_be_better():
     found = calibrate_levels(
-        lambda params: 100 - intact(params), PARAMS, FINE, [40, 20], key=KEY, keys=1,
-        higher_is_better=False,
-    )  # fmt: skip
+        PARAMS,
+        Targets([40, 20], lambda params: 100 - intact(params), lower_is_better=True),
+        key=KEY,
+        keys=1,
+        selection=Select(importance=FINE, small=0),
+    )
     assert found.values == pytest.approx([40, 20], abs=0.8)
     assert found.untouched == 0
     assert np.isnan(found.spreads).all()
 
 
 def test_a_single_target_and_equal_ones():
-    one = calibrate_levels(intact, PARAMS, FINE, [70], key=KEY)
-    assert len(one.masks) == len(one.fractions) == 1
-    two = calibrate_levels(intact, PARAMS, FINE, [70, 70, 95], key=KEY, tolerance=1)
+    one = calibrate_levels(
+        PARAMS, Targets([70], intact), key=KEY, selection=Select(importance=FINE, small=0)
+    )
+    assert len(one.masks) == len(one.levels) == 1
+    two = calibrate_levels(
+        PARAMS,
+        Targets([70, 70, 95], intact, tolerance=1),
+        key=KEY,
+        selection=Select(importance=FINE, small=0),
+    )
     assert two.values == pytest.approx([70, 70, 95], abs=1)
-    assert two.fractions[0] < two.fractions[1] < two.fractions[2]
+    assert two.levels[0] < two.levels[1] < two.levels[2]
+
+
+def asked(targets, options):
+    """Options by name, as arguments of `calibrate_levels`."""
+    names = [{field.name for field in dataclasses.fields(kind)} for kind in (Targets, Select)]
+    goal, select = ({n: options[n] for n in fields & options.keys()} for fields in names)
+    rest = {name: value for name, value in options.items() if name not in goal | select}
+    selection = Select(importance=FINE, **({"small": 0} | select))
+    return {"targets": Targets(targets, intact, **goal), "selection": selection} | rest
 
 
 BAD = {
     "none": ([], {}, r"targets: expected a number for each level"),
     "order": ([75, 60], {}, r"targets\[1\]: expected ascending targets.* got 60 after 75"),
-    "losses ascend": ([1, 2], {"higher_is_better": False}, r"expected descending"),
+    "losses ascend": ([1, 2], {"lower_is_better": True}, r"expected descending"),
     "nan": ([math.nan], {}, r"targets\[0\]: expected a finite number"),
     "none above": ([60, None], {}, r"targets\[1\]: expected a finite number"),
     "none alone": ([None], {}, r"targets\[0\]: expected a finite number"),
@@ -353,12 +403,17 @@ BAD = {
 @pytest.mark.parametrize(("targets", "options", "message"), BAD.values(), ids=BAD)
 def test_bad_input_is_refused(targets, options, message):
     with pytest.raises(ValueError, match=message):
-        calibrate_levels(intact, PARAMS, FINE, targets, key=KEY, **options)
+        calibrate_levels(PARAMS, key=KEY, **asked(targets, options))
 
 
 def test_bad_metrics_are_refused():
     def run(eval_fn):
-        return calibrate_levels(eval_fn, PARAMS, FINE, [0.5], key=KEY, tolerance=0.1)
+        return calibrate_levels(
+            PARAMS,
+            Targets([0.5], eval_fn, tolerance=0.1),
+            key=KEY,
+            selection=Select(importance=FINE, small=0),
+        )
 
     with pytest.raises(ValueError, match="The metric is flat"):
         run(lambda _: 1.0)
@@ -366,11 +421,16 @@ def test_bad_metrics_are_refused():
         run(lambda _: jnp.nan)
     with pytest.raises(ValueError, match="Encrypted weights may overflow"):
         run(lambda params: 1.0 if intact(params) == 100 else np.float32("inf"))
-    with pytest.raises(TypeError, match="eval_fn: expected a number, got dict"):
+    with pytest.raises(TypeError, match="evaluate: expected a number, got dict"):
         run(lambda _: {"psnr": 1.0})
-    with pytest.raises(ValueError, match="scores: 'conv/kernel': expected a mask that broadcasts"):
+    with pytest.raises(ValueError, match="'conv/kernel': expected scores that broadcast"):
         calibrate_levels(
-            intact, PARAMS, {**SCORES, "conv": {"kernel": np.ones((1, 1, 2, 3))}}, [50], key=KEY
+            PARAMS,
+            Targets([50], intact),
+            key=KEY,
+            selection=Select(
+                importance={**SCORES, "conv": {"kernel": np.ones((1, 1, 2, 3))}}, small=0
+            ),
         )
 
 
@@ -378,9 +438,11 @@ def test_leaves_that_are_too_small_to_hide_in_are_told():
     params = {"w": np.arange(6, dtype=np.float16).reshape(2, 3)}
     with pytest.raises(ValueError, match="too small to hide in"):
         calibrate_levels(
-            lambda p: float((np.asarray(p["w"]) == params["w"]).mean()),
-            params, importance.l2(params), [0.5], key=KEY,
-        )  # fmt: skip
+            params,
+            Targets([0.5], lambda p: float((np.asarray(p["w"]) == params["w"]).mean())),
+            key=KEY,
+            selection=Select(importance=importance.l2(params), small=0),
+        )
 
 
 # --- a release ------------------------------------------------------------------------------------
@@ -416,10 +478,16 @@ def test_a_release_gives_what_was_measured(scope, metric):
     ])  # fmt: skip
     targets = [float(100 - part * (100 - broken)) for part in (0.5, 0.3, 0.15)]
     steps = []
-    released, found = sj.protect_calibrated(
-        metric, PARAMS, FINE, targets, secret=SECRET, scope=scope, evaluations=120,
-        progress=steps.append, signing=sj.SigningKey.generate(), metadata={"title": "toy"},
-    )  # fmt: skip
+    released = sj.protect(
+        PARAMS,
+        secret=SECRET,
+        levels=sj.Targets(targets, metric, evaluations=120, progress=steps.append),
+        selection=sj.Select(importance=FINE, scope=scope, small=0),
+        signing=sj.SigningKey.generate(),
+        metadata={"title": "toy"},
+    )
+    found = released.calibration
+    assert found
     tolerance = 0.02 * (100 - targets[0])
     assert found.exact
     assert found.values == pytest.approx(targets, abs=tolerance)
@@ -431,40 +499,62 @@ def test_a_release_gives_what_was_measured(scope, metric):
     sizes = [
         sum(int(np.sum(mask[name]["kernel"])) for name in ("conv", "head")) for mask in found.masks
     ]
-    assert [size / 7400 for size in sizes] == pytest.approx(found.fractions, abs=0.05)
+    assert [size / 7400 for size in sizes] == pytest.approx(found.levels, abs=0.05)
     top = sj.unlock(released, sj.level_key(SECRET, released.model_id, level=3, levels=3))
     assert bits(top) == bits(PARAMS)
 
 
 def test_each_release_has_keys_of_its_own():
     ids = {
-        sj.protect_calibrated(intact, PARAMS, FINE, [60, 80], secret=SECRET)[0].model_id
+        sj.protect(
+            PARAMS,
+            secret=SECRET,
+            levels=sj.Targets([60, 80], intact),
+            selection=sj.Select(importance=FINE, small=0),
+        ).model_id
         for _ in range(2)
     }
     assert len(ids) == 2
 
 
 def test_a_release_with_small_leaves_or_a_single_level():
-    released, found = sj.protect_calibrated(
-        intact, PARAMS, FINE, [None, 80], secret=SECRET, budget=0.4, small=0.02
+    released = sj.protect(
+        PARAMS,
+        secret=SECRET,
+        levels=sj.Targets([None, 80], intact),
+        selection=sj.Select(importance=FINE, budget=0.4, small=0.02),
     )
+    found = released.calibration
+    assert found
     assert found.masks[0]["head"]["bias"].all()
-    assert found.fractions[-1] == 0.4
+    assert found.levels[-1] == 0.4
     assert found.values == levels_of(released, 2, intact)
     assert found.values == pytest.approx([60, 80], abs=1)
-    released, found = sj.protect_calibrated(intact, PARAMS, FINE, [70], secret=SECRET)
+    released = sj.protect(
+        PARAMS,
+        secret=SECRET,
+        levels=sj.Targets([70], intact),
+        selection=sj.Select(importance=FINE, small=0),
+    )
+    found = released.calibration
+    assert found
     assert found.values == levels_of(released, 1, intact) == pytest.approx([70], abs=0.7)
     # A loss.
-    released, found = sj.protect_calibrated(
-        lambda params: 100 - intact(params), PARAMS, FINE, [40, 20], secret=SECRET,
-        higher_is_better=False,
-    )  # fmt: skip
+    released = sj.protect(
+        PARAMS,
+        secret=SECRET,
+        levels=sj.Targets([40, 20], lambda params: 100 - intact(params), lower_is_better=True),
+        selection=sj.Select(importance=FINE, small=0),
+    )
+    found = released.calibration
+    assert found
     assert found.values == pytest.approx([40, 20], abs=0.8)
 
 
 def test_what_no_release_gives_is_told():
     def run(targets, **options):
-        return sj.protect_calibrated(intact, PARAMS, FINE, targets, secret=SECRET, **options)
+        given = asked(targets, options)
+        return sj.protect(PARAMS, secret=SECRET, levels=given.pop("targets"), **given)
 
     with pytest.raises(ValueError, match=r"targets\[\d\]: cannot reach .* in 12 evaluations"):
         run([60, 75, 90], tolerance=1e-4, evaluations=12)
@@ -538,7 +628,8 @@ def test_calibrate_protect_and_open_each_level(files, options):
     from calibrate_metric import intact  # of the fixture
 
     wanted = "any 60 80 --budget 0.7" if "features" not in options else "60 70 90"
-    line = f"calibrate model.safetensors calibrate_metric:intact --targets {wanted} {options}"
+    line = "calibrate model.safetensors --evaluate calibrate_metric:intact "
+    line += f"--targets {wanted} {options}"
     found = json.loads(files(f"{line} --tolerance 2 --keys 2 --json"))
     assert found["exact"]
     protect = " ".join(found["protect"])
@@ -563,7 +654,7 @@ def test_calibrate_protect_and_open_each_level(files, options):
         "any 60 80 --budget 0.7 --importance scores.safetensors --scope model --tolerance 3",
         "70 90 --granularity filter --select features --tolerance 4",
         "70 85 --unit group --importance scores.safetensors --tolerance 3",
-        "60 80 --strategy random --tolerance 3",  # another order in each run
+        "60 80 --importance random --tolerance 3",  # another order in each run
     ],
 )
 def test_a_file_gives_what_was_printed(files, options):
@@ -629,7 +720,7 @@ def test_bad_targets_are_refused(files):
     goal = "--targets 60 80 --evaluate calibrate_metric:intact"
     for line, message in (
         (f"{goal} --levels 3", "targets: expected them alone, got levels too"),
-        (f"{goal} --fractions 0.1", "got fractions too"),
+        (f"{goal} --levels 0.1", "got levels too"),
         ("--targets 60", "Add --evaluate"),
         ("--evaluate calibrate_metric:intact", "evaluate: is of use with targets only"),
         ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: is of use with"),
@@ -644,28 +735,33 @@ def test_bad_targets_are_refused(files):
 
 
 def test_bad_commands_are_refused(files):
-    base = "calibrate model.safetensors calibrate_metric:intact --targets"
+    base = "calibrate model.safetensors --evaluate calibrate_metric:intact --targets"
     for line, message in (
         (f"{base} 60 good", "targets: expected a number for level 1, got 'good'"),
-        (f"{base} 60 --importance scores.safetensors --strategy l2", "got strategy too"),
+        (f"{base} 60 --importance scores.safetensors --layout OIHW", "got layout too"),
         (f"{base} 60 101 --tolerance 0.1", "untouched network gives 100"),
-        ("calibrate model.safetensors nowhere --targets 1", "expected an import path"),
-        ("calibrate model.safetensors nowhere:f --targets 1", "ModuleNotFoundError"),
-        ("calibrate model.safetensors calibrate_metric:wrong --targets 1", "expected a number"),
-        ("calibrate missing.safetensors calibrate_metric:intact --targets 1", "missing"),
+        ("calibrate model.safetensors --evaluate nowhere --targets 1", "expected an import path"),
+        ("calibrate model.safetensors --evaluate nowhere:f --targets 1", "ModuleNotFoundError"),
+        (
+            "calibrate model.safetensors --evaluate calibrate_metric:wrong --targets 1",
+            "expected a number",
+        ),
+        ("calibrate missing.safetensors --evaluate calibrate_metric:intact --targets 1", "missing"),
     ):
         files(line, fails=message)
 
 
 def test_protect_takes_shares_a_level(files):
     line = "protect model.safetensors --secret keys/secret.key --small 0"
-    files(f"{line} -o p.safetensors --fractions 0.2 0.5")
+    files(f"{line} -o p.safetensors --levels 0.2 0.5")
     levels = json.loads(files("inspect p.safetensors --json"))["levels"]
     assert [level["groups"] for level in levels] == [614, 922]
-    for more in ("--budget 0.1", "--levels 2"):
-        files(f"{line} -o x --fractions 0.2 0.5 {more}", fails="fractions: expected them alone")
-    files(f"{line} -o x --fractions 0.5 0.2", fails="expected ascending shares")
-    files("calibrate p.safetensors calibrate_metric:intact --targets 1", fails="protected file")
+    files(f"{line} -o x --levels 0.2 0.5 --budget 0.1", fails="budget: expected a number of levels")
+    files(f"{line} -o x --levels 0.5 0.2", fails="expected ascending shares")
+    files(
+        "calibrate p.safetensors --evaluate calibrate_metric:intact --targets 1",
+        fails="protected file",
+    )
 
 
 @pytest.mark.slow
@@ -683,7 +779,11 @@ def test_levels_of_a_denoiser():
     worst = np.mean([subject.metric(sj.encrypt(subject.params, masks, k)) for k in keys])
     targets = [whole - share * (whole - worst) for share in (0.7, 0.5, 0.3, 0.1)]
     found = calibrate_levels(
-        subject.metric, subject.params, scores, targets, key=KEY, keys=40, tolerance=0.3
+        subject.params,
+        Targets(targets, subject.metric, tolerance=0.3),
+        key=KEY,
+        keys=40,
+        selection=Select(importance=scores, small=0),
     )
     assert found.exact
     assert found.evaluations <= 40
@@ -720,9 +820,14 @@ def test_a_released_denoiser_gives_its_levels_on_other_pictures():
     whole, worst = (of(p, 0) for p in (subject.params, sj.encrypt(subject.params, masks, keys)))
     targets = [whole - share * (whole - worst) for share in (0.8, 0.6, 0.4, 0.2)]
     secret = sj.Secret(bytes(32))
-    released, found = sj.protect_calibrated(
-        lambda params: of(params, 0), subject.params, scores, targets, secret=secret, tolerance=0.15
+    released = sj.protect(
+        subject.params,
+        secret=secret,
+        levels=sj.Targets(targets, lambda params: of(params, 0), tolerance=0.15),
+        selection=sj.Select(importance=scores, small=0),
     )
+    found = released.calibration
+    assert found
     assert found.exact
     assert found.evaluations <= 40
     assert found.values == levels_of(released, 4, lambda params: of(params, 0), secret)
@@ -739,7 +844,12 @@ def test_a_metric_may_change_the_dict_that_it_gets():
         tensors["c"] = tensors.pop("b")
         return 100 * np.mean(np.asarray(tensors["a"]) == params["a"])
 
-    released, found = sj.protect_calibrated(
-        fused, params, scores, [60, 80], secret=SECRET, tolerance=2
+    released = sj.protect(
+        params,
+        secret=SECRET,
+        levels=sj.Targets([60, 80], fused, tolerance=2),
+        selection=sj.Select(importance=scores, small=0),
     )
+    found = released.calibration
+    assert found
     assert found.values == levels_of(released, 2, lambda tensors: fused(dict(tensors)))

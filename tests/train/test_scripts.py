@@ -23,6 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 import selcrypt_jax as sj
 from selcrypt_jax import cli
+from selcrypt_jax._importance.gates import probability_open
 from selcrypt_jax.models import VGG19, DnCNN, model_of, to_torch
 
 # Nobody trained the networks of these tests.
@@ -93,7 +94,7 @@ def test_scores_say_what_is_encrypted(capsys):
         "dncnn.5.weight": (1, 16, 1, 1),
     }
     assert len(np.unique(scores["dncnn.2.weight"])) > 100
-    expected = sum(float(sj.probability_open(score).sum()) for score in scores.values())
+    expected = sum(float(probability_open(score).sum()) for score in scores.values())
     assert rows[-1]["open"] == pytest.approx(expected, rel=1e-5)
     with safe_open("new/s.safetensors", framework="np") as file:
         assert file.metadata() == {

@@ -1,0 +1,100 @@
+"""Where levels stand in the order of importance, and where one of them may be put."""
+
+from collections.abc import Collection
+
+from .network import Network
+
+
+class Places:
+    """The counts of all levels, and what they become when one of them is moved.
+
+    The *place* of a level is how many groups it opens of those that all levels take from the
+    beginning of the order. Below `_floor` it is no more than a number: as many groups as are
+    missing there, ring m + 1 of a release takes from behind the end. The place of level 0, which
+    opens nothing, is where all that is encrypted ends.
+
+    Args:
+        network: that is encrypted.
+        levels: M.
+        most: how many groups may be encrypted.
+    """
+
+    def __init__(self, network: Network, levels: int, most: int) -> None:
+        self._network, self._levels, self._most = network, levels, most
+        # Level m opens counts[m - 1] groups; counts[-1] is all that is encrypted, but for what
+        # rings M, M-1, ... of a release take from behind its end, up to _ends.
+        self.counts = [most * level // levels for level in range(1, levels + 1)]
+        self._ends: list[int] = []
+        self.steered = False  # whether level 0 has to leave the counts of others alone
+
+    @property
+    def bounds(self) -> list[int]:
+        """The counts as `Network` takes them: M, or 2M of a release."""
+        return [*self.counts, *self._ends]
+
+    @property
+    def end(self) -> int:
+        """Of what is taken."""
+        return self._ends[-1] if self._ends else self.counts[-1]
+
+    def begin(self, *, steered: bool) -> None:
+        """Takes nothing from behind the end; from now on level 0 moves all others, or none."""
+        self._ends, self.steered = [], steered
+
+    def floor(self, level: int) -> int:
+        """What is left to the rings below in any case."""
+        least = self.counts[level] * level // (2 * self._levels) if self._network.steady else 0
+        return max(level, least)
+
+    def room(self, level: int) -> tuple[int, int]:
+        """The first and last place of a level."""
+        if not level:
+            return self.end if self.steered else self._levels, self._most
+        behind = self._most - self.end if self._network.steady else 0
+        return self.floor(level) - behind, self.counts[level] - 1
+
+    def put(self, level: int, place: int) -> None:
+        """Moves a level."""
+        bounds = self.rings(level, place)
+        self.counts = bounds[: self._levels]
+        self._ends = bounds[self._levels : 2 * self._levels - level]
+
+    def rings(self, level: int, place: int) -> list[int]:
+        """All counts with a level at a place; lower levels keep their parts of what is below."""
+        if level:
+            floor = self.floor(level)
+            end, count = self.end + max(floor - place, 0), max(place, floor)
+            lower = enumerate(self.counts[: level - 1], 1)
+            parts = [max(round(n * count / self.counts[level - 1]), i) for i, n in lower]
+            bounds = [*parts, count, *self.counts[level:], *self._ends, *[end] * (level + 1)]
+        elif self.steered:
+            bounds = [*self.bounds, place]
+        else:
+            scaled = [round(n * place / self.counts[-1]) for n in self.counts]
+            for index in range(self._levels - 2, -1, -1):
+                scaled[index] = min(max(scaled[index], index + 1), scaled[index + 1] - 1)
+            bounds = [*scaled, *[place] * self._levels]
+        return bounds if self._network.steady else bounds[: self._levels]
+
+    def allowed(self, level: int, place: int, without: Collection[int] = ()) -> int:
+        """A place nearby of which the cipher takes every ring: the nearest, or nearly so.
+
+        Raises:
+            ValueError: there is none.
+        """
+        low, high = self.room(level)
+        reason, refusals, distance = None, 0, 0
+        while distance <= max(high - place, place - low) and refusals < 129:
+            for near in dict.fromkeys((place + distance, place - distance)):
+                if low <= near <= high and near not in without:
+                    refused = self._network.refusal(self.rings(level, near))
+                    if refused is None:
+                        return near
+                    reason, refusals = reason or refused, refusals + 1
+            # Rings may be too small by far.
+            distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
+        raise ValueError(
+            f"targets[{level}]: no groups left to choose from: {(reason or 'none').rstrip('.')}. "
+            "Use smaller groups, scope='leaf', fewer levels, or scores without the leaves that are "
+            "too small."
+        )

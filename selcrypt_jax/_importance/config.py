@@ -1,0 +1,89 @@
+"""How importance is learned."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Literal
+
+import optax
+
+from .gates import BETA
+
+
+@dataclass(frozen=True)
+class PSSConfig:
+    """How importance is learned.
+
+    Attributes:
+        objective: ``"keep"`` (the paper): gates say what stays, the rest is zero; what must stay
+            open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
+            noise like the leaf's weights; what breaks the network is important.
+        steps: gradient steps; in each leaf, if `layerwise`.
+        penalty: λ, the price of an open gate in units of the (log) loss: about what a gate that is
+            worth it changes there. The more gates, the smaller: 1e-2 for some tens of thousands,
+            1e-4 for the 2 million of VGG19.
+        optimizer: any optax transformation that works from gradients alone (not ``lbfgs``). If
+            ``None``, Adam with rate 0.1 and ε = λ/10, about what the price alone pulls with: with
+            an ε far below that every gate would move by the rate, however little depends on it,
+            and gates would be ranked by how sure their gradients are, and not by how large.
+        initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
+            almost all closed (−3.5) for ``"break"``.
+        cap: for ``"break"``: the loss at which the network counts as broken. Without one,
+            thousands of kernels that are worthless alone are opened together. By default four
+            times the loss with everything selected replaced by noise.
+        sampled: draw gates (the text of the paper), or take the median gate (its release).
+        layerwise: one leaf at a time, the others' gates at rest (the release), or all together.
+        clamp: bounds of log α.
+        beta: temperature of the gates.
+
+    Examples:
+        >>> config = PSSConfig("break", steps=20, penalty=1e-3)
+        >>> scores = pss(loss_fn, params, batches, key=jax.random.key(0), config=config)
+
+    References:
+        Tian, Zhou, Duan, CVPR 2021, section 3.1. Its release:
+        ``PSSConfig("keep", steps=..., penalty=1e-4, initial_log_alpha=1.0, sampled=False,
+        layerwise=True, optimizer=optax.sgd(0.1, momentum=0.9, nesterov=True))``, 130 epochs.
+    """
+
+    objective: Literal["keep", "break"] = "break"
+    steps: int = 100
+    penalty: float = 1e-2
+    optimizer: optax.GradientTransformation | None = None
+    initial_log_alpha: float | None = None
+    cap: float | None = None
+    sampled: bool = True
+    layerwise: bool = False
+    clamp: tuple[float, float] = (math.log(0.01), math.log(100))
+    beta: float = BETA
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("keep", "break"):
+            raise ValueError(f"objective: expected 'keep' or 'break', got {self.objective!r}.")
+        if operator.index(self.steps) < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}.")
+        if not self.penalty >= 0:
+            raise ValueError(f"penalty: expected at least 0, got {self.penalty}.")
+        if not self.beta > 0:
+            raise ValueError(f"beta: expected more than 0, got {self.beta}.")
+        low, high = self.clamp
+        if not low <= self.start <= high:
+            raise ValueError(
+                f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
+            )
+        if self.optimizer is not None and not isinstance(
+            self.optimizer, optax.GradientTransformation
+        ):
+            raise TypeError(
+                f"optimizer: expected an optax transformation, such as optax.adam(0.1), got "
+                f"{type(self.optimizer).__name__}."
+            )
+        if self.cap is not None and not self.cap > 0:
+            raise ValueError(f"cap: expected a positive loss, got {self.cap}.")
+
+    @property
+    def start(self) -> float:
+        """The log α that gates start from."""
+        if self.initial_log_alpha is not None:
+            return self.initial_log_alpha
+        return 2.5 if self.objective == "keep" else -3.5
