@@ -6,7 +6,6 @@ from ._ciphers.dprm import decrypt as decrypt
 from ._ciphers.dprm import encrypt as encrypt
 from ._ciphers.dprm import unlocking as unlocking
 from ._ciphers.gaussian import GaussianCipher as GaussianCipher
-from ._ciphers.gaussian import GaussianStats as GaussianStats
 from ._ciphers.lossless import LosslessCipher as LosslessCipher
 from ._format.envelope import IntegrityError as IntegrityError
 from ._format.keyfiles import read_grant as read_grant

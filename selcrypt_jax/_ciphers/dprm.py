@@ -1,28 +1,25 @@
 """DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
 
-This module checks the input and derives the keys; what happens to the weights of a ring is a
-`Cipher`'s: `selcrypt_jax._lossless` (the default) or `selcrypt_jax._gaussian` (the paper's).
+This module checks the input; what happens to the weights of a ring is up
+to a `Cipher`: `lossless` (the default) or `gaussian` (the paper's).
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
-from .._tree.groups import Ring
-from .._tree.names import Keys, is_array, named_leaves, padded
+from .._tree.names import Keys, is_array, named_leaves
 from .._tree.rings import split_rings
 from .cipher import Cipher
-from .engine_xla import key_by_key
+from .keys import RingKeys, key_words
 from .lossless import LosslessCipher
 
 
@@ -50,9 +47,10 @@ def encrypt(
             never encrypt two different trees**: draw a new model id for each. (The bits of
             "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
         cipher: `LosslessCipher()` unless given.
-        donate: whether the memory of the selected leaves may be used for the result, as by
-            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, and nothing is copied.
-            Under a jit of your own its arguments say this, and this one does nothing.
+        donate: whether the selected leaves may be used up, as by
+            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, each as soon as its
+            result is there, so that memory holds few leaves twice. Under ``jit`` and other
+            transformations this does nothing; tell ``jit`` instead.
 
     Returns:
         A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
@@ -63,7 +61,8 @@ def encrypt(
         TypeError: traced masks; raw integers or old-style keys.
 
     Examples:
-        >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
+        >>> scores = l2(params, granularity="weight")
+        >>> masks = nested_masks(scores, [0.1, 0.3, 0.5])
         >>> keys = ring_keys(level_key(secret, model_id, levels=3))
         >>> protected = encrypt(params, masks, keys)
         >>> basic = decrypt(protected, masks[:1], keys[:1])
@@ -97,6 +96,11 @@ def decrypt(
 
     Raises:
         ValueError, TypeError: as in `encrypt`.
+
+    Examples:
+        >>> basic = decrypt(protected, masks[:1], keys[:1])  # level 1
+        >>> original = decrypt(protected, masks, keys)
+        >>> all(jax.tree.leaves(jax.tree.map(jax.numpy.array_equal, original, params)))
     """
     return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
 
@@ -111,7 +115,7 @@ def unlocking(
 
     What is at rest in device memory stays encrypted; a compiled step decrypts what it needs, and
     frees it. When that is, leaf by leaf or at the beginning, is for XLA to schedule: its schedulers
-    for accelerators save memory, the one for CPUs saves time. Every call decrypts anew: use it
+    for accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it
     where parameters must not lie in the clear, and `decrypt` once where they may.
 
     Args:
@@ -124,7 +128,7 @@ def unlocking(
 
     Examples:
         >>> forward = jax.jit(unlocking(apply, masks[:2]))
-        >>> logits = forward(protected, keys[:2], images)
+        >>> outputs = forward(protected, keys[:2], images)
     """
 
     @functools.wraps(function)
@@ -152,13 +156,14 @@ def _transform(
             f"{cipher!r}."
         )
     _check_keys(keys, len(masks))
+    words = key_words(keys)
     if not inverse:
         if not masks:
             raise ValueError(
                 "masks: expected one mask a level, got none. The result would be plaintext. Make "
                 "masks with nested_masks."
             )
-        _check_keys_differ(keys)
+        _check_keys_differ(words)
     # Everything is checked before anything is computed: no half-encrypted tree, ever.
     for ring in found:
         _check_leaf(ring.name, tree.leaves[ring.name])
@@ -170,18 +175,27 @@ def _transform(
         name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
         for name, leaf in given.items()
     }
-    more: dict[str, Any] = {}
-    if donate and isinstance(cipher, LosslessCipher):
-        # Not an array that is in the tree twice, nor one of NumPy: that is its owner's, and JAX
-        # may only have borrowed its memory.
-        times = Counter(id(leaf) for leaf in tree.leaves.values())
-        more["donate"] = {
-            name
-            for name, leaf in given.items()
-            if isinstance(leaf, jax.Array) and times[id(leaf)] == 1
-        }
-    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse, **more)
-    return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
+    donated = _donated(given, tree.leaves) if donate else ()
+
+    def run(leaves: Mapping[str, Array], keys: Keys) -> dict[str, Array]:
+        ring_keys = RingKeys(keys, found, words)
+        changed = cipher.run(leaves, found, ring_keys, inverse=inverse, donate=donated)
+        return {name: _placed(changed[name], leaf) for name, leaf in leaves.items()}
+
+    levels = keys if is_array(keys) else list(keys)
+    return tree.rebuild(run(leaves, levels))
+
+
+def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str]:
+    """The leaves that may be used up.
+
+    Not a leaf that is in the tree twice, nor one of NumPy: that is its owner's, and JAX may only
+    have borrowed its memory. None at all where some are traced: arrays are constants there.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in given.values()):
+        return set()
+    times = Counter(id(leaf) for leaf in everything.values())
+    return {n for n, leaf in given.items() if isinstance(leaf, jax.Array) and times[id(leaf)] == 1}
 
 
 def _placed(array: Array, like: Any) -> Array:
@@ -258,43 +272,12 @@ def _check_keys(keys: Any, levels: int) -> None:
         first = key.dtype
 
 
-def _check_keys_differ(keys: Any) -> None:
+def _check_keys_differ(words: np.ndarray | None) -> None:
     """With one key for two rings, a lower level would open a higher one."""
-    data = [jax.random.key_data(key) for key in ([keys] if is_array(keys) else keys)]
-    if any(isinstance(words, Tracer) for words in data):
-        return  # nothing to look at under jit
-    words_of = np.concatenate([np.atleast_2d(words) for words in jax.device_get(data)])
-    seen = [words.tobytes() for words in words_of]
-    for index, words in enumerate(seen):
-        if words in seen[:index]:
+    seen = [] if words is None else [row.tobytes() for row in words]  # none under jit
+    for index, row in enumerate(seen):
+        if row in seen[:index]:
             raise ValueError(
                 f"keys[{index}]: expected a key of its own for each level, got keys"
-                f"[{seen.index(words)}] again. Derive them with ring_keys(level_key(...))."
+                f"[{seen.index(row)}] again. Derive them with ring_keys(level_key(...))."
             )
-
-
-def _ring_keys(keys: Any, found: Sequence[Ring]) -> Key[Array, " keys"]:
-    """The key of every ring in its leaf, padded."""
-    digests = [
-        hashlib.sha256(b"selcrypt/v1/leaf\0" + ring.name.encode("utf-8", "surrogatepass")).digest()
-        for ring in found
-    ]
-    words = np.zeros((padded(len(found)), 8), np.uint32)
-    words[: len(found)] = [np.frombuffer(digest, "<u4") for digest in digests]
-    levels = np.zeros(len(words), np.int32)
-    levels[: len(found)] = [ring.level - 1 for ring in found]
-    if is_array(keys):
-        stacked = keys
-    else:  # by their data, since for JAX's checker of key reuse stacking keys uses them up
-        data = jnp.stack([jax.random.key_data(key) for key in keys])
-        stacked = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys[0]))
-    return _fold_names(stacked, *jax.device_put((levels, words)))
-
-
-@jax.jit
-def _fold_names(keys: Key[Array, " levels"], levels: Array, words: Array) -> Key[Array, " keys"]:
-    # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
-    def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
-        return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
-
-    return jax.vmap(key_by_key(fold, keys))(keys[levels], words)
