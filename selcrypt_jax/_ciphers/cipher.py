@@ -13,7 +13,8 @@ from .keys import RingKeys
 class Cipher(Protocol):
     """Rewrites the weights of rings; the leaves keep their shapes and dtypes.
 
-    `encrypt` and `decrypt` check masks and keys and derive a key for each ring; a cipher need not.
+    `encrypt` and `decrypt` check masks and keys, derive a key for each ring, and define the
+    gradient; a cipher need not.
 
     Examples:
         >>> class SignCipher:

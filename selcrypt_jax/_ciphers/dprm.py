@@ -1,6 +1,6 @@
 """DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
 
-This module checks the input; what happens to the weights of a ring is up
+This module checks the input, and defines the gradient; what happens to the weights of a ring is up
 to a `Cipher`: `lossless` (the default) or `gaussian` (the paper's).
 """
 
@@ -16,7 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
-from .._tree.names import Keys, is_array, named_leaves
+from .._tree.groups import Ring
+from .._tree.names import Keys, is_array, named_leaves, without_explicit_axes
 from .._tree.rings import split_rings
 from .cipher import Cipher
 from .keys import RingKeys, key_words
@@ -39,6 +40,11 @@ def encrypt(
     arguments, since what is closed over is written into the program), under ``vmap`` over params
     *and* keys (over params alone it would use a key twice) and with donation; sharded leaves give
     the same bits as on one device.
+
+    Gradients of any order flow through weights that are not selected, as if nothing had been
+    encrypted. The gradient of a selected weight is zero: its bits are scrambled, and no small
+    change of one is a small change of the other. To train decrypted weights, differentiate with
+    respect to what `decrypt` returns.
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
@@ -83,6 +89,9 @@ def decrypt(
 ) -> PyTree:
     """Decrypts the rings that a level opens; the higher ones stay as they are.
 
+    Runs wherever `encrypt` does, with the same gradients: zero for weights that are decrypted.
+    Rings that stay encrypted count as plain.
+
     Args:
         params: what `encrypt` returned.
         masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
@@ -118,6 +127,10 @@ def unlocking(
     for accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it
     where parameters must not lie in the clear, and `decrypt` once where they may.
 
+    It composes with ``grad`` on both sides: ``value_and_grad(unlocking(f, masks))`` differentiates
+    with respect to the protected parameters, of which the selected weights get zero, and
+    ``unlocking(value_and_grad(f), masks)`` with respect to the decrypted ones, all of them.
+
     Args:
         function: ``(params, *args, **kwargs) -> anything``.
         masks: ``masks[:m]`` for level m.
@@ -129,6 +142,8 @@ def unlocking(
     Examples:
         >>> forward = jax.jit(unlocking(apply, masks[:2]))
         >>> outputs = forward(protected, keys[:2], images)
+        >>> step = jax.jit(unlocking(jax.value_and_grad(loss_fn), masks[:2]))
+        >>> loss, gradient = step(protected, keys[:2], images)
     """
 
     @functools.wraps(function)
@@ -183,7 +198,7 @@ def _transform(
         return {name: _placed(changed[name], leaf) for name, leaf in leaves.items()}
 
     levels = keys if is_array(keys) else list(keys)
-    return tree.rebuild(run(leaves, levels))
+    return tree.rebuild(_differentiable(run, found)(leaves, levels))
 
 
 def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str]:
@@ -196,6 +211,35 @@ def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str
         return set()
     times = Counter(id(leaf) for leaf in everything.values())
     return {n for n, leaf in given.items() if isinstance(leaf, jax.Array) and times[id(leaf)] == 1}
+
+
+def _differentiable(
+    run: Callable[[Mapping[str, Array], Keys], dict[str, Array]], rings: Sequence[Ring]
+) -> Callable[[Mapping[str, Array], Keys], dict[str, Array]]:
+    """``run`` with the derivative of the identity for plain weights, and 0 for those of rings."""
+    differentiable = jax.custom_jvp(run)
+
+    @differentiable.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        selected: dict[str, Any] = {}
+        for ring in rings:
+            selected[ring.name] = selected.get(ring.name, False) | ring.mask
+        return differentiable(*primals), {
+            name: _zeroed(tangent, selected[name]) for name, tangent in tangents[0].items()
+        }
+
+    return differentiable
+
+
+def _zeroed(tangent: Array, selected: np.ndarray) -> Array:
+    if tangent.dtype == jax.dtypes.float0:  # of integers: no values at all
+        return tangent
+    return without_explicit_axes(_zero_where, tangent)(tangent, selected)
+
+
+@jax.jit
+def _zero_where(tangent: Array, selected: Array) -> Array:
+    return jnp.where(selected, jnp.zeros((), tangent.dtype), tangent)
 
 
 def _placed(array: Array, like: Any) -> Array:

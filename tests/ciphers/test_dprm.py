@@ -410,6 +410,18 @@ def test_nothing_is_used_up_by_a_call_that_fails():
     assert not params["a"].is_deleted()
 
 
+def test_what_is_transformed_is_not_used_up():
+    params = {"a": jnp.asarray(weights(20, 20)), "b": jnp.asarray(weights(300))}
+    masks, keys = ({"a": True, "b": True},), make_keys(1)
+
+    def loss(leaf: Any) -> Any:
+        return encrypt({**params, "a": leaf}, masks, keys, donate=True)["b"].sum()
+
+    jax.grad(loss)(params["a"])
+    jax.jit(loss)(params["a"])
+    assert not any(leaf.is_deleted() for leaf in params.values())
+
+
 def test_the_result_is_nobody_elses_memory():
     leaf = np.zeros(16_384, np.float32)
     params = {"w": leaf, "v": jnp.asarray(leaf)}
