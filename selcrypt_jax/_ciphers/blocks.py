@@ -1,4 +1,4 @@
-"""What every engine of the lossless cipher agrees on: its blocks, and the domains of its keys."""
+"""Constants and block arithmetic that all engines of the lossless cipher share."""
 
 import math
 from typing import Any, Literal, Protocol

@@ -1,4 +1,4 @@
-"""What a cipher is."""
+"""The interface of a cipher."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -50,8 +50,8 @@ class Cipher(Protocol):
         Args:
             leaves: name → array; not to be changed, except for those in ``donate``.
             rings: non-empty, disjoint within a leaf.
-            keys: one typed `jax.random` key for each ring, as an iterable; ``keys.array`` has all
-                in one array, with padding behind.
+            keys: an iterable of one typed `jax.random` key for each ring; ``keys.array`` is the
+                same as one array, padded at the end.
             inverse: whether to decrypt.
             donate: names of leaves that the cipher may use up; it is free to ignore this.
 

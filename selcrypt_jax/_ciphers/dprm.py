@@ -1,7 +1,7 @@
 """DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
 
-This module checks the input, and defines the gradient; what happens to the weights of a ring is up
-to a `Cipher`: `lossless` (the default) or `gaussian` (the paper's).
+This module checks the input and defines the gradient. A `Cipher` rewrites the weights: `lossless`
+(the default) or `gaussian` (the paper's).
 """
 
 import functools
@@ -42,9 +42,9 @@ def encrypt(
     the same bits as on one device.
 
     Gradients of any order flow through weights that are not selected, as if nothing had been
-    encrypted. The gradient of a selected weight is zero: its bits are scrambled, and no small
-    change of one is a small change of the other. To train decrypted weights, differentiate with
-    respect to what `decrypt` returns.
+    encrypted. The gradient of a selected weight is zero: its bits are scrambled, so a small change
+    in its ciphertext is not a small change in the weight. To train decrypted weights,
+    differentiate with respect to the result of `decrypt`.
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
@@ -110,6 +110,7 @@ def decrypt(
         >>> basic = decrypt(protected, masks[:1], keys[:1])  # level 1
         >>> original = decrypt(protected, masks, keys)
         >>> all(jax.tree.leaves(jax.tree.map(jax.numpy.array_equal, original, params)))
+        True
     """
     return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
 
@@ -122,10 +123,10 @@ def unlocking(
 ) -> Callable[..., Any]:
     """A function of parameters as one of protected parameters and keys, to be compiled as a whole.
 
-    What is at rest in device memory stays encrypted; a compiled step decrypts what it needs, and
-    frees it. When that is, leaf by leaf or at the beginning, is for XLA to schedule: its schedulers
-    for accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it
-    where parameters must not lie in the clear, and `decrypt` once where they may.
+    Parameters at rest in device memory stay encrypted; a compiled step decrypts the weights that it
+    needs, and frees them. XLA schedules this, leaf by leaf or at the beginning: its schedulers for
+    accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it where
+    parameters must not lie in the clear, and `decrypt` once where they may.
 
     It composes with ``grad`` on both sides: ``value_and_grad(unlocking(f, masks))`` differentiates
     with respect to the protected parameters, of which the selected weights get zero, and

@@ -1,8 +1,8 @@
 """The NumPy engine on JAX arrays: leaves on a CPU, and leaves spread over several devices or hosts.
 
 A leaf is copied to this host, rewritten there and handed back, so that no device ever holds more
-than its shard. In the stream form nothing passes between hosts. What is permuted does, in bounded
-parts, and then every host makes the same permutation.
+than its shard. In the stream form nothing passes between hosts. Permuted weights do, in bounded
+parts, and every host then makes the same permutation.
 """
 
 import os
@@ -20,7 +20,7 @@ from .._tree.names import unsigned
 from .blocks import Form
 from .engine_numpy import rewrite_leaf
 
-_ALIGNMENT = 64  # what XLA asks of memory that it uses without a copy
+_ALIGNMENT = 64  # bytes: XLA uses memory so aligned without a copy
 _EXCHANGED = 1 << 20  # weights that hosts tell each other at a time
 
 
@@ -85,7 +85,7 @@ def run_on_host(
 def _copied(leaf: Array) -> np.ndarray:
     """The bits of a leaf, or of what this process has of it and zeros elsewhere."""
     word, size = unsigned(leaf), leaf.size * leaf.dtype.itemsize
-    # Aligned, so that JAX takes the memory over; zeros take none until they are written to.
+    # Aligned, so that JAX takes the memory over. Pages of zeros take none until they are written.
     spread = is_spread(leaf)
     memory = (np.zeros if spread else np.empty)(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT

@@ -20,12 +20,12 @@ from .engine_numpy import leaf_digest
 class RingKeys:
     """A typed `jax.random` key for each ring: ``zip(rings, keys)`` pairs them.
 
-    No two rings share a key, whatever their leaves and levels. The keys are derived when they are
-    first asked for; a cipher that draws from `secrets` has JAX derive none.
+    No two rings share a key, whatever their leaves and levels. JAX derives the keys when they are
+    first asked for, and none for a cipher that starts from `secrets`.
 
     Attributes:
-        secrets: for each ring the 32 bytes of its *level's* key, where keys are of ChaCha20 and
-            not traced; None elsewhere. The name of the leaf is for the cipher to bring in.
+        secrets: for each ring the 32 bytes of its *level's* key, from which `leaf_key` derives that
+            of the leaf; None where keys are traced or of another implementation than ChaCha20.
     """
 
     def __init__(self, levels: Keys, rings: Sequence[Ring], words: np.ndarray | None) -> None:
@@ -37,7 +37,7 @@ class RingKeys:
 
     @cached_property
     def array(self) -> Key[Array, " keys"]:
-        """All of them as one array; what lies behind the last ring's is padding."""
+        """The keys of all rings, padded at the end to one of a few lengths."""
         words = np.zeros((padded(len(self)), 8), np.uint32)
         words[: len(self)] = [leaf_digest(ring.name) for ring in self._rings]
         numbers = np.zeros(len(words), np.int32)

@@ -70,6 +70,7 @@ class LosslessCipher:
         >>> stream = encrypt(params, masks, keys, cipher=cipher)
         >>> restored = decrypt(stream, masks, keys, cipher=cipher)
         >>> all(jax.tree.leaves(jax.tree.map(jax.numpy.array_equal, restored, params)))
+        True
     """
 
     unit: Literal["weight", "group"] = "weight"
