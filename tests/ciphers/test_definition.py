@@ -177,7 +177,8 @@ def test_the_edges_of_blocks(size, xla):
 
 @pytest.mark.parametrize("unit", ["weight", "group"])
 @pytest.mark.parametrize("inner", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1), (0, 1, 2), ()])
-def test_masks_of_all_shapes(inner, unit):
+@pytest.mark.parametrize("xla", [False, pytest.param(True, marks=SLOW)], ids=["numpy", "xla"])
+def test_masks_of_all_shapes(inner, unit, xla):
     shape = (6, 40, 35)
     params = {"w": payload(5, shape, "float32"), "v": np.ones((30, 30), np.float32)}
     groups = tuple(1 if axis in inner else size for axis, size in enumerate(shape))
@@ -192,9 +193,7 @@ def test_masks_of_all_shapes(inner, unit):
         {"w": none if few else first, "v": every & few},
         {"w": first | rest, "v": every},
     )
-    assert_as_defined(params, masks, {"unit": unit})
-    if (unit, inner) == ("weight", (1,)):
-        assert_as_defined(params, masks, {"unit": unit}, xla=True)
+    assert_as_defined(params, masks, {"unit": unit}, xla=xla)
 
 
 @settings(max_examples=20)
@@ -225,7 +224,8 @@ def test_keys_of_other_implementations(impl):
     assert_same(jax.tree.map(np.asarray, decrypt(protected, masks, keys)), params)
 
 
-@pytest.mark.parametrize("impl", ["rbg", pytest.param("unsafe_rbg", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_batch_of_keys_gives_each_its_own_bits(impl):
     # XLA's generator would draw for all from the first key.
     keys = jnp.stack([jax.random.split(jax.random.key(n, impl=impl), 1) for n in range(3)])
@@ -253,8 +253,9 @@ def test_wide_leaves(dtype, permute):
     with jax.enable_x64(True):
         protected = encrypt(params, (True,), KEYS[:1], cipher=cipher)
         opened = decrypt(protected, (True,), KEYS[:1], cipher=cipher)
-        with patch.object(engine_host, "on_host", lambda leaf: False):
-            assert_same(encrypt(params, (True,), KEYS[:1], cipher=cipher), protected)
+        if (dtype, permute) == ("float64", True):
+            with patch.object(engine_host, "on_host", lambda leaf: False):
+                assert_same(encrypt(params, (True,), KEYS[:1], cipher=cipher), protected)
     assert protected["w"].dtype == dtype
     assert (bits(protected["w"]) == bits(params["w"])).sum() < 10
     assert octets(opened["w"]) == octets(params["w"])

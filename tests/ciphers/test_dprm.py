@@ -148,14 +148,15 @@ CHECKERS = {
     "enable_x64": lambda: jax.enable_x64(True),
     "set_mesh": lambda: jax.set_mesh(jax.make_mesh((8,), ("d",), (AxisType.Explicit,))),
 }
+FAST_CHECKERS = ("debug_infs", "transfer_guard", "checking_leaks")
 
 
-# XLA's sort without jit, row by row, takes seconds.
+# The NumPy engine, and XLA's, of which most programs are compiled again under each flag.
 @pytest.mark.parametrize(
     ("checker", "impl"),
     [(checker, chacha20_impl) for checker in CHECKERS]
     + [
-        pytest.param(c, "threefry2x32", marks=[pytest.mark.slow] if c == "disable_jit" else [])
+        pytest.param(c, "threefry2x32", marks=[] if c in FAST_CHECKERS else [pytest.mark.slow])
         for c in CHECKERS
     ],
 )

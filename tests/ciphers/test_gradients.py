@@ -88,10 +88,10 @@ def test_jvp_vjp_and_linearize():
     assert_near(pull(jnp.float32(1))[0], of_plain(OPEN))
 
 
-def test_checkpoint_and_jit_inside():
-    for inner in (jax.checkpoint, jax.jit):
-        gradient = jax.grad(inner(unlocked_loss))(PUBLIC, KEYS, X)
-        assert_near(gradient, of_plain(OPEN))
+@pytest.mark.parametrize("inner", [jax.checkpoint, pytest.param(jax.jit, marks=pytest.mark.slow)])
+def test_checkpoint_and_jit_inside(inner):
+    gradient = jax.grad(inner(unlocked_loss))(PUBLIC, KEYS, X)
+    assert_near(gradient, of_plain(OPEN))
 
 
 def test_a_gradient_for_each_example():

@@ -77,7 +77,7 @@ def chain(params, x, *, scale):
     return x
 
 
-@pytest.mark.parametrize("permute", [True, False])
+@pytest.mark.parametrize("permute", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_program_unlocks_for_itself(permute):
     cipher = LosslessCipher(permute=permute)
     params = {f"layer{i}": jax.random.normal(jax.random.key(i), (48, 48)) for i in range(3)}

@@ -75,14 +75,13 @@ MEMBERS = {
     "a user's own": Member(lambda params, masks: SignCipher(), 0, INTEGERS),
 }
 every_member = pytest.mark.parametrize("name", MEMBERS)
-# The others compile programs of the same kinds again.
-compiled = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(n, marks=[pytest.mark.slow] if n in ("group", "order only", WRAPPED) else [])
-        for n in MEMBERS
-    ],
-)
+
+
+def compiled(*fast: str) -> Any:
+    """Every member; those that compile programs like another's, or large ones, are slow tests."""
+    marks = {name: [] if name in fast else [pytest.mark.slow] for name in MEMBERS}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
+
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -179,7 +178,7 @@ def assert_gradient(gradient: Any, start: Any) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@compiled
+@compiled("weight", "stream", "gaussian", "a user's own")
 def test_jit_and_its_gradient(name):
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
@@ -204,7 +203,7 @@ def test_eager_gradient(name, run):
     assert_gradient(gradient, start)
 
 
-@compiled
+@compiled("weight", "a user's own")
 def test_vmap_over_params_and_keys(name):
     keys = jnp.stack(KEYS)
     # What the second of two rows holds must not matter to the first.
@@ -213,7 +212,7 @@ def test_vmap_over_params_and_keys(name):
     assert_near(name, {n: leaf[0] for n, leaf in public.items()}, protected(name))
 
 
-@compiled
+@compiled("weight", "group", "stream", "order only", "a user's own")
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_sharded_over_eight_devices(name, kind):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
