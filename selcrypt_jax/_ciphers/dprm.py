@@ -1,28 +1,26 @@
 """DPRM, distribution-preserving random masks: encrypts the rings of a pytree in place.
 
-This module checks the input and derives the keys; what happens to the weights of a ring is a
-`Cipher`'s: `selcrypt_jax._lossless` (the default) or `selcrypt_jax._gaussian` (the paper's).
+This module checks the input and defines the gradient. A `Cipher` rewrites the weights: `lossless`
+(the default) or `gaussian` (the paper's).
 """
 
 import functools
-import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
-from jaxtyping import Array, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from .._tree.groups import Ring
-from .._tree.names import Keys, is_array, named_leaves, padded
+from .._tree.names import Keys, is_array, named_leaves, without_explicit_axes
 from .._tree.rings import split_rings
 from .cipher import Cipher
-from .engine_xla import key_by_key
+from .keys import RingKeys, key_words
 from .lossless import LosslessCipher
 
 
@@ -43,6 +41,11 @@ def encrypt(
     *and* keys (over params alone it would use a key twice) and with donation; sharded leaves give
     the same bits as on one device.
 
+    Gradients of any order flow through weights that are not selected, as if nothing had been
+    encrypted. The gradient of a selected weight is zero: its bits are scrambled, so a small change
+    in its ciphertext is not a small change in the weight. To train decrypted weights,
+    differentiate with respect to the result of `decrypt`.
+
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
         masks: M nested masks for ``params``, see `nested_masks`.
@@ -50,9 +53,10 @@ def encrypt(
             never encrypt two different trees**: draw a new model id for each. (The bits of
             "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
         cipher: `LosslessCipher()` unless given.
-        donate: whether the memory of the selected leaves may be used for the result, as by
-            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, and nothing is copied.
-            Under a jit of your own its arguments say this, and this one does nothing.
+        donate: whether the selected leaves may be used up, as by
+            ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, each as soon as its
+            result is there, so that memory holds few leaves twice. Under ``jit`` and other
+            transformations this does nothing; tell ``jit`` instead.
 
     Returns:
         A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
@@ -63,7 +67,8 @@ def encrypt(
         TypeError: traced masks; raw integers or old-style keys.
 
     Examples:
-        >>> masks = nested_masks(l2(params), [0.02, 0.05, 0.08])
+        >>> scores = l2(params, granularity="weight")
+        >>> masks = nested_masks(scores, [0.1, 0.3, 0.5])
         >>> keys = ring_keys(level_key(secret, model_id, levels=3))
         >>> protected = encrypt(params, masks, keys)
         >>> basic = decrypt(protected, masks[:1], keys[:1])
@@ -84,6 +89,9 @@ def decrypt(
 ) -> PyTree:
     """Decrypts the rings that a level opens; the higher ones stay as they are.
 
+    Runs wherever `encrypt` does, with the same gradients: zero for weights that are decrypted.
+    Rings that stay encrypted count as plain.
+
     Args:
         params: what `encrypt` returned.
         masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
@@ -97,6 +105,12 @@ def decrypt(
 
     Raises:
         ValueError, TypeError: as in `encrypt`.
+
+    Examples:
+        >>> basic = decrypt(protected, masks[:1], keys[:1])  # level 1
+        >>> original = decrypt(protected, masks, keys)
+        >>> all(jax.tree.leaves(jax.tree.map(jax.numpy.array_equal, original, params)))
+        True
     """
     return _transform(params, masks, keys, cipher, inverse=True, donate=donate)
 
@@ -109,10 +123,14 @@ def unlocking(
 ) -> Callable[..., Any]:
     """A function of parameters as one of protected parameters and keys, to be compiled as a whole.
 
-    What is at rest in device memory stays encrypted; a compiled step decrypts what it needs, and
-    frees it. When that is, leaf by leaf or at the beginning, is for XLA to schedule: its schedulers
-    for accelerators save memory, the one for CPUs saves time. Every call decrypts anew: use it
-    where parameters must not lie in the clear, and `decrypt` once where they may.
+    Parameters at rest in device memory stay encrypted; a compiled step decrypts the weights that it
+    needs, and frees them. XLA schedules this, leaf by leaf or at the beginning: its schedulers for
+    accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it where
+    parameters must not lie in the clear, and `decrypt` once where they may.
+
+    It composes with ``grad`` on both sides: ``value_and_grad(unlocking(f, masks))`` differentiates
+    with respect to the protected parameters, of which the selected weights get zero, and
+    ``unlocking(value_and_grad(f), masks)`` with respect to the decrypted ones, all of them.
 
     Args:
         function: ``(params, *args, **kwargs) -> anything``.
@@ -124,7 +142,9 @@ def unlocking(
 
     Examples:
         >>> forward = jax.jit(unlocking(apply, masks[:2]))
-        >>> logits = forward(protected, keys[:2], images)
+        >>> outputs = forward(protected, keys[:2], images)
+        >>> step = jax.jit(unlocking(jax.value_and_grad(loss_fn), masks[:2]))
+        >>> loss, gradient = step(protected, keys[:2], images)
     """
 
     @functools.wraps(function)
@@ -152,13 +172,14 @@ def _transform(
             f"{cipher!r}."
         )
     _check_keys(keys, len(masks))
+    words = key_words(keys)
     if not inverse:
         if not masks:
             raise ValueError(
                 "masks: expected one mask a level, got none. The result would be plaintext. Make "
                 "masks with nested_masks."
             )
-        _check_keys_differ(keys)
+        _check_keys_differ(words)
     # Everything is checked before anything is computed: no half-encrypted tree, ever.
     for ring in found:
         _check_leaf(ring.name, tree.leaves[ring.name])
@@ -170,18 +191,56 @@ def _transform(
         name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
         for name, leaf in given.items()
     }
-    more: dict[str, Any] = {}
-    if donate and isinstance(cipher, LosslessCipher):
-        # Not an array that is in the tree twice, nor one of NumPy: that is its owner's, and JAX
-        # may only have borrowed its memory.
-        times = Counter(id(leaf) for leaf in tree.leaves.values())
-        more["donate"] = {
-            name
-            for name, leaf in given.items()
-            if isinstance(leaf, jax.Array) and times[id(leaf)] == 1
+    donated = _donated(given, tree.leaves) if donate else ()
+
+    def run(leaves: Mapping[str, Array], keys: Keys) -> dict[str, Array]:
+        ring_keys = RingKeys(keys, found, words)
+        changed = cipher.run(leaves, found, ring_keys, inverse=inverse, donate=donated)
+        return {name: _placed(changed[name], leaf) for name, leaf in leaves.items()}
+
+    levels = keys if is_array(keys) else list(keys)
+    return tree.rebuild(_differentiable(run, found)(leaves, levels))
+
+
+def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str]:
+    """The leaves that may be used up.
+
+    Not a leaf that is in the tree twice, nor one of NumPy: that is its owner's, and JAX may only
+    have borrowed its memory. None at all where some are traced: arrays are constants there.
+    """
+    if any(isinstance(leaf, Tracer) for leaf in given.values()):
+        return set()
+    times = Counter(id(leaf) for leaf in everything.values())
+    return {n for n, leaf in given.items() if isinstance(leaf, jax.Array) and times[id(leaf)] == 1}
+
+
+def _differentiable(
+    run: Callable[[Mapping[str, Array], Keys], dict[str, Array]], rings: Sequence[Ring]
+) -> Callable[[Mapping[str, Array], Keys], dict[str, Array]]:
+    """``run`` with the derivative of the identity for plain weights, and 0 for those of rings."""
+    differentiable = jax.custom_jvp(run)
+
+    @differentiable.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        selected: dict[str, Any] = {}
+        for ring in rings:
+            selected[ring.name] = selected.get(ring.name, False) | ring.mask
+        return differentiable(*primals), {
+            name: _zeroed(tangent, selected[name]) for name, tangent in tangents[0].items()
         }
-    changed = cipher.run(leaves, found, _ring_keys(keys, found), inverse=inverse, **more)
-    return tree.rebuild({name: _placed(changed[name], leaf) for name, leaf in given.items()})
+
+    return differentiable
+
+
+def _zeroed(tangent: Array, selected: np.ndarray) -> Array:
+    if tangent.dtype == jax.dtypes.float0:  # of integers: no values at all
+        return tangent
+    return without_explicit_axes(_zero_where, tangent)(tangent, selected)
+
+
+@jax.jit
+def _zero_where(tangent: Array, selected: Array) -> Array:
+    return jnp.where(selected, jnp.zeros((), tangent.dtype), tangent)
 
 
 def _placed(array: Array, like: Any) -> Array:
@@ -258,43 +317,12 @@ def _check_keys(keys: Any, levels: int) -> None:
         first = key.dtype
 
 
-def _check_keys_differ(keys: Any) -> None:
+def _check_keys_differ(words: np.ndarray | None) -> None:
     """With one key for two rings, a lower level would open a higher one."""
-    data = [jax.random.key_data(key) for key in ([keys] if is_array(keys) else keys)]
-    if any(isinstance(words, Tracer) for words in data):
-        return  # nothing to look at under jit
-    words_of = np.concatenate([np.atleast_2d(words) for words in jax.device_get(data)])
-    seen = [words.tobytes() for words in words_of]
-    for index, words in enumerate(seen):
-        if words in seen[:index]:
+    seen = [] if words is None else [row.tobytes() for row in words]  # none under jit
+    for index, row in enumerate(seen):
+        if row in seen[:index]:
             raise ValueError(
                 f"keys[{index}]: expected a key of its own for each level, got keys"
-                f"[{seen.index(words)}] again. Derive them with ring_keys(level_key(...))."
+                f"[{seen.index(row)}] again. Derive them with ring_keys(level_key(...))."
             )
-
-
-def _ring_keys(keys: Any, found: Sequence[Ring]) -> Key[Array, " keys"]:
-    """The key of every ring in its leaf, padded."""
-    digests = [
-        hashlib.sha256(b"selcrypt/v1/leaf\0" + ring.name.encode("utf-8", "surrogatepass")).digest()
-        for ring in found
-    ]
-    words = np.zeros((padded(len(found)), 8), np.uint32)
-    words[: len(found)] = [np.frombuffer(digest, "<u4") for digest in digests]
-    levels = np.zeros(len(words), np.int32)
-    levels[: len(found)] = [ring.level - 1 for ring in found]
-    if is_array(keys):
-        stacked = keys
-    else:  # by their data, since for JAX's checker of key reuse stacking keys uses them up
-        data = jnp.stack([jax.random.key_data(key) for key in keys])
-        stacked = jax.random.wrap_key_data(data, impl=jax.random.key_impl(keys[0]))
-    return _fold_names(stacked, *jax.device_put((levels, words)))
-
-
-@jax.jit
-def _fold_names(keys: Key[Array, " levels"], levels: Array, words: Array) -> Key[Array, " keys"]:
-    # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
-    def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
-        return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
-
-    return jax.vmap(key_by_key(fold, keys))(keys[levels], words)

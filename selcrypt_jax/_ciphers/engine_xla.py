@@ -1,6 +1,6 @@
-"""The lossless cipher in JAX, jitted: any device, any sharding, any `jax.random` keys.
+"""The lossless cipher in XLA: any device, any sharding, any `jax.random` keys, and under ``jit``.
 
-The definition is in `_lossless`.
+`lossless` defines the cipher.
 """
 
 import operator
@@ -17,30 +17,28 @@ from jaxtyping import Array, Key, PRNGKeyArray
 
 from .._tree.groups import Ring, unit_positions
 from .._tree.names import padded, unsigned, without_explicit_axes
-from .engine_host import on_host, run_on_host
-from .engine_sharded import shards_of
-from .lossless import BLOCK, INDEX_BITS, MASK, PERMUTATION, LosslessCipher, block_count
+from .blocks import BLOCK, INDEX_BITS, MASK, PERMUTATION, Form, block_count
+from .keys import RingKeys, key_by_key
 
 _AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
 
 
-def run(
-    cipher: LosslessCipher,
+def run_in_xla(
+    cipher: Form,
     leaves: Mapping[str, Array],
     rings: Sequence[Ring],
-    keys: Key[Array, " keys"],
+    keys: RingKeys,
     *,
     inverse: bool,
-    donate: Collection[str] = (),
+    donate: Collection[str],
 ) -> dict[str, Array]:
-    """Encrypts or decrypts rings with `LosslessCipher`: see `Cipher.run`."""
-    if on_host(leaves, keys):
-        return run_on_host(cipher, leaves, rings, keys, inverse=inverse, donate=donate)
+    """See `Cipher.run`."""
     result = dict(leaves)
     started = set(donate)
-    for batch in _batches([_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings)]):
-        permutations = _tables(batch, keys, "permutation") if cipher.permute else None
-        masks = _tables(batch, keys, "mask")
+    plans = [_plan(cipher, i, r, leaves[r.name]) for i, r in enumerate(rings) if r.name in leaves]
+    for batch in _batches(plans):
+        permutations = _tables(batch, keys.array, "permutation") if cipher.permute else None
+        masks = _tables(batch, keys.array, "mask")
         for plans in _alike(batch):
             (name, fine), leaf = (plans[0].name, plans[0].fine), result[plans[0].name]
             # From its second time on, the array is ours to overwrite.
@@ -63,8 +61,10 @@ def run(
 
 
 def _is_whole(leaf: Array) -> bool:
-    """Whether it lies on one device. Under a jit of somebody else's it may be spread over all."""
-    return jax.device_count() == 1 if isinstance(leaf, Tracer) else shards_of(leaf) == 1
+    """Whether it lies on one device. Under a jit of the caller's it may be spread over all."""
+    if isinstance(leaf, Tracer):
+        return jax.device_count() == 1
+    return len(leaf.sharding.device_set) == 1
 
 
 def _read(bits: Array, positions: Array, *, flat: bool) -> Array:
@@ -110,7 +110,7 @@ class _Plan(NamedTuple):
     dtype: Any
 
 
-def _plan(cipher: LosslessCipher, index: int, ring: Ring, leaf: Array) -> _Plan:
+def _plan(cipher: Form, index: int, ring: Ring, leaf: Array) -> _Plan:
     positions, _ = unit_positions(leaf.shape, [ring.mask], cipher.unit)
     units = len(positions)
     room = np.full(BLOCK * padded(block_count(positions.size)), leaf.size, np.int32)
@@ -181,17 +181,6 @@ def _tables(
 @partial(jax.jit, static_argnums=2)
 def _rows(table: Array, start: Array, size: int) -> Array:
     return lax.dynamic_slice_in_dim(table, start, size)
-
-
-def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[..., Any]:
-    """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
-
-    XLA's generator draws for a batch of keys from the first one alone, so that its bits would
-    depend on which other rings are in the batch: it takes one key after the other.
-    """
-    if jax.random.key_impl(keys) in ("rbg", "unsafe_rbg"):
-        return jax.custom_batching.sequential_vmap(draw)
-    return draw
 
 
 def _map_blocks(

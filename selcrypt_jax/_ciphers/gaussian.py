@@ -1,7 +1,7 @@
 """The paper's Gaussian cipher, to reproduce its figures. Not lossless: see `GaussianCipher`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from jaxtyping import Array, Key, PyTree
 from .._tree.groups import Ring, group_positions
 from .._tree.names import named_leaves, padded, without_explicit_axes
 from .._tree.rings import split_rings
+from .keys import RingKeys
 
 # How far outside the range of w + r (or, wrapped, of w, and then as a part of it) its bounds lie.
 # Any closer, and a weight at the edge becomes an infinite quantile; a part in 10⁵ still leaves
@@ -53,11 +54,16 @@ class GaussianCipher:
 
     Attributes:
         stats: side data by (leaf name, level). Make it with `fit`, and keep it: decryption needs
-            it, and whoever has it knows the range of the selected weights.
+            it. It tells the range of the selected weights.
         wrap: ours, not the paper's: ``c = μ + σ·Φ⁻¹(((w − h)/(f − h) + r) mod 1)``. As the paper
             prints it, ``w + r`` is far from uniform once the range of ``w`` is not small against
             1: on the paper's own DnCNN ``c`` then has less than half of the deviation that it
             should. Modulo 1 it is uniform, and ``c`` normal and independent of ``w``.
+
+    Examples:
+        >>> cipher = GaussianCipher.fit(params, masks)
+        >>> gaussian = encrypt(params, masks, keys, cipher=cipher)
+        >>> restored = decrypt(gaussian, masks, keys, cipher=cipher)  # to about 1e-6
 
     References:
         Tian, Zhou, Duan, CVPR 2021, equations 9 to 12.
@@ -115,11 +121,12 @@ class GaussianCipher:
         self,
         leaves: Mapping[str, Array],
         rings: Sequence[Ring],
-        keys: Key[Array, " keys"],
+        keys: RingKeys,
         *,
         inverse: bool,
+        donate: Collection[str] = (),
     ) -> dict[str, Array]:
-        """See `Cipher.run`."""
+        """See `Cipher.run`; nothing is used up."""
         result = dict(leaves)
         for index, ring in enumerate(rings):
             leaf = result[ring.name]
@@ -130,7 +137,7 @@ class GaussianCipher:
             positions[: found.size] = found
             stats = np.array(self.stats[ring.name, ring.level], np.float32)
             tables = jax.device_put((positions, stats, np.int32(index)))
-            result[ring.name] = _rewrite(leaf, keys, *tables, inverse=inverse, wrap=self.wrap)
+            result[ring.name] = _rewrite(leaf, keys.array, *tables, inverse=inverse, wrap=self.wrap)
         return result
 
 

@@ -25,8 +25,6 @@ import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
-from jaxtyping import UInt32
 
 _SIGMA = np.frombuffer(b"expand 32-byte k", "<u4").astype(np.uint32)  # RFC 8439, section 2.3
 _BLOCK_WORDS = 16
@@ -81,18 +79,6 @@ def _double_round(_: Any, state: tuple[Array, ...]) -> tuple[Array, ...]:
     return tuple(words)
 
 
-def _check_words(name: str, words: ArrayLike, *last: int) -> Array:
-    """``words`` as an array, after a check of its dtype and its last dimension."""
-    dtype, shape = getattr(words, "dtype", type(words).__name__), np.shape(words)
-    if dtype != np.uint32 or shape[len(shape) - len(last) :] != last:
-        raise ValueError(
-            f"{name} has dtype {dtype} and shape {list(shape)} but expected uint32 "
-            f"[{', '.join(('...', *map(str, last)))}]; read bytes as little-endian words by "
-            "np.frombuffer(data, '<u4')"
-        )
-    return jnp.asarray(words)
-
-
 def _zero(*words: Array) -> Array:
     """A zero that, in ``shard_map``, varies over the mesh axes that ``words`` vary over."""
     return reduce(operator.or_, (word & np.uint32(0) for word in words))
@@ -100,6 +86,16 @@ def _zero(*words: Array) -> Array:
 
 @jax.jit
 def _block(key: Array, counter: Array, nonce: Array) -> Array:
+    """The block function (RFC 8439, section 2.3), with its final addition.
+
+    Args:
+        key: uint32 ``[..., 8]``, little-endian words, as all of these.
+        counter: uint32 ``[...]``, the number of the block.
+        nonce: uint32 ``[..., 3]``.
+
+    Returns:
+        uint32 ``[..., 16]``, a block of keystream.
+    """
     shape = np.broadcast_shapes(key.shape[:-1], counter.shape, nonce.shape[:-1])
     sigma = (jnp.asarray(word) for word in _SIGMA)
     words = (*sigma, *jnp.unstack(key, axis=-1), counter, *jnp.unstack(nonce, axis=-1))
@@ -112,36 +108,11 @@ def _block(key: Array, counter: Array, nonce: Array) -> Array:
     return jnp.stack([x + y for x, y in zip(start, end, strict=True)], axis=-1)
 
 
-def chacha20_block(
-    key_words: ArrayLike, counter: ArrayLike, nonce_words: ArrayLike
-) -> UInt32[Array, "*batch 16"]:
-    """The ChaCha20 block function (RFC 8439, section 2.3), with its final addition.
-
-    The leading dimensions broadcast against each other.
-
-    Args:
-        key_words: uint32 ``[..., 8]``, the 32 bytes of a key as little-endian words.
-        counter: number of the block, an int in ``[0, 2**32)`` or uint32 ``[...]``.
-        nonce_words: uint32 ``[..., 3]``, the 12 bytes of a nonce as little-endian words.
-
-    Returns:
-        uint32 ``[..., 16]``: the 64 bytes of a block of keystream as little-endian words.
-
-    Raises:
-        ValueError: a dtype other than uint32, or a wrong last dimension.
-        OverflowError: an int ``counter`` outside of ``[0, 2**32)``.
-    """
-    key_words = _check_words("key_words", key_words, _KEY_WORDS)
-    nonce_words = _check_words("nonce_words", nonce_words, 3)
-    counter = np.uint32(counter) if isinstance(counter, int) else counter
-    return _block(key_words, _check_words("counter", counter), nonce_words)
-
-
-def _blocks(key: Array, nonce: Array, counter: Array, blocks: int, chunk: int) -> Array:
-    """Blocks ``counter .. counter + blocks - 1``, a chunk at a time; ``[blocks, 16]``."""
+def _blocks(key: Array, nonce: Array, blocks: int, chunk: int) -> Array:
+    """Blocks 0 .. ``blocks - 1``, a chunk at a time; ``[blocks, 16]``."""
     steps = -(-blocks // chunk)
     if steps <= 1:
-        return _block(key, lax.iota(np.uint32, blocks) + counter, nonce)
+        return _block(key, lax.iota(np.uint32, blocks), nonce)
     # Chunks of one size, the last one moved back over the end of the one before it: at most
     # `steps` blocks are made twice, and no second copy of the stream is needed to cut it.
     chunk = -(-blocks // steps)
@@ -149,64 +120,30 @@ def _blocks(key: Array, nonce: Array, counter: Array, blocks: int, chunk: int) -
     def write(step: Array, stream: Array) -> Array:
         first = lax.convert_element_type(step, np.uint32) * np.uint32(chunk)
         first = jnp.minimum(first, np.uint32(blocks - chunk))
-        made = _block(key, lax.iota(np.uint32, chunk) + (first + counter), nonce)
+        made = _block(key, lax.iota(np.uint32, chunk) + first, nonce)
         return lax.dynamic_update_slice(stream, made, (first, np.uint32(0)))
 
-    empty = jnp.broadcast_to(_zero(key[0], nonce[0], counter), (blocks, _BLOCK_WORDS))
+    empty = jnp.broadcast_to(_zero(key[0], nonce[0]), (blocks, _BLOCK_WORDS))
     return lax.fori_loop(0, steps, write, empty)
 
 
-def _count_blocks(words: int, counter: int) -> int:
-    """How many blocks make ``words`` words; refuses a stream past the end of the counter."""
+@partial(jax.jit, static_argnums=2)
+def _keystream(key: Array, nonce: Array, words: int) -> Array:
+    """The keystream (RFC 8439, section 2.4) from block 0 on, ``[words]``."""
     blocks = -(-words // _BLOCK_WORDS)
-    if counter + blocks > _MAX_BLOCKS:
+    if blocks > _MAX_BLOCKS:  # it would repeat
         raise ValueError(
-            f"{words} words of ChaCha20 keystream are {blocks} blocks, but from block "
-            f"{counter} on the 32-bit counter allows {_MAX_BLOCKS - counter}; split the key "
-            "and draw a part of the words from each of its children"
+            f"{words} words of ChaCha20 keystream are {blocks} blocks, but the 32-bit counter "
+            f"allows {_MAX_BLOCKS}; split the key and draw a part of the words from each of its "
+            "children"
         )
-    return blocks
-
-
-@partial(jax.jit, static_argnums=3)
-def _keystream(key: Array, nonce: Array, counter: Array, words: int) -> Array:
-    make = partial(_blocks, blocks=_count_blocks(words, 0))
+    make = partial(_blocks, blocks=blocks)
     on_cpu, elsewhere = (partial(make, chunk=n) for n in (_CPU_CHUNK, _ACCELERATOR_CHUNK))
     if words <= _CPU_CHUNK * _BLOCK_WORDS:  # one piece everywhere
-        stream = on_cpu(key, nonce, counter)
+        stream = on_cpu(key, nonce)
     else:
-        stream = lax.platform_dependent(key, nonce, counter, cpu=on_cpu, default=elsewhere)
+        stream = lax.platform_dependent(key, nonce, cpu=on_cpu, default=elsewhere)
     return stream.reshape(-1)[:words]
-
-
-def chacha20_keystream(
-    key_words: ArrayLike, nonce_words: ArrayLike, words: int, *, counter: int = 0
-) -> UInt32[Array, " words"]:
-    """The keystream of RFC 8439, section 2.4.
-
-    Args:
-        key_words: uint32 ``[8]``, the 32 bytes of a key as little-endian words. Not the data
-            of a key that ``jax.random`` also uses, unless the nonce differs from the domains
-            of this module.
-        nonce_words: uint32 ``[3]``, the 12 bytes of a nonce as little-endian words.
-        words: how many words (4 bytes each) to return; static.
-        counter: number of the first block; static.
-
-    Returns:
-        uint32 ``[words]``: the keystream as little-endian words.
-
-    Raises:
-        ValueError: a wrong shape or dtype, or a stream past block ``2**32 - 1``, where the
-            keystream would repeat. Nothing is computed before.
-    """
-    key_words = _check_words("key_words", key_words, _KEY_WORDS)
-    nonce_words = _check_words("nonce_words", nonce_words, 3)
-    if key_words.ndim != 1 or nonce_words.ndim != 1:
-        raise ValueError("expected one key and one nonce; use jax.vmap for a batch of them")
-    if words < 0 or not 0 <= counter < _MAX_BLOCKS:
-        raise ValueError(f"expected words >= 0, not {words}, and counter < 2**32, not {counter}")
-    _count_blocks(words, counter)
-    return _keystream(key_words, nonce_words, np.uint32(counter), words)
 
 
 # Jitted, so that a call outside of jit is one dispatch and its constants are no transfers.
@@ -218,7 +155,7 @@ def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
             f"ChaCha20 makes 8, 16, 32 or (with jax_enable_x64) 64 random bits, not {bit_width}"
         )
     size = math.prod(shape)
-    words = _keystream(key, _RANDOM_BITS, np.uint32(0), -(-size * bit_width // 32))
+    words = _keystream(key, _RANDOM_BITS, -(-size * bit_width // 32))
     # Shifts and not a bit cast: that they are little-endian doesn't depend on the platform.
     if bit_width == 64:
         low, high = (lax.convert_element_type(words[i::2], dtype) for i in (0, 1))
@@ -231,7 +168,7 @@ def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def _split(key: Array, shape: tuple[int, ...]) -> Array:
-    words = _keystream(key, _SPLIT, np.uint32(0), math.prod(shape) * _KEY_WORDS)
+    words = _keystream(key, _SPLIT, math.prod(shape) * _KEY_WORDS)
     return words.reshape(*shape, _KEY_WORDS)
 
 
@@ -263,7 +200,7 @@ chacha20_impl: Any = jax.extend.random.define_prng_impl(
     name="selcrypt_chacha20",
     tag="chacha20",
 )
-"""ChaCha20 for ``jax.random``. Make keys with ``chacha20_key``.
+"""ChaCha20 for ``jax.random``. Make keys with `chacha20_key`.
 
 ``jax.random.key(seed, impl=chacha20_impl)`` works too but is for tests only: such a key has at
 most 64 bits of entropy, and 32 without ``jax_enable_x64`` (then -1 and ``2**32 - 1`` are the
@@ -290,6 +227,9 @@ def chacha20_key(secret: bytes) -> Array:
     Raises:
         TypeError: ``secret`` is not ``bytes``.
         ValueError: ``secret`` is not 32 bytes long.
+
+    Examples:
+        >>> noise = jax.random.normal(chacha20_key(bytes(secret)), (3,))
     """
     if not isinstance(secret, bytes):
         raise TypeError(f"secret has type {type(secret).__name__} but expected bytes")

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import PyTree
 
-from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher, order_bits
+from .._ciphers.blocks import order_bits
+from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher
 from .._tree.dtypes import DTYPES, SAFETENSORS, Dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, is_array, listed

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from .._ciphers.blocks import block_count
 from .._ciphers.dprm import Cipher, decrypt, encrypt
 from .._ciphers.gaussian import GaussianCipher
-from .._ciphers.lossless import LosslessCipher, block_count
+from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import Secret, level_key, new_model_id, ring_keys
 from .._masks.masks import nested_masks
 from .._tree.dtypes import DTYPES

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -98,8 +99,8 @@ class Toy:
     def words(self, rng, count, dtype):
         return rng.integers(0, 1 << 8 * dtype.itemsize, count, dtype)
 
-    def run(self, leaves, rings, keys, *, inverse):
-        seeds = np.asarray(jax.random.key_data(keys))
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
+        seeds = np.asarray(jax.random.key_data(getattr(keys, "array", keys)))
         bits: dict[str, Any] = {
             name: np.array(leaf).view(f"uint{8 * leaf.dtype.itemsize}")
             for name, leaf in leaves.items()
@@ -193,23 +194,23 @@ class ConstantKey(Toy):
 class KeyOfLevel(Toy):
     """The same in every leaf: only the first leaf's keys count, as if names were left out."""
 
-    def run(self, leaves, rings, keys, *, inverse):
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
         first = {}
         for index, ring in enumerate(rings):
             first.setdefault(ring.level, index)
         which = [first[ring.level] for ring in rings]
-        return super().run(leaves, rings, keys[np.array(which)], inverse=inverse)
+        return super().run(leaves, rings, keys.array[np.array(which)], inverse=inverse)
 
 
 class KeyOfLeaf(Toy):
     """The same in every ring of a leaf, so that the lowest key opens all of it."""
 
-    def run(self, leaves, rings, keys, *, inverse):
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
         first = {}
         for index, ring in enumerate(rings):
             first.setdefault(ring.name, index)
         which = [first[ring.name] for ring in rings]
-        return super().run(leaves, rings, keys[np.array(which)], inverse=inverse)
+        return super().run(leaves, rings, keys.array[np.array(which)], inverse=inverse)
 
 
 class NoKey(Toy):
@@ -222,13 +223,13 @@ class NoKey(Toy):
 class OneKeyForAll(LosslessCipher):
     """The library's own, with the first ring's key for all."""
 
-    def run(self, leaves, rings, keys, *, inverse):
-        first = keys[np.zeros(len(keys), np.int32)]
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
+        first = SimpleNamespace(array=keys.array[np.zeros(len(keys.array), int)], secrets=None)
         return super().run(leaves, rings, first, inverse=inverse)
 
 
 class ChangesPlain(Toy):
-    def run(self, leaves, rings, keys, *, inverse):
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
         result = super().run(leaves, rings, keys, inverse=inverse)
         leaf = result["conv"]
         outside = ~np.logical_or.reduce(
@@ -241,7 +242,7 @@ class ChangesPlain(Toy):
 
 
 class DoesNotDecrypt(Toy):
-    def run(self, leaves, rings, keys, *, inverse):
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
         result = super().run(leaves, rings, keys, inverse=inverse)
         if inverse:
             place = (0,) * result["bias"].ndim

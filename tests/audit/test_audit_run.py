@@ -177,7 +177,7 @@ class Identity:
 
     def check(self, ring, leaf): ...
 
-    def run(self, leaves, rings, keys, *, inverse):
+    def run(self, leaves, rings, keys, *, inverse, donate=()):
         return dict(leaves)
 
 
