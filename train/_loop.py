@@ -1,11 +1,12 @@
 """A training loop that can be killed at any time and goes on where it was, bit for bit."""
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save
+
+from selcrypt_jax.models import VGG19, DnCNN, to_torch
 
 Row = dict[str, float]
 
@@ -150,6 +153,74 @@ def gradient_step(
     return step
 
 
+def train_model(
+    model: VGG19 | DnCNN,
+    config: Any,
+    *,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    loss: Callable[[Any, Any, jax.Array], jax.Array],
+    batch: Callable[[int], Any],
+    quality: Callable[[Any], Callable[[Any], Row]],
+    best: str,
+    metadata: dict[str, str],
+    key: jax.Array,
+) -> None:
+    """Trains a network of ours, and writes its best weights under PyTorch's names.
+
+    Args:
+        model: in training mode.
+        config: the dataclass of the command line: out, steps, rate, every and checkpoints count.
+        optimizer: made from the schedule: warm-up over a twentieth of the steps, then a cosine.
+        loss: ``(model, batch, key) -> scalar``.
+        batch: number of the step → arrays ``[examples, ...]``.
+        quality: graph of the network in evaluation mode → ``params -> metrics``.
+        best: the metric by which weights are best; higher is better.
+        metadata: of the file, beside that metric and the step.
+        key: see `train`.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    transformation = optimizer(
+        optax.warmup_cosine_decay_schedule(0.0, config.rate, config.steps // 20, config.steps)
+    )
+    model.eval()
+    metrics = quality(nnx.split(model, nnx.Param, ...)[0])
+
+    def measure(number: int, carry: Any, rows: list[Row]) -> Row:
+        """Quality on test data; the best weights are written."""
+        params, rest, _ = carry
+        row = metrics(nnx.merge_state(params, rest))
+        if row[best] > max((row[best] for row in rows), default=-math.inf):
+            about = metadata | {best: f"{row[best]:.4f}", "step": str(number)}
+            tensors = to_torch(nnx.merge(graph, params, rest, copy=True))
+            write_tensors(tensors, config.out, about)
+        return row
+
+    train(
+        jax.tree.map(jnp.copy, (params, rest, transformation.init(params))),
+        gradient_step(graph, transformation, loss),
+        batch,
+        key=key,
+        steps=config.steps,
+        every=config.every,
+        measure=measure,
+        checkpoints=config.checkpoints,
+        config=config,
+        best=config.out,
+    )
+
+
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """Ends a script with a message and no traceback, where what it was given is wrong."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise SystemExit(text) from error
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     """Writes a .safetensors file; it is whole, or the old one.
 
@@ -180,7 +251,7 @@ def check_output(path: Path, *inputs: Path) -> None:
         inputs: files that it must not replace.
 
     Raises:
-        SystemExit: so it is.
+        SystemExit: if it is one of these.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +272,7 @@ def check_numbers(config: Any) -> None:
     """Refuses numbers of the command line that no step can be made with.
 
     Raises:
-        SystemExit: so it is.
+        SystemExit: if there is one.
     """
     values = asdict(config)
     for name, least in (("steps", 1), ("every", 1), ("patch", 1), ("seed", 0)):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _loop import Row, check_numbers, check_output, train, write_tensors
+from _loop import Row, check_numbers, check_output, exits, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
 from selcrypt_jax import PSSConfig, PSSState, probability_open, pss_learner
@@ -94,6 +94,7 @@ class Custom(CustomTask, Config):
     """Learns the importance of the weights of a network of your own."""
 
 
+@exits()
 def main(config: Vgg19 | Dncnn | Custom) -> None:
     """Learns; see `Config`."""
     check_numbers(config)
@@ -115,29 +116,25 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
     try:
         re.compile(config.select or "")
     except re.error as error:
-        raise SystemExit(
+        raise ValueError(
             f"--select: expected a regular expression, got {config.select!r}: {error}."
         ) from None
-    try:
-        pss_config = PSSConfig(
+    learner = pss_learner(
+        task.loss_fn,
+        task.params,
+        config=PSSConfig(
             config.objective,
             steps=config.steps,
             penalty=penalty,
             optimizer=optax.adam(config.rate, eps=max(penalty / 10, 1e-8)),
             cap=config.cap,
             sampled=config.sampled,
-        )
-        learner = pss_learner(
-            task.loss_fn,
-            task.params,
-            config=pss_config,
-            select=None if names is None and config.select is None else selected,
-            granularity=config.granularity,
-            layout=layout,
-        )
-        state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"{config.weights}: {error}") from error
+        ),
+        select=None if names is None and config.select is None else selected,
+        granularity=config.granularity,
+        layout=layout,
+    )
+    state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
 
     def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
         # The state has a key of its own, from which the noise of each step follows.

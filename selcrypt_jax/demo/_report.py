@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import PyTree
 from rich.table import Table
 
+from ..models._network import psnr
 from ._tiers import Tiers
-from ._train import Pictures, psnr
+from ._train import Pictures
 
 # Wong's palette, which colour-blind readers can tell apart.
 _COLOURS = {

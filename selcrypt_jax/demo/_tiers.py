@@ -76,7 +76,7 @@ def learn(
 ) -> PyTree:
     """Importance of the kernels of the convolutions, learned."""
     return pss(
-        subject.loss_fn,
+        lambda params, batch: subject.loss(subject.network.model(params), batch),
         subject.params,
         subject.batches,
         key=jax.random.key(seed),

@@ -76,7 +76,7 @@ def test_dncnn_from_files(tmp_path, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": "none"}, "none: expected a folder with images"),
+        ({"images": "none"}, "none: expected images"),
         ({"patch": 21}, "expected at least 21×21 pixels, got 24×20"),
         ({"crop": 22}, "expected at least 22×22 pixels"),
         ({"weights": "vgg"}, "expected a checkpoint of DnCNN, got one of VGG19"),

@@ -14,6 +14,7 @@ from rich.console import Console
 import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax.audit._audit import audit as run_audit
+from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import Audit, masks_between
@@ -373,6 +374,21 @@ CONFIG = AuditConfig(
     (SubjectConfig("toy", "audit_toy:toy_subject", {"examples": 256}),),
     dataclasses.replace(SMALL, attacks=("resample", "train all"), detection=False, climbing=False),
 )
+
+
+def test_cells_survive_a_kill(tmp_path):
+    path = tmp_path / "new" / ".x.jsonl"
+    first = Cells(path, {"keys": 1})
+    assert [first.get(name, lambda n=name: [n]) for name in "ab"] == [["a"], ["b"]]
+    with path.open("a") as file:
+        file.write('["c", [1')  # killed as it wrote
+    second = Cells(path, {"keys": 1})
+    assert second.found == {"a": ["a"], "b": ["b"]}
+    second.get("c", lambda: 3)
+    assert Cells(path, {"keys": 1}).found == {"a": ["a"], "b": ["b"], "c": 3}
+    assert Cells(path, {"keys": 2}).found == {}
+    second.done()
+    assert not path.exists()
 
 
 @pytest.mark.slow

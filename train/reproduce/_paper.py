@@ -25,11 +25,11 @@ from selcrypt_jax import (
     mask_counts,
     ring_keys,
 )
-from selcrypt_jax.audit import Cells as Cells
 from selcrypt_jax.models import DnCNN
+from selcrypt_jax.models._files import read_model
+from selcrypt_jax.models._network import psnr
 
 sys.path.append(str(Path(__file__).parent.parent))  # the scripts' own modules
-from _tasks import psnr, read_model
 
 LAYERS = {5: 2, 8: 3, 11: 4}  # PyTorch's place in the sequence → number of the convolution
 CONVOLUTIONS = r"^convs/\d+/kernel$"

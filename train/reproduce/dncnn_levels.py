@@ -29,7 +29,6 @@ from _paper import (
     published_scores,
     write_report,
 )
-from _tasks import psnr
 from rich.progress import track
 
 from selcrypt_jax import (
@@ -41,6 +40,7 @@ from selcrypt_jax import (
     mask_counts,
     nested_masks,
 )
+from selcrypt_jax.models._network import psnr
 
 LEVELS = 5
 

@@ -25,10 +25,10 @@ import matplotlib.figure
 import numpy as np
 import optax
 import tyro
+from _images import patch_batches
 from _paper import (
     CONVOLUTIONS,
     LAYERS,
-    Cells,
     Denoiser,
     closed_form,
     colour_denoiser,
@@ -41,11 +41,14 @@ from _paper import (
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss, patch_batches, psnr, read_model
+from _tasks import denoising_loss
 from rich.progress import Progress
 
 from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
+from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
+from selcrypt_jax.models._files import read_images, read_model
+from selcrypt_jax.models._network import psnr
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
 THREE_LAYERS = rf"^convs/({'|'.join(map(str, LAYERS.values()))})/kernel$"
@@ -105,8 +108,6 @@ def read(config: Config) -> tuple[Denoiser, Any]:
     if config.network == "colour":
         subject, images, sigma, patch = colour_denoiser(config.data), photographs(), 50, 48
     else:
-        from _images import read_images
-
         sigma, patch = int(config.network[1:]), 40
         folder = config.data / "dncnn_gray"
         model = read_model(folder / f"dncnn_{config.network}.safetensors", DnCNN)

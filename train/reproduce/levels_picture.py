@@ -20,10 +20,10 @@ import numpy as np
 import skimage
 import tyro
 from _paper import colour_denoiser, denoiser
-from _tasks import psnr
 from flax import nnx
 
 from selcrypt_jax import Secret, importance, level_key, protect_calibrated, unlock
+from selcrypt_jax.models._network import psnr
 
 SIGMA = 50 / 255
 TITLES = ["everybody", "level 1", "level 2", "level 3", "level 4, exact"]

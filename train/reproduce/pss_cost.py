@@ -23,20 +23,22 @@ import matplotlib.figure
 import numpy as np
 import optax
 import tyro
+from _images import patch_batches
 from _paper import (
     CONVOLUTIONS,
-    Cells,
     colour_denoiser,
     provenance,
     stacked,
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss, patch_batches, psnr
+from _tasks import denoising_loss
 from dncnn_strategies import BATCHES, OBJECTIVES, described, photographs
 from rich.progress import Progress
 
 from selcrypt_jax import PSSConfig, nested_masks, pss_learner
+from selcrypt_jax.audit._cells import Cells
+from selcrypt_jax.models._network import psnr
 
 LAYERS = 17
 STEPS_A_LAYER = 30
