@@ -114,7 +114,7 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
         "version": __version__,
         "subject": dataclasses.asdict(described),
         # Which shares are tried is no matter: a cell is of one.
-        "grid": dataclasses.asdict(dataclasses.replace(grid, shares=(1.0,), strategies=("l2",))),
+        "grid": dataclasses.asdict(dataclasses.replace(grid, budget=(1.0,), importance=("l2",))),
     }
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -150,7 +150,7 @@ def _audit_subject(
         advice = []
     else:
         plans, advice = [], []
-        for strategy in grid.strategies:
+        for strategy in grid.importance:
             found, tried = advise(audit, cells, strategy, target, carry_out)
             advice.append({"subject": described.name, **found})
             plans += [(strategy, share) for share in sorted(tried)]

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._ciphers.dprm import Cipher, decrypt, encrypt
-from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
@@ -53,6 +53,19 @@ class Work(NamedTuple):
     name: str
     cost: int
     run: Callable[[], Any]
+
+
+class Protected(NamedTuple):
+    """A file, with masks and keys, which an attacker does not have."""
+
+    params: PyTree
+    masks: Sequence[PyTree]
+    keys: Any
+    cipher: Cipher | None
+
+    def opened(self, level: int) -> PyTree:
+        """What a key of this level gives."""
+        return decrypt(self.params, self.masks[:level], self.keys[:level], cipher=self.cipher)
 
 
 class Audit:
@@ -129,46 +142,38 @@ class Audit:
         digest = hashlib.sha256(text.encode()).digest()
         return ring_keys(level_key(digest, digest[:16], levels=levels))
 
-    def protected(self, strategy: str, share: float, number: int) -> tuple[PyTree, PyTree]:
-        """The file under the keys of this number, and the mask of all that is encrypted."""
+    def protected(self, strategy: str, share: float, number: int) -> "Protected":
+        """The file under the keys of this number."""
         masks = self.masks(strategy, share)
+        return self._encrypted(self.subject.params, masks, number)
+
+    def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> "Protected":
         keys = self.keys(number, len(masks))
-        return encrypt(self.subject.params, masks, keys, cipher=self.cipher), masks[-1]
+        return Protected(encrypt(params, masks, keys, cipher=self.cipher), masks, keys, self.cipher)
 
     # --- cells ---
 
     def plans(self) -> list[tuple[str, float]]:
         """Strategy and share of all protections; everything last."""
-        listed = [(s, share) for s in self.grid.strategies for share in self.grid.shares]
+        listed = [(name, share) for name in self.grid.importance for share in self.grid.budget]
         return [*listed, (EVERYTHING, 1.0)]
 
     def work(self, plans: Iterable[tuple[str, float]]) -> Iterator[Work]:
         """The cells of protections."""
+        keys, steps = self.grid.keys, self.grid.steps[-1]
         for strategy, share in plans:
             at = f"{self.name}/{strategy}/{share:g}"
             if strategy != EVERYTHING:
-                yield Work(f"{at}/levels", 1, lambda s=strategy, f=share: self._levels(s, f))
+                yield Work(f"{at}/levels", 1, partial(self._levels, strategy, share))
                 if self.grid.detection:
-                    cost = self.grid.steps[-1]
-                    yield Work(
-                        f"{at}/detection", cost, lambda s=strategy, f=share: self._detection(s, f)
-                    )
+                    yield Work(f"{at}/detection", steps, partial(self._detection, strategy, share))
                 for level in self._climbs():
-                    cost = 2 * self.grid.keys * self.grid.steps[-1]
-                    yield Work(
-                        f"{at}/climb/{level}",
-                        cost,
-                        lambda s=strategy, f=share, m=level: self._climb(s, f, m),
-                    )
+                    run = partial(self._climb, strategy, share, level)
+                    yield Work(f"{at}/climb/{level}", 2 * keys * steps, run)
             for attack, data, rate in self._attempts(strategy):
-                cost = self.grid.keys * (self.grid.steps[-1] if data else 1)
-                yield Work(
-                    f"{at}/{attack}/{data:g}/{rate:g}",
-                    cost,
-                    lambda s=strategy, f=share, a=attack, d=data, r=rate: self._attempt(
-                        s, f, a, d, r
-                    ),
-                )
+                run = partial(self._attempt, strategy, share, attack, data, rate)
+                cost = keys * (steps if data else 1)
+                yield Work(f"{at}/{attack}/{data:g}/{rate:g}", cost, run)
 
     def _attempts(self, strategy: str) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
@@ -188,19 +193,13 @@ class Audit:
     def _levels(self, strategy: str, share: float) -> list[list[float]]:
         """Rows of share of all weights, and metric by key; level 0 first."""
         masks = self.masks(strategy, share)
-        params = self.subject.params
-        total = sum(count.total for count in mask_counts(params, masks[-1]).values())
-        shares = [0.0]
-        shares += [sum(c.weights for c in mask_counts(params, m).values()) / total for m in masks]
-        rows = [[share] for share in shares]
+        counts = [mask_counts(self.subject.params, mask).values() for mask in masks]
+        total = sum(count.total for count in counts[-1])
+        rows = [[0.0], *([sum(count.weights for count in each) / total] for each in counts)]
         for number in range(self.grid.keys):
-            keys = self.keys(number, len(masks))
-            file = encrypt(params, masks, keys, cipher=self.cipher)
+            file = self.protected(strategy, share, number)
             for level, row in enumerate(rows):
-                opened = file
-                if level:
-                    opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
-                row.append(self.subject.metric(opened))
+                row.append(self.subject.metric(file.opened(level)))
         return rows
 
     def _attempt(
@@ -211,8 +210,8 @@ class Audit:
         stops = list(self.grid.steps) if asks else [0]
         found: dict[str, list[float]] = {str(step): [] for step in stops}
         for number in range(self.grid.keys):
-            file, mask = self.protected(strategy, share, number)
-            loot = Loot(self.subject, file, mask, jax.random.key(number))
+            file = self.protected(strategy, share, number)
+            loot = Loot(self.subject, file.params, file.masks[-1], jax.random.key(number))
             batch: Any = example_batches(self.subject, data, number)[1] if asks else None
             reached = {
                 step: self.subject.metric(params)
@@ -235,9 +234,7 @@ class Audit:
             return found
         above = masks_between(masks[level - 1], masks[-1])
         for number in range(self.grid.keys):
-            keys = self.keys(number, len(masks))
-            file = encrypt(self.subject.params, masks, keys, cipher=self.cipher)
-            opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
+            opened = self.protected(strategy, share, number).opened(level)
             key = jax.random.key(number)
             starts = (opened, resample(opened, above, key=key))
             batch = example_batches(self.subject, max(self.grid.data), number)[1]
@@ -254,59 +251,49 @@ class Audit:
 
     def _detection(self, strategy: str, share: float) -> dict[str, float]:
         """A thief protects networks of his own, and learns to tell what is encrypted."""
-        file, mask = self.protected(strategy, share, 0)
+        params, masks = self.protected(strategy, share, 0)[:2]
         # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
         names = [
             name
             for name, leaf in named_leaves(self.subject.params).leaves.items()
             if is_array(leaf) and len(leaf.shape) > 1
         ]
-        chosen = [np.ravel(m) for m in jax.tree.leaves(_only(mask, names)) if is_array(m)]
+
+        def seen(params: PyTree, masks: Sequence[PyTree]) -> tuple[dict[str, Any], dict[str, Any]]:
+            return _only(params, names), _only(masks[-1], names)
+
+        file, mask = seen(params, masks)
+        chosen = [np.ravel(m) for m in mask.values() if is_array(m)]
         if not chosen or len(np.unique(np.concatenate(chosen))) < 2:
             return {}  # all of them are encrypted as a whole, or none
         own = []
         for number in (1, 2):
             masks = self.masks(strategy, share, number)
-            protected = encrypt(
-                self._network(number).params,
-                masks,
-                self.keys(-number, len(masks)),
-                cipher=self.cipher,
-            )
-            own.append((_only(protected, names), _only(masks[-1], names)))
-        result = detect(
-            _only(file, names),
-            _only(mask, names),
-            own,
-            seed=self.grid.seed,
-            original=_only(self.subject.params, names),
-        )
+            own.append(seen(*self._encrypted(self._network(number).params, masks, -number)[:2]))
+        original = _only(self.subject.params, names)
+        result = detect(file, mask, own, seed=self.grid.seed, original=original)
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
 
     def two_files(self) -> list[CipherCheck]:
         """Whether keystreams repeat between files of this network, or of its successor."""
-        strategy, share = self.grid.strategies[0], max(self.grid.shares)
-        masks = self.masks(strategy, share)
+        masks = self.masks(self.grid.importance[0], max(self.grid.budget))
+        params = self.subject.params
         batch = example_batches(self.subject, 1.0, 0)[1]
-        loot = Loot(self.subject, self.subject.params, False, jax.random.key(0))
+        loot = Loot(self.subject, params, False, jax.random.key(0))
         ((_, successor),) = run_attack(
             ATTACKS["train all"], loot, batch, rate=self.grid.rates[0], stops=[1]
         )
-        # Of another cipher the bits are looked at that ours would mask.
-        lossless = self.cipher if isinstance(self.cipher, LosslessCipher) else None
-        files = [
-            encrypt(params, masks, self.keys(number, len(masks)), cipher=self.cipher)
-            for number, params in enumerate([self.subject.params, self.subject.params, successor])
-        ]
+        first, *others = (
+            self._encrypted(each, masks, number).params
+            for number, each in enumerate([params, params, successor])
+        )
+        names = ("two files of one network", "a network and its fine-tuned successor")
         return [
             replace(
-                shared_keystream(files[0], other, masks[-1], cipher=lossless),
-                name=f"{self.name}: {what} share no keystream",
+                shared_keystream(first, other, masks[-1], cipher=self.cipher),
+                name=f"{self.name}: {name} share no keystream",
             )
-            for other, what in (
-                (files[1], "two files of one network"),
-                (files[2], "a network and its fine-tuned successor"),
-            )
+            for other, name in zip(others, names, strict=True)
         ]
 
     # --- what comes out ---

@@ -23,8 +23,8 @@ from selcrypt_jax.audit._subject import example_batches
 from selcrypt_jax.cli import main
 
 SMALL = Grid(
-    strategies=("l2", "l2+normalisation"),
-    shares=(0.2,),
+    importance=("l2", "l2+normalisation"),
+    budget=(0.2,),
     data=(0.2,),
     steps=(5, 40),
     rates=(1e-2,),
@@ -301,9 +301,9 @@ def test_training_that_blows_up_does_not_count(subject):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategies": ("best",)}, "strategies: expected"),
+        ({"importance": ("best",)}, "importance: expected"),
         ({"attacks": ("magic",)}, "attacks: expected"),
-        ({"shares": (0.0,)}, r"shares: expected shares in \(0, 1\]"),
+        ({"budget": (0.0,)}, r"budget: expected shares in \(0, 1\]"),
         ({"data": (1.5,)}, "data: expected shares"),
         ({"steps": (10, 5)}, "steps: expected ascending"),
         ({"rates": (float("nan"),)}, "rates: expected positive"),
@@ -323,8 +323,10 @@ def test_a_bad_grid(change, message):
         ("[subject.a]\nmake='dncnn'", "expected only subjects, grid, got 'subject'"),
         ("[subjects.a]\nmake=3", "expected make"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nkeys=1.5", "keys: expected int"),
-        ("[subjects.a]\nmake='dncnn'\n[grid]\nshares=0.1", "shares: expected a list of float"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nbudget=0.1", "budget: expected a list of float"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nshare=[0.1]", "expected only .*, got 'share'"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nshares=[0.1]", "'shares' is called 'budget' now"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nstrategies=['l2']", "called 'importance' now"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nsteps=[5, 1]", "steps: expected ascending"),
         ("[subjects.a", "expected TOML"),
     ],
@@ -363,7 +365,7 @@ def test_the_demo_is_built_in():
     config = read_config("demo")
     assert [subject.make for subject in config.subjects] == ["demo-vgg19", "demo-dncnn"]
     quick = config.grid.quick()
-    assert quick.shares == (0.08,)
+    assert quick.budget == (0.08,)
     assert quick.keys == 1
     assert set(quick.attacks) < set(config.grid.attacks)
 
@@ -419,7 +421,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_advice_is_the_smallest_share_that_meets_the_target(tmp_path):
     report = run_audit(CONFIG, tmp_path, target_advantage=0.3, console=QUIET)
-    assert [row["strategy"] for row in report.advice] == list(SMALL.strategies)
+    assert [row["strategy"] for row in report.advice] == list(SMALL.importance)
     for row in report.advice:
         gains = {
             round(p.best[-1].advantage.mean, 6): p.name
@@ -439,7 +441,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("from audit_toy import toy_subject\n")
     (tmp_path / "audit.toml").write_text(
         '[subjects.mine]\nmake = "mine:toy_subject"\nexamples = 128\n'
-        '[grid]\nstrategies = ["l2"]\nshares = [0.2]\ndata = [0.5]\nsteps = [5]\nrates = [0.01]\n'
+        '[grid]\nimportance = ["l2"]\nbudget = [0.2]\ndata = [0.5]\nsteps = [5]\nrates = [0.01]\n'
         "keys = 1\nlevels = 1\n"
     )
     monkeypatch.chdir(tmp_path)
