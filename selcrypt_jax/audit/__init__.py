@@ -1,8 +1,8 @@
-"""Attacks on protected networks: what a thief gets, measured.
+"""Attacks on protected networks: what an attacker gets, measured.
 
-A thief has the file, the code, the architecture, perhaps lower keys and some data. How bad a
-network is without a key says little; what counts is how good he can make it, against how good the
-architecture alone would become in his hands: the `advantage`.
+An attacker has the file, the code, the architecture, perhaps lower keys and some data. How bad a
+network is without a key says little; what counts is how good the attacker can make it, against how
+good the architecture alone becomes with the same effort: the `advantage`.
 """
 
 from ._advantage import Advantage as Advantage

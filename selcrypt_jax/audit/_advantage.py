@@ -1,4 +1,4 @@
-"""How much more a protected file is worth to a thief than its architecture."""
+"""How much more a protected file is worth to an attacker than its architecture."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

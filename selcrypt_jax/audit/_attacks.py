@@ -1,4 +1,4 @@
-"""Attacks by name: where a thief starts, what he trains, and how."""
+"""Attacks by name: where an attacker starts, what is trained, and how."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,13 +24,13 @@ from ._unshuffle import unshuffle
 
 
 class Loot(NamedTuple):
-    """What the thief has.
+    """What the attacker has.
 
     Attributes:
-        subject: architecture, loss, fresh weights; he does not look at its trained parameters.
+        subject: architecture, loss, fresh weights; attacks do not look at its trained parameters.
         params: the protected file's.
-        mask: what is encrypted. That he knows it is assumed: it can often be guessed.
-        key: for what he draws at random.
+        mask: what is encrypted. The attacker is assumed to know: it can often be guessed.
+        key: for what is drawn at random.
     """
 
     subject: Subject
@@ -114,12 +114,12 @@ class Attack(NamedTuple):
     """A way to get at the network's worth.
 
     Attributes:
-        knows: what the thief must know, for people.
-        start: from what he goes on.
-        trains: which weights he trains with his data, if any; "order": none, but he looks for an
-            order of what is encrypted, with as many gradients.
-        statistics: whether he uses the network in training mode, so that running statistics are
-            estimated anew from his data; where the subject has no such mode, as it is.
+        knows: what the attacker must know, for people.
+        start: the parameters to go on from.
+        trains: which weights are trained with data, if any; "order": none, but an order of what is
+            encrypted is looked for, with as many gradients.
+        statistics: whether the network runs in training mode, so that running statistics are
+            re-estimated from data; where the subject has no such mode, as it is.
     """
 
     knows: str
@@ -161,7 +161,7 @@ _ADAM = optax.adam(1.0)
 
 
 def needs_data(attack: Attack) -> bool:
-    """Whether the thief needs some of the training data."""
+    """Whether the attacker needs some of the training data."""
     return attack.trains != "nothing" or attack.statistics
 
 
@@ -177,13 +177,13 @@ def run_attack(
 
     Args:
         attack: one of `ATTACKS`, or your own.
-        loot: what the thief has.
-        batch: number of the step, from 1 → a batch of his data.
+        loot: what the attacker has.
+        batch: number of the step, from 1 → a batch of the attacker's data.
         rate: learning rate.
-        stops: numbers of steps after which he stops to look.
+        stops: numbers of steps after which to stop and look.
 
     Yields:
-        Steps and parameters at each stop; step 0 alone where he needs no data. A rate that
+        Steps and parameters at each stop; step 0 alone where no data is needed. A rate that
         makes the loss infinite ends early.
 
     Raises:

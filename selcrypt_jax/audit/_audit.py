@@ -49,7 +49,7 @@ def audit(
         out: folder for the results, made if it does not exist. A run that was killed goes on from
             there, if its settings are the same.
         quick: a reduced grid, see `Grid.quick`.
-        target_advantage: look for the smallest share that leaves the strongest thief of the grid
+        target_advantage: look for the smallest share that leaves the strongest attack of the grid
             with no more than this, strategy by strategy, instead of trying the grid's shares.
         console: where progress goes; standard output by default.
 
@@ -167,7 +167,7 @@ def advise(
 ) -> tuple[dict[str, Any], dict[float, Best]]:
     """The smallest share of `BUDGETS` that meets a target, by bisection.
 
-    More encrypted is taken to be worth less to a thief. The strongest thief counts: most data,
+    More encrypted is taken to be worth less to an attacker. The strongest one counts: most data,
     most steps; and the mean over keys.
 
     Returns:

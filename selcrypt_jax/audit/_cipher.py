@@ -28,8 +28,8 @@ def check_cipher(cipher: Cipher | None = None, *, seed: int = 0) -> list[CipherC
     """Attacks a cipher by chosen plaintext, on a small network with keys as a vendor makes them.
 
     Args:
-        cipher: `LosslessCipher()` unless given. A `GaussianCipher` is fitted anew to the weights
-            of each trial; only its `wrap` counts, and it is tried on float32 alone.
+        cipher: `LosslessCipher()` unless given. A `GaussianCipher` is fitted to the weights of
+            each trial; only its `wrap` counts, and it is tried on float32 alone.
         seed: of the network. Secret and model ids are new each time.
 
     Returns:

@@ -40,7 +40,7 @@ class AuditConfig:
 
 _DEMO = ("demo-vgg19", "demo-dncnn")
 # The demo's networks are trained for some hundred steps: with much more data or time than this a
-# thief needs no file.
+# attacker needs no file.
 _DEMO_GRID = Grid(
     importance=("pss", "pss+small"),
     budget=(0.02, 0.08),

@@ -1,4 +1,4 @@
-"""Which groups are encrypted? A classifier that the thief trains on networks of his own."""
+"""Which groups are encrypted? A classifier, trained on the attacker's own networks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -81,19 +81,19 @@ def detect(
     seed: int,
     original: PyTree | None = None,
 ) -> Detection:
-    """Trains a classifier on the thief's own protected networks, and tries it on this one.
+    """Trains a classifier on the attacker's own protected networks, and tries it on this one.
 
     Args:
         params: protected parameters.
         mask: the truth, to judge the classifier by; one that fits `params`.
-        own: protected parameters and mask of networks that the thief trained, selected and
-            encrypted himself, under keys of his own.
+        own: protected parameters and mask of networks that the attacker trained, selected
+            and encrypted, under other keys.
         seed: of the classifier.
         original: the network before encryption, for the baseline.
 
     Returns:
         AUC, and how suspect each group is. Leaves in whose mask nothing is selected take part
-        too: the thief does not know them.
+        too: the attacker does not know them.
 
     Raises:
         ValueError: masks that do not fit; none or all of the groups encrypted, so that there is

@@ -1,4 +1,4 @@
-"""What a thief does without training: puts something else where he believes weights encrypted.
+"""Attacks without training: something else in place of weights that seem to be encrypted.
 
 Each attack is a pure function of the protected parameters and of a mask of what is suspected: the
 true one, a guess (see `selcrypt_jax.audit.detection_scores`), or everything.

@@ -1,4 +1,4 @@
-"""What a thief does with data: trains the protected network, or parts of it, until it works."""
+"""Attacks with data: train the protected network, or parts of it, until it works."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ running statistics as they are after the batch."""
 
 
 class Checkpoint(NamedTuple):
-    """Where the thief is.
+    """Where the training is.
 
     Attributes:
         step: steps taken.
@@ -45,13 +45,13 @@ def fine_tune(
     trainable: PyTree | bool = True,
     statistics: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Trains what the thief believes to be encrypted, or everything.
+    """Trains what is believed to be encrypted, or everything.
 
     Args:
         params: protected parameters; not changed.
         loss_fn: ``(params, batch) -> scalar``; with `statistics`, see `TrainingLossFn`.
-        batch: number of the step, from 1 → a batch of the data that the thief has.
-        stops: numbers of steps after which he stops to look, ascending.
+        batch: number of the step, from 1 → a batch of the data that the attacker has.
+        stops: numbers of steps after which to stop and look, ascending.
         optimizer: any optax transformation.
         rate: factor on its updates. Calls that differ in the rate alone, or in the values of
             parameters and masks, share one compiled step: ``optax.adam(1.0)`` and a rate here.

@@ -18,8 +18,8 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
     """Guesses keys of a small protected file, and counts how many a second it can.
 
     A guess derives the keys and tries to open the sealed box of the lowest level, as the file
-    format has it: nothing shorter tells a right guess from a wrong one. A thief's own program on
-    his own hardware is faster by some factor, which does not matter where the years have dozens
+    format has it: nothing shorter tells a right guess from a wrong one. An attacker's own program
+    on better hardware is faster by some factor, which does not matter where the years have dozens
     of digits, and does for a passphrase.
 
     Args:

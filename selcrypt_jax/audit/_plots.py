@@ -15,6 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from ._records import Best, SubjectReport
+from ._words import data_name
 
 # Wong's palette, which colour-blind readers can tell apart, without the yellow, which is too pale
 # on white. Black is for the baseline.
@@ -36,10 +37,10 @@ _BASELINE = _Style("black", ".", "--")
 
 
 def draw_curves(report: SubjectReport) -> Figure:
-    """Metric against the thief's steps.
+    """Metric against the attacker's steps.
 
     One panel for each share of data, the largest first; one curve for each protection: the best
-    that he reaches, mean over keys, shaded from the worst key to the best.
+    that is reached, mean over keys, shaded from the worst key to the best.
     """
     styles = _styles(report)
     of = {protection.name: protection.best for protection in report.protections}
@@ -57,7 +58,7 @@ def draw_curves(report: SubjectReport) -> Figure:
             axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1)
             axis.set_title(data_name(data))
             axis.set_ylabel(f"quality, {report.unit}")
-            axis.set_xlabel("training steps of the thief")
+            axis.set_xlabel("training steps of the attacker")
             _log_ticks(axis, place, lambda steps: f"{steps:,g}")
         if shares:
             handles = [panels[0].plot([], [], **style._asdict())[0] for style in styles.values()]
@@ -127,11 +128,6 @@ def draw_levels(report: SubjectReport) -> Figure:
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             _legend(figure, handles, names)
     return figure
-
-
-def data_name(data: float) -> str:
-    """A share of the training data in words."""
-    return f"{100 * data:.3g}\u00a0% of the training data" if data else "no training data"
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> str:

@@ -94,7 +94,7 @@ class Audit:
                 f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
                 "anything to steal an audit proves nothing: train it, or check metric and weights."
             )
-        # The owner's, 0, and those that a thief trains to learn from; importance in each.
+        # The owner's, 0, and those that an attacker trains to learn from; importance in each.
         self.networks = {0: self.subject}
         self.scores: dict[tuple[int, str], PyTree] = {}
 
@@ -119,7 +119,7 @@ class Audit:
         )
 
     def _network(self, number: int) -> Subject:
-        """The owner's, or one that a thief trained himself."""
+        """The owner's, or one that an attacker trained."""
         if number not in self.networks:
             key = jax.random.key(number)
             start = self.subject.fresh(key)
@@ -205,7 +205,7 @@ class Audit:
     def _attempt(
         self, strategy: str, share: float, attack: str, data: float, rate: float
     ) -> dict[str, list[float]]:
-        """Number of steps → metric by key; NaN where the thief's training blew up."""
+        """Number of steps → metric by key; NaN where training blew up."""
         asks = needs_data(ATTACKS[attack])
         stops = list(self.grid.steps) if asks else [0]
         found: dict[str, list[float]] = {str(step): [] for step in stops}
@@ -250,7 +250,7 @@ class Audit:
         return found
 
     def _detection(self, strategy: str, share: float) -> dict[str, float]:
-        """A thief protects networks of his own, and learns to tell what is encrypted."""
+        """An attacker protects other networks, and learns to tell what is encrypted."""
         params, masks = self.protected(strategy, share, 0)[:2]
         # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
         names = [
@@ -310,7 +310,7 @@ class Audit:
     def best(
         self, attempts: Sequence[Attempt], shipped: Sequence[float], baseline: Sequence[Best] | None
     ) -> list[Best]:
-        """The best for each share of data and budget of steps; a thief may also do nothing."""
+        """The best for each share of data and budget of steps; an attacker may also do nothing."""
         listed = []
         for data in self.grid.data:
             for most in self.grid.steps:

@@ -1,4 +1,4 @@
-"""What is encrypted: strategies by name, for the owner's network and for those of a thief."""
+"""What is encrypted: strategies by name, for the owner's network and for those of an attacker."""
 
 import math
 from collections.abc import Sequence

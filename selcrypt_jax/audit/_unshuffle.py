@@ -1,4 +1,4 @@
-"""Undoing the permutation: the thief knows where encrypted weights are, and which they are.
+"""Undoing the permutation: an attacker knows where encrypted weights are, and which they are.
 
 The cipher keeps the weights of a ring up to their fine bits, in another order. With data, that
 order can be searched for: weight by weight it is one of n!, but a network forgives much.
@@ -29,7 +29,7 @@ _Orders = dict[str, Array]
 
 
 class Unshuffled(NamedTuple):
-    """What the thief has found.
+    """What was found.
 
     Attributes:
         params: as protected, with the selected weights of each leaf in another order.
@@ -76,14 +76,14 @@ def unshuffle(
             are exchanged among themselves. For several rings one after the other.
         loss_fn: ``(params, batch) -> scalar``. Calls with the same one and with as many weights
             share a compiled step.
-        batches: pytree of arrays ``[batches, ...]``: the data that the thief has.
+        batches: pytree of arrays ``[batches, ...]``: the data that the attacker has.
         key: typed; draws the swaps.
-        trials: how many evaluations of the loss or its gradient he may spend.
+        trials: how many evaluations of the loss or its gradient may be spent.
         unit: what the cipher moves, see `LosslessCipher`.
         method: see above. One can go on from what the other has found.
 
     Returns:
-        The parameters that he ends with, and what they cost. Leaves without a unit to exchange
+        The parameters found in the end, and what they cost. Leaves without a unit to exchange
         are passed through.
 
     Raises:
