@@ -230,7 +230,6 @@ def _unshuffled(
             loot.mask,
             loot.subject.loss_fn,
             batches,
-            key=jax.random.fold_in(loot.key, stop),
             trials=max(stop - done, least),
         )
         params, done = found.params, stop
