@@ -31,6 +31,9 @@ class Loot(NamedTuple):
         params: the protected file's.
         mask: what is encrypted. The attacker is assumed to know: it can often be guessed.
         key: for what is drawn at random.
+
+    Examples:
+        >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
     """
 
     subject: Subject
@@ -120,6 +123,11 @@ class Attack(NamedTuple):
             encrypted is looked for, with as many gradients.
         statistics: whether the network runs in training mode, so that running statistics are
             re-estimated from data; where the subject has no such mode, as it is.
+
+    Examples:
+        >>> halved = Attack(
+        ...     "the file", lambda loot: jax.tree.map(lambda w: w / 2, loot.params), "nothing"
+        ... )
     """
 
     knows: str
@@ -188,6 +196,11 @@ def run_attack(
 
     Raises:
         ValueError: an attack on normalisation, or on leaves, that the network does not have.
+
+    Examples:
+        >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
+        >>> attack = run_attack(ATTACKS["train all"], loot, batch, rate=1e-3, stops=[1, 2])
+        >>> metrics = {step: subject.metric(params) for step, params in attack}
     """
     params = attack.start(loot)
     if not needs_data(attack):

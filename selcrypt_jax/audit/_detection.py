@@ -12,14 +12,7 @@ from .._tree.rings import checked_mask
 
 
 class Detection(NamedTuple):
-    """How well encrypted groups are told from others.
-
-    Attributes:
-        auc: area under the ROC curve over all groups: 0.5 is a guess, 1 is certainty.
-        baseline: the same for the same groups in the network before encryption. What `auc` has
-            more than that is the cipher's own trace; the rest is the selection's.
-        scores: the classifier's, a pytree like the mask: higher is more suspect.
-    """
+    """See `detect`."""
 
     auc: float
     baseline: float | None
@@ -92,12 +85,20 @@ def detect(
         original: the network before encryption, for the baseline.
 
     Returns:
-        AUC, and how suspect each group is. Leaves in whose mask nothing is selected take part
+        A named tuple of ``auc``, the area under the ROC curve over all groups (0.5 is a guess, 1
+        is certainty); ``baseline``, the same for the same groups before encryption: what ``auc``
+        has more is the cipher's own trace, the rest is the selection's; and ``scores``, a pytree
+        like the mask, higher is more suspect. Leaves in whose mask nothing is selected take part
         too: the attacker does not know them.
 
     Raises:
         ValueError: masks that do not fit; none or all of the groups encrypted, so that there is
             nothing to tell apart.
+
+    Examples:
+        >>> own = [(encrypt(params, masks, other_keys), masks[-1])]
+        >>> found = detect(protected, masks[-1], own, seed=0, original=params)
+        >>> assert 0 <= found.auc <= 1
     """
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier

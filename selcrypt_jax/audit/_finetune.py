@@ -21,13 +21,7 @@ running statistics as they are after the batch."""
 
 
 class Checkpoint(NamedTuple):
-    """Where the training is.
-
-    Attributes:
-        step: steps taken.
-        params: as they are then.
-        loss: of the last batch.
-    """
+    """See `fine_tune`."""
 
     step: int
     params: PyTree
@@ -61,12 +55,19 @@ def fine_tune(
             those are kept, whatever is trainable.
 
     Yields:
-        A checkpoint at each stop. Training ends early where the loss is not finite: that rate
-        has failed, and what was reached before it counts.
+        At each stop a named tuple of the ``step``, ``params`` and the ``loss`` of the last batch.
+        Training ends early where the loss is not finite: that rate has failed, and what was
+        reached before it counts.
 
     Raises:
         ValueError: stops that do not ascend from 1, or a mask that does not fit or that selects
             nothing.
+
+    Examples:
+        >>> for step, params, loss in fine_tune(
+        ...     protected, loss_fn, batch, stops=[1, 3], optimizer=optax.adam(1e-3)
+        ... ):
+        ...     print(step, loss)
     """
     steps = list(stops)
     if not steps or steps[0] < 1 or steps != sorted(set(steps)):

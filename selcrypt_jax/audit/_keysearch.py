@@ -29,12 +29,17 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
             52. None leaves it out.
 
     Returns:
-        One record for each of the owner's secret, a level key, and the passphrase. The rate is per
-        second of processor time, all threads together, and so that of one core. ``years`` is
-        ``2**(bits - 1) / rate``, infinite where that is more than a float holds.
+        A record of ``key``, ``bits``, ``guesses_per_second`` and ``years`` for each of the owner's
+        secret, a level key, and the passphrase. The rate is per second of processor time,
+        all threads together, and so that of one core. ``years`` is ``2**(bits - 1) / rate``,
+        infinite where that is more than a float holds.
 
     Raises:
         ValueError: no time, or an entropy that is not positive.
+
+    Examples:
+        >>> secret, level, passphrase = key_search(seconds=0.01, passphrase_bits=52)
+        >>> assert passphrase.years < level.years
     """
     if not seconds > 0 or not math.isfinite(seconds):
         raise ValueError(f"seconds: expected a positive number of seconds, got {seconds}.")

@@ -29,11 +29,25 @@ class Subject(NamedTuple):
         batch: ``(which, rng) -> batch`` of some of the examples ``which``, indices of those that
             the attacker has, drawn with a NumPy generator. All batches have one shape.
         fresh: ``key -> params`` before training, for a start from the architecture.
-        training_loss_fn: the loss in training mode, if there is one; see `TrainingLossFn`.
+        training_loss_fn: the loss in training mode, if there is one: ``(params, batch) ->
+            (scalar, params)`` with the running statistics as they are after the batch.
         select: leaves whose groups are selected, a regular expression; None: two axes or more.
         layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
             from the shapes, as `protect_file` does.
         normalisation: names of normalisation parameters and statistics, a regular expression.
+
+    Examples:
+        >>> subject = Subject(
+        ...     title="a denoiser",
+        ...     params=params,
+        ...     loss_fn=loss_fn,
+        ...     metric=psnr_of,
+        ...     unit="dB",
+        ...     worthless=20.0,
+        ...     examples=len(images),
+        ...     batch=lambda which, rng: images[rng.choice(which, 1)],
+        ...     fresh=lambda key: jax.tree.map(jnp.zeros_like, params),
+        ... )
     """
 
     title: str

@@ -23,13 +23,7 @@ _ALARM = 1e-8  # of `shared_keystream`, for two files whose keystreams have noth
 
 
 class Changed(NamedTuple):
-    """Where two files differ.
-
-    Attributes:
-        mask: pytree of booleans, one a weight: what the attacker takes for encrypted.
-        found: share of the weights of the true mask that are in it; NaN without one.
-        precision: share of it that the true mask selects; NaN without one, or if nothing differs.
-    """
+    """See `changed`."""
 
     mask: PyTree
     found: float
@@ -52,6 +46,9 @@ def merge(protected_a: PyTree, protected_b: PyTree, mask_a: PyTree, mask_b: PyTr
 
     Raises:
         ValueError, TypeError: files or masks that do not fit each other.
+
+    Examples:
+        >>> found = merge(protected, protected_again, masks[-1], masks[0])
     """
     tree, other = _both(protected_a, protected_b)
     theirs = checked_mask(tree, mask_b, "mask_b")
@@ -88,6 +85,9 @@ def shared_keystream(
 
     Raises:
         ValueError, TypeError: files or a mask that do not fit each other.
+
+    Examples:
+        >>> assert shared_keystream(protected, protected_again, masks[0]).passed
     """
     fine_mask = getattr(cipher, "fine_mask", LosslessCipher().fine_mask)
     name = "two files: another keystream in each"
@@ -129,10 +129,17 @@ def changed(a: PyTree, b: PyTree, truth: PyTree | None = None) -> Changed:
         truth: what is encrypted, all levels together, to judge the attacker by; one that fits.
 
     Returns:
-        What the attacker sees. In its mask, ``False`` for leaves that are no arrays.
+        A named tuple of ``mask``, a pytree of booleans, one a weight, which the attacker takes for
+        encrypted, ``False`` for leaves that are no arrays; ``found``, the share of the weights of
+        the true mask that are in it, NaN without one; and ``precision``, the share of it that the
+        true mask selects, NaN without one, or if nothing differs.
 
     Raises:
         ValueError, TypeError: files or a mask that do not fit each other.
+
+    Examples:
+        >>> found = changed(protected, protected_again, masks[-1])
+        >>> assert found.precision == 1
     """
     tree, other = _both(a, b)
     differs = {name: _bits(tree.leaves[name]) != _bits(leaf) for name, leaf in other.items()}

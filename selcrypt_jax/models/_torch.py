@@ -194,6 +194,9 @@ def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
 
     Raises:
         TypeError: another model.
+
+    Examples:
+        >>> assert torch_names(model)["convs/0/kernel"] == "dncnn.0.weight"
     """
     return {"/".join(map(str, path)): name for name, (path, _) in _variables(model).items()}
 

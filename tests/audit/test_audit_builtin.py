@@ -12,9 +12,8 @@ from flax import nnx
 from PIL import Image
 
 from selcrypt_jax._tree.names import named_leaves
-from selcrypt_jax.audit import normalisation_leaves
 from selcrypt_jax.audit._config import SubjectConfig, make_subject
-from selcrypt_jax.audit._subject import example_batches
+from selcrypt_jax.audit._subject import example_batches, normalisation_leaves
 from selcrypt_jax.models import VGG19, DnCNN, to_torch
 
 

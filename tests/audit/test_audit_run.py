@@ -19,7 +19,7 @@ from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject,
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import Audit, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._subject import example_batches
+from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset_normalisation
 from selcrypt_jax.cli import main
 
 SMALL = Grid(
@@ -43,18 +43,16 @@ def subject():
 
 
 def test_normalisation_is_found_and_reset(subject):
-    found = audit.normalisation_leaves(subject.params)
+    found = normalisation_leaves(subject.params)
     assert list(found) == ["norm/bias", "norm/mean", "norm/scale", "norm/var"]
-    norm = audit.reset_normalisation(subject.params)["norm"]
+    norm = reset_normalisation(subject.params)["norm"]
     assert {name: float(leaf.mean()) for name, leaf in norm.items()} == {
         "scale": 1, "var": 1, "bias": 0, "mean": 0
     }  # fmt: skip
     names = ["bn1/weight", "layers.3.bn.running_var", "batch_norm/mean", "layernorm_2/scale"]
-    assert set(audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(
-        names
-    )
+    assert set(normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(names)
     others = ["abnormal/bias", "subnormal", "conv/bias", "dnbn"]
-    assert not audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in others})
+    assert not normalisation_leaves({n: np.zeros(3, np.float32) for n in others})
 
 
 def test_statistics_are_estimated_anew(subject):
