@@ -67,7 +67,10 @@ def apart(params, batch):
     )
 
 
-@pytest.mark.parametrize(("unit", "dtype"), [("weight", "bfloat16"), ("group", "float32")])
+@pytest.mark.parametrize(
+    ("unit", "dtype"),
+    [pytest.param("weight", "bfloat16", marks=pytest.mark.slow), ("group", "float32")],
+)
 def test_units_stay_whole_and_in_their_leaf(unit, dtype):
     params = {
         name: normal(seed, (3, 3, 8, 9)).astype(dtype) for seed, name in enumerate(["one", "two"])

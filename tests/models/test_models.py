@@ -293,7 +293,9 @@ def test_batch_norm_updates_its_statistics_in_training_only():
     }
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("build", "shape"),
     [pytest.param(small_vgg, (32, 32, 3), marks=pytest.mark.slow), (small_dncnn, (2, 2, 1))],
@@ -642,6 +644,7 @@ def psnr(clean, image):
     return -10 * np.log10(np.mean((clean - image) ** 2))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_data
 def test_the_papers_colour_weights_denoise_as_in_its_release():
@@ -656,6 +659,7 @@ def test_the_papers_colour_weights_denoise_as_in_its_release():
     np.testing.assert_allclose(figures, [27.8396, 39.5913, 27.0273, 25.5270], atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_data
 def test_grey_weights_denoise():

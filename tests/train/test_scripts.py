@@ -4,6 +4,7 @@ runs them, on tiny data."""
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,12 @@ def module(monkeypatch):
         yield importlib.import_module
 
 
+def trained():
+    """Tensors of a small network, as if it were trained: its estimate is a small part."""
+    tensors = without_counters(dncnn_checkpoint(3, 16, 1))
+    return tensors | {"dncnn.5.weight": tensors["dncnn.5.weight"] * np.float32(0.2)}
+
+
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """Images, and tiny networks of random weights, in the working folder."""
@@ -66,9 +73,7 @@ def here(tmp_path, monkeypatch):
         # Smooth, so that SSIM is neither 0 nor 1.
         image = np.kron(rng.integers(0, 255, (6, 7)), np.ones((8, 8))).astype(np.uint8)
         Image.fromarray(image).save(f"images/{index}.png")
-    tensors = without_counters(dncnn_checkpoint(3, 16, 1))
-    tensors["dncnn.5.weight"] *= np.float32(0.2)  # as if trained: the noise is a small part
-    save_file(tensors, "dncnn.safetensors")
+    save_file(trained(), "dncnn.safetensors")
     return tmp_path
 
 
@@ -443,13 +448,35 @@ def test_what_is_wrong_with_a_network_of_ones_own_is_named(
 # --- what each level gives ----------------------------------------------------------------------
 
 
+SECRET = sj.Secret(bytes(range(32)))
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A folder with a file, its secret and a grant; and what is wrong with each of them."""
+    folder = tmp_path_factory.mktemp("released")
+    save_file(trained(), folder / "plain")
+    for name, shares in (("public", [0.2, 0.5]), ("other", [0.5])):
+        path = folder / f"{name}.safetensors"
+        sj.protect_file(folder / "plain", path, secret=SECRET, fractions=shares)
+        grant = sj.issue_grant(path, level=1, secret=SECRET)
+        sj.write_grant(folder / ("1.grant" if name == "public" else "other.grant"), grant)
+    sj.write_secret(folder / "secret.key", SECRET)
+    sj.write_secret(folder / "other.key", sj.Secret.generate())
+    whole = (folder / "public.safetensors").read_bytes()
+    (folder / "cut.safetensors").write_bytes(whole[:-100])
+    # A bit of a weight, and it is not what the owner released.
+    (folder / "changed.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    save_file(torch_checkpoint(vgg_layers((1, 1, 1, 1), 1, True)), folder / "vgg.safetensors")
+    (folder / "tiny").mkdir()
+    Image.new("L", (10, 12)).save(folder / "tiny" / "0.png")
+    return folder
+
+
 @pytest.fixture
-def protected():
-    secret = sj.Secret.generate()
-    sj.write_secret("secret.key", secret)
-    sj.protect_file("dncnn.safetensors", "public.safetensors", secret=secret, fractions=[0.2, 0.5])
-    sj.write_grant("1.grant", sj.issue_grant("public.safetensors", level=1, secret=secret))
-    return secret
+def protected(here, released):
+    shutil.copytree(released, here, dirs_exist_ok=True)
+    return SECRET
 
 
 EVALUATE = ("evaluate.py", "dncnn", "--images", "images", "--sigma", 20, "--seed", 4)
@@ -557,15 +584,15 @@ def test_levels_of_a_checkpoint_in_several_files(module):
         assert ((levels[0][1][name] != tensors[name]).any()) == (tensors[name].ndim == 4)
 
 
-def test_a_locked_secret_opens_with_its_passphrase(module, protected, capsys):
+def test_a_locked_secret_opens_with_its_passphrase(module, protected):
     evaluate = module("evaluate")
     sj.write_secret("locked.key", protected, passphrase="open sesame")
     Path("words").write_text("open sesame\n")
     config = evaluate.Dncnn(
         file=Path("public.safetensors"), images=Path("images"), secret=Path("locked.key"),
-        passphrase_file=Path("words"), tests=1,
+        passphrase_file=Path("words"),
     )  # fmt: skip
-    assert [row["level"] for row in evaluate.measured(config)] == [0, 1, 2]
+    assert [level for level, _ in evaluate.levels_of(config)] == [0, 1, 2]
 
 
 def test_what_is_not_finite_is_null(module, capsys):
@@ -630,16 +657,6 @@ def test_what_cannot_be_written_is_told_before_measuring(module, protected):
 )
 def test_what_is_wrong_with_an_evaluation_is_named(module, protected, options, message):
     evaluate = module("evaluate")
-    whole = Path("public.safetensors").read_bytes()
-    Path("cut.safetensors").write_bytes(whole[:-100])
-    # A bit of a weight, and it is not what the owner released.
-    Path("changed.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    Path("tiny").mkdir()
-    Image.new("L", (10, 12)).save("tiny/0.png")
-    save_file(torch_checkpoint(vgg_layers((1, 1, 1, 1), 1, True)), "vgg.safetensors")
-    sj.write_secret("other.key", sj.Secret.generate())
-    sj.protect_file("dncnn.safetensors", "other.safetensors", secret=protected, fractions=[0.5])
-    sj.write_grant("other.grant", sj.issue_grant("other.safetensors", level=1, secret=protected))
     given = {"file": "public.safetensors", "images": "images"} | options
     paths = {name: Path(v) for name, v in given.items() if isinstance(v, str)}
     with pytest.raises(SystemExit, match=message):
