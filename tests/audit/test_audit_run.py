@@ -17,7 +17,7 @@ from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
-from selcrypt_jax.audit._run import Audit, masks_between
+from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
 from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset_normalisation
 from selcrypt_jax.cli import main
@@ -113,7 +113,7 @@ def test_rates_share_a_compiled_step(subject):
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
-    masks = Audit("toy", subject, SMALL).masks("l2+normalisation", 0.2)
+    masks = Audit("toy", subject, SMALL).masks(Plan("l2+normalisation", 0.2))
     keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
     before = jax.tree.map(np.array, file)
@@ -184,7 +184,7 @@ class Identity:
 def report_of(subject, grid, cipher=None):
     whole = Audit("toy", subject, grid, cipher)
     plans = whole.plans()
-    cells = {cell.name: cell.run() for cell in whole.work(plans)}
+    cells = {cell.name: cell.run() for cell in whole.work([*plans, ARCHITECTURE])}
     return whole.report(cells, plans, 0.0)
 
 
@@ -263,7 +263,7 @@ def test_an_error_of_a_subject_is_its_own(monkeypatch):
 
 
 def test_where_all_is_encrypted_there_is_nothing_to_detect(subject):
-    assert Audit("toy", subject, SMALL)._detection("l2", 1.0) == {}
+    assert Audit("toy", subject, SMALL)._detection(Plan("l2", 1.0)) == {}
 
 
 @pytest.mark.slow
