@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._tree.names import named_leaves
+from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
@@ -17,7 +17,7 @@ from ._normalisation import is_scale
 from ._subject import (
     Subject,
     normalisation_leaves,
-    reset_normalisation,
+    reset,
     whole_leaves,
 )
 from ._unshuffle import unshuffle
@@ -45,22 +45,41 @@ class Loot(NamedTuple):
 Start = Callable[[Loot], PyTree]
 
 
+class _Parts(NamedTuple):
+    """What is encrypted in a file: masks of whole leaves by name, and normalisation leaves."""
+
+    params: NamedLeaves
+    masks: dict[str, np.ndarray]
+    norms: dict[str, Array]
+
+    @classmethod
+    def of(cls, loot: Loot) -> "_Parts":
+        params = named_leaves(loot.params)
+        masks = checked_mask(params, loot.mask, "mask")
+        masks = {name: mask for name, mask in masks.items() if mask.any()}
+        norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+        return cls(params, masks, {n: leaf for n, leaf in norms.items() if n in masks})
+
+    def kernels(self) -> dict[str, np.ndarray]:
+        """Masks of what is no normalisation."""
+        return {name: mask for name, mask in self.masks.items() if name not in self.norms}
+
+
 def _as_shipped(loot: Loot) -> PyTree:
     return loot.params
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
-    return zero_fill(_normalisation_averaged(loot), _without_normalisation(loot))
+    parts = _Parts.of(loot)
+    return zero_fill(_normalisation_averaged(loot), parts.params.rebuild_only(parts.kernels()))
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
     """Weights as before training where the file's are encrypted; normalisation averaged."""
-    params = named_leaves(_normalisation_averaged(loot))
-    fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
-    masks = checked_mask(params, _without_normalisation(loot), "mask")
-    return params.rebuild(
-        {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in masks.items() if m.any()}
-    )
+    parts = _Parts.of(loot)
+    leaves, fresh = parts.params.leaves, named_leaves(loot.subject.fresh(loot.key)).leaves
+    chosen = {n: jnp.where(m, fresh[n], leaves[n]) for n, m in parts.kernels().items()}
+    return named_leaves(_normalisation_averaged(loot)).rebuild(chosen)
 
 
 def _from_scratch(loot: Loot) -> PyTree:
@@ -69,10 +88,8 @@ def _from_scratch(loot: Loot) -> PyTree:
 
 def _normalisation_reset(loot: Loot) -> PyTree:
     """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, loot.mask, "mask")
-    reset = named_leaves(reset_normalisation(loot.params, loot.subject.normalisation)).leaves
-    return params.rebuild({n: reset[n] for n, mask in masks.items() if mask.any() and n in reset})
+    params, _, norms = _Parts.of(loot)
+    return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
 def _normalisation_averaged(loot: Loot) -> PyTree:
@@ -80,37 +97,26 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
     The lossless cipher keeps the values up to their fine bits: only their order is lost.
     """
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, loot.mask, "mask")
-    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    params, _, norms = _Parts.of(loot)
 
     def average(name: str, leaf: Array) -> Array:
         # Scales of both signs would cancel out.
         mean = jnp.sqrt(jnp.square(leaf).mean()) if is_scale(name) else leaf.mean()
         return jnp.full_like(leaf, mean)
 
-    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items() if masks[n].any()})
-
-
-def _without_normalisation(loot: Loot) -> PyTree:
-    params = named_leaves(loot.params)
-    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
-    masks = checked_mask(params, loot.mask, "mask")
-    return params.rebuild_only({n: m for n, m in masks.items() if m.any() and n not in norms})
+    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items()})
 
 
 def _pruned(loot: Loot) -> PyTree:
     """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, _without_normalisation(loot), "mask")
+    parts = _Parts.of(loot)
     guesses = {}
-    for name, mask in masks.items():
-        if mask.any():
-            leaf = np.asarray(jax.device_get(params.leaves[name]), np.float64)
-            inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
-            norms = np.square(leaf).sum(inside, keepdims=True)
-            guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
-    return zero_fill(loot.params, params.rebuild_only(guesses))
+    for name, mask in parts.kernels().items():
+        leaf = np.asarray(jax.device_get(parts.params.leaves[name]), np.float64)
+        inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
+        norms = np.square(leaf).sum(inside, keepdims=True)
+        guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
+    return zero_fill(loot.params, parts.params.rebuild_only(guesses))
 
 
 class Attack(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._importance.closed import LossFn
 from .._tree.groups import Layout
@@ -85,17 +85,9 @@ def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[s
     }
 
 
-def reset_normalisation(params: PyTree, pattern: str = NORMALISATION) -> PyTree:
-    """Normalisation as before training: scale and variance 1, the rest 0.
-
-    Arguments as of `normalisation_leaves`; leaves called scale, weight, var or running_var become
-    one, the others zero.
-    """
-    tree = named_leaves(params)
-    found = normalisation_leaves(params, pattern)
-    return tree.rebuild(
-        {name: jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0) for name, leaf in found.items()}
-    )
+def reset(name: str, leaf: Array) -> Array:
+    """A normalisation leaf as before training: scale and variance 1, the rest 0."""
+    return jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0)
 
 
 def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:

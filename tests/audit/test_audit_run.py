@@ -13,13 +13,14 @@ from rich.console import Console
 
 import selcrypt_jax as sj
 from selcrypt_jax import audit
+from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset_normalisation
+from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
 from selcrypt_jax.cli import main
 
 SMALL = Grid(
@@ -45,10 +46,8 @@ def subject():
 def test_normalisation_is_found_and_reset(subject):
     found = normalisation_leaves(subject.params)
     assert list(found) == ["norm/bias", "norm/mean", "norm/scale", "norm/var"]
-    norm = reset_normalisation(subject.params)["norm"]
-    assert {name: float(leaf.mean()) for name, leaf in norm.items()} == {
-        "scale": 1, "var": 1, "bias": 0, "mean": 0
-    }  # fmt: skip
+    norm = {name: float(reset(name, leaf).mean()) for name, leaf in found.items()}
+    assert norm == {"norm/scale": 1, "norm/var": 1, "norm/bias": 0, "norm/mean": 0}
     names = ["bn1/weight", "layers.3.bn.running_var", "batch_norm/mean", "layernorm_2/scale"]
     assert set(normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(names)
     others = ["abnormal/bias", "subnormal", "conv/bias", "dnbn"]
@@ -125,7 +124,7 @@ def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     changed = {
         name: (np.asarray(a) != b).mean()
         for (name, a), b in zip(
-            sj._tree.named_leaves(reached[-1][1]).leaves.items(),
+            named_leaves(reached[-1][1]).leaves.items(),
             jax.tree.leaves(before),
             strict=True,
         )
