@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,21 @@ from safetensors.numpy import save
 from selcrypt_jax.models import VGG19, DnCNN, to_torch
 
 Row = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Options of every script that learns."""
+
+    out: Path
+    """The .safetensors file to write, in PyTorch's names and layout."""
+
+    checkpoints: Path | None = None
+    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
+    it had never been interrupted."""
+
+    seed: int = 0
+    """Seed of weights, noise and the order of the data."""
 
 
 def train(

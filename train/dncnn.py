@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import tyro
 from _images import add_noise, checked_sigma, random_patches
-from _loop import check_numbers, check_output, exits, train_model
+from _loop import Run, check_numbers, check_output, exits, train_model
 from _tasks import denoising_of
 from flax import nnx
 
@@ -30,8 +30,8 @@ from selcrypt_jax.models._files import read_images
 from selcrypt_jax.models._network import squared_error
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Run):
     """What to train, on what, for how long."""
 
     images: Path
@@ -39,9 +39,6 @@ class Config:
 
     test: Path
     """The same to measure PSNR and SSIM on (the split "test"); never trained on."""
-
-    out: Path
-    """The .safetensors file to write, in PyTorch's names and layout."""
 
     sigma: tuple[float, ...] = (25.0,)
     """Standard deviation of the noise, for pixels in 0..255; or a range of two, from which each
@@ -73,13 +70,6 @@ class Config:
 
     every: int = 500
     """Steps between two measurements, and between two checkpoints."""
-
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
-
-    seed: int = 0
-    """Seed of weights, patches and noise."""
 
 
 @exits()

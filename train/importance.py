@@ -18,7 +18,6 @@ References:
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _loop import Row, check_numbers, check_output, exits, train, write_tensors
+from _loop import Row, Run, check_numbers, check_output, exits, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
 from selcrypt_jax import PSSConfig, PSSState, probability_open, pss_learner
@@ -34,11 +33,8 @@ from selcrypt_jax.models import to_torch, torch_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Run):
     """How importance is learned."""
-
-    out: Path
-    """The .safetensors file to write, with one score a group of weights."""
 
     objective: Literal["break", "keep"] = "break"
     """What is important: what breaks the network when it is encrypted, or, as in the paper, what
@@ -70,13 +66,6 @@ class Config:
 
     every: int = 10
     """Steps between two measurements, and between two checkpoints."""
-
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
-
-    seed: int = 0
-    """Seed of gates, noise and the order of the data."""
 
 
 @dataclass(frozen=True, kw_only=True)

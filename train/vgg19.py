@@ -23,7 +23,7 @@ import jax
 import optax
 import tyro
 from _cifar import batches
-from _loop import check_numbers, check_output, exits, train_model
+from _loop import Run, check_numbers, check_output, exits, train_model
 from _tasks import accuracy_of
 from flax import nnx
 
@@ -32,15 +32,12 @@ from selcrypt_jax.models._files import normalised, read_cifar
 from selcrypt_jax.models._network import cross_entropy
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Run):
     """What to train, on what, for how long."""
 
     data: Path
     """Folder with the prepared data, as TFDS's ``data_dir``."""
-
-    out: Path
-    """The .safetensors file to write, in PyTorch's names and layout."""
 
     dataset: Literal["cifar10", "cifar100"] = "cifar10"
     """Which one."""
@@ -68,13 +65,6 @@ class Config:
 
     tests: int | None = None
     """How many test images to measure on; all of them by default."""
-
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
-
-    seed: int = 0
-    """Seed of weights, order of the images, crops and dropout."""
 
 
 @exits()

@@ -5,7 +5,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,17 @@ COLOURS = {
     "taylor": "#882255",
     "fisher": "#AA9900",
 }
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Options of every experiment."""
+
+    data: Path
+    """Folder of the reference data."""
+
+    out: Path = Path("docs/results")
+    """Folder for the results; made if it does not exist."""
 
 
 class Denoiser(NamedTuple):

@@ -23,6 +23,7 @@ import matplotlib.figure
 import numpy as np
 import tyro
 from _paper import (
+    Experiment,
     colour_denoiser,
     experiment_keys,
     provenance,
@@ -46,14 +47,8 @@ LEVELS = 5
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are and how many keys to try."""
-
-    data: Path
-    """Folder that holds ``dncnn_color_paper``."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     keys: int = 20
     """Protections under different keys, over which is averaged."""

@@ -25,11 +25,11 @@ import matplotlib.figure
 import numpy as np
 import optax
 import tyro
-from _images import patch_batches
 from _paper import (
     CONVOLUTIONS,
     LAYERS,
     Denoiser,
+    Experiment,
     closed_form,
     colour_denoiser,
     convolution_weights,
@@ -41,7 +41,7 @@ from _paper import (
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss
+from _tasks import denoising_loss, patch_batches
 from rich.progress import Progress
 
 from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
@@ -64,14 +64,8 @@ BATCHES = 40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     network: Literal["colour", "s15", "s25", "s50"] = "colour"
     """The paper's colour network, or a grey one for noise of that σ."""

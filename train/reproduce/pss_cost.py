@@ -23,16 +23,16 @@ import matplotlib.figure
 import numpy as np
 import optax
 import tyro
-from _images import patch_batches
 from _paper import (
     CONVOLUTIONS,
+    Experiment,
     colour_denoiser,
     provenance,
     stacked,
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss
+from _tasks import denoising_loss, patch_batches
 from dncnn_strategies import BATCHES, OBJECTIVES, described, photographs
 from rich.progress import Progress
 
@@ -68,14 +68,8 @@ BROKEN = 14.5  # dB; the noisy input has 14.16
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     keys: int = 2
     """Protections under different keys."""

@@ -24,6 +24,7 @@ import numpy as np
 import tyro
 from _paper import (
     CONVOLUTIONS,
+    Experiment,
     closed_form,
     convolution_weights,
     draw,
@@ -78,14 +79,8 @@ BATCHES = 40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     panels: tuple[Literal["four", "each", "anywhere"], ...] = ("four", "each", "anywhere")
     """Shares of each of four layers, of each of all, and of all together."""
