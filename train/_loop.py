@@ -384,14 +384,17 @@ def _restore(
         f"{folder / str(number)}: expected a checkpoint of this script, got a damaged one or "
         "something else. Remove that folder to go on from the one before, if there is one."
     )
-    try:
-        record: Any = manager.restore(
-            number,
-            args=ocp.args.Composite(rows=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
-        )["rows"]
-        then, rows = record["settings"], record["rows"]
-    except Exception as error:  # of many kinds, by what is missing or half-written
-        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+
+    def restore(**items: Any) -> Any:
+        try:
+            return manager.restore(number, args=ocp.args.Composite(**items))
+        except Exception as error:  # of many kinds, by what is missing or half-written
+            raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+
+    rows: Any = restore(rows=ocp.args.JsonRestore())["rows"]  # pyright: ignore[reportCallIssue]
+    if not isinstance(rows, dict) or rows.keys() != {"rows", "settings"}:
+        raise SystemExit(damaged)
+    then = rows["settings"]
     changed = [
         f"--{name.replace('_', '-')} was {then.get(name)} and is {settings.get(name)}"
         for name in sorted(then.keys() | settings.keys())
@@ -405,15 +408,7 @@ def _restore(
             "Use another folder, or the settings that they were made with."
         )
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
-    try:
-        found: Any = manager.restore(
-            number,
-            args=ocp.args.Composite(
-                carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
-            ),
-        )
-    except Exception as error:
-        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+    found = restore(carry=ocp.args.StandardRestore(like))  # pyright: ignore[reportCallIssue]
     leaves, structure = jax.tree.flatten(carry)
     new = [
         jax.random.wrap_key_data(found.carry[str(index)], impl=jax.random.key_impl(leaf))
@@ -421,4 +416,4 @@ def _restore(
         else found.carry[str(index)]
         for index, leaf in enumerate(leaves)
     ]
-    return structure.unflatten(new), rows
+    return structure.unflatten(new), rows["rows"]

@@ -10,15 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
 from ..models import VGG19, DnCNN
-from ..models._files import normalised, read_cifar, read_images, read_model
+from ..models._files import normalised, read_cifar, read_images, read_model, read_tensors
 from ..models._network import (
     Network,
     accuracy,
+    centre,
     cross_entropy,
     psnr,
     random_patch,
     squared_error,
 )
+from ..models._torch import architecture_of
 from ._finetune import TrainingLossFn
 from ._subject import Subject
 
@@ -156,7 +158,8 @@ def dncnn(
         eps: ε of BatchNorm.
         seed: of the noise on the test images.
     """
-    model = read_model(Path(weights), DnCNN, eps=eps)
+    tensors = read_tensors(Path(weights))
+    model = read_model(Path(weights), DnCNN, eps=eps, tensors=tensors)
     network = Network.of(model)
     channels = model.channels
     train = read_images(Path(images), split="train", channels=channels, smallest=patch)
@@ -168,9 +171,7 @@ def dncnn(
     rng = np.random.default_rng(seed)
     pairs = []
     for image in read_images(Path(tests), split="test", channels=channels, smallest=crop or 1):
-        if crop:
-            top, left = ((side - crop) // 2 for side in image.shape[:2])
-            image = image[top : top + crop, left : left + crop]
+        image = centre(image, crop) if crop else image
         pairs.append(noisy_pair(image[None] / np.float32(255), sigma / 255, rng))
     if crop:  # of one size: all at once
         pairs = [tuple(np.concatenate(side) for side in zip(*pairs, strict=True))]
@@ -182,15 +183,7 @@ def dncnn(
     return subject_of(
         network,
         lambda model, batch: squared_error(model, *batch),
-        lambda rngs: DnCNN(
-            depth=len(model.convs),
-            width=model.convs[0].kernel.shape[-1],
-            channels=channels,
-            batch_norm=any(norm is not None for norm in model.norms),
-            eps=eps,
-            first_bias=model.convs[0].bias is not None,
-            rngs=rngs,
-        ),
+        lambda rngs: architecture_of(tensors, eps=eps)(rngs=rngs),
         title=f"DnCNN, {Path(weights).name}, σ = {sigma:g}",
         metric=lambda params: quality(lambda noisy: denoise(params, noisy)),
         unit="dB",
@@ -217,8 +210,8 @@ def vgg19(
         batch: images in a step.
         tests: the first test images, so many.
     """
-    model = read_model(Path(weights), VGG19)
-    network = Network.of(model)
+    tensors = read_tensors(Path(weights))
+    network = Network.of(read_model(Path(weights), VGG19, tensors=tensors))
     folder = Path(data) / dataset
     images, labels = read_cifar(folder, "train")
     share = accuracy(
@@ -236,12 +229,7 @@ def vgg19(
     return subject_of(
         network,
         lambda model, batch: cross_entropy(model, normalised(batch[0]), batch[1]),
-        lambda rngs: VGG19(
-            classes,
-            width=model.convs[0].kernel.shape[-1] / 64,
-            batch_norm=any(norm is not None for norm in model.norms),
-            rngs=rngs,
-        ),
+        lambda rngs: architecture_of(tensors)(rngs=rngs),
         title=f"VGG19, {Path(weights).name}, {dataset}",
         metric=lambda params: 100 * share(params),
         unit="%",

@@ -82,6 +82,12 @@ def psnr(images: Float[Any, "n h w c"], clean: Float[Any, "n h w c"]) -> Float[A
     return -10 * jnp.log10(jnp.square(jnp.asarray(images) - clean).mean((1, 2, 3)))
 
 
+def centre(image: np.ndarray, size: int) -> np.ndarray:
+    """The square in the middle of an image ``[H, W, C]``."""
+    top, left = ((side - size) // 2 for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
 def random_patch(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """A square piece of an image ``[H, W, C]``, turned and flipped at random."""
     top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])

@@ -48,7 +48,7 @@ from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
 from selcrypt_jax.models._files import read_images, read_model
-from selcrypt_jax.models._network import psnr
+from selcrypt_jax.models._network import centre, psnr
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
 THREE_LAYERS = rf"^convs/({'|'.join(map(str, LAYERS.values()))})/kernel$"
@@ -106,11 +106,8 @@ def read(config: Config) -> tuple[Denoiser, Any]:
         folder = config.data / "dncnn_gray"
         model = read_model(folder / f"dncnn_{config.network}.safetensors", DnCNN)
         images = read_images(folder / "train400", split="train", channels=1)
-        crops = []
-        for image in read_images(folder / "set12", split="test", channels=1):
-            top, left = ((side - 128) // 2 for side in image.shape[:2])
-            crops.append(image[top : top + 128, left : left + 128])
-        clean = np.stack(crops).astype(np.float32) / 255
+        tests = read_images(folder / "set12", split="test", channels=1)
+        clean = np.stack([centre(image, 128) for image in tests]).astype(np.float32) / 255
         noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
         subject = denoiser(model, clean, clean + np.float32(sigma / 255) * noise)
 
