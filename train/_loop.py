@@ -1,12 +1,13 @@
 """A training loop that can be killed at any time and goes on where it was, bit for bit."""
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,24 @@ from rich.console import Console
 from rich.progress import Progress
 from safetensors.numpy import save
 
+from selcrypt_jax.models import VGG19, DnCNN, to_torch
+
 Row = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Options of every script that learns."""
+
+    out: Path
+    """The .safetensors file to write, in PyTorch's names and layout."""
+
+    checkpoints: Path | None = None
+    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
+    it had never been interrupted."""
+
+    seed: int = 0
+    """Seed of weights, noise and the order of the data."""
 
 
 def train(
@@ -150,6 +168,74 @@ def gradient_step(
     return step
 
 
+def train_model(
+    model: VGG19 | DnCNN,
+    config: Any,
+    *,
+    optimizer: Callable[[optax.Schedule], optax.GradientTransformation],
+    loss: Callable[[Any, Any, jax.Array], jax.Array],
+    batch: Callable[[int], Any],
+    quality: Callable[[Any], Callable[[Any], Row]],
+    best: str,
+    metadata: dict[str, str],
+    key: jax.Array,
+) -> None:
+    """Trains a network of ours, and writes its best weights under PyTorch's names.
+
+    Args:
+        model: in training mode.
+        config: the dataclass of the command line: out, steps, rate, every and checkpoints count.
+        optimizer: made from the schedule: warm-up over a twentieth of the steps, then a cosine.
+        loss: ``(model, batch, key) -> scalar``.
+        batch: number of the step → arrays ``[examples, ...]``.
+        quality: graph of the network in evaluation mode → ``params -> metrics``.
+        best: the metric by which weights are best; higher is better.
+        metadata: of the file, beside that metric and the step.
+        key: see `train`.
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    transformation = optimizer(
+        optax.warmup_cosine_decay_schedule(0.0, config.rate, config.steps // 20, config.steps)
+    )
+    model.eval()
+    metrics = quality(nnx.split(model, nnx.Param, ...)[0])
+
+    def measure(number: int, carry: Any, rows: list[Row]) -> Row:
+        """Quality on test data; the best weights are written."""
+        params, rest, _ = carry
+        row = metrics(nnx.merge_state(params, rest))
+        if row[best] > max((row[best] for row in rows), default=-math.inf):
+            about = metadata | {best: f"{row[best]:.4f}", "step": str(number)}
+            tensors = to_torch(nnx.merge(graph, params, rest, copy=True))
+            write_tensors(tensors, config.out, about)
+        return row
+
+    train(
+        jax.tree.map(jnp.copy, (params, rest, transformation.init(params))),
+        gradient_step(graph, transformation, loss),
+        batch,
+        key=key,
+        steps=config.steps,
+        every=config.every,
+        measure=measure,
+        checkpoints=config.checkpoints,
+        config=config,
+        best=config.out,
+    )
+
+
+@contextlib.contextmanager
+def exits() -> Iterator[None]:
+    """Ends a script with a message and no traceback, where what it was given is wrong."""
+    try:
+        yield
+    except OSError as error:
+        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        raise SystemExit(text) from error
+    except (ModuleNotFoundError, TypeError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+
+
 def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     """Writes a .safetensors file; it is whole, or the old one.
 
@@ -180,7 +266,7 @@ def check_output(path: Path, *inputs: Path) -> None:
         inputs: files that it must not replace.
 
     Raises:
-        SystemExit: so it is.
+        SystemExit: if it is one of these.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +287,7 @@ def check_numbers(config: Any) -> None:
     """Refuses numbers of the command line that no step can be made with.
 
     Raises:
-        SystemExit: so it is.
+        SystemExit: if there is one.
     """
     values = asdict(config)
     for name, least in (("steps", 1), ("every", 1), ("patch", 1), ("seed", 0)):
@@ -298,14 +384,17 @@ def _restore(
         f"{folder / str(number)}: expected a checkpoint of this script, got a damaged one or "
         "something else. Remove that folder to go on from the one before, if there is one."
     )
-    try:
-        record: Any = manager.restore(
-            number,
-            args=ocp.args.Composite(rows=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
-        )["rows"]
-        then, rows = record["settings"], record["rows"]
-    except Exception as error:  # of many kinds, by what is missing or half-written
-        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+
+    def restore(**items: Any) -> Any:
+        try:
+            return manager.restore(number, args=ocp.args.Composite(**items))
+        except Exception as error:  # of many kinds, by what is missing or half-written
+            raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+
+    rows: Any = restore(rows=ocp.args.JsonRestore())["rows"]  # pyright: ignore[reportCallIssue]
+    if not isinstance(rows, dict) or rows.keys() != {"rows", "settings"}:
+        raise SystemExit(damaged)
+    then = rows["settings"]
     changed = [
         f"--{name.replace('_', '-')} was {then.get(name)} and is {settings.get(name)}"
         for name in sorted(then.keys() | settings.keys())
@@ -319,15 +408,7 @@ def _restore(
             "Use another folder, or the settings that they were made with."
         )
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
-    try:
-        found: Any = manager.restore(
-            number,
-            args=ocp.args.Composite(
-                carry=ocp.args.StandardRestore(like),  # pyright: ignore[reportCallIssue]
-            ),
-        )
-    except Exception as error:
-        raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
+    found = restore(carry=ocp.args.StandardRestore(like))  # pyright: ignore[reportCallIssue]
     leaves, structure = jax.tree.flatten(carry)
     new = [
         jax.random.wrap_key_data(found.carry[str(index)], impl=jax.random.key_impl(leaf))
@@ -335,4 +416,4 @@ def _restore(
         else found.carry[str(index)]
         for index, leaf in enumerate(leaves)
     ]
-    return structure.unflatten(new), rows
+    return structure.unflatten(new), rows["rows"]

@@ -15,23 +15,23 @@ References:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _images import add_noise, checked_sigma, random_patches, read_images
-from _loop import Row, check_numbers, check_output, gradient_step, train, write_tensors
+from _images import add_noise, checked_sigma, random_patches
+from _loop import Run, check_numbers, check_output, exits, train_model
 from _tasks import denoising_of
 from flax import nnx
 
-from selcrypt_jax.models import DnCNN, to_torch
+from selcrypt_jax.models import DnCNN
+from selcrypt_jax.models._files import read_images
+from selcrypt_jax.models._network import squared_error
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Run):
     """What to train, on what, for how long."""
 
     images: Path
@@ -39,9 +39,6 @@ class Config:
 
     test: Path
     """The same to measure PSNR and SSIM on (the split "test"); never trained on."""
-
-    out: Path
-    """The .safetensors file to write, in PyTorch's names and layout."""
 
     sigma: tuple[float, ...] = (25.0,)
     """Standard deviation of the noise, for pixels in 0..255; or a range of two, from which each
@@ -74,14 +71,8 @@ class Config:
     every: int = 500
     """Steps between two measurements, and between two checkpoints."""
 
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
 
-    seed: int = 0
-    """Seed of weights, patches and noise."""
-
-
+@exits()
 def main(config: Config) -> None:
     """Trains; see `Config`."""
     check_numbers(config)
@@ -91,53 +82,24 @@ def main(config: Config) -> None:
     images = read_images(config.images, split="train", channels=channels, smallest=config.patch)
     tests = read_images(config.test, split="test", channels=channels, most=config.tests)
     weights, noise, test_noise = jax.random.split(jax.random.key(config.seed), 3)
-    try:
-        model = DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.rate, config.steps // 20, config.steps
-    )
-    optimizer = optax.adam(schedule)
 
     def loss(model: DnCNN, clean: jax.Array, key: jax.Array) -> jax.Array:
-        noisy = add_noise(clean, sigma, key)
-        return jnp.square(model(noisy) - clean).mean()
-
-    model.eval()
-    evaluated, _, _ = nnx.split(model, nnx.Param, ...)
-    quality = denoising_of(evaluated, tests, sum(sigma) / 2, test_noise)
+        return squared_error(model, add_noise(clean, sigma, key), clean)
 
     def batch(number: int) -> np.ndarray:
         rng = np.random.default_rng([config.seed, number])
         return random_patches(images, config.batch, config.patch, rng)
 
-    def measure(number: int, carry: Any, rows: list[Row]) -> Row:
-        """PSNR and SSIM of the test images; the best weights are written."""
-        params, rest, _ = carry
-        row = quality(nnx.merge_state(params, rest))
-        if row["psnr"] > max((row["psnr"] for row in rows), default=-jnp.inf):
-            metadata = {
-                "psnr": f"{row['psnr']:.3f}",
-                "sigma": " ".join(f"{s:g}" for s in config.sigma),
-                "step": str(number),
-            }
-            best = nnx.merge(graph, params, rest, copy=True)
-            write_tensors(to_torch(best), config.out, metadata)
-        return row
-
-    train(
-        jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
-        gradient_step(graph, optimizer, loss),
-        batch,
+    train_model(
+        DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights)),
+        config,
+        optimizer=optax.adam,
+        loss=loss,
+        batch=batch,
+        quality=lambda graph: denoising_of(graph, tests, sum(sigma) / 2, test_noise),
+        best="psnr",
+        metadata={"sigma": " ".join(f"{s:g}" for s in config.sigma)},
         key=noise,
-        steps=config.steps,
-        every=config.every,
-        measure=measure,
-        checkpoints=config.checkpoints,
-        config=config,
-        best=config.out,
     )
 
 

@@ -25,15 +25,23 @@ import jax
 import jax.numpy as jnp
 import matplotlib.figure
 import tyro
-from _loop import check_output
-from _tasks import accuracy_of, denoising_of, is_protected, model_in, read_tensors
+from _images import checked_sigma
+from _loop import check_output, exits
+from _tasks import accuracy_of, denoising_of
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from selcrypt_jax import Grant, IntegrityError, Secret, inspect_file, issue_grant, open_model
+from selcrypt_jax import Grant, Secret, inspect_file, issue_grant, open_model
 from selcrypt_jax.models import VGG19, DnCNN
+from selcrypt_jax.models._files import (
+    is_protected,
+    read_cifar,
+    read_images,
+    read_model,
+    read_tensors,
+)
 
 UNITS = {"accuracy": "accuracy", "psnr": "PSNR / dB", "ssim": "SSIM"}
 
@@ -98,14 +106,14 @@ class Dncnn(Config):
 def levels_of(config: Config) -> list[tuple[int | None, Any]]:
     """Level → its tensors, or None → those of a file that is not protected."""
     if config.secret is not None and config.grant is not None:
-        raise SystemExit("--secret, --grant: expected one of them, got both.")
+        raise ValueError("--secret, --grant: expected one of them, got both.")
     if config.file.suffix == ".safetensors" and not is_protected(config.file):
         if config.secret is not None or config.grant is not None:
-            raise SystemExit(f"{config.file}: expected a protected file, got a plain one.")
+            raise ValueError(f"{config.file}: expected a protected file, got a plain one.")
         tensors = read_tensors(config.file)
         for name, tensor in tensors.items():
             if not jnp.isfinite(tensor).all():
-                raise SystemExit(
+                raise ValueError(
                     f"{config.file}: {name!r}: expected finite weights, got NaN or Inf."
                 )
         return [(None, tensors)]
@@ -134,7 +142,7 @@ def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
     console, hidden = Console(stderr=True), not sys.stderr.isatty()
     for level, tensors in track(opened, "levels", console=console, transient=True, disable=hidden):
         eps = config.eps if isinstance(config, Dncnn) else 1e-5
-        model = model_in(tensors, str(config.file), kind, eps=eps)
+        model = read_model(config.file, kind, eps=eps, tensors=tensors)
         graph, params = nnx.split(model)
         quality = quality or measure_of(config, graph, model)
         found = quality(params)
@@ -147,11 +155,7 @@ def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
 def measure_of(config: Vgg19 | Dncnn, graph: Any, model: Any) -> Any:
     """``params -> metrics`` on the test data."""
     if isinstance(config, Vgg19):
-        from _cifar import read_test
-
-        return accuracy_of(graph, *read_test(config.data / config.dataset, config.tests))
-    from _images import checked_sigma, read_images
-
+        return accuracy_of(graph, *read_cifar(config.data / config.dataset, "test", config.tests))
     sigma, _ = checked_sigma((config.sigma,))
     images = read_images(config.images, split="test", channels=model.channels, most=config.tests)
     if config.bgr:
@@ -198,18 +202,13 @@ def write(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
     (out / "levels.png").write_bytes(picture.getvalue())
 
 
+@exits()
 def main(config: Vgg19 | Dncnn) -> None:
     """Measures; see `Config`."""
-    try:
-        if config.out is not None:
-            for name in ("levels.json", "levels.md", "levels.png"):
-                check_output(config.out / name)
-        rows = measured(config)
-    except OSError as error:
-        text = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        raise SystemExit(text) from error
-    except (IntegrityError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    if config.out is not None:
+        for name in ("levels.json", "levels.md", "levels.png"):
+            check_output(config.out / name)
+    rows = measured(config)
     metrics = [name for name in rows[0] if name != "level"]
     table = Table("level", *(UNITS[name] for name in metrics), title=config.file.name)
     for row in rows:

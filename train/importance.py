@@ -18,7 +18,6 @@ References:
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from _loop import Row, check_numbers, check_output, train, write_tensors
+from _loop import Row, Run, check_numbers, check_output, exits, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
 from selcrypt_jax import PSSConfig, PSSState, pss_learner
@@ -35,11 +34,8 @@ from selcrypt_jax.models import to_torch, torch_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(Run):
     """How importance is learned."""
-
-    out: Path
-    """The .safetensors file to write, with one score a group of weights."""
 
     objective: Literal["break", "keep"] = "break"
     """What is important: what breaks the network when it is encrypted, or, as in the paper, what
@@ -72,13 +68,6 @@ class Config:
     every: int = 10
     """Steps between two measurements, and between two checkpoints."""
 
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
-
-    seed: int = 0
-    """Seed of gates, noise and the order of the data."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Vgg19(Vgg19Task, Config):
@@ -95,6 +84,7 @@ class Custom(CustomTask, Config):
     """Learns the importance of the weights of a network of your own."""
 
 
+@exits()
 def main(config: Vgg19 | Dncnn | Custom) -> None:
     """Learns; see `Config`."""
     check_numbers(config)
@@ -116,29 +106,25 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
     try:
         re.compile(config.select or "")
     except re.error as error:
-        raise SystemExit(
+        raise ValueError(
             f"--select: expected a regular expression, got {config.select!r}: {error}."
         ) from None
-    try:
-        pss_config = PSSConfig(
+    learner = pss_learner(
+        task.loss_fn,
+        task.params,
+        config=PSSConfig(
             config.objective,
             steps=config.steps,
             penalty=penalty,
             optimizer=optax.adam(config.rate, eps=max(penalty / 10, 1e-8)),
             cap=config.cap,
             sampled=config.sampled,
-        )
-        learner = pss_learner(
-            task.loss_fn,
-            task.params,
-            config=pss_config,
-            select=None if names is None and config.select is None else selected,
-            granularity=config.granularity,
-            layout=layout,
-        )
-        state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
-    except (TypeError, ValueError) as error:
-        raise SystemExit(f"{config.weights}: {error}") from error
+        ),
+        select=None if names is None and config.select is None else selected,
+        granularity=config.granularity,
+        layout=layout,
+    )
+    state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
 
     def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
         # The state has a key of its own, from which the noise of each step follows.

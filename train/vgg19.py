@@ -17,29 +17,27 @@ References:
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 import tyro
-from _cifar import batches, normalised, read_test
-from _loop import Row, check_numbers, check_output, gradient_step, train, write_tensors
+from _cifar import batches
+from _loop import Run, check_numbers, check_output, exits, train_model
 from _tasks import accuracy_of
 from flax import nnx
 
-from selcrypt_jax.models import VGG19, to_torch
+from selcrypt_jax.models import VGG19
+from selcrypt_jax.models._files import normalised, read_cifar
+from selcrypt_jax.models._network import cross_entropy
 
 
-@dataclass(frozen=True)
-class Config:
+@dataclass(frozen=True, kw_only=True)
+class Config(Run):
     """What to train, on what, for how long."""
 
     data: Path
     """Folder with the prepared data, as TFDS's ``data_dir``."""
-
-    out: Path
-    """The .safetensors file to write, in PyTorch's names and layout."""
 
     dataset: Literal["cifar10", "cifar100"] = "cifar10"
     """Which one."""
@@ -68,72 +66,35 @@ class Config:
     tests: int | None = None
     """How many test images to measure on; all of them by default."""
 
-    checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
 
-    seed: int = 0
-    """Seed of weights, order of the images, crops and dropout."""
-
-
+@exits()
 def main(config: Config) -> None:
     """Trains; see `Config`."""
     check_numbers(config)
     check_output(config.out)
     folder = config.data / config.dataset
     source = batches(folder, config.batch, seed=config.seed)
-    tests = read_test(folder, config.tests)
-
+    tests = read_cifar(folder, "test", config.tests)
     weights, noise = jax.random.split(jax.random.key(config.seed))
     classes = 10 if config.dataset == "cifar10" else 100
-    try:
-        model = VGG19(
-            classes, width=config.width, batch_norm=config.batch_norm, rngs=nnx.Rngs(weights)
-        )
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.rate, config.steps // 20, config.steps
-    )
-    optimizer = optax.chain(
-        optax.add_decayed_weights(config.decay), optax.sgd(schedule, momentum=0.9, nesterov=True)
-    )
+
+    def optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+        descent = optax.sgd(schedule, momentum=0.9, nesterov=True)
+        return optax.chain(optax.add_decayed_weights(config.decay), descent)
 
     def loss(model: VGG19, batch: dict[str, jax.Array], _: jax.Array) -> jax.Array:
-        logits = model(normalised(batch["image"]))
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return losses.mean()
+        return cross_entropy(model, normalised(batch["image"]), batch["label"])
 
-    model.eval()
-    evaluated, _, _ = nnx.split(model, nnx.Param, ...)
-    quality = accuracy_of(evaluated, *tests)
-
-    def measure(number: int, carry: Any, rows: list[Row]) -> Row:
-        """Accuracy on the test images; the best weights are written."""
-        params, rest, _ = carry
-        row = quality(nnx.merge_state(params, rest))
-        if row["accuracy"] > max((row["accuracy"] for row in rows), default=-1):
-            metadata = {
-                "accuracy": f"{row['accuracy']:.4f}",
-                "dataset": config.dataset,
-                "step": str(number),
-            }
-            best = nnx.merge(graph, params, rest, copy=True)
-            write_tensors(to_torch(best), config.out, metadata)
-        return row
-
-    train(
-        jax.tree.map(jnp.copy, (params, rest, optimizer.init(params))),
-        gradient_step(graph, optimizer, loss),
-        source.__getitem__,
+    train_model(
+        VGG19(classes, width=config.width, batch_norm=config.batch_norm, rngs=nnx.Rngs(weights)),
+        config,
+        optimizer=optimizer,
+        loss=loss,
+        batch=source.__getitem__,
+        quality=lambda graph: accuracy_of(graph, *tests),
+        best="accuracy",
+        metadata={"dataset": config.dataset},
         key=noise,
-        steps=config.steps,
-        every=config.every,
-        measure=measure,
-        checkpoints=config.checkpoints,
-        config=config,
-        best=config.out,
     )
 
 

@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 
-def imported(what: str, path: str, known: Sequence[str] = ()) -> Callable[..., Any]:
-    """What ``module:function`` names; the working folder is searched too.
+def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = False) -> Any:
+    """The object that an import path ``module:name`` stands for; the working folder is searched.
 
     Args:
         what: it is for, for messages.
         path: import path.
         known: names that would have meant something as well, for messages.
+        data: whether it may be something else than a function.
+
+    Returns:
+        A function whose errors are `blamed` on it, or with `data` whatever it is.
 
     Raises:
         ValueError: no such path, or something that cannot be imported or called.
@@ -38,6 +42,8 @@ def imported(what: str, path: str, known: Sequence[str] = ()) -> Callable[..., A
             "the path or the module; modules of the working folder are found too."
         ) from error
     if not callable(found):
+        if data:
+            return found
         raise ValueError(
             f"{what}: expected a function, got {path!r}, which is {type(found).__name__}. Name a "
             "function of that module."

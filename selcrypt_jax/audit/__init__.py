@@ -1,37 +1,25 @@
-"""Attacks on protected networks: what a thief gets, measured.
+"""Attacks on protected networks: what an attacker gets, measured.
 
-A thief has the file, the code, the architecture, perhaps lower keys and some data. How bad a
-network is without a key says little; what counts is how good he can make it, against how good the
-architecture alone would become in his hands: the `advantage`.
+An attacker has the file, the code, the architecture, perhaps lower keys and some data. How bad a
+network is without a key says little; what counts is how good the attacker can make it, against how
+good the architecture alone becomes with the same effort: the `advantage`.
 """
 
-from ._advantage import Advantage as Advantage
 from ._advantage import advantage as advantage
 from ._attacks import ATTACKS as ATTACKS
 from ._attacks import Attack as Attack
 from ._attacks import Loot as Loot
 from ._attacks import run_attack as run_attack
-from ._cells import Cells as Cells
 from ._cipher import check_cipher as check_cipher
-from ._detection import Detection as Detection
 from ._detection import detect as detect
-from ._detection import group_features as group_features
 from ._fill import clip_norm as clip_norm
 from ._fill import mean_fill as mean_fill
 from ._fill import resample as resample
 from ._fill import zero_fill as zero_fill
-from ._finetune import Checkpoint as Checkpoint
-from ._finetune import TrainingLossFn as TrainingLossFn
 from ._finetune import fine_tune as fine_tune
 from ._keysearch import key_search as key_search
-from ._records import CipherCheck as CipherCheck
-from ._records import KeySearch as KeySearch
 from ._subject import Subject as Subject
-from ._subject import normalisation_leaves as normalisation_leaves
-from ._subject import reset_normalisation as reset_normalisation
-from ._twofiles import Changed as Changed
 from ._twofiles import changed as changed
 from ._twofiles import merge as merge
 from ._twofiles import shared_keystream as shared_keystream
-from ._unshuffle import Unshuffled as Unshuffled
 from ._unshuffle import unshuffle as unshuffle

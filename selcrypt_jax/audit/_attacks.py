@@ -1,4 +1,4 @@
-"""Attacks by name: where a thief starts, what he trains, and how."""
+"""Attacks by name: where an attacker starts, what is trained, and how."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._tree.names import named_leaves
+from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
@@ -17,20 +17,23 @@ from ._normalisation import is_scale
 from ._subject import (
     Subject,
     normalisation_leaves,
-    reset_normalisation,
+    reset,
     whole_leaves,
 )
 from ._unshuffle import unshuffle
 
 
 class Loot(NamedTuple):
-    """What the thief has.
+    """What the attacker has.
 
     Attributes:
-        subject: architecture, loss, fresh weights; he does not look at its trained parameters.
+        subject: architecture, loss, fresh weights; attacks do not look at its trained parameters.
         params: the protected file's.
-        mask: what is encrypted. That he knows it is assumed: it can often be guessed.
-        key: for what he draws at random.
+        mask: what is encrypted. The attacker is assumed to know: it can often be guessed.
+        key: for what is drawn at random.
+
+    Examples:
+        >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
     """
 
     subject: Subject
@@ -42,22 +45,41 @@ class Loot(NamedTuple):
 Start = Callable[[Loot], PyTree]
 
 
+class _Parts(NamedTuple):
+    """What is encrypted in a file: masks of whole leaves by name, and normalisation leaves."""
+
+    params: NamedLeaves
+    masks: dict[str, np.ndarray]
+    norms: dict[str, Array]
+
+    @classmethod
+    def of(cls, loot: Loot) -> "_Parts":
+        params = named_leaves(loot.params)
+        masks = checked_mask(params, loot.mask, "mask")
+        masks = {name: mask for name, mask in masks.items() if mask.any()}
+        norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+        return cls(params, masks, {n: leaf for n, leaf in norms.items() if n in masks})
+
+    def kernels(self) -> dict[str, np.ndarray]:
+        """Masks of what is no normalisation."""
+        return {name: mask for name, mask in self.masks.items() if name not in self.norms}
+
+
 def _as_shipped(loot: Loot) -> PyTree:
     return loot.params
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
-    return zero_fill(_normalisation_averaged(loot), _without_normalisation(loot))
+    parts = _Parts.of(loot)
+    return zero_fill(_normalisation_averaged(loot), parts.params.rebuild_only(parts.kernels()))
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
     """Weights as before training where the file's are encrypted; normalisation averaged."""
-    params = named_leaves(_normalisation_averaged(loot))
-    fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
-    masks = checked_mask(params, _without_normalisation(loot), "mask")
-    return params.rebuild(
-        {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in masks.items() if m.any()}
-    )
+    parts = _Parts.of(loot)
+    leaves, fresh = parts.params.leaves, named_leaves(loot.subject.fresh(loot.key)).leaves
+    chosen = {n: jnp.where(m, fresh[n], leaves[n]) for n, m in parts.kernels().items()}
+    return named_leaves(_normalisation_averaged(loot)).rebuild(chosen)
 
 
 def _from_scratch(loot: Loot) -> PyTree:
@@ -66,10 +88,8 @@ def _from_scratch(loot: Loot) -> PyTree:
 
 def _normalisation_reset(loot: Loot) -> PyTree:
     """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, loot.mask, "mask")
-    reset = named_leaves(reset_normalisation(loot.params, loot.subject.normalisation)).leaves
-    return params.rebuild({n: reset[n] for n, mask in masks.items() if mask.any() and n in reset})
+    params, _, norms = _Parts.of(loot)
+    return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
 def _normalisation_averaged(loot: Loot) -> PyTree:
@@ -77,49 +97,43 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
     The lossless cipher keeps the values up to their fine bits: only their order is lost.
     """
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, loot.mask, "mask")
-    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    params, _, norms = _Parts.of(loot)
 
     def average(name: str, leaf: Array) -> Array:
         # Scales of both signs would cancel out.
         mean = jnp.sqrt(jnp.square(leaf).mean()) if is_scale(name) else leaf.mean()
         return jnp.full_like(leaf, mean)
 
-    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items() if masks[n].any()})
-
-
-def _without_normalisation(loot: Loot) -> PyTree:
-    params = named_leaves(loot.params)
-    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
-    masks = checked_mask(params, loot.mask, "mask")
-    return params.rebuild_only({n: m for n, m in masks.items() if m.any() and n not in norms})
+    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items()})
 
 
 def _pruned(loot: Loot) -> PyTree:
     """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
-    params = named_leaves(loot.params)
-    masks = checked_mask(params, _without_normalisation(loot), "mask")
+    parts = _Parts.of(loot)
     guesses = {}
-    for name, mask in masks.items():
-        if mask.any():
-            leaf = np.asarray(jax.device_get(params.leaves[name]), np.float64)
-            inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
-            norms = np.square(leaf).sum(inside, keepdims=True)
-            guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
-    return zero_fill(loot.params, params.rebuild_only(guesses))
+    for name, mask in parts.kernels().items():
+        leaf = np.asarray(jax.device_get(parts.params.leaves[name]), np.float64)
+        inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
+        norms = np.square(leaf).sum(inside, keepdims=True)
+        guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
+    return zero_fill(loot.params, parts.params.rebuild_only(guesses))
 
 
 class Attack(NamedTuple):
     """A way to get at the network's worth.
 
     Attributes:
-        knows: what the thief must know, for people.
-        start: from what he goes on.
-        trains: which weights he trains with his data, if any; "order": none, but he looks for an
-            order of what is encrypted, with as many gradients.
-        statistics: whether he uses the network in training mode, so that running statistics are
-            estimated anew from his data; where the subject has no such mode, as it is.
+        knows: what the attacker must know, for people.
+        start: the parameters to go on from.
+        trains: which weights are trained with data, if any; "order": none, but an order of what is
+            encrypted is looked for, with as many gradients.
+        statistics: whether the network runs in training mode, so that running statistics are
+            re-estimated from data; where the subject has no such mode, as it is.
+
+    Examples:
+        >>> halved = Attack(
+        ...     "the file", lambda loot: jax.tree.map(lambda w: w / 2, loot.params), "nothing"
+        ... )
     """
 
     knows: str
@@ -161,7 +175,7 @@ _ADAM = optax.adam(1.0)
 
 
 def needs_data(attack: Attack) -> bool:
-    """Whether the thief needs some of the training data."""
+    """Whether the attacker needs some of the training data."""
     return attack.trains != "nothing" or attack.statistics
 
 
@@ -177,17 +191,22 @@ def run_attack(
 
     Args:
         attack: one of `ATTACKS`, or your own.
-        loot: what the thief has.
-        batch: number of the step, from 1 → a batch of his data.
+        loot: what the attacker has.
+        batch: number of the step, from 1 → a batch of the attacker's data.
         rate: learning rate.
-        stops: numbers of steps after which he stops to look.
+        stops: numbers of steps after which to stop and look.
 
     Yields:
-        Steps and parameters at each stop; step 0 alone where he needs no data. A rate that
+        Steps and parameters at each stop; step 0 alone where no data is needed. A rate that
         makes the loss infinite ends early.
 
     Raises:
         ValueError: an attack on normalisation, or on leaves, that the network does not have.
+
+    Examples:
+        >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
+        >>> attack = run_attack(ATTACKS["train all"], loot, batch, rate=1e-3, stops=[1, 2])
+        >>> metrics = {step: subject.metric(params) for step, params in attack}
     """
     params = attack.start(loot)
     if not needs_data(attack):
@@ -230,7 +249,6 @@ def _unshuffled(
             loot.mask,
             loot.subject.loss_fn,
             batches,
-            key=jax.random.fold_in(loot.key, stop),
             trials=max(stop - done, least),
         )
         params, done = found.params, stop

@@ -25,10 +25,9 @@ from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
 from ._grid import Grid
 from ._keysearch import key_search
-from ._records import AuditReport, Best, CipherCheck, SubjectReport
+from ._records import Advantage, AuditReport, Best, CipherCheck, SubjectReport
 from ._report import write_report
-from ._run import Audit, protection_name
-from ._strategies import EVERYTHING
+from ._run import ARCHITECTURE, Audit, Plan
 
 # Shares that advice is sought among, ascending.
 BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7)
@@ -49,7 +48,7 @@ def audit(
         out: folder for the results, made if it does not exist. A run that was killed goes on from
             there, if its settings are the same.
         quick: a reduced grid, see `Grid.quick`.
-        target_advantage: look for the smallest share that leaves the strongest thief of the grid
+        target_advantage: look for the smallest share that leaves the strongest attack of the grid
             with no more than this, strategy by strategy, instead of trying the grid's shares.
         console: where progress goes; standard output by default.
 
@@ -114,7 +113,7 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
         "version": __version__,
         "subject": dataclasses.asdict(described),
         # Which shares are tried is no matter: a cell is of one.
-        "grid": dataclasses.asdict(dataclasses.replace(grid, shares=(1.0,), strategies=("l2",))),
+        "grid": dataclasses.asdict(dataclasses.replace(grid, budget=(1.0,), importance=("l2",))),
     }
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -133,9 +132,8 @@ def _audit_subject(
     audit = Audit(described.name, make_subject(described), grid)
     progress.update(task, total=1, completed=1)
 
-    def carry_out(plans: Iterable[tuple[str, float]], title: str) -> None:
-        work = list(audit.work(plans))
-        missing = [cell for cell in work if cell.name not in cells.found]
+    def carry_out(plans: Iterable[Plan], title: str) -> None:
+        missing = [cell for cell in audit.work(plans) if cell.name not in cells.found]
         task = progress.add_task(
             f"{described.name}: {title}", total=sum(cell.cost for cell in missing)
         )
@@ -143,17 +141,16 @@ def _audit_subject(
             cells.get(cell.name, cell.run)
             progress.advance(task, cell.cost)
 
-    carry_out([(EVERYTHING, 1.0)], "from the architecture alone")
+    carry_out([ARCHITECTURE], "from the architecture alone")
+    plans, advice = [], []
     if target is None:
         plans = audit.plans()
         carry_out(plans, "attack")
-        advice = []
     else:
-        plans, advice = [], []
-        for strategy in grid.strategies:
+        for strategy in grid.importance:
             found, tried = advise(audit, cells, strategy, target, carry_out)
             advice.append({"subject": described.name, **found})
-            plans += [(strategy, share) for share in sorted(tried)]
+            plans += sorted(tried)
     two_files = audit.two_files()
     return audit.report(cells.found, plans, time.perf_counter() - start), advice, two_files
 
@@ -163,11 +160,11 @@ def advise(
     cells: Cells,
     strategy: str,
     target: float,
-    carry_out: Callable[[Iterable[tuple[str, float]], str], None],
-) -> tuple[dict[str, Any], dict[float, Best]]:
+    carry_out: Callable[[Iterable[Plan], str], None],
+) -> tuple[dict[str, Any], dict[Plan, Best]]:
     """The smallest share of `BUDGETS` that meets a target, by bisection.
 
-    More encrypted is taken to be worth less to a thief. The strongest thief counts: most data,
+    More encrypted is taken to be worth less to an attacker. The strongest one counts: most data,
     most steps; and the mean over keys.
 
     Returns:
@@ -175,30 +172,32 @@ def advise(
         ``advantage``, the last three None if none of them meets it; and what was tried.
     """
     baseline = audit.baseline(cells.found)
-    tried: dict[float, Best] = {}
-    low, high = 0, len(BUDGETS)
+    tried: dict[Plan, Best] = {}
+
+    def gain(share: float) -> Advantage | None:
+        plan = Plan(strategy, share)
+        try:
+            audit.protected(plan, 0)
+        except ValueError:  # too few weights to hide among each other
+            return None
+        carry_out([plan], str(plan))
+        rows = audit.protection(cells.found, plan, baseline).best
+        tried[plan] = max(rows, key=lambda row: (row.data, row.steps))
+        return tried[plan].advantage
+
+    low, high, best = 0, len(BUDGETS), None
     while low < high:
         middle = (low + high) // 2
-        share = BUDGETS[middle]
-        try:
-            audit.protected(strategy, share, 0)
-        except ValueError:  # too few weights to hide among each other
-            low = middle + 1
-            continue
-        carry_out([(strategy, share)], protection_name(strategy, share))
-        rows = audit.protection(cells.found, strategy, share, baseline).best
-        tried[share] = max(rows, key=lambda row: (row.data, row.steps))
-        gain = tried[share].advantage
-        if gain is not None and gain.mean <= target:
-            high = middle
+        found = gain(BUDGETS[middle])
+        if found is not None and found.mean <= target:
+            high, best = middle, found
         else:
             low = middle + 1
-    met = BUDGETS[high] if high < len(BUDGETS) else None
-    gain = tried[met].advantage if met is not None else None
+    met = None if best is None else Plan(strategy, BUDGETS[high])
     return {
         "strategy": strategy,
         "target": target,
-        "protection": protection_name(strategy, met) if met is not None else None,
-        "share": met,
-        "advantage": gain._asdict() if gain is not None else None,
+        "protection": met and str(met),
+        "share": met and met.share,
+        "advantage": best and best._asdict(),
     }, tried

@@ -11,7 +11,7 @@ class Cells:
 
     Args:
         path: of the file; it is removed by `done`.
-        settings: what all results depend on; with others, the file is begun anew.
+        settings: what all results depend on; with others, the file starts afresh.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):

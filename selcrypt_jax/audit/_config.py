@@ -40,10 +40,10 @@ class AuditConfig:
 
 _DEMO = ("demo-vgg19", "demo-dncnn")
 # The demo's networks are trained for some hundred steps: with much more data or time than this a
-# thief needs no file.
+# attacker needs no file.
 _DEMO_GRID = Grid(
-    strategies=("pss", "pss+small"),
-    shares=(0.02, 0.08),
+    importance=("pss", "pss+small"),
+    budget=(0.02, 0.08),
     data=(0.01, 0.05),
     steps=(20, 100),
     rates=(1e-3, 3e-3),
@@ -97,6 +97,9 @@ def read_config(config: str) -> AuditConfig:
     return AuditConfig(tuple(subjects), _grid(f"{path}: [grid]", content.get("grid", {})))
 
 
+_RENAMED = {"strategies": "importance", "shares": "budget"}
+
+
 def _only_keys(what: str, table: Mapping[str, Any], known: Any) -> None:
     unknown = sorted(set(table) - set(known))
     if unknown:
@@ -107,6 +110,9 @@ def _grid(what: str, table: Any) -> Grid:
     if not isinstance(table, dict):
         raise ValueError(f"{what}: expected a table, got {table!r}.")
     fields = {field.name: field for field in dataclasses.fields(Grid)}
+    for old, new in _RENAMED.items():
+        if old in table:
+            raise ValueError(f"{what}: {old!r} is called {new!r} now. Rename it.")
     _only_keys(what, table, fields)
     values = {}
     for name, value in table.items():

@@ -1,4 +1,4 @@
-"""Which groups are encrypted? A classifier that the thief trains on networks of his own."""
+"""Which groups are encrypted? A classifier, trained on the attacker's own networks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,14 +12,7 @@ from .._tree.rings import checked_mask
 
 
 class Detection(NamedTuple):
-    """How well encrypted groups are told from others.
-
-    Attributes:
-        auc: area under the ROC curve over all groups: 0.5 is a guess, 1 is certainty.
-        baseline: the same for the same groups in the network before encryption. What `auc` has
-            more than that is the cipher's own trace; the rest is the selection's.
-        scores: the classifier's, a pytree like the mask: higher is more suspect.
-    """
+    """See `detect`."""
 
     auc: float
     baseline: float | None
@@ -81,23 +74,31 @@ def detect(
     seed: int,
     original: PyTree | None = None,
 ) -> Detection:
-    """Trains a classifier on the thief's own protected networks, and tries it on this one.
+    """Trains a classifier on the attacker's own protected networks, and tries it on this one.
 
     Args:
         params: protected parameters.
         mask: the truth, to judge the classifier by; one that fits `params`.
-        own: protected parameters and mask of networks that the thief trained, selected and
-            encrypted himself, under keys of his own.
+        own: protected parameters and mask of networks that the attacker trained, selected
+            and encrypted, under other keys.
         seed: of the classifier.
         original: the network before encryption, for the baseline.
 
     Returns:
-        AUC, and how suspect each group is. Leaves in whose mask nothing is selected take part
-        too: the thief does not know them.
+        A named tuple of ``auc``, the area under the ROC curve over all groups (0.5 is a guess, 1
+        is certainty); ``baseline``, the same for the same groups before encryption: what ``auc``
+        has more is the cipher's own trace, the rest is the selection's; and ``scores``, a pytree
+        like the mask, higher is more suspect. Leaves in whose mask nothing is selected take part
+        too: the attacker does not know them.
 
     Raises:
         ValueError: masks that do not fit; none or all of the groups encrypted, so that there is
             nothing to tell apart.
+
+    Examples:
+        >>> own = [(encrypt(params, masks, other_keys), masks[-1])]
+        >>> found = detect(protected, masks[-1], own, seed=0, original=params)
+        >>> assert 0 <= found.auc <= 1
     """
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier

@@ -1,4 +1,4 @@
-"""What a thief does without training: puts something else where he believes weights encrypted.
+"""Attacks without training: something else in place of weights that seem to be encrypted.
 
 Each attack is a pure function of the protected parameters and of a mask of what is suspected: the
 true one, a guess (see `selcrypt_jax.audit.detection_scores`), or everything.
@@ -27,12 +27,19 @@ def zero_fill(params: PyTree, suspected: PyTree) -> PyTree:
 
     Raises:
         ValueError, TypeError: the mask does not fit, see `encrypt`.
+
+    Examples:
+        >>> pruned = zero_fill(protected, masks[-1])
     """
     return _replace(params, suspected, lambda name, leaf, mask: jnp.zeros_like(leaf))
 
 
 def mean_fill(params: PyTree, suspected: PyTree) -> PyTree:
-    """The mean of the leaf's other weights. Arguments as of `zero_fill`."""
+    """The mean of the leaf's other weights. Arguments as of `zero_fill`.
+
+    Examples:
+        >>> filled = mean_fill(protected, masks[-1])
+    """
 
     def value(name: str, leaf: Array, mask: np.ndarray) -> Array:
         others = ~np.broadcast_to(mask, leaf.shape)
@@ -49,6 +56,9 @@ def resample(params: PyTree, suspected: PyTree, *, key: PRNGKeyArray) -> PyTree:
         params: see `zero_fill`.
         suspected: see `zero_fill`. Where nothing of a leaf is left, zero.
         key: typed; each leaf has its own, from its name.
+
+    Examples:
+        >>> filled = resample(protected, masks[-1], key=jax.random.key(0))
     """
 
     def value(name: str, leaf: Array, mask: np.ndarray) -> Array:
@@ -68,6 +78,9 @@ def clip_norm(params: PyTree, suspected: PyTree, *, quantile: float = 0.5) -> Py
         params: see `zero_fill`.
         suspected: see `zero_fill`; axes on which it has size 1 lie inside the group.
         quantile: in [0, 1].
+
+    Examples:
+        >>> clipped = clip_norm(protected, masks[-1], quantile=0.25)
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile: expected a number in [0, 1], got {quantile}.")

@@ -1,4 +1,4 @@
-"""What a thief does with data: trains the protected network, or parts of it, until it works."""
+"""Attacks with data: train the protected network, or parts of it, until it works."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +21,7 @@ running statistics as they are after the batch."""
 
 
 class Checkpoint(NamedTuple):
-    """Where the thief is.
-
-    Attributes:
-        step: steps taken.
-        params: as they are then.
-        loss: of the last batch.
-    """
+    """See `fine_tune`."""
 
     step: int
     params: PyTree
@@ -45,13 +39,13 @@ def fine_tune(
     trainable: PyTree | bool = True,
     statistics: bool = False,
 ) -> Iterator[Checkpoint]:
-    """Trains what the thief believes to be encrypted, or everything.
+    """Trains what is believed to be encrypted, or everything.
 
     Args:
         params: protected parameters; not changed.
         loss_fn: ``(params, batch) -> scalar``; with `statistics`, see `TrainingLossFn`.
-        batch: number of the step, from 1 → a batch of the data that the thief has.
-        stops: numbers of steps after which he stops to look, ascending.
+        batch: number of the step, from 1 → a batch of the data that the attacker has.
+        stops: numbers of steps after which to stop and look, ascending.
         optimizer: any optax transformation.
         rate: factor on its updates. Calls that differ in the rate alone, or in the values of
             parameters and masks, share one compiled step: ``optax.adam(1.0)`` and a rate here.
@@ -61,12 +55,19 @@ def fine_tune(
             those are kept, whatever is trainable.
 
     Yields:
-        A checkpoint at each stop. Training ends early where the loss is not finite: that rate
-        has failed, and what was reached before it counts.
+        At each stop a named tuple of the ``step``, ``params`` and the ``loss`` of the last batch.
+        Training ends early where the loss is not finite: that rate has failed, and what was
+        reached before it counts.
 
     Raises:
         ValueError: stops that do not ascend from 1, or a mask that does not fit or that selects
             nothing.
+
+    Examples:
+        >>> for step, params, loss in fine_tune(
+        ...     protected, loss_fn, batch, stops=[1, 3], optimizer=optax.adam(1e-3)
+        ... ):
+        ...     print(step, loss)
     """
     steps = list(stops)
     if not steps or steps[0] < 1 or steps != sorted(set(steps)):

@@ -15,22 +15,22 @@ class Grid:
     """What is tried.
 
     Attributes:
-        strategies: ways to select, see `check_strategy`.
-        shares: of the groups that take part, encrypted.
-        data: shares of the training data that the thief has.
-        steps: numbers of steps at which he looks what he has got.
+        importance: ways to select, see `check_strategy`.
+        budget: shares of the groups that take part, encrypted.
+        data: shares of the training data that the attacker has.
+        steps: numbers of steps after which the attacker looks at the metric.
         rates: learning rates of Adam.
         attacks: names of `ATTACKS`; by default all.
-        keys: protections under different keys, each with other data in the thief's hands.
+        keys: protections under different keys, each with other data in the attacker's hands.
         levels: permission levels.
-        scope: of the shares: in every leaf, or over the model.
+        scope: of the budget: in every leaf, or over the model.
         detection: whether it is tried to find what is encrypted.
         climbing: whether key holders attack the levels above their own.
         seed: of everything. The keys are the audit's own.
     """
 
-    strategies: tuple[str, ...] = ("l2", "pss", "l2+small")
-    shares: tuple[float, ...] = (0.02, 0.08, 0.3)
+    importance: tuple[str, ...] = ("l2", "pss", "l2+small")
+    budget: tuple[float, ...] = (0.02, 0.08, 0.3)
     data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     steps: tuple[int, ...] = (50, 200, 1000)
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
@@ -43,15 +43,15 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.strategies:
+        for name in self.importance:
             check_strategy(name)
         for name in self.attacks:
             if name not in ATTACKS:
                 raise ValueError(f"attacks: expected some of {list(ATTACKS)}, got {name!r}.")
-        for name in ("strategies", "shares", "data", "steps", "rates", "attacks"):
+        for name in ("importance", "budget", "data", "steps", "rates", "attacks"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none.")
-        for name in ("shares", "data"):
+        for name in ("budget", "data"):
             for value in getattr(self, name):
                 if not 0 < value <= 1:
                     raise ValueError(f"{name}: expected shares in (0, 1], got {value}.")
@@ -68,7 +68,7 @@ class Grid:
         """A reduced grid: the strongest attacks, one key, few steps."""
         return replace(
             self,
-            shares=tuple(share for share in self.shares if share <= 0.1)[-1:] or self.shares[:1],
+            budget=tuple(share for share in self.budget if share <= 0.1)[-1:] or self.budget[:1],
             data=self.data[:1],
             steps=tuple(step for step in self.steps if step <= 200) or self.steps[:1],
             rates=(1e-3,) if 1e-3 in self.rates else self.rates[:1],

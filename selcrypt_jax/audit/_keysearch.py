@@ -21,8 +21,8 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
     """Guesses keys of a small protected file, and counts how many a second it can.
 
     A guess derives the keys and tries to open the sealed box of the lowest level, as the file
-    format has it: nothing shorter tells a right guess from a wrong one. A thief's own program on
-    his own hardware is faster by some factor, which does not matter where the years have dozens
+    format has it: nothing shorter tells a right guess from a wrong one. An attacker's own program
+    on better hardware is faster by some factor, which does not matter where the years have dozens
     of digits, and does for a passphrase.
 
     Args:
@@ -32,12 +32,17 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
             52. None leaves it out.
 
     Returns:
-        One record for each of the owner's secret, a level key, and the passphrase. The rate is per
-        second of processor time, all threads together, and so that of one core. ``years`` is
-        ``2**(bits - 1) / rate``, infinite where that is more than a float holds.
+        A record of ``key``, ``bits``, ``guesses_per_second`` and ``years`` for each of the owner's
+        secret, a level key, and the passphrase. The rate is per second of processor time,
+        all threads together, and so that of one core. ``years`` is ``2**(bits - 1) / rate``,
+        infinite where that is more than a float holds.
 
     Raises:
         ValueError: no time, or an entropy that is not positive.
+
+    Examples:
+        >>> secret, level, passphrase = key_search(seconds=0.01, passphrase_bits=52)
+        >>> assert passphrase.years < level.years
     """
     if not seconds > 0 or not math.isfinite(seconds):
         raise ValueError(f"seconds: expected a positive number of seconds, got {seconds}.")

@@ -4,6 +4,7 @@ import io
 import math
 import textwrap
 import xml.dom.minidom
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from ._records import Best, SubjectReport
+from ._words import data_name
 
 # Wong's palette, which colour-blind readers can tell apart, without the yellow, which is too pale
 # on white. Black is for the baseline.
@@ -35,38 +37,37 @@ class _Style(NamedTuple):
 _BASELINE = _Style("black", ".", "--")
 
 
+@matplotlib.rc_context(_FONT)
 def draw_curves(report: SubjectReport) -> Figure:
-    """Metric against the thief's steps.
+    """Metric against the attacker's steps.
 
     One panel for each share of data, the largest first; one curve for each protection: the best
-    that he reaches, mean over keys, shaded from the worst key to the best.
+    that is reached, mean over keys, shaded from the worst key to the best.
     """
     styles = _styles(report)
     of = {protection.name: protection.best for protection in report.protections}
     every = [best for rows in (*of.values(), report.baseline) for best in rows]
     shares = sorted({best.data for best in every}, reverse=True)
     place = _on_log_axis(best.steps for best in every)
-    with matplotlib.rc_context(_FONT):
-        names = [*of, "architecture alone", "original"]
-        figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
-        for axis, data in zip(panels, shares, strict=False):
-            for name, rows in of.items():
-                _curve(axis, [row for row in rows if row.data == data], place, styles[name])
-            baseline = [row for row in report.baseline if row.data == data]
-            _curve(axis, baseline, place, _BASELINE)
-            axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1)
-            axis.set_title(data_name(data))
-            axis.set_ylabel(f"quality, {report.unit}")
-            axis.set_xlabel("training steps of the thief")
-            _log_ticks(axis, place, lambda steps: f"{steps:,g}")
-        if shares:
-            handles = [panels[0].plot([], [], **style._asdict())[0] for style in styles.values()]
-            handles += panels[0].plot([], [], **_BASELINE._asdict())
-            handles += panels[0].plot([], [], color=_GREY)
-            _legend(figure, handles, names)
+    names = [*of, "architecture alone", "original"]
+    figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+    for axis, data in zip(panels, shares, strict=False):
+        handles = [
+            _curve(axis, [row for row in rows if row.data == data], place, style)
+            for rows, style in [
+                *((rows, styles[name]) for name, rows in of.items()),
+                (report.baseline, _BASELINE),
+            ]
+        ]
+        handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
+        axis.set(title=data_name(data), ylabel=f"quality, {report.unit}")
+        axis.set_xlabel("training steps of the attacker")
+        _log_ticks(axis, place, lambda steps: f"{steps:,g}")
+        _legend(figure, handles, names)
     return figure
 
 
+@matplotlib.rc_context(_FONT)
 def draw_advantage(report: SubjectReport) -> Figure:
     """Advantage, with its interval, against the share of all weights that is encrypted.
 
@@ -75,63 +76,52 @@ def draw_advantage(report: SubjectReport) -> Figure:
     """
     every = [best for protection in report.protections for best in protection.best]
     shares = sorted({best.data for best in every}, reverse=True)
-    strategies = list(dict.fromkeys(protection.strategy for protection in report.protections))
+    strategies = _strategies(report)
     place = _on_log_axis(protection.share for protection in report.protections)
-    marks = {0.0: "0: no more than the architecture", 0.1: "0.1"}
-    with matplotlib.rc_context(_FONT):
-        names = [*strategies, *marks.values()]
-        figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+    names = [*strategies, "0: no more than the architecture", "0.1"]
+    figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+    for axis, data in zip(panels, shares, strict=False):
+        steps = max(best.steps for best in every if best.data == data)
         handles: list[Any] = []
-        for axis, data in zip(panels, shares, strict=False):
-            steps = max(best.steps for best in every if best.data == data)
-            handles = []
-            for index, strategy in enumerate(strategies):
-                # A little aside of each other, since intervals at the same share would overlap.
-                aside = math.exp(0.015 * _width(place) * (index - (len(strategies) - 1) / 2))
-                found = sorted(
-                    (place[protection.share] * aside, best.advantage)
-                    for protection in report.protections
-                    for best in protection.best
-                    if protection.strategy == strategy
-                    and (best.data, best.steps) == (data, steps)
-                    and best.advantage is not None
-                )
-                handles.append(_intervals(axis, found, index))
-            handles.append(axis.axhline(0, color="black", linewidth=1, zorder=1))
-            handles.append(axis.axhline(0.1, color=_GREY, linestyle="--", linewidth=1, zorder=1))
-            axis.set_title(f"{data_name(data)}, {steps:,} steps")
-            axis.set_ylabel("advantage")
-            axis.set_xlabel("encrypted share of all weights, %")
-            _log_ticks(axis, place, lambda share: f"{100 * share:.2g}" if share < 1 else "100")
-        if shares:
-            _legend(figure, handles, names)
+        for index, strategy in enumerate(strategies):
+            # A little aside of each other, since intervals at the same share would overlap.
+            aside = math.exp(0.015 * _width(place) * (index - (len(strategies) - 1) / 2))
+            found = sorted(
+                (place[protection.share] * aside, best.advantage)
+                for protection in report.protections
+                for best in protection.best
+                if protection.strategy == strategy
+                and (best.data, best.steps) == (data, steps)
+                and best.advantage is not None
+            )
+            handles.append(_intervals(axis, found, _style(index, index // len(_COLOURS))))
+        handles.append(axis.axhline(0, color="black", linewidth=1, zorder=1))
+        handles.append(axis.axhline(0.1, color=_GREY, linestyle="--", linewidth=1, zorder=1))
+        axis.set(title=f"{data_name(data)}, {steps:,} steps", ylabel="advantage")
+        axis.set_xlabel("encrypted share of all weights, %")
+        _log_ticks(axis, place, lambda share: f"{100 * share:.2g}" if share < 1 else "100")
+        _legend(figure, handles, names)
     return figure
 
 
+@matplotlib.rc_context(_FONT)
 def draw_levels(report: SubjectReport) -> Figure:
     """Metric by permission level, for the protections whose levels were measured."""
     styles = _styles(report)
     with_levels = [protection for protection in report.protections if protection.levels]
-    with matplotlib.rc_context(_FONT):
-        names = [*(protection.name for protection in with_levels), "original"]
-        figure, (axis,) = _panels(report, len(with_levels[:1]), names)
-        handles: list[Any] = []
-        for protection in with_levels:
-            numbers = [level.level for level in protection.levels]
-            metrics = [level.metric for level in protection.levels]
-            handles += axis.plot(numbers, metrics, **styles[protection.name]._asdict())
-        if with_levels:
-            handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
-            axis.set_xlabel("permission level (0: no key)")
-            axis.set_ylabel(f"quality, {report.unit}")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            _legend(figure, handles, names)
+    names = [*(protection.name for protection in with_levels), "original"]
+    figure, (axis,) = _panels(report, len(with_levels[:1]), names)
+    handles: list[Any] = []
+    for protection in with_levels:
+        numbers = [level.level for level in protection.levels]
+        metrics = [level.metric for level in protection.levels]
+        handles += axis.plot(numbers, metrics, **styles[protection.name]._asdict())
+    if with_levels:
+        handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
+        axis.set(xlabel="permission level (0: no key)", ylabel=f"quality, {report.unit}")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _legend(figure, handles, names)
     return figure
-
-
-def data_name(data: float) -> str:
-    """A share of the training data in words."""
-    return f"{100 * data:.3g}\u00a0% of the training data" if data else "no training data"
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> str:
@@ -171,22 +161,31 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
     return svg.toxml()
 
 
+def _strategies(report: SubjectReport) -> list[str]:
+    return list(dict.fromkeys(protection.strategy for protection in report.protections))
+
+
+def _style(colour: int, number: int) -> _Style:
+    return _Style(
+        _COLOURS[colour % len(_COLOURS)],
+        _MARKERS[number % len(_MARKERS)],
+        _LINES[number % len(_LINES)],
+    )
+
+
 def _styles(report: SubjectReport) -> dict[str, _Style]:
     """A colour for each strategy, as in the plot of advantages; other markers for other shares.
 
     Where there is one strategy only, a colour for each protection.
     """
-    strategies = list(dict.fromkeys(protection.strategy for protection in report.protections))
+    strategies = _strategies(report)
     styles: dict[str, _Style] = {}
-    used = [0] * len(_COLOURS)
+    used: Counter[int] = Counter()
     for index, protection in enumerate(report.protections):
         colour = strategies.index(protection.strategy) if len(strategies) > 1 else index
         colour %= len(_COLOURS)
-        number = used[colour]
+        styles[protection.name] = _style(colour, used[colour])
         used[colour] += 1
-        styles[protection.name] = _Style(
-            _COLOURS[colour], _MARKERS[number % len(_MARKERS)], _LINES[number % len(_LINES)]
-        )
     return styles
 
 
@@ -212,30 +211,24 @@ def _panels(
     return figure, panels
 
 
-def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Style) -> None:
+def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Style) -> Any:
     rows = sorted((row for row in rows if row.recovered), key=lambda row: row.steps)
     x = [place[row.steps] for row in rows]
     metrics = [finite(row.recovered) for row in rows]
-    axis.plot(x, [float(np.mean(row)) for row in metrics], **style._asdict(), markersize=5)
+    means = [float(np.mean(row)) for row in metrics]
+    (line,) = axis.plot(x, means, **style._asdict(), markersize=5)
     low, high = [min(row) for row in metrics], [max(row) for row in metrics]
     axis.fill_between(x, low, high, color=style.color, alpha=0.12, linewidth=0)
+    return line
 
 
-def _intervals(axis: Axes, found: list[tuple[float, Any]], index: int) -> Any:
+def _intervals(axis: Axes, found: list[tuple[float, Any]], style: _Style) -> Any:
     means = np.array([each.mean for _, each in found], float)
     ends = np.array([[each.low, each.high] for _, each in found], float).reshape(-1, 2)
-    number = index // len(_COLOURS)
-    return axis.errorbar(
-        [x for x, _ in found],
-        means,
-        # A bootstrap's interval need not contain the mean, and a bar has no negative length.
-        yerr=np.maximum([means - ends[:, 0], ends[:, 1] - means], 0),
-        color=_COLOURS[index % len(_COLOURS)],
-        marker=_MARKERS[number % len(_MARKERS)],
-        linestyle=_LINES[number % len(_LINES)],
-        markersize=5,
-        capsize=3,
-    )
+    # A bootstrap's interval need not contain the mean, and a bar has no negative length.
+    bars = np.maximum([means - ends[:, 0], ends[:, 1] - means], 0)
+    x = [position for position, _ in found]
+    return axis.errorbar(x, means, yerr=bars, **style._asdict(), markersize=5, capsize=3)
 
 
 def finite(values: Iterable[float]) -> list[float]:
@@ -275,6 +268,8 @@ def _log_ticks(axis: Axes, place: dict[float, float], text: Callable[[float], st
 
 
 def _legend(figure: Figure, handles: list[Any], names: Sequence[str]) -> None:
+    if figure.legends:  # one for all panels
+        return
     labels = [_plain(_label(name)) for name in names]
     columns = 2 if max(len(name) for name in names) <= 20 else 1
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

@@ -27,8 +27,8 @@ class Attempt:
 
     Attributes:
         attack: its name, see `ATTACKS`.
-        data: share of the training data that the thief has; 0 if the attack needs none.
-        rate: his learning rate; 0 if he does not train.
+        data: share of the training data that the attacker has; 0 if the attack needs none.
+        rate: learning rate; 0 if nothing is trained.
         steps: number of steps → metric, one value a key.
     """
 
@@ -40,15 +40,15 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Best:
-    """The best that a thief reaches within a number of steps, over attacks, rates and stops.
+    """The best that an attacker reaches within a number of steps, over attacks, rates and stops.
 
     Attributes:
-        data: share of the training data that he has.
-        steps: that he takes at most.
+        data: share of the training data that the attacker has.
+        steps: at most.
         recovered: metric, one value a key.
         attack: the one that was best for most keys.
-        advantage: over whoever has the architecture alone; None for the baseline itself, and where
-            that reaches the original, so that there is nothing to steal.
+        advantage: over an attacker with the architecture alone; None for the baseline itself, and
+            where that reaches the original, so that there is nothing to steal.
     """
 
     data: float
@@ -60,14 +60,14 @@ class Best:
 
 @dataclass(frozen=True)
 class Climb:
-    """What a key holder reaches who attacks the levels above his own.
+    """What a key holder reaches who attacks the levels above their own.
 
     Attributes:
-        level: that he may open.
+        level: that the key opens.
         opened: its metric, one value a key.
-        recovered: the best after training with the strongest thief's data and steps.
-        without: the same if what he may not open were noise of the same distribution: what the
-            rings above his own are worth to him is the difference.
+        recovered: the best after training with the strongest attacker's data and steps.
+        without: the same if what stays closed were noise of the same distribution: what the
+            higher rings are worth to the key holder is the difference.
     """
 
     level: int

@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._ciphers.dprm import Cipher, decrypt, encrypt
-from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
@@ -41,6 +41,21 @@ _ON_EVERYTHING = (
 )
 
 
+class Plan(NamedTuple):
+    """A protection: how weights are selected, and the share of the groups that is encrypted."""
+
+    strategy: str
+    share: float
+
+    def __str__(self) -> str:
+        """As ``"pss 8 %"``."""
+        plain, plus, rest = self.strategy.partition("+")
+        return f"{plain} {100 * self.share:.3g} %" + (f" + {rest}" if plus else "")
+
+
+ARCHITECTURE = Plan(EVERYTHING, 1.0)
+
+
 class Work(NamedTuple):
     """One cell: what is done, and how long it takes in steps of training.
 
@@ -53,6 +68,19 @@ class Work(NamedTuple):
     name: str
     cost: int
     run: Callable[[], Any]
+
+
+class Protected(NamedTuple):
+    """A file, with masks and keys, which an attacker does not have."""
+
+    params: PyTree
+    masks: Sequence[PyTree]
+    keys: Any
+    cipher: Cipher | None
+
+    def opened(self, level: int) -> PyTree:
+        """What a key of this level gives."""
+        return decrypt(self.params, self.masks[:level], self.keys[:level], cipher=self.cipher)
 
 
 class Audit:
@@ -81,47 +109,55 @@ class Audit:
                 f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
                 "anything to steal an audit proves nothing: train it, or check metric and weights."
             )
-        # The owner's, 0, and those that a thief trains to learn from; importance in each.
+        # The owner's, 0, and those that an attacker trains to learn from; importance in each.
         self.networks = {0: self.subject}
         self.scores: dict[tuple[int, str], PyTree] = {}
 
     # --- protections ---
 
-    def masks(self, strategy: str, share: float, network: int = 0) -> Sequence[PyTree]:
+    def masks(self, plan: Plan, network: int = 0) -> Sequence[PyTree]:
         """Nested masks of a strategy; learned importance is learned once a network."""
         subject = self._network(network)
-        if strategy == EVERYTHING:
+        if plan == ARCHITECTURE:
             return everything(subject)
-        place = network, plain_strategy(strategy)
+        place = network, plain_strategy(plan.strategy)
         if place not in self.scores:
             seed = self.grid.seed + network
-            self.scores[place] = strategy_scores(subject, strategy, seed)
+            self.scores[place] = strategy_scores(subject, plan.strategy, seed)
+        levels, scope = self.grid.levels, self.grid.scope
+        scores = self.scores[place]
         return strategy_masks(
-            subject,
-            strategy,
-            self.scores[place],
-            share,
-            levels=self.grid.levels,
-            scope=self.grid.scope,
+            subject, plan.strategy, scores, plan.share, levels=levels, scope=scope
         )
 
     def _network(self, number: int) -> Subject:
-        """The owner's, or one that a thief trained himself."""
+        """The owner's, or one that an attacker trained."""
         if number not in self.networks:
             key = jax.random.key(number)
             start = self.subject.fresh(key)
             loot = Loot(self.subject, start, False, key)
-            batch = example_batches(self.subject, max(self.grid.data), number)[1]
-            reached = run_attack(
-                ATTACKS[SCRATCH],
-                loot,
-                batch,
-                rate=self.grid.rates[0],
-                stops=[self.grid.steps[-1]],
+            reached = self._reached(
+                SCRATCH, loot, max(self.grid.data), number, stops=[self.grid.steps[-1]]
             )
             trained = next((params for _, params in reached), start)
             self.networks[number] = self.subject._replace(params=trained)
         return self.networks[number]
+
+    def _reached(
+        self,
+        attack: str,
+        loot: Loot,
+        data: float,
+        number: int,
+        *,
+        stops: Sequence[int],
+        rate: float | None = None,
+    ) -> Iterator[tuple[int, PyTree]]:
+        """Steps and parameters of an attack with the data of this number."""
+        # An attack without data looks at no batch.
+        batch = example_batches(self.subject, data or 1.0, number)[1]
+        rate = self.grid.rates[0] if rate is None else rate
+        return run_attack(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
 
     def keys(self, number: int, levels: int) -> Any:
         """Keys of the audit's own, from its seed; what is shipped has random ones."""
@@ -129,51 +165,44 @@ class Audit:
         digest = hashlib.sha256(text.encode()).digest()
         return ring_keys(level_key(digest, digest[:16], levels=levels))
 
-    def protected(self, strategy: str, share: float, number: int) -> tuple[PyTree, PyTree]:
-        """The file under the keys of this number, and the mask of all that is encrypted."""
-        masks = self.masks(strategy, share)
+    def protected(self, plan: Plan, number: int) -> "Protected":
+        """The file under the keys of this number."""
+        return self._encrypted(self.subject.params, self.masks(plan), number)
+
+    def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> "Protected":
         keys = self.keys(number, len(masks))
-        return encrypt(self.subject.params, masks, keys, cipher=self.cipher), masks[-1]
+        return Protected(encrypt(params, masks, keys, cipher=self.cipher), masks, keys, self.cipher)
 
     # --- cells ---
 
-    def plans(self) -> list[tuple[str, float]]:
-        """Strategy and share of all protections; everything last."""
-        listed = [(s, share) for s in self.grid.strategies for share in self.grid.shares]
-        return [*listed, (EVERYTHING, 1.0)]
+    def plans(self) -> list[Plan]:
+        """All protections of the grid."""
+        return [Plan(name, share) for name in self.grid.importance for share in self.grid.budget]
 
-    def work(self, plans: Iterable[tuple[str, float]]) -> Iterator[Work]:
+    def work(self, plans: Iterable[Plan]) -> Iterator[Work]:
         """The cells of protections."""
-        for strategy, share in plans:
-            at = f"{self.name}/{strategy}/{share:g}"
-            if strategy != EVERYTHING:
-                yield Work(f"{at}/levels", 1, lambda s=strategy, f=share: self._levels(s, f))
+        keys, steps = self.grid.keys, self.grid.steps[-1]
+        for plan in plans:
+            at = self._at(plan)
+            if plan != ARCHITECTURE:
+                yield Work(f"{at}/levels", 1, partial(self._levels, plan))
                 if self.grid.detection:
-                    cost = self.grid.steps[-1]
-                    yield Work(
-                        f"{at}/detection", cost, lambda s=strategy, f=share: self._detection(s, f)
-                    )
+                    yield Work(f"{at}/detection", steps, partial(self._detection, plan))
                 for level in self._climbs():
-                    cost = 2 * self.grid.keys * self.grid.steps[-1]
-                    yield Work(
-                        f"{at}/climb/{level}",
-                        cost,
-                        lambda s=strategy, f=share, m=level: self._climb(s, f, m),
-                    )
-            for attack, data, rate in self._attempts(strategy):
-                cost = self.grid.keys * (self.grid.steps[-1] if data else 1)
-                yield Work(
-                    f"{at}/{attack}/{data:g}/{rate:g}",
-                    cost,
-                    lambda s=strategy, f=share, a=attack, d=data, r=rate: self._attempt(
-                        s, f, a, d, r
-                    ),
-                )
+                    cost = 2 * keys * steps
+                    yield Work(f"{at}/climb/{level}", cost, partial(self._climb, plan, level))
+            for attack, data, rate in self._attempts(plan):
+                run = partial(self._attempt, plan, attack, data, rate)
+                cost = keys * (steps if data else 1)
+                yield Work(f"{at}/{attack}/{data:g}/{rate:g}", cost, run)
 
-    def _attempts(self, strategy: str) -> list[tuple[str, float, float]]:
+    def _at(self, plan: Plan) -> str:
+        return f"{self.name}/{plan.strategy}/{plan.share:g}"
+
+    def _attempts(self, plan: Plan) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
         listed = []
-        for name in _ON_EVERYTHING if strategy == EVERYTHING else self.grid.attacks:
+        for name in _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks:
             attack = ATTACKS[name]
             if not applies(attack, self.subject):
                 continue
@@ -185,39 +214,27 @@ class Audit:
             ]
         return listed
 
-    def _levels(self, strategy: str, share: float) -> list[list[float]]:
+    def _levels(self, plan: Plan) -> list[list[float]]:
         """Rows of share of all weights, and metric by key; level 0 first."""
-        masks = self.masks(strategy, share)
-        params = self.subject.params
-        total = sum(count.total for count in mask_counts(params, masks[-1]).values())
-        shares = [0.0]
-        shares += [sum(c.weights for c in mask_counts(params, m).values()) / total for m in masks]
-        rows = [[share] for share in shares]
+        masks = self.masks(plan)
+        counts = [mask_counts(self.subject.params, mask).values() for mask in masks]
+        total = sum(count.total for count in counts[-1])
+        rows = [[0.0], *([sum(count.weights for count in each) / total] for each in counts)]
         for number in range(self.grid.keys):
-            keys = self.keys(number, len(masks))
-            file = encrypt(params, masks, keys, cipher=self.cipher)
+            file = self.protected(plan, number)
             for level, row in enumerate(rows):
-                opened = file
-                if level:
-                    opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
-                row.append(self.subject.metric(opened))
+                row.append(self.subject.metric(file.opened(level)))
         return rows
 
-    def _attempt(
-        self, strategy: str, share: float, attack: str, data: float, rate: float
-    ) -> dict[str, list[float]]:
-        """Number of steps → metric by key; NaN where the thief's training blew up."""
-        asks = needs_data(ATTACKS[attack])
-        stops = list(self.grid.steps) if asks else [0]
+    def _attempt(self, plan: Plan, attack: str, data: float, rate: float) -> dict[str, list[float]]:
+        """Number of steps → metric by key; NaN where training blew up."""
+        stops = list(self.grid.steps) if needs_data(ATTACKS[attack]) else [0]
         found: dict[str, list[float]] = {str(step): [] for step in stops}
         for number in range(self.grid.keys):
-            file, mask = self.protected(strategy, share, number)
-            loot = Loot(self.subject, file, mask, jax.random.key(number))
-            batch: Any = example_batches(self.subject, data, number)[1] if asks else None
-            reached = {
-                step: self.subject.metric(params)
-                for step, params in run_attack(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
-            }
+            file = self.protected(plan, number)
+            loot = Loot(self.subject, file.params, file.masks[-1], jax.random.key(number))
+            steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
+            reached = {step: self.subject.metric(params) for step, params in steps}
             for step in stops:
                 found[str(step)].append(reached.get(step, math.nan))
         return found
@@ -226,104 +243,86 @@ class Audit:
         """Levels from which it is tried to climb."""
         return sorted({1, self.grid.levels - 1} - {0}) if self.grid.climbing else []
 
-    def _climb(self, strategy: str, share: float, level: int) -> list[list[float]]:
+    def _climb(self, plan: Plan, level: int) -> list[list[float]]:
         """By key: metric of the level; the best after training; the same without the rest."""
-        masks = self.masks(strategy, share)
-        attack = ATTACKS["train all, batch statistics"]
+        masks, data = self.masks(plan), max(self.grid.data)
         found: list[list[float]] = [[], [], []]
         if level >= len(masks):
             return found
         above = masks_between(masks[level - 1], masks[-1])
         for number in range(self.grid.keys):
-            keys = self.keys(number, len(masks))
-            file = encrypt(self.subject.params, masks, keys, cipher=self.cipher)
-            opened = decrypt(file, masks[:level], keys[:level], cipher=self.cipher)
+            opened = self.protected(plan, number).opened(level)
             key = jax.random.key(number)
             starts = (opened, resample(opened, above, key=key))
-            batch = example_batches(self.subject, max(self.grid.data), number)[1]
             found[0].append(self.subject.metric(opened))
             for start, row in zip(starts, found[1:], strict=True):
                 loot = Loot(self.subject, start, above, key)
-                reached = run_attack(
-                    attack, loot, batch, rate=self.grid.rates[0], stops=self.grid.steps
+                steps = self._reached(
+                    "train all, batch statistics", loot, data, number, stops=self.grid.steps
                 )
-                row.append(
-                    max(self.subject.metric(p) for p in (start, *(params for _, params in reached)))
-                )
+                reached = [start, *(params for _, params in steps)]
+                row.append(max(map(self.subject.metric, reached)))
         return found
 
-    def _detection(self, strategy: str, share: float) -> dict[str, float]:
-        """A thief protects networks of his own, and learns to tell what is encrypted."""
-        file, mask = self.protected(strategy, share, 0)
+    def _detection(self, plan: Plan) -> dict[str, float]:
+        """An attacker protects other networks, and learns to tell what is encrypted."""
+        params, masks = self.protected(plan, 0)[:2]
         # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
         names = [
             name
             for name, leaf in named_leaves(self.subject.params).leaves.items()
             if is_array(leaf) and len(leaf.shape) > 1
         ]
-        chosen = [np.ravel(m) for m in jax.tree.leaves(_only(mask, names)) if is_array(m)]
+
+        def seen(params: PyTree, masks: Sequence[PyTree]) -> tuple[dict[str, Any], dict[str, Any]]:
+            return _only(params, names), _only(masks[-1], names)
+
+        file, mask = seen(params, masks)
+        chosen = [np.ravel(m) for m in mask.values() if is_array(m)]
         if not chosen or len(np.unique(np.concatenate(chosen))) < 2:
             return {}  # all of them are encrypted as a whole, or none
         own = []
         for number in (1, 2):
-            masks = self.masks(strategy, share, number)
-            protected = encrypt(
-                self._network(number).params,
-                masks,
-                self.keys(-number, len(masks)),
-                cipher=self.cipher,
-            )
-            own.append((_only(protected, names), _only(masks[-1], names)))
-        result = detect(
-            _only(file, names),
-            _only(mask, names),
-            own,
-            seed=self.grid.seed,
-            original=_only(self.subject.params, names),
-        )
+            masks = self.masks(plan, number)
+            own.append(seen(*self._encrypted(self._network(number).params, masks, -number)[:2]))
+        original = _only(self.subject.params, names)
+        result = detect(file, mask, own, seed=self.grid.seed, original=original)
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
 
     def two_files(self) -> list[CipherCheck]:
         """Whether keystreams repeat between files of this network, or of its successor."""
-        strategy, share = self.grid.strategies[0], max(self.grid.shares)
-        masks = self.masks(strategy, share)
-        batch = example_batches(self.subject, 1.0, 0)[1]
-        loot = Loot(self.subject, self.subject.params, False, jax.random.key(0))
-        ((_, successor),) = run_attack(
-            ATTACKS["train all"], loot, batch, rate=self.grid.rates[0], stops=[1]
+        masks = self.masks(Plan(self.grid.importance[0], max(self.grid.budget)))
+        params = self.subject.params
+        loot = Loot(self.subject, params, False, jax.random.key(0))
+        ((_, successor),) = self._reached("train all", loot, 1.0, 0, stops=[1])
+        first, *others = (
+            self._encrypted(each, masks, number).params
+            for number, each in enumerate([params, params, successor])
         )
-        # Of another cipher the bits are looked at that ours would mask.
-        lossless = self.cipher if isinstance(self.cipher, LosslessCipher) else None
-        files = [
-            encrypt(params, masks, self.keys(number, len(masks)), cipher=self.cipher)
-            for number, params in enumerate([self.subject.params, self.subject.params, successor])
-        ]
+        names = ("two files of one network", "a network and its fine-tuned successor")
         return [
             replace(
-                shared_keystream(files[0], other, masks[-1], cipher=lossless),
-                name=f"{self.name}: {what} share no keystream",
+                shared_keystream(first, other, masks[-1], cipher=self.cipher),
+                name=f"{self.name}: {name} share no keystream",
             )
-            for other, what in (
-                (files[1], "two files of one network"),
-                (files[2], "a network and its fine-tuned successor"),
-            )
+            for other, name in zip(others, names, strict=True)
         ]
 
     # --- what comes out ---
 
-    def attempts(self, cells: Mapping[str, Any], strategy: str, share: float) -> list[Attempt]:
+    def attempts(self, cells: Mapping[str, Any], plan: Plan) -> list[Attempt]:
         """The attacks of a protection from its cells."""
-        at = f"{self.name}/{strategy}/{share:g}"
-        return [
-            Attempt(attack, data, rate, {int(step): v for step, v in cell.items()})
-            for attack, data, rate in self._attempts(strategy)
-            for cell in [cells[f"{at}/{attack}/{data:g}/{rate:g}"]]
-        ]
+        found = []
+        for attack, data, rate in self._attempts(plan):
+            cell = cells[f"{self._at(plan)}/{attack}/{data:g}/{rate:g}"]
+            steps = {int(step): values for step, values in cell.items()}
+            found.append(Attempt(attack, data, rate, steps))
+        return found
 
     def best(
         self, attempts: Sequence[Attempt], shipped: Sequence[float], baseline: Sequence[Best] | None
     ) -> list[Best]:
-        """The best for each share of data and budget of steps; a thief may also do nothing."""
+        """The best for each share of data and budget of steps; an attacker may also do nothing."""
         listed = []
         for data in self.grid.data:
             for most in self.grid.steps:
@@ -350,65 +349,49 @@ class Audit:
         return listed
 
     def report(
-        self, cells: Mapping[str, Any], plans: Iterable[tuple[str, float]], seconds: float
+        self, cells: Mapping[str, Any], plans: Iterable[Plan], seconds: float
     ) -> SubjectReport:
         """All that was found out of these protections."""
         baseline = self.baseline(cells)
-        params = self.subject.params
-        leaves = [leaf for leaf in named_leaves(params).leaves.values() if is_array(leaf)]
+        subject = self.subject
+        leaves = [leaf for leaf in named_leaves(subject.params).leaves.values() if is_array(leaf)]
         return SubjectReport(
             name=self.name,
-            title=self.subject.title,
-            unit=self.subject.unit,
+            title=subject.title,
+            unit=subject.unit,
             clean=self.clean,
-            worthless=self.subject.worthless,
+            worthless=subject.worthless,
             weights=sum(math.prod(leaf.shape) for leaf in leaves),
-            examples=self.subject.examples,
-            protections=[
-                self.protection(cells, strategy, share, baseline)
-                for strategy, share in plans
-                if strategy != EVERYTHING
-            ],
+            examples=subject.examples,
+            protections=[self.protection(cells, plan, baseline) for plan in plans],
             baseline=baseline,
             seconds=round(seconds, 1),
         )
 
     def baseline(self, cells: Mapping[str, Any]) -> list[Best]:
         """What the architecture alone is worth."""
-        attempts = self.attempts(cells, EVERYTHING, 1.0)
-        return self.best(attempts, [-math.inf] * self.grid.keys, None)
+        nothing = [-math.inf] * self.grid.keys
+        return self.best(self.attempts(cells, ARCHITECTURE), nothing, None)
 
     def protection(
-        self, cells: Mapping[str, Any], strategy: str, share: float, baseline: Sequence[Best]
+        self, cells: Mapping[str, Any], plan: Plan, baseline: Sequence[Best]
     ) -> Protection:
         """One protection from its cells."""
-        at = f"{self.name}/{strategy}/{share:g}"
+        at = self._at(plan)
         rows = cells[f"{at}/levels"]
-        attempts = self.attempts(cells, strategy, share)
-        shipped = rows[0][1:]
+        attempts, shipped = self.attempts(cells, plan), rows[0][1:]
+        climbs = {level: cells[f"{at}/climb/{level}"] for level in self._climbs()}
         return Protection(
-            name=protection_name(strategy, share),
-            strategy=strategy,
+            name=str(plan),
+            strategy=plan.strategy,
             share=rows[-1][0],
             shipped=shipped,
-            levels=[
-                Level(level, row[0], float(np.mean(row[1:]))) for level, row in enumerate(rows)
-            ],
+            levels=[Level(i, row[0], float(np.mean(row[1:]))) for i, row in enumerate(rows)],
             attempts=attempts,
             best=self.best(attempts, shipped, baseline),
             detection=cells.get(f"{at}/detection", {}),
-            climbing=[
-                Climb(level, *cells[f"{at}/climb/{level}"])
-                for level in self._climbs()
-                if cells[f"{at}/climb/{level}"][0]
-            ],
+            climbing=[Climb(level, *found) for level, found in climbs.items() if found[0]],
         )
-
-
-def protection_name(strategy: str, share: float) -> str:
-    """As ``"pss 8 %"``."""
-    plain, plus, rest = strategy.partition("+")
-    return f"{plain} {100 * share:.3g} %" + (f" + {rest}" if plus else "")
 
 
 def masks_between(lower: PyTree, upper: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""What is encrypted: strategies by name, for the owner's network and for those of a thief."""
+"""What is encrypted: strategies by name, for the owner's network and for those of an attacker."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,7 +37,7 @@ def check_strategy(name: str) -> None:
     if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
         return
     raise ValueError(
-        f"strategies: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
+        f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
         f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
     )
 
@@ -129,7 +129,7 @@ def strategy_masks(
     norms = normalisation_leaves(subject.params, subject.normalisation)
     if not norms:
         raise ValueError(
-            f"strategies: {name}: expected a network with normalisation, got none whose names "
+            f"importance: {name}: expected a network with normalisation, got none whose names "
             f"match {subject.normalisation!r}. Set the subject's normalisation, or leave it out."
         )
     return with_whole_leaves(named_leaves(subject.params), masks, norms)

@@ -1,4 +1,4 @@
-"""A trained network with its data, as a thief would like to have it."""
+"""A trained network with its data, as an attacker would like to have it."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._importance.closed import LossFn
 from .._tree.groups import Layout
@@ -27,13 +27,27 @@ class Subject(NamedTuple):
         worthless: the metric of knowing nothing.
         examples: how many there are in the training data.
         batch: ``(which, rng) -> batch`` of some of the examples ``which``, indices of those that
-            the thief has, drawn with a NumPy generator. All batches have one shape.
-        fresh: ``key -> params`` before training, for whoever starts from the architecture.
-        training_loss_fn: the loss in training mode, if there is one; see `TrainingLossFn`.
+            the attacker has, drawn with a NumPy generator. All batches have one shape.
+        fresh: ``key -> params`` before training, for a start from the architecture.
+        training_loss_fn: the loss in training mode, if there is one: ``(params, batch) ->
+            (scalar, params)`` with the running statistics as they are after the batch.
         select: leaves whose groups are selected, a regular expression; None: two axes or more.
         layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
             from the shapes, as `protect_file` does.
         normalisation: names of normalisation parameters and statistics, a regular expression.
+
+    Examples:
+        >>> subject = Subject(
+        ...     title="a denoiser",
+        ...     params=params,
+        ...     loss_fn=loss_fn,
+        ...     metric=psnr_of,
+        ...     unit="dB",
+        ...     worthless=20.0,
+        ...     examples=len(images),
+        ...     batch=lambda which, rng: images[rng.choice(which, 1)],
+        ...     fresh=lambda key: jax.tree.map(jnp.zeros_like, params),
+        ... )
     """
 
     title: str
@@ -71,17 +85,9 @@ def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[s
     }
 
 
-def reset_normalisation(params: PyTree, pattern: str = NORMALISATION) -> PyTree:
-    """What a thief puts where normalisation is encrypted: scale and variance 1, the rest 0.
-
-    Arguments as of `normalisation_leaves`; leaves called scale, weight, var or running_var become
-    one, the others zero.
-    """
-    tree = named_leaves(params)
-    found = normalisation_leaves(params, pattern)
-    return tree.rebuild(
-        {name: jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0) for name, leaf in found.items()}
-    )
+def reset(name: str, leaf: Array) -> Array:
+    """A normalisation leaf as before training: scale and variance 1, the rest 0."""
+    return jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0)
 
 
 def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:
@@ -104,7 +110,7 @@ def floats(params: PyTree) -> PyTree:
 
 
 def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Callable[[int], Any]]:
-    """The batches of a thief who has a share of the training data.
+    """Batches for an attacker with a share of the training data.
 
     Args:
         subject: with the data.
@@ -112,7 +118,7 @@ def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Cal
         seed: of which ones, and of the batches.
 
     Returns:
-        How many examples he has; number of the step → batch.
+        How many examples that is; number of the step → batch.
     """
     if not 0 < share <= 1:
         raise ValueError(f"data: expected shares of the training data in (0, 1], got {share}.")

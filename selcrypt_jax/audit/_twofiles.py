@@ -1,4 +1,4 @@
-"""What somebody learns from two protected files, without a key.
+"""What two protected files tell without a key.
 
 The same network protected twice, two networks of one owner, or a network and its fine-tuned
 successor. With a new model id for each protection no keystream and no order is used twice; what
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
+from .._ciphers.cipher import Cipher
 from .._ciphers.lossless import LosslessCipher
 from .._tree.names import NamedLeaves, is_array, named_leaves
 from .._tree.rings import checked_mask, split_rings
@@ -22,13 +23,7 @@ _ALARM = 1e-8  # of `shared_keystream`, for two files whose keystreams have noth
 
 
 class Changed(NamedTuple):
-    """Where two files differ.
-
-    Attributes:
-        mask: pytree of booleans, one a weight: what the thief takes for encrypted.
-        found: share of the weights of the true mask that are in it; NaN without one.
-        precision: share of it that the true mask selects; NaN without one, or if nothing differs.
-    """
+    """See `changed`."""
 
     mask: PyTree
     found: float
@@ -51,6 +46,9 @@ def merge(protected_a: PyTree, protected_b: PyTree, mask_a: PyTree, mask_b: PyTr
 
     Raises:
         ValueError, TypeError: files or masks that do not fit each other.
+
+    Examples:
+        >>> found = merge(protected, protected_again, masks[-1], masks[0])
     """
     tree, other = _both(protected_a, protected_b)
     theirs = checked_mask(tree, mask_b, "mask_b")
@@ -63,7 +61,7 @@ def merge(protected_a: PyTree, protected_b: PyTree, mask_a: PyTree, mask_b: PyTr
 
 
 def shared_keystream(
-    a: PyTree, b: PyTree, mask: PyTree, *, cipher: LosslessCipher | None = None
+    a: PyTree, b: PyTree, mask: PyTree, *, cipher: Cipher | None = None
 ) -> CipherCheck:
     """Whether two files are masked with the same keystream, as under one model id.
 
@@ -77,7 +75,8 @@ def shared_keystream(
         a: protected parameters.
         b: protected parameters of another file: the same paths, shapes and dtypes.
         mask: what is encrypted in both, all levels together.
-        cipher: as in `encrypt`; it tells which bits are masked.
+        cipher: as in `encrypt`; it tells which bits are masked. Of one that does not say so, those
+            that `LosslessCipher` would mask.
 
     Returns:
         A check whose `found` is the share of set bits, of the XOR of the files, in the bit that
@@ -86,8 +85,11 @@ def shared_keystream(
 
     Raises:
         ValueError, TypeError: files or a mask that do not fit each other.
+
+    Examples:
+        >>> assert shared_keystream(protected, protected_again, masks[0]).passed
     """
-    cipher = LosslessCipher() if cipher is None else cipher
+    fine_mask = getattr(cipher, "fine_mask", LosslessCipher().fine_mask)
     name = "two files: another keystream in each"
     tree, other = _both(a, b)
     # By the place of the bit below the highest masked one, which is what dtypes have in common.
@@ -95,7 +97,7 @@ def shared_keystream(
     total: dict[int, int] = {}
     for ring in split_rings(tree, (mask,)):
         leaf = tree.leaves[ring.name]
-        fine = cipher.fine_mask(leaf.dtype)
+        fine = fine_mask(leaf.dtype)
         chosen = np.broadcast_to(ring.mask, leaf.shape)
         words = (_bits(leaf) ^ _bits(other[ring.name]))[chosen]
         for bit in range(fine.bit_length()):
@@ -118,19 +120,26 @@ def shared_keystream(
 def changed(a: PyTree, b: PyTree, truth: PyTree | None = None) -> Changed:
     """Where two files differ.
 
-    The same network protected twice differs where it is encrypted: that is no secret of a thief
-    who has both. A successor differs wherever it was trained.
+    The same network protected twice differs where it is encrypted: that is no secret from
+    an attacker who has both. A successor differs wherever it was trained.
 
     Args:
         a: protected parameters.
         b: of the other file: the same paths, shapes and dtypes.
-        truth: what is encrypted, all levels together, to judge the thief by; one that fits.
+        truth: what is encrypted, all levels together, to judge the attacker by; one that fits.
 
     Returns:
-        What the thief sees. In its mask, ``False`` for leaves that are no arrays.
+        A named tuple of ``mask``, a pytree of booleans, one a weight, which the attacker takes for
+        encrypted, ``False`` for leaves that are no arrays; ``found``, the share of the weights of
+        the true mask that are in it, NaN without one; and ``precision``, the share of it that the
+        true mask selects, NaN without one, or if nothing differs.
 
     Raises:
         ValueError, TypeError: files or a mask that do not fit each other.
+
+    Examples:
+        >>> found = changed(protected, protected_again, masks[-1])
+        >>> assert found.precision == 1
     """
     tree, other = _both(a, b)
     differs = {name: _bits(tree.leaves[name]) != _bits(leaf) for name, leaf in other.items()}

@@ -10,6 +10,8 @@ import skimage.util
 import sklearn.datasets
 from jaxtyping import Float, Int
 
+from ..models._network import random_patch
+
 TRAIN_PHOTOGRAPHS = (
     "astronaut",
     "brick",
@@ -79,13 +81,8 @@ def training_patches(count: int, size: int, seed: int) -> Float[np.ndarray, "n s
         if max(image.shape) > 700:
             image = skimage.transform.rescale(image, 0.5, anti_aliasing=True).astype(np.float32)
         photographs.append(image)
-    patches = np.empty((count, size, size, 1), np.float32)
-    for patch in patches:
-        image = photographs[rng.integers(len(photographs))]
-        top, left = (rng.integers(side - size + 1) for side in image.shape)
-        crop = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
-        patch[..., 0] = crop[:, ::-1] if rng.integers(2) else crop
-    return patches
+    chosen = (photographs[rng.integers(len(photographs))] for _ in range(count))
+    return np.stack([random_patch(image, size, rng)[..., None] for image in chosen])
 
 
 def test_photographs(size: int) -> Float[np.ndarray, "n s s 1"]:

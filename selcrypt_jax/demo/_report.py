@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib.figure
 import numpy as np
 from jaxtyping import PyTree
 from rich.table import Table
 
+from ..models._network import psnr
 from ._tiers import Tiers
-from ._train import Pictures, psnr
+from ._train import Pictures
 
 # Wong's palette, which colour-blind readers can tell apart.
 _COLOURS = {
@@ -37,27 +38,18 @@ class Result(NamedTuple):
 
 
 def write_json(path: Path, results: dict[str, Result]) -> None:
-    """``tiers.json``: name → clean, levels, top_bit_exact, strategies, seconds and more."""
-    content = {name: _as_json(result) for name, result in results.items()}
+    """``tiers.json``: name → all of `Tiers`, and seconds."""
+    content = {}
+    for name, (_, tiers, seconds) in results.items():
+        strategies = {
+            strategy: [{"fraction": share, "metric": metric} for share, metric in shares.items()]
+            for strategy, shares in tiers.strategies.items()
+        }
+        levels = [level._asdict() for level in tiers.levels]
+        content[name] = tiers._asdict() | {
+            "levels": levels, "strategies": strategies, "seconds": round(seconds, 1)
+        }  # fmt: skip
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    tiers = result.tiers
-    return {
-        "clean": tiers.clean,
-        "worthless": tiers.worthless,
-        "unit": tiers.unit,
-        "fraction": tiers.fraction,
-        "keys": tiers.keys,
-        "levels": [level._asdict() for level in tiers.levels],
-        "top_bit_exact": tiers.top_bit_exact,
-        "strategies": {
-            name: [{"fraction": share, "metric": metric} for share, metric in shares.items()]
-            for name, shares in tiers.strategies.items()
-        },
-        "seconds": round(result.seconds, 1),
-    }
 
 
 def table(result: Result) -> Table:
@@ -88,58 +80,47 @@ _METRIC = {"%": "accuracy on test digits, %", "dB": "PSNR of test photographs, d
 
 def draw_curves(path: Path, results: dict[str, Result]) -> None:
     """``tiers.png``: above, the metric of each level; below, strategies against the share."""
-    figure = matplotlib.figure.Figure(
-        figsize=(5.6 * len(results), 8), layout="constrained", dpi=130
-    )
+    size = (5.6 * len(results), 8)
+    figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=130)
     axes = figure.subplots(2, len(results), squeeze=False)
     for (above, below), result in zip(axes.T, results.values(), strict=True):
         tiers = result.tiers
-        levels = [level.level for level in tiers.levels]
         metrics = [level.metric for level in tiers.levels]
-        above.plot(levels, metrics, "o-", color=_COLOURS["pss"])
-        for level, metric in zip(levels, metrics, strict=True):
+        last = len(metrics) - 1
+        above.plot(range(last + 1), metrics, "o-", color=_COLOURS["pss"])
+        for level, metric in enumerate(metrics):
             # To the lower right: there the rising curve is not. Except at its two ends.
-            offset, side = ((9, -4), "left") if level == 0 else ((4, -7), "left")
-            if level == levels[-1]:
-                offset, side = (0, -9), "center"
+            offset, side = ((0, -9), "center") if level == last else ((4, -7), "left")
+            offset, height = (offset, "top") if level else ((9, -4), "center")
             above.annotate(
-                f"{metric:.1f}",
-                (level, metric),
-                offset,
-                textcoords="offset points",
-                ha=side,
-                va="top" if level else "center",
-            )
+                f"{metric:.1f}", (level, metric), offset,
+                textcoords="offset points", ha=side, va=height,
+            )  # fmt: skip
         above.set_title(
             f"{result.title}\n{tiers.fraction:.3%} of the convolution weights encrypted"
         )
         above.set_xlabel("permission level (0: no key)")
-        above.set_ylabel(_METRIC[tiers.unit])
         shares = [100 * share for share in tiers.strategies["pss"]]
-        for name, metrics_of in tiers.strategies.items():
+        for name, found in tiers.strategies.items():
             label = "PSS" if name == "pss" else name
-            below.plot(shares, list(metrics_of.values()), "o-", color=_COLOURS[name], label=label)
+            below.plot(shares, list(found.values()), "o-", color=_COLOURS[name], label=label)
         below.axvline(100 * tiers.budget, color="0.8", zorder=0)
         below.set_xscale("log")
         below.set_xticks(shares, [f"{share:g}" for share in shares])
         below.minorticks_off()
         below.set_title("Without a key, by what was selected")
         below.set_xlabel("encrypted share of the convolution weights, %")
-        below.set_ylabel(_METRIC[tiers.unit])
-        low = min(
-            tiers.worthless, *metrics, *(v for m in tiers.strategies.values() for v in m.values())
-        )
+        every = [v for found in tiers.strategies.values() for v in found.values()]
+        low = min(tiers.worthless, *metrics, *every)
         margin = (tiers.clean - low) * 0.12
         for axis in (above, below):
+            axis.set_ylabel(_METRIC[tiers.unit])
             axis.set_ylim(low - margin, tiers.clean + margin)
-            axis.axhline(tiers.clean, color="0.5", linestyle="--", linewidth=1, label="untouched")
-            axis.axhline(
-                tiers.worthless,
-                color="0.5",
-                linestyle=":",
-                linewidth=1.2,
-                label=_WORTHLESS[tiers.unit],
-            )
+            for value, style, label in (
+                (tiers.clean, "--", "untouched"),
+                (tiers.worthless, ":", _WORTHLESS[tiers.unit]),
+            ):
+                axis.axhline(value, color="0.5", linestyle=style, linewidth=1.1, label=label)
             axis.spines[["top", "right"]].set_visible(False)
         below.legend(frameon=False, fontsize="small")
     figure.savefig(path)

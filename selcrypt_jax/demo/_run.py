@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
@@ -57,21 +58,10 @@ _FULL = (
         keys=3,
     ),
 )
+_HASTY = {"pss": PSSConfig(steps=10), "budget": 0.05, "budgets": (0.02, 0.05), "keys": 1}
 _QUICK = (
-    _FULL[0]._replace(
-        settings={"width": 0.0625, "steps": 60},
-        pss=PSSConfig(steps=10),
-        budget=0.05,
-        budgets=(0.02, 0.05),
-        keys=1,
-    ),
-    _FULL[1]._replace(
-        settings={"depth": 4, "width": 16, "steps": 60, "crop": 96},
-        pss=PSSConfig(steps=10),
-        budget=0.05,
-        budgets=(0.02, 0.05),
-        keys=1,
-    ),
+    _FULL[0]._replace(settings={"width": 0.0625, "steps": 60}, **_HASTY),
+    _FULL[1]._replace(settings={"depth": 4, "width": 16, "steps": 60, "crop": 96}, **_HASTY),
 )
 
 
@@ -91,38 +81,29 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     )
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
         bars = {
-            plan.name: (
-                progress.add_task(
-                    f"{plan.title}: train", total=plan.settings["steps"], start=False
-                ),
-                progress.add_task(
-                    f"{plan.title}: learn importance", total=plan.pss.steps, start=False
-                ),
-                progress.add_task(
-                    f"{plan.title}: protect, measure",
-                    total=measurements(plan.budgets, plan.keys),
-                    start=False,
-                ),
-            )
+            plan.name: [
+                progress.add_task(f"{plan.title}: {what}", total=total, start=False)
+                for what, total in (
+                    ("train", plan.settings["steps"]),
+                    ("learn importance", plan.pss.steps),
+                    ("protect, measure", measurements(plan.budgets, plan.keys)),
+                )
+            ]
             for plan in plans
         }
         for plan in plans:
             start = time.perf_counter()
+
+            def advance(bar: TaskID) -> Callable[..., None]:
+                progress.start_task(bar)
+                return lambda steps=1: progress.advance(bar, steps)
+
             train, importance, measure = bars[plan.name]
-            progress.start_task(train)
+            step = advance(train)
             subject = plan.train(
-                **plan.settings,
-                seed=config.seed,
-                advance=lambda _, bar=train: progress.advance(bar),
+                **plan.settings, seed=config.seed, advance=lambda loss, step=step: step()
             )
-            progress.start_task(importance)
-            scores = learn(
-                subject,
-                plan.pss,
-                seed=config.seed,
-                advance=lambda steps, bar=importance: progress.advance(bar, steps),
-            )
-            progress.start_task(measure)
+            scores = learn(subject, plan.pss, seed=config.seed, advance=advance(importance))
             tiers, opened = protect_and_measure(
                 subject,
                 scores,
@@ -130,7 +111,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
                 budgets=plan.budgets,
                 keys=plan.keys,
                 seed=config.seed,
-                advance=lambda bar=measure: progress.advance(bar),
+                advance=advance(measure),
             )
             results[plan.name] = Result(plan.title, tiers, time.perf_counter() - start)
             if subject.pictures is not None:

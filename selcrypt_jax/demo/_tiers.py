@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -76,7 +76,7 @@ def learn(
 ) -> PyTree:
     """Importance of the kernels of the convolutions, learned."""
     return pss(
-        subject.loss_fn,
+        lambda params, batch: subject.loss(subject.network.model(params), batch),
         subject.params,
         subject.batches,
         key=jax.random.key(seed),
@@ -115,42 +115,34 @@ def protect_and_measure(
     opened: list[PyTree] = []
     exact = True
     for trial in range(keys):
-        # What a vendor does: a secret, a new model id, one key a level.
-        keys_by_ring = ring_keys(level_key(Secret.generate(), new_model_id(), levels=len(masks)))
-        protected = encrypt(subject.params, masks, keys_by_ring)
-        levels = [
-            decrypt(protected, masks[:level], keys_by_ring[:level])
-            for level in range(len(masks) + 1)
-        ]
+        ring = _new_keys(len(masks))
+        protected = encrypt(subject.params, masks, ring)
+        levels = [decrypt(protected, masks[:m], ring[:m]) for m in range(len(masks) + 1)]
         for level, params in enumerate(levels):
             metrics[trial, level] = subject.metric(params)
             advance()
         opened = opened or levels
         exact = exact and _same_bits(subject.params, levels[-1])
 
-    rows = [Level(0, groups=0, fraction=0.0, metric=float(metrics[:, 0].mean()))]
-    for level, mask in enumerate(masks, start=1):
+    rows = []
+    for level, metric in enumerate(metrics.mean(0).tolist()):
+        mask = masks[level - 1] if level else jax.tree.map(lambda _: False, masks[0])
         counts = [c for name, c in mask_counts(subject.params, mask).items() if is_conv(name)]
         share = sum(c.weights for c in counts) / sum(c.total for c in counts)
-        rows.append(
-            Level(level, sum(c.groups for c in counts), share, float(metrics[:, level].mean()))
-        )
+        rows.append(Level(level, sum(c.groups for c in counts), share, metric))
 
     compared: dict[str, dict[float, float]] = {}
     for strategy in STRATEGIES:
+        ranked = scores
         if strategy != "pss":
-            measure = getattr(importance, strategy)
             extra = {"key": jax.random.key(seed)} if strategy == "random" else {}
-            scores_of = measure(subject.params, select=SELECT, **extra)
-        else:
-            scores_of = scores
+            ranked = getattr(importance, strategy)(subject.params, select=SELECT, **extra)
         compared[strategy] = {}
         for share in budgets:
-            mask = nested_masks(scores_of, [share], scope="model")
+            mask = nested_masks(ranked, [share], scope="model")
             found = []
             for _ in range(keys):
-                keys_by_ring = ring_keys(level_key(Secret.generate(), new_model_id(), levels=1))
-                found.append(subject.metric(encrypt(subject.params, mask, keys_by_ring)))
+                found.append(subject.metric(encrypt(subject.params, mask, _new_keys(1))))
                 advance()
             compared[strategy][share] = float(np.mean(found))
 
@@ -170,6 +162,11 @@ def protect_and_measure(
 def measurements(budgets: tuple[float, ...], keys: int) -> int:
     """How often `protect_and_measure` calls ``advance``."""
     return keys * (len(STEPS) + 1 + len(STRATEGIES) * len(budgets))
+
+
+def _new_keys(levels: int) -> Any:
+    """What a vendor has: a new secret and model id, one key a ring."""
+    return ring_keys(level_key(Secret.generate(), new_model_id(), levels=levels))
 
 
 def is_conv(name: str) -> bool:

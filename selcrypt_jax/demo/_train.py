@@ -11,9 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..models import VGG19, DnCNN
+from ..models._network import Network, accuracy, cross_entropy, psnr, squared_error
 from ._data import digits, test_photographs, training_patches
 
 SIGMA = 25 / 255  # of the noise, for pixels in [0, 1]
+ModelLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
 class Pictures(NamedTuple):
@@ -29,25 +31,21 @@ class Subject(NamedTuple):
 
     Attributes:
         name: for files and tables.
-        graphdef: of the network, in evaluation mode.
-        params: its parameters and running statistics.
-        rest: its other state.
-        loss: ``(network, batch) -> scalar``.
-        loss_fn: the same of its params, for PSS.
-        batches: arrays ``[batches, ...]`` for `loss_fn`, from the training data.
+        network: trained.
+        loss: ``(model, batch) -> scalar``.
+        fresh: builds the network as it is before training.
+        batches: arrays ``[batches, ...]`` for `loss`, from the training data.
         examples: the training data, arrays ``[examples, ...]`` as in a batch.
         metric: ``params -> float`` on test data; higher is better.
         unit: of the metric.
-        worthless: the metric of knowing nothing: chance, or the noisy image left as it is.
+        worthless: the metric of chance, or of the noisy image left as it is.
         pictures: of a denoiser; ``None`` for a classifier.
     """
 
     name: str
-    graphdef: nnx.GraphDef
-    params: PyTree
-    rest: PyTree
-    loss: "ModelLoss"
-    loss_fn: Callable[[PyTree, Any], Float[Array, ""]]
+    network: Network
+    loss: ModelLoss
+    fresh: Callable[[nnx.Rngs], nnx.Module]
     batches: PyTree
     examples: PyTree
     metric: Callable[[PyTree], float]
@@ -55,8 +53,10 @@ class Subject(NamedTuple):
     worthless: float
     pictures: Pictures | None = None
 
-
-ModelLoss = Callable[[Any, Any], Float[Array, ""]]
+    @property
+    def params(self) -> PyTree:
+        """Parameters and running statistics."""
+        return self.network.params
 
 
 def _fit(
@@ -68,8 +68,8 @@ def _fit(
     rate: float,
     key: PRNGKeyArray,
     advance: Callable[[Array], None],
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Adam with a cosine schedule; returns the graph, the parameters and the other state."""
+) -> Network:
+    """Adam with a cosine schedule."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(rate / 10, rate, steps // 10, steps))
 
@@ -98,7 +98,7 @@ def _fit(
         advance(value)
     if not jnp.isfinite(value):
         raise FloatingPointError(f"training: the loss became {value}; try another --seed.")
-    return graphdef, carry[0], carry[1]
+    return Network.of(nnx.merge(graphdef, *carry[:2]))
 
 
 def train_vgg19(
@@ -116,12 +116,9 @@ def train_vgg19(
     train, test = digits(seed)
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     start, fit, draw = jax.random.split(jax.random.key(seed), 3)
-    model = VGG19(
-        in_channels=1,
-        width=width,
-        dropout=0.1,
-        rngs=nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)),
-    )
+
+    def fresh(rngs: nnx.Rngs) -> VGG19:
+        return VGG19(in_channels=1, width=width, dropout=0.1, rngs=rngs)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, shift = jax.random.split(key)
@@ -132,30 +129,20 @@ def train_vgg19(
             images[which], down, right
         ), labels[which]
 
-    def cross_entropy(model: VGG19, batch: tuple[Array, Array]) -> Array:
-        logits = model(batch[0])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+    def loss(model: VGG19, batch: tuple[Array, Array]) -> Array:
+        return cross_entropy(model, *batch)
 
-    graphdef, params, rest = _fit(
-        model, cross_entropy, sample, steps=steps, rate=1e-3, key=fit, advance=advance
-    )
-    graphdef, params, rest = _evaluating(graphdef, params, rest)
-
-    @jax.jit
-    def accuracy(params: PyTree) -> Array:
-        logits = nnx.merge(graphdef, params, rest)(jnp.asarray(test.images))
-        return 100 * (logits.argmax(-1) == jnp.asarray(test.labels)).mean()
-
+    model = fresh(nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
+    network = _fit(model, loss, sample, steps=steps, rate=1e-3, key=fit, advance=advance)
+    share = accuracy(network, test.images, test.labels)
     return Subject(
         name="vgg19",
-        graphdef=graphdef,
-        params=params,
-        rest=rest,
-        loss=cross_entropy,
-        loss_fn=lambda params, batch: cross_entropy(nnx.merge(graphdef, params, rest), batch),
+        network=network,
+        loss=loss,
+        fresh=fresh,
         batches=jax.vmap(sample)(jax.random.split(draw, 16)),
         examples=(images, labels),
-        metric=lambda params: float(accuracy(params)),
+        metric=lambda params: 100 * share(params),
         unit="%",
         worthless=10.0,
     )
@@ -182,58 +169,32 @@ def train_dncnn(
     """
     patches = jnp.asarray(training_patches(4096, 40, seed))
     start, fit, draw, noise = jax.random.split(jax.random.key(seed), 4)
-    model = DnCNN(depth=depth, width=width, rngs=nnx.Rngs(start))
+
+    def fresh(rngs: nnx.Rngs) -> DnCNN:
+        return DnCNN(depth=depth, width=width, rngs=rngs)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, noise = jax.random.split(key)
         clean = patches[jax.random.randint(which, (16,), 0, len(patches))]
         return clean + SIGMA * jax.random.normal(noise, clean.shape), clean
 
-    def squared_error(model: DnCNN, batch: tuple[Array, Array]) -> Array:
-        noisy, clean = batch
-        return jnp.square(model(noisy) - clean).mean()
+    def loss(model: DnCNN, batch: tuple[Array, Array]) -> Array:
+        return squared_error(model, *batch)
 
-    graphdef, params, rest = _fit(
-        model, squared_error, sample, steps=steps, rate=2e-3, key=fit, advance=advance
-    )
-    graphdef, params, rest = _evaluating(graphdef, params, rest)
+    model = fresh(nnx.Rngs(start))
+    network = _fit(model, loss, sample, steps=steps, rate=2e-3, key=fit, advance=advance)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
-
-    @jax.jit
-    def denoised(params: PyTree) -> Array:
-        return nnx.merge(graphdef, params, rest)(noisy)
-
-    def mean_psnr(images: Array) -> float:
-        return float(jnp.mean(psnr(images, clean)))
-
+    denoised = jax.jit(lambda params: network(params, noisy))
     return Subject(
         name="dncnn",
-        graphdef=graphdef,
-        params=params,
-        rest=rest,
-        loss=squared_error,
-        loss_fn=lambda params, batch: squared_error(nnx.merge(graphdef, params, rest), batch),
+        network=network,
+        loss=loss,
+        fresh=fresh,
         batches=jax.vmap(sample)(jax.random.split(draw, 16)),
         examples=patches,
-        metric=lambda params: mean_psnr(denoised(params)),
+        metric=lambda params: float(psnr(denoised(params), clean).mean()),
         unit="dB",
-        worthless=mean_psnr(noisy),
+        worthless=float(psnr(noisy, clean).mean()),
         pictures=Pictures(clean, noisy, denoised),
     )
-
-
-def psnr(images: Float[Array, "n h w c"], clean: Float[Array, "n h w c"]) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio in dB of images in [0, 1], not clipped."""
-    error = jnp.square(images - clean).mean((1, 2, 3))
-    return -10 * jnp.log10(error)
-
-
-def _evaluating(
-    graphdef: nnx.GraphDef, params: nnx.State, rest: nnx.State
-) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """The network in evaluation mode: running statistics, which join the parameters, no dropout."""
-    model = nnx.merge(graphdef, params, rest)
-    model.eval()
-    parts: Any = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
-    return parts

@@ -21,6 +21,10 @@ def conv3x3(
 
     Returns:
         Output, [N, H, W, O].
+
+    Examples:
+        >>> y = conv3x3(images, jnp.zeros((3, 3, 3, 8)))
+        >>> assert y.shape == (*images.shape[:3], 8)
     """
     _, h, w, i = x.shape
     o = kernel.shape[-1]
@@ -54,6 +58,10 @@ class Conv3x3(nnx.Module):
 
     References:
         He et al., Delving deep into rectifiers, ICCV 2015 (the initial weights).
+
+    Examples:
+        >>> layer = Conv3x3(3, 8, rngs=nnx.Rngs(0))
+        >>> assert layer(images).shape[-1] == 8
     """
 
     def __init__(

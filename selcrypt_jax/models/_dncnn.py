@@ -35,6 +35,11 @@ class DnCNN(nnx.Module):
         Zhang et al., Beyond a Gaussian denoiser: residual learning of deep CNN for image
         denoising, IEEE TIP 2017. Tian et al., Probabilistic selective encryption of
         convolutional neural networks for hierarchical services, CVPR 2021.
+
+    Examples:
+        >>> model = DnCNN(depth=3, width=16, channels=3, rngs=nnx.Rngs(0))
+        >>> model.eval()
+        >>> assert model(images).shape == images.shape
     """
 
     def __init__(

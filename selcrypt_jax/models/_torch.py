@@ -194,6 +194,9 @@ def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
 
     Raises:
         TypeError: another model.
+
+    Examples:
+        >>> assert torch_names(model)["convs/0/kernel"] == "dncnn.0.weight"
     """
     return {"/".join(map(str, path)): name for name, (path, _) in _variables(model).items()}
 
@@ -218,38 +221,42 @@ def model_of(tensors: Mapping[str, np.ndarray], *, eps: float = 1e-5) -> VGG19 |
         >>> model = model_of(safetensors.numpy.load_file(path))
         >>> model.eval()
     """
+    # Abstract: random weights would take seconds to compile, and any amount of memory if the
+    # tensors do not fit each other.
+    model = nnx.eval_shape(lambda: architecture_of(tensors, eps=eps)(rngs=nnx.Rngs(0)))
+    nnx.update(model, from_torch(model, tensors))
+    if isinstance(model, VGG19):
+        model.dropout = nnx.Dropout(model.dropout.rate, rngs=nnx.Rngs(0))
+    return model
+
+
+def architecture_of(
+    tensors: Mapping[str, Any], *, eps: float = 1e-5
+) -> Callable[..., VGG19 | DnCNN]:
+    """Builds the network of `model_of` with new weights, from ``rngs``."""
     shapes = {
         name.removeprefix("module."): tuple(np.shape(array)) for name, array in tensors.items()
     }
     kernels = {name: shape for name, shape in shapes.items() if len(shape) == 4}
     norms = any(name.endswith("running_mean") for name in shapes)
-    build: Callable[..., VGG19 | DnCNN]
     if kernels and all(re.fullmatch(r"dncnn\.\d+\.weight", name) for name in kernels):
         width, channels = kernels.get("dncnn.0.weight", (1, 1))[:2]
         # Without BatchNorm all convolutions have a bias; two of them have none between.
         last = max(kernels, key=lambda name: int(name.split(".")[1]))
         norms = last.replace("weight", "bias") not in shapes
         biased = norms and "dncnn.0.bias" in shapes
-        build = partial(DnCNN, len(kernels), width, channels, norms, eps=eps, first_bias=biased)
-    elif (
+        return partial(DnCNN, len(kernels), width, channels, norms, eps=eps, first_bias=biased)
+    if (
         "features.0.weight" in kernels
         and all(re.fullmatch(r"features\.\d+\.weight", name) for name in kernels)
         and len(shapes.get("classifier.6.weight", ())) == 2
     ):
         classes, channels = shapes["classifier.6.weight"][0], shapes["features.0.weight"][1]
-        build = partial(VGG19, classes, channels, _width(kernels), norms)
-    else:
-        raise ValueError(
-            "tensors: expected those of VGG19 ('features.0.weight' to 'classifier.6.weight') or "
-            f"DnCNN ('dncnn.0.weight' and on) under PyTorch's names, got {listed(shapes)}."
-        )
-    # Abstract: random weights would take seconds to compile, and any amount of memory if the
-    # tensors do not fit each other.
-    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
-    nnx.update(model, from_torch(model, tensors))
-    if isinstance(model, VGG19):
-        model.dropout = nnx.Dropout(model.dropout.rate, rngs=nnx.Rngs(0))
-    return model
+        return partial(VGG19, classes, channels, _width(kernels), norms)
+    raise ValueError(
+        "tensors: expected those of VGG19 ('features.0.weight' to 'classifier.6.weight') or "
+        f"DnCNN ('dncnn.0.weight' and on) under PyTorch's names, got {listed(shapes)}."
+    )
 
 
 def _width(kernels: Mapping[str, tuple[int, ...]]) -> float:

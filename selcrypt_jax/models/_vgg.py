@@ -46,6 +46,11 @@ class VGG19(nnx.Module):
         Simonyan and Zisserman, Very deep convolutional networks for large-scale image
         recognition, ICLR 2015, configuration E. Tian et al., Probabilistic selective encryption
         of convolutional neural networks for hierarchical services, CVPR 2021 (the head).
+
+    Examples:
+        >>> model = VGG19(classes=10, width=1 / 32, rngs=nnx.Rngs(0))
+        >>> model.eval()
+        >>> logits = model(jnp.zeros((1, 32, 32, 3)))
     """
 
     def __init__(

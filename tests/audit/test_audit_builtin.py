@@ -12,9 +12,8 @@ from flax import nnx
 from PIL import Image
 
 from selcrypt_jax._tree.names import named_leaves
-from selcrypt_jax.audit import normalisation_leaves
 from selcrypt_jax.audit._config import SubjectConfig, make_subject
-from selcrypt_jax.audit._subject import example_batches
+from selcrypt_jax.audit._subject import example_batches, normalisation_leaves
 from selcrypt_jax.models import VGG19, DnCNN, to_torch
 
 
@@ -76,7 +75,7 @@ def test_dncnn_from_files(tmp_path, images):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": "none"}, "none: expected a folder with images"),
+        ({"images": "none"}, "none: expected images"),
         ({"patch": 21}, "expected at least 21×21 pixels, got 24×20"),
         ({"crop": 22}, "expected at least 22×22 pixels"),
         ({"weights": "vgg"}, "expected a checkpoint of DnCNN, got one of VGG19"),

@@ -13,17 +13,19 @@ from rich.console import Console
 
 import selcrypt_jax as sj
 from selcrypt_jax import audit
+from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._audit import audit as run_audit
+from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
-from selcrypt_jax.audit._run import Audit, masks_between
+from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._subject import example_batches
+from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
 from selcrypt_jax.cli import main
 
 SMALL = Grid(
-    strategies=("l2", "l2+normalisation"),
-    shares=(0.2,),
+    importance=("l2", "l2+normalisation"),
+    budget=(0.2,),
     data=(0.2,),
     steps=(5, 40),
     rates=(1e-2,),
@@ -42,18 +44,14 @@ def subject():
 
 
 def test_normalisation_is_found_and_reset(subject):
-    found = audit.normalisation_leaves(subject.params)
+    found = normalisation_leaves(subject.params)
     assert list(found) == ["norm/bias", "norm/mean", "norm/scale", "norm/var"]
-    norm = audit.reset_normalisation(subject.params)["norm"]
-    assert {name: float(leaf.mean()) for name, leaf in norm.items()} == {
-        "scale": 1, "var": 1, "bias": 0, "mean": 0
-    }  # fmt: skip
+    norm = {name: float(reset(name, leaf).mean()) for name, leaf in found.items()}
+    assert norm == {"norm/scale": 1, "norm/var": 1, "norm/bias": 0, "norm/mean": 0}
     names = ["bn1/weight", "layers.3.bn.running_var", "batch_norm/mean", "layernorm_2/scale"]
-    assert set(audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(
-        names
-    )
+    assert set(normalisation_leaves({n: np.zeros(3, np.float32) for n in names})) == set(names)
     others = ["abnormal/bias", "subnormal", "conv/bias", "dnbn"]
-    assert not audit.normalisation_leaves({n: np.zeros(3, np.float32) for n in others})
+    assert not normalisation_leaves({n: np.zeros(3, np.float32) for n in others})
 
 
 def test_statistics_are_estimated_anew(subject):
@@ -80,8 +78,9 @@ def test_statistics_move_as_they_would_in_a_loop_of_ones_own(subject):
     _, batch = example_batches(subject, 1.0, 0)
     expected = jax.tree.map(jnp.asarray, subject.fresh(jax.random.key(1)))
     start = expected
+    gradient = jax.jit(jax.grad(subject.training_loss_fn, has_aux=True))
     for number in (1, 2, 3):
-        gradients, after = jax.grad(subject.training_loss_fn, has_aux=True)(expected, batch(number))
+        gradients, after = gradient(expected, batch(number))
         expected = jax.tree.map(lambda w, g: w - 0.1 * g, expected, gradients)
         for name in ("mean", "var"):
             expected["norm"][name] = after["norm"][name]
@@ -113,7 +112,7 @@ def test_rates_share_a_compiled_step(subject):
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
-    masks = Audit("toy", subject, SMALL).masks("l2+normalisation", 0.2)
+    masks = Audit("toy", subject, SMALL).masks(Plan("l2+normalisation", 0.2))
     keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
     before = jax.tree.map(np.array, file)
@@ -125,7 +124,7 @@ def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     changed = {
         name: (np.asarray(a) != b).mean()
         for (name, a), b in zip(
-            sj._tree.named_leaves(reached[-1][1]).leaves.items(),
+            named_leaves(reached[-1][1]).leaves.items(),
             jax.tree.leaves(before),
             strict=True,
         )
@@ -184,7 +183,7 @@ class Identity:
 def report_of(subject, grid, cipher=None):
     whole = Audit("toy", subject, grid, cipher)
     plans = whole.plans()
-    cells = {cell.name: cell.run() for cell in whole.work(plans)}
+    cells = {cell.name: cell.run() for cell in whole.work([*plans, ARCHITECTURE])}
     return whole.report(cells, plans, 0.0)
 
 
@@ -237,8 +236,7 @@ def test_a_report_of_a_toy(subject):
 def test_kernels_are_selected_in_their_layout(subject, shape, layout, groups):
     params = {"conv": np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     own = subject._replace(params=params, layout=layout)
-    for name in ("l2", "random", "ascend"):
-        assert strategy_scores(own, name, 0)["conv"].shape == groups
+    assert strategy_scores(own, "l2", 0)["conv"].shape == groups
 
 
 def test_a_layout_that_cannot_be_told_is_asked_for(subject):
@@ -264,7 +262,7 @@ def test_an_error_of_a_subject_is_its_own(monkeypatch):
 
 
 def test_where_all_is_encrypted_there_is_nothing_to_detect(subject):
-    assert Audit("toy", subject, SMALL)._detection("l2", 1.0) == {}
+    assert Audit("toy", subject, SMALL)._detection(Plan("l2", 1.0)) == {}
 
 
 @pytest.mark.slow
@@ -300,9 +298,9 @@ def test_training_that_blows_up_does_not_count(subject):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategies": ("best",)}, "strategies: expected"),
+        ({"importance": ("best",)}, "importance: expected"),
         ({"attacks": ("magic",)}, "attacks: expected"),
-        ({"shares": (0.0,)}, r"shares: expected shares in \(0, 1\]"),
+        ({"budget": (0.0,)}, r"budget: expected shares in \(0, 1\]"),
         ({"data": (1.5,)}, "data: expected shares"),
         ({"steps": (10, 5)}, "steps: expected ascending"),
         ({"rates": (float("nan"),)}, "rates: expected positive"),
@@ -322,8 +320,10 @@ def test_a_bad_grid(change, message):
         ("[subject.a]\nmake='dncnn'", "expected only subjects, grid, got 'subject'"),
         ("[subjects.a]\nmake=3", "expected make"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nkeys=1.5", "keys: expected int"),
-        ("[subjects.a]\nmake='dncnn'\n[grid]\nshares=0.1", "shares: expected a list of float"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nbudget=0.1", "budget: expected a list of float"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nshare=[0.1]", "expected only .*, got 'share'"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nshares=[0.1]", "'shares' is called 'budget' now"),
+        ("[subjects.a]\nmake='dncnn'\n[grid]\nstrategies=['l2']", "called 'importance' now"),
         ("[subjects.a]\nmake='dncnn'\n[grid]\nsteps=[5, 1]", "steps: expected ascending"),
         ("[subjects.a", "expected TOML"),
     ],
@@ -362,7 +362,7 @@ def test_the_demo_is_built_in():
     config = read_config("demo")
     assert [subject.make for subject in config.subjects] == ["demo-vgg19", "demo-dncnn"]
     quick = config.grid.quick()
-    assert quick.shares == (0.08,)
+    assert quick.budget == (0.08,)
     assert quick.keys == 1
     assert set(quick.attacks) < set(config.grid.attacks)
 
@@ -373,6 +373,21 @@ CONFIG = AuditConfig(
     (SubjectConfig("toy", "audit_toy:toy_subject", {"examples": 256}),),
     dataclasses.replace(SMALL, attacks=("resample", "train all"), detection=False, climbing=False),
 )
+
+
+def test_cells_survive_a_kill(tmp_path):
+    path = tmp_path / "new" / ".x.jsonl"
+    first = Cells(path, {"keys": 1})
+    assert [first.get(name, lambda n=name: [n]) for name in "ab"] == [["a"], ["b"]]
+    with path.open("a") as file:
+        file.write('["c", [1')  # killed as it wrote
+    second = Cells(path, {"keys": 1})
+    assert second.found == {"a": ["a"], "b": ["b"]}
+    second.get("c", lambda: 3)
+    assert Cells(path, {"keys": 1}).found == {"a": ["a"], "b": ["b"], "c": 3}
+    assert Cells(path, {"keys": 2}).found == {}
+    second.done()
+    assert not path.exists()
 
 
 @pytest.mark.slow
@@ -403,7 +418,7 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_advice_is_the_smallest_share_that_meets_the_target(tmp_path):
     report = run_audit(CONFIG, tmp_path, target_advantage=0.3, console=QUIET)
-    assert [row["strategy"] for row in report.advice] == list(SMALL.strategies)
+    assert [row["strategy"] for row in report.advice] == list(SMALL.importance)
     for row in report.advice:
         gains = {
             round(p.best[-1].advantage.mean, 6): p.name
@@ -423,7 +438,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("from audit_toy import toy_subject\n")
     (tmp_path / "audit.toml").write_text(
         '[subjects.mine]\nmake = "mine:toy_subject"\nexamples = 128\n'
-        '[grid]\nstrategies = ["l2"]\nshares = [0.2]\ndata = [0.5]\nsteps = [5]\nrates = [0.01]\n'
+        '[grid]\nimportance = ["l2"]\nbudget = [0.2]\ndata = [0.5]\nsteps = [5]\nrates = [0.01]\n'
         "keys = 1\nlevels = 1\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,5 @@
 """The attack on the order: where the answer is known, and what it must leave alone."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,8 +7,6 @@ import pytest
 import selcrypt_jax as sj
 from selcrypt_jax.audit._unshuffle import unshuffle
 
-KEY = jax.random.key(0)
-METHODS = ["assign", "swap"]
 # Moves weights and does nothing else, so that an attack can win to the last bit.
 ORDER_ONLY = sj.LosslessCipher(fine_bits=0)
 
@@ -48,23 +45,16 @@ def test_an_order_that_the_data_determine_is_found():
     mask = mask_of(40)
     public = sj.encrypt(TRUE, (mask,), keys(), cipher=ORDER_ONLY)
     shipped = float(squared(public, (X[0], BATCHES[1][0])))
-    found = unshuffle(public, mask, squared, BATCHES, key=KEY, trials=300)
+    found = unshuffle(public, mask, squared, BATCHES, trials=300)
     np.testing.assert_array_equal(found.params["w"], TRUE["w"])
     assert found.loss < 1e-9 < 1 < shipped
     assert found.trials <= 300
-    # One pair at a time gets near, and may be stuck in the end.
-    near = unshuffle(public, mask, squared, BATCHES, key=KEY, trials=1500, method="swap")
-    assert near.loss < 0.05 * shipped
-    assert near.trials == 1500
-    ends = unshuffle(near.params, mask, squared, BATCHES, key=KEY, trials=300)
-    np.testing.assert_array_equal(ends.params["w"], TRUE["w"])
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_masked_bits_leave_an_error_of_their_size(method):
+def test_masked_bits_leave_an_error_of_their_size():
     mask = mask_of(40)
     public = sj.encrypt(TRUE, (mask,), keys())
-    found = unshuffle(public, mask, squared, BATCHES, key=KEY, trials=2000, method=method)
+    found = unshuffle(public, mask, squared, BATCHES, trials=2000)
     # A weight is off by an eighth at most, and by less on average.
     assert found.loss < 0.01 * float(squared(public, (X[0], BATCHES[1][0])))
     assert found.loss > 1e-6
@@ -77,9 +67,11 @@ def apart(params, batch):
     )
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("unit", "dtype"), [("weight", "bfloat16"), ("group", "float32")])
-def test_units_stay_whole_and_in_their_leaf(method, unit, dtype):
+@pytest.mark.parametrize(
+    ("unit", "dtype"),
+    [pytest.param("weight", "bfloat16", marks=pytest.mark.slow), ("group", "float32")],
+)
+def test_units_stay_whole_and_in_their_leaf(unit, dtype):
     params = {
         name: normal(seed, (3, 3, 8, 9)).astype(dtype) for seed, name in enumerate(["one", "two"])
     }
@@ -91,11 +83,10 @@ def test_units_stay_whole_and_in_their_leaf(method, unit, dtype):
     before = {name: np.array(leaf) for name, leaf in public.items()}
     target = {name: jnp.asarray(leaf, jnp.float32)[None] for name, leaf in params.items()}
     found = unshuffle(
-        public, mask, apart, target, key=KEY, trials=200, unit=unit, method=method
+        public, mask, apart, target, trials=200, unit=unit
     )  # fmt: skip
-    # The gradient says where to go; of swaps, those that help are kept.
     shipped = float(apart(public, {n: leaf[0] for n, leaf in target.items()}))
-    assert found.loss < (0.01 if method == "assign" else 0.95) * shipped
+    assert found.loss < 0.01 * shipped
     assert found.params["other"] is public["other"]
     for name in ("one", "two"):
         np.testing.assert_array_equal(bits(public[name]), bits(before[name]))
@@ -112,35 +103,26 @@ def test_units_stay_whole_and_in_their_leaf(method, unit, dtype):
         assert (after != old).any()
 
 
-def test_integers_can_be_swapped():
+def test_integers_have_no_gradient():
     params = {"w": np.arange(40, dtype=np.int8).reshape(8, 5)}
-    public = sj.encrypt(params, ({"w": True},), keys())
     target = {"w": jnp.asarray(params["w"], jnp.float32)[None]}
-    found = unshuffle(
-        public, {"w": True}, apart, target, key=KEY, trials=3000, method="swap"
-    )  # fmt: skip
-    assert found.params["w"].dtype == np.int8
-    assert sorted(np.ravel(found.params["w"])) == list(range(40))
-    assert found.loss < 0.05 * float(apart(public, {"w": target["w"][0]}))
-    with pytest.raises(ValueError, match=r"mask: expected floats.* integers in 'w'.*'swap'"):
-        unshuffle(public, {"w": True}, apart, target, key=KEY, trials=100)
+    with pytest.raises(ValueError, match=r"mask: expected floats.* got integers in 'w'"):
+        unshuffle(params, {"w": True}, apart, target, trials=100)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_it_never_ends_worse_than_it_began(method):
+def test_it_never_ends_worse_than_it_began():
     mask = mask_of(40)
-    found = unshuffle(TRUE, mask, squared, BATCHES, key=KEY, trials=60, method=method)
+    found = unshuffle(TRUE, mask, squared, BATCHES, trials=60)
     np.testing.assert_array_equal(found.params["w"], TRUE["w"])
     nothing = unshuffle(
         TRUE, mask, lambda params, batch: params["w"].sum() * jnp.nan, BATCHES,
-        key=KEY, trials=20, method=method,
+        trials=20,
     )  # fmt: skip
     np.testing.assert_array_equal(nothing.params["w"], TRUE["w"])
     assert nothing.loss == np.inf
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_trials_are_compiled_once_and_kept_to(method):
+def test_trials_are_compiled_once_and_kept_to():
     traces = []
 
     def loss(params, batch):
@@ -148,33 +130,19 @@ def test_trials_are_compiled_once_and_kept_to(method):
         return squared(params, batch)
 
     mask = mask_of(40)
-    first = unshuffle(TRUE, mask, loss, BATCHES, key=KEY, trials=40, method=method)
+    first = unshuffle(TRUE, mask, loss, BATCHES, trials=40)
     assert len(traces) <= 2  # the loss, and its gradient
     public = sj.encrypt(TRUE, (mask,), keys())
-    again = unshuffle(public, mask_of(40, 9), loss, BATCHES, key=KEY, trials=57, method=method)
+    again = unshuffle(public, mask_of(40, 9), loss, BATCHES, trials=57)
     assert len(traces) <= 2
     assert first.trials <= 40
     assert 50 <= again.trials <= 57
-
-
-def test_the_key_decides():
-    mask = mask_of(40)
-    public = sj.encrypt(TRUE, (mask,), keys())
-
-    def run(seed):
-        return unshuffle(
-            public, mask, squared, BATCHES, key=jax.random.key(seed), trials=60, method="swap"
-        )
-
-    assert run(0).loss == run(0).loss
-    assert run(0).loss != run(1).loss
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"unit": "layer"}, "unit: expected one of .*, got 'layer'"),
-        ({"method": "guess"}, "method: expected one of .*, got 'guess'"),
         ({"trials": 4}, "trials: expected at least 5, for 2 batches"),
         ({"mask": {"w": False, "b": False, "act": False}}, "expected two weights or more"),
         ({"mask": mask_of(1)}, "expected two weights or more in some leaf"),
@@ -183,4 +151,4 @@ def test_the_key_decides():
 def test_errors(change, message):
     given = {"mask": mask_of(40), "trials": 50} | change
     with pytest.raises(ValueError, match=message):
-        unshuffle(TRUE, given.pop("mask"), squared, BATCHES, key=KEY, **given)
+        unshuffle(TRUE, given.pop("mask"), squared, BATCHES, **given)

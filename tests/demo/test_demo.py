@@ -17,6 +17,7 @@ import selcrypt_jax as sj
 from selcrypt_jax import cli
 from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.demo import _data, _report, _tiers, _train
+from selcrypt_jax.models._network import Network, psnr
 
 
 def test_photographs_that_are_tested_on_are_never_trained_on():
@@ -46,7 +47,7 @@ def test_digits_are_split_once():
 
 def test_psnr():
     clean = jnp.zeros((2, 4, 4, 1))
-    np.testing.assert_allclose(_train.psnr(clean + 0.1, clean), [20, 20], rtol=1e-5)
+    np.testing.assert_allclose(psnr(clean + 0.1, clean), [20, 20], rtol=1e-5)
 
 
 def toy() -> tuple[_train.Subject, dict]:
@@ -60,11 +61,9 @@ def toy() -> tuple[_train.Subject, dict]:
 
     subject = _train.Subject(
         name="toy",
-        graphdef=None,
-        params=params,
-        rest=None,
+        network=Network(None, params, None),
         loss=lambda model, batch: 0.0,
-        loss_fn=lambda params, batch: 0.0,
+        fresh=lambda rngs: None,
         batches=(),
         examples=(),
         metric=metric,

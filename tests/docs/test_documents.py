@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from flax import nnx
@@ -226,9 +227,13 @@ def scope(shipped, tmp_path, monkeypatch) -> dict[str, Any]:
     masks = sj.nested_masks(scores, [0.1, 0.3, 0.5])
     secret, model_id = sj.Secret.read("keys/secret.key"), sj.new_model_id()
     keys = sj.ring_keys(sj.level_key(secret, model_id, levels=3))
+    other_keys = sj.ring_keys(sj.level_key(secret, sj.new_model_id(), levels=3))
 
     def apply(params: Any, images: Any) -> Any:
         return nnx.merge(graph, params, rest)(images)
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        return jnp.square(apply(params, batch)).mean()
 
     def psnr_of(other: Any) -> float:
         same = jax.tree.map(lambda a, b: (a == b).mean(), params, other)
@@ -236,19 +241,42 @@ def scope(shipped, tmp_path, monkeypatch) -> dict[str, Any]:
 
     return {
         **{name.rpartition(".")[2]: value for name, value in PUBLIC.items()},
-        **{"jax": jax, "nnx": nnx, "safetensors": safetensors, "path": "torch.safetensors"},
+        **{"jax": jax, "jnp": jnp, "nnx": nnx, "optax": optax},
+        **{"safetensors": safetensors, "path": "torch.safetensors"},
         "save_file": safetensors.numpy.save_file,
         "importance": sj.importance,
         "key": jax.random.key(1),
         "signing": sj.SigningKey.read("keys/signing.key"),
         "apply": apply,
-        "loss_fn": lambda params, batch: jnp.square(apply(params, batch)).mean(),
+        "loss_fn": loss_fn,
         "batches": images,
         "images": images[0],
         "protected": sj.encrypt(params, masks, keys),
+        "protected_again": sj.encrypt(params, masks, other_keys),
+        "other_keys": other_keys,
+        "batch": lambda step: images[step % 2],
+        "subject": audit.Subject(
+            "",
+            params,
+            loss_fn,
+            psnr_of,
+            "dB",
+            20.0,
+            2,
+            lambda which, rng: images[rng.choice(which)],
+            lambda key: jax.tree.map(jnp.zeros_like, params),
+        ),
         **{"model": model, "params": params, "scores": scores, "masks": masks, "keys": keys},
         **{"secret": secret, "model_id": model_id, "psnr_of": psnr_of},
     }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n in EXAMPLES if n.startswith(("selcrypt_jax.audit.", "selcrypt_jax.models."))],
+)
+def test_what_can_be_called_has_an_example(name):
+    assert EXAMPLES[name] or not callable(PUBLIC[name])
 
 
 @pytest.mark.slow

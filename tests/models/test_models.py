@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.sharding import AxisType
+from torch_oracle import dncnn_checkpoint, stand_ins, torch_checkpoint, vgg_layers, without_counters
 
 from selcrypt_jax import importance, nested_masks
 from selcrypt_jax.models import (
@@ -27,9 +28,10 @@ from selcrypt_jax.models import (
     to_torch,
     torch_names,
 )
+from selcrypt_jax.models._torch import _width
+from selcrypt_jax.models._vgg import WIDTHS
 
 DATA = pathlib.Path(os.environ.get("SELCRYPT_DATA", "."))
-SMALL = 1 / 32  # VGG19 of 2, 4, 8 and 16 channels
 
 
 def normal(seed, shape):
@@ -41,12 +43,14 @@ def rngs():
     return nnx.Rngs(jax.random.key(0, impl="rbg"))
 
 
-def small_vgg(**options):
-    return VGG19(width=SMALL, rngs=rngs(), **options)
+# From tensors, whose numbers need not be compiled.
+def small_vgg(*, batch_norm=True):
+    """Of 2, 4, 8 and 16 channels."""
+    return model_of(torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm)))
 
 
-def small_dncnn(**options):
-    return DnCNN(**{"depth": 5, "width": 6, "rngs": rngs()} | options)
+def small_dncnn(*, depth=5, channels=1, batch_norm=True):
+    return model_of(dncnn_checkpoint(depth, 6, channels, batch_norm=batch_norm))
 
 
 def shapes(model, kind=nnx.Param):
@@ -256,14 +260,13 @@ def test_dropout_is_on_in_training_only():
     # Without BatchNorm dropout is all that training mode changes.
     model = small_vgg(batch_norm=False)
     images = jnp.asarray(normal(0, (2, 32, 32, 3)))
-    assert not np.array_equal(model(images), model(images))
+    assert not np.array_equal(apply(model, images), apply(model, images))
     model.eval()
-    logits = model(images)
-    assert np.array_equal(logits, model(images))
+    logits = apply(model, images)
     if hasattr(nnx, "view"):  # Flax 0.12.4 has it first
         view = nnx.view(model, deterministic=False)
-        assert not np.array_equal(view(images), logits)
-    assert np.array_equal(model(images), logits)
+        assert not np.array_equal(apply(view, images), logits)
+    assert np.array_equal(apply(model, images), logits)
 
 
 def test_batch_norm_updates_its_statistics_in_training_only():
@@ -271,6 +274,8 @@ def test_batch_norm_updates_its_statistics_in_training_only():
     images = jnp.asarray(normal(0, (4, 8, 8, 1)))
     first = nnx.relu(lax_conv(images, model.convs[0].kernel[...]))
     inputs = np.asarray(lax_conv(first, model.convs[1].kernel[...]), np.float64)
+    model.norms[1].mean[...] = jnp.zeros(6)
+    model.norms[1].var[...] = jnp.ones(6)
     model.eval()
     model(images)
     assert np.array_equal(model.norms[1].mean[...], np.zeros(6))
@@ -288,8 +293,13 @@ def test_batch_norm_updates_its_statistics_in_training_only():
     }
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize(("build", "shape"), [(small_vgg, (32, 32, 3)), (small_dncnn, (2, 2, 1))])
+@pytest.mark.parametrize(
+    "axis_type", [AxisType.Auto, pytest.param(AxisType.Explicit, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [pytest.param(small_vgg, (32, 32, 3), marks=pytest.mark.slow), (small_dncnn, (2, 2, 1))],
+)
 def test_batch_over_eight_devices(axis_type, build, shape):
     model = build()
     model.eval()
@@ -341,153 +351,10 @@ def test_loss_of_params_in_jit(name, batch_norm):
 # PyTorch ------------------------------------------------------------------------------------
 
 
-def torch_checkpoint(layers):
-    """Random tensors under PyTorch's names; a layer is (name, kind, inputs, outputs)."""
-    tensors = {}
-    for seed, (name, kind, inputs, outputs) in enumerate(layers):
-        rng = np.random.default_rng(seed)
-        kind_shape = {"conv": (outputs, inputs, 3, 3), "dense": (outputs, inputs)}
-        shape = kind_shape.get(kind, (outputs,))
-        fan = np.prod(shape[1:], dtype=int)
-        tensors[f"{name}.weight"] = rng.normal(0, fan**-0.5, shape)
-        tensors[f"{name}.bias"] = rng.normal(0, 0.3, outputs)
-        if kind == "norm":
-            tensors[f"{name}.weight"] = rng.uniform(0.5, 1.5, outputs)
-            tensors[f"{name}.running_mean"] = rng.normal(0, 0.3, outputs)
-            tensors[f"{name}.running_var"] = rng.uniform(0.5, 1.5, outputs)
-            tensors[f"{name}.num_batches_tracked"] = np.array(7)
-    return {k: v if v.dtype == np.int64 else v.astype(np.float32) for k, v in tensors.items()}
-
-
-def vgg_layers(widths, hidden, batch_norm):
-    # torchvision's vgg19 and vgg19_bn, with the paper's head.
-    plan = "AA-BB-CCCC-DDDD-DDDD-"
-    width = dict(zip("ABCD", widths, strict=True))
-    layers, place, inputs = [], 0, 3
-    for letter in plan:
-        if letter == "-":
-            place += 1
-            continue
-        layers.append((f"features.{place}", "conv", inputs, width[letter]))
-        if batch_norm:
-            layers.append((f"features.{place + 1}", "norm", None, width[letter]))
-        place += 3 if batch_norm else 2
-        inputs = width[letter]
-    sizes = (inputs, hidden, hidden, 10)
-    return layers + [
-        (f"classifier.{place}", "dense", sizes[index], sizes[index + 1])
-        for index, place in enumerate((1, 4, 6))
-    ]
-
-
-def numpy_conv(x, weight, bias=0.0):
-    """Channels first, float64, one tap after the other."""
-    _, _, h, w = x.shape
-    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    y = sum(
-        np.einsum("nihw,oi->nohw", padded[:, :, a : a + h, b : b + w], weight[:, :, a, b])
-        for a in range(3)
-        for b in range(3)
-    )
-    return y + np.reshape(bias, (1, -1, 1, 1))
-
-
-def numpy_norm(x, tensors, name, eps):
-    column = {
-        key: tensors[f"{name}.{key}"].reshape(1, -1, 1, 1)
-        for key in ("weight", "bias", "running_mean", "running_var")
-    }
-    scaled = (x - column["running_mean"]) / np.sqrt(column["running_var"] + eps)
-    return scaled * column["weight"] + column["bias"]
-
-
-def numpy_vgg(tensors, x, batch_norm):
-    place = 0
-    for convolutions in (2, 2, 4, 4, 4):
-        for _ in range(convolutions):
-            name = f"features.{place}"
-            x = numpy_conv(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-            if batch_norm:
-                place += 1
-                x = numpy_norm(x, tensors, f"features.{place}", 1e-5)
-            x = np.maximum(x, 0)
-            place += 2
-        x = np.maximum(x[:, :, ::2], x[:, :, 1::2])
-        x = np.maximum(x[..., ::2], x[..., 1::2])
-        place += 1
-    x = x.reshape(len(x), -1)
-    for place in (1, 4, 6):
-        x = x @ tensors[f"classifier.{place}.weight"].T + tensors[f"classifier.{place}.bias"]
-        x = np.maximum(x, 0) if place < 6 else x
-    return x
-
-
-def dncnn_checkpoint(depth, width, channels, biases=()):
-    """``biases``: the convolutions that have one."""
-    layers, bare = [], set()
-    for index in range(depth):
-        place = max(3 * index - 1, 0)
-        inputs, outputs = (width, width) if index else (channels, width)
-        if index == depth - 1:
-            outputs = channels
-        layers.append((f"dncnn.{place}", "conv", inputs, outputs))
-        if 0 < index < depth - 1:
-            layers.append((f"dncnn.{place + 1}", "norm", None, width))
-        if index not in biases:
-            bare.add(f"dncnn.{place}.bias")
-    tensors = torch_checkpoint(layers)
-    return {name: tensor for name, tensor in tensors.items() if name not in bare}
-
-
-def numpy_dncnn(tensors, x, depth, eps):
-    y = np.maximum(numpy_conv(x, tensors["dncnn.0.weight"], tensors.get("dncnn.0.bias", 0)), 0)
-    for index in range(1, depth - 1):
-        y = numpy_conv(y, tensors[f"dncnn.{3 * index - 1}.weight"])
-        y = np.maximum(numpy_norm(y, tensors, f"dncnn.{3 * index}", eps), 0)
-    return x - numpy_conv(y, tensors[f"dncnn.{3 * depth - 4}.weight"])
-
-
-def in_float64(tensors):
-    return {name: np.asarray(tensor, np.float64) for name, tensor in tensors.items()}
-
-
 def loaded(model, tensors):
     nnx.update(model, from_torch(model, tensors))
     model.eval()
     return model
-
-
-def without_counters(tensors):
-    return {name: tensor for name, tensor in tensors.items() if "num_batches" not in name}
-
-
-@pytest.mark.parametrize("batch_norm", [True, False])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_vgg19_from_torch_equals_numpy_channels_first(batch_norm, prefix):
-    # 16 channels before dense layers of 16 and 16: a forgotten transpose would fit.
-    plain = torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm))
-    tensors = {prefix + name: tensor for name, tensor in plain.items()}
-    model = loaded(small_vgg(batch_norm=batch_norm), tensors)
-    images = normal(9, (2, 32, 32, 3))
-    expected = numpy_vgg(in_float64(plain), images.transpose(0, 3, 1, 2), batch_norm)
-    np.testing.assert_allclose(jax.jit(model)(images), expected, atol=1e-5)
-    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
-        without_counters(plain)
-    )
-
-
-@pytest.mark.parametrize(("eps", "first_bias"), [(1e-4, True), (0.1, False)])
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_dncnn_from_torch_equals_numpy_channels_first(eps, first_bias, prefix):
-    plain = dncnn_checkpoint(5, 6, 3, biases={0} if first_bias else ())
-    model = small_dncnn(channels=3, eps=eps, first_bias=first_bias)
-    loaded(model, {prefix + name: tensor for name, tensor in plain.items()})
-    images = normal(9, (2, 7, 9, 3))
-    expected = numpy_dncnn(in_float64(plain), images.transpose(0, 3, 1, 2), 5, eps)
-    np.testing.assert_allclose(model(images), expected.transpose(0, 2, 3, 1), atol=1e-5)
-    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
-        without_counters(plain)
-    )
 
 
 def test_import_leaves_the_model_and_gives_its_tree():
@@ -500,17 +367,6 @@ def test_import_leaves_the_model_and_gives_its_tree():
     # The statistics are told apart from the weights.
     weights, statistics = nnx.filter_state(state, nnx.Param, nnx.BatchStat)
     assert (len(jax.tree.leaves(weights)), len(jax.tree.leaves(statistics))) == (11, 6)
-
-
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
-def test_half_precision_becomes_float32_and_goes_back(dtype):
-    half = {
-        name: tensor.astype(dtype)
-        for name, tensor in without_counters(dncnn_checkpoint(5, 6, 1)).items()
-    }
-    exported = to_torch(loaded(small_dncnn(), half))
-    assert {tensor.dtype for tensor in exported.values()} == {np.dtype(np.float32)}
-    assert all(exported[name].astype(dtype).tobytes() == half[name].tobytes() for name in half)
 
 
 @pytest.mark.parametrize(
@@ -562,13 +418,10 @@ def test_other_models_are_refused(function):
 WEIGHTS = nnx.Any(nnx.Param, nnx.BatchStat)
 
 
-def stand_ins(model):
-    """Tensors of a network's names and shapes, without its memory."""
+def torch_shapes(model):
     names = torch_names(model)
     return {
-        names[name]: np.broadcast_to(
-            np.float32(0), (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
-        )
+        names[name]: (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
         for name, shape in shapes(model, WEIGHTS).items()
     }
 
@@ -576,12 +429,27 @@ def stand_ins(model):
 def told_from_its_tensors(build, **options):
     """Whether the shapes of a network's tensors give a network of the same shapes."""
     model = nnx.eval_shape(build)
-    tensors = stand_ins(model)
+    tensors = stand_ins(torch_shapes(model))
     found = nnx.eval_shape(lambda: model_of(tensors, **options))
     assert type(found) is type(model)
     return shapes(found, WEIGHTS) == shapes(model, WEIGHTS)
 
 
+@given(width=st.floats(0.001, 3))
+# Half a channel is rounded to the even number; 0.001 leaves one everywhere.
+@example(width=2.5 / 64)
+@example(width=3.5 / 64)
+@example(width=0.001)
+@example(width=1.0 + 1e-9)
+def test_the_width_of_vgg19_is_told_from_its_channels(width):
+    def channels(width):
+        return [max(1, round(full * width)) for full in WIDTHS]
+
+    kernels = {f"features.{i}.weight": (n, 1, 3, 3) for i, n in enumerate(channels(width))}
+    assert channels(_width(kernels)) == channels(width)
+
+
+@pytest.mark.slow
 @settings(max_examples=10)
 @given(
     width=st.floats(0.001, 0.3),
@@ -589,18 +457,12 @@ def told_from_its_tensors(build, **options):
     classes=st.integers(1, 1000),
     channels=st.integers(1, 4),
 )
-# Half a channel is rounded to the even number; 0.001 leaves one everywhere.
-@example(width=2.5 / 64, batch_norm=True, classes=10, channels=3)
-@example(width=3.5 / 64, batch_norm=False, classes=10, channels=3)
-@example(width=0.0527, batch_norm=True, classes=10, channels=3)
-@example(width=0.001, batch_norm=True, classes=1, channels=1)
-@example(width=1.0, batch_norm=True, classes=100, channels=3)
-@example(width=1.0 + 1e-9, batch_norm=False, classes=10, channels=3)
 @example(width=1.1, batch_norm=False, classes=10, channels=3)
 def test_vgg19_is_told_from_its_tensors(width, batch_norm, classes, channels):
     assert told_from_its_tensors(lambda: VGG19(classes, channels, width, batch_norm, rngs=rngs()))
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     depth=st.integers(2, 20),
@@ -617,33 +479,6 @@ def test_dncnn_is_told_from_its_tensors(depth, width, channels, batch_norm, firs
         lambda: DnCNN(depth, width, channels, batch_norm, first_bias=first_bias, rngs=rngs()),
         eps=0.5,
     )
-
-
-@pytest.mark.parametrize(("name", "prefix"), [("vgg", "module."), ("dncnn", "")])
-def test_a_network_that_is_told_from_its_tensors_has_them(name, prefix):
-    plain = (
-        torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm=True))
-        if name == "vgg"
-        else dncnn_checkpoint(5, 6, 3, biases={0})
-    )
-    model = model_of({prefix + name: tensor for name, tensor in plain.items()}, eps=0.1)
-    assert safetensors.numpy.save(to_torch(model)) == safetensors.numpy.save(
-        without_counters(plain)
-    )
-    images = normal(9, (2, 32, 32, 3))
-    inputs = images.transpose(0, 3, 1, 2)
-    # As every new one it is in training mode, with all that it needs for that: here statistics
-    # change, and numbers for dropout are drawn.
-    before = to_torch(model)
-    chex.assert_tree_all_finite(model(images))
-    assert any((tensor != before[name]).any() for name, tensor in to_torch(model).items())
-    model = model_of(plain, eps=0.1)
-    model.eval()
-    if name == "vgg":  # whose ε nothing changes
-        expected = numpy_vgg(in_float64(plain), inputs, batch_norm=True)
-    else:
-        expected = numpy_dncnn(in_float64(plain), inputs, 5, 0.1).transpose(0, 2, 3, 1)
-    np.testing.assert_allclose(apply(model, images), expected, atol=1e-5)
 
 
 def kernel(*shape):
@@ -694,7 +529,7 @@ def test_tensors_of_no_network_of_ours(tensors, message):
 def test_vgg19_whose_first_layer_does_not_fit_is_refused():
     # By that layer it would be thousands of times as wide as the paper's, too much for any
     # machine: shapes are all that may be looked at.
-    tensors = stand_ins(nnx.eval_shape(lambda: VGG19(width=0.05, rngs=rngs())))
+    tensors = stand_ins(torch_shapes(nnx.eval_shape(lambda: VGG19(width=0.05, rngs=rngs()))))
     tensors["features.0.weight"] = np.broadcast_to(np.float32(0), (10**6, 3, 3, 3))
     with pytest.raises(ValueError, match=r"features\.0\.weight: expected shape"):
         model_of(tensors)
@@ -725,7 +560,7 @@ def test_torch_names():
 
 
 @pytest.mark.parametrize("granularity", ["kernel", "filter", "weight"])
-@pytest.mark.parametrize("name", ["vgg", "dncnn"])
+@pytest.mark.parametrize("name", [pytest.param("vgg", marks=pytest.mark.slow), "dncnn"])
 def test_scores_and_masks_are_those_of_the_tensors(name, granularity):
     model = (small_vgg if name == "vgg" else small_dncnn)()
     params = nnx.state(model, nnx.Param)
@@ -809,6 +644,7 @@ def psnr(clean, image):
     return -10 * np.log10(np.mean((clean - image) ** 2))
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_data
 def test_the_papers_colour_weights_denoise_as_in_its_release():
@@ -823,6 +659,7 @@ def test_the_papers_colour_weights_denoise_as_in_its_release():
     np.testing.assert_allclose(figures, [27.8396, 39.5913, 27.0273, 25.5270], atol=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 @needs_data
 def test_grey_weights_denoise():

@@ -10,8 +10,11 @@ import numpy as np
 import optax
 import pytest
 import safetensors
+from flax import nnx
 
 from selcrypt_jax import PSSConfig
+from selcrypt_jax.models import VGG19
+from selcrypt_jax.models._files import read_cifar, read_model
 
 TRAIN = Path(__file__).parent.parent.parent / "train"
 DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
@@ -29,22 +32,6 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAIN / "reproduce"))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield importlib.import_module
-
-
-def test_cells_survive_a_kill(script, tmp_path):
-    cells = script("_paper").Cells
-    path = tmp_path / "new" / ".x.jsonl"
-    first = cells(path, {"keys": 1})
-    assert [first.get(name, lambda n=name: [n]) for name in "ab"] == [["a"], ["b"]]
-    with path.open("a") as file:
-        file.write('["c", [1')  # killed as it wrote
-    second = cells(path, {"keys": 1})
-    assert second.found == {"a": ["a"], "b": ["b"]}
-    second.get("c", lambda: 3)
-    assert cells(path, {"keys": 1}).found == {"a": ["a"], "b": ["b"], "c": 3}
-    assert cells(path, {"keys": 2}).found == {}
-    second.done()
-    assert not path.exists()
 
 
 @pytest.mark.slow
@@ -134,11 +121,10 @@ def test_cost_of_pss(script, tmp_path, monkeypatch):
 @pytest.mark.data
 @needs_data
 def test_vgg19_has_the_accuracy_that_its_file_says(script):
-    tasks, cifar = script("_tasks"), script("_cifar")
     path = DATA / "vgg19_cifar10.safetensors"
-    model = tasks.read_model(path, tasks.VGG19)
-    graph, params = tasks.nnx.split(model)
-    found = tasks.accuracy_of(graph, *cifar.read_test(DATA / "tfds" / "cifar10"))(params)
+    graph, params = nnx.split(read_model(path, VGG19))
+    tests = read_cifar(DATA / "tfds" / "cifar10", "test")
+    found = script("_tasks").accuracy_of(graph, *tests)(params)
     with safetensors.safe_open(path, framework="np") as file:
         expected = float(file.metadata()["test_accuracy_percent_float32"])
     assert 100 * found["accuracy"] == pytest.approx(expected, abs=0.1)

@@ -72,7 +72,7 @@ def test_dncnn_learns_and_its_weights_load(images):
     best = max(rows, key=lambda row: row["psnr"])
     with safe_open(out, framework="np") as file:
         assert file.metadata() == {
-            "psnr": f"{best['psnr']:.3f}", "sigma": "25", "step": str(best["step"])
+            "psnr": f"{best['psnr']:.4f}", "sigma": "25", "step": str(best["step"])
         }  # fmt: skip
 
 
@@ -146,9 +146,9 @@ def test_dncnn_ends_with_a_message(images):
 @pytest.mark.parametrize("sigma", [(), (0,), (-1,), (256,), (30, 20), (0, 0), (1, 2, 3)])
 def test_deviations_out_of_range(module, sigma):
     got = " ".join(map(str, sigma)) or "none"
-    with pytest.raises(SystemExit, match=rf"--sigma: expected a number in .*, got {got}\."):
+    with pytest.raises(ValueError, match=rf"--sigma: expected a number in .*, got {got}\."):
         module("_images").checked_sigma(tuple(map(float, sigma)))
-    with pytest.raises(SystemExit, match="got nan"):
+    with pytest.raises(ValueError, match="got nan"):
         module("_images").checked_sigma((float("nan"),))
 
 
@@ -352,42 +352,7 @@ def test_outputs_are_for_everybody_and_links_stay(module, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
 
 
-# --- images -------------------------------------------------------------------------------------
-
-
-def test_images_of_16_bits_keep_their_greys(module, tmp_path):
-    grey = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
-    Image.fromarray(grey).save(tmp_path / "x.png")
-    for channels in (1, 3):
-        (image,) = module("_images").read_images(tmp_path, split="train", channels=channels)
-        np.testing.assert_array_equal(image[..., 0].ravel(), np.arange(256))
-
-
-@pytest.mark.parametrize("content", [b"", b"text", b"\x89PNG\r\n\x1a\n", None])
-def test_files_that_are_no_images_are_named(module, tmp_path, content):
-    if content is None:
-        Image.fromarray(np.zeros((64, 64), np.uint8)).save(tmp_path / "x.jpg")
-        content = (tmp_path / "x.jpg").read_bytes()[:300]
-    (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(SystemExit, match=r"x\.jpg: expected an image, got .* Repair or remove it"):
-        module("_images").read_images(tmp_path, split="train", channels=1)
-
-
-def test_images_of_a_folder_are_read_in_the_order_of_their_names(module, tmp_path):
-    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
-    for index, colour in enumerate(colours):
-        Image.new("RGB", (5 + index, 4), colour).save(tmp_path / f"{2 - index}.PNG")
-    Image.new("L", (9, 9), 77).save(tmp_path / "z.bmp")
-    (tmp_path / "0.txt").write_text("no image")
-    read = module("_images").read_images
-    found = read(tmp_path, split="any", channels=3)
-    assert [image.shape for image in found] == [(4, 7, 3), (4, 6, 3), (4, 5, 3), (9, 9, 3)]
-    assert [tuple(image[0, 0]) for image in found] == [*colours[::-1], (77, 77, 77)]
-    grey = read(tmp_path, split="any", channels=1, most=2)
-    assert [image.shape for image in grey] == [(4, 7, 1), (4, 6, 1)]
-    assert grey[0].dtype == np.uint8
-    # Rec. 601: what Pillow calls L.
-    assert [int(image[0, 0, 0]) for image in grey] == [29, 150]
+# --- images ---------------------------------------------------------------------------------------
 
 
 def test_patches_are_pieces_of_the_images_turned_and_flipped(module):
@@ -399,39 +364,6 @@ def test_patches_are_pieces_of_the_images_turned_and_flipped(module):
     expected = {m.tobytes() for piece in turned for m in (piece.copy(), piece[:, ::-1].copy())}
     found = {np.round(patch[..., 0] * 255).astype(np.uint8).tobytes() for patch in patches}
     assert found == expected
-
-
-def test_what_is_wrong_with_images_is_named(module, images):
-    read = module("_images").read_images
-    for folder in (ROOT / "selcrypt_jax", images / "nothing"):
-        with pytest.raises(SystemExit, match=r"expected images .*or a data set that TFDS prepared"):
-            read(folder, split="train", channels=1)
-    with pytest.raises(SystemExit, match=r"0\.png: expected at least 64×64 pixels, got 56×48"):
-        read(images / "train", split="train", channels=1, smallest=64)
-
-
-@pytest.mark.data
-@needs_data
-def test_images_of_a_data_set(module):
-    pytest.importorskip("tensorflow_datasets")
-    read = module("_images").read_images
-    folder = DATA / "tfds" / "cifar10"
-    colour, grey = (read(folder, split="test", channels=c, most=7) for c in (3, 1))
-    assert (len(colour), len(grey)) == (7, 7)
-    assert [image.shape for image in colour] == [(32, 32, 3)] * 7
-    for first, second in zip(colour, grey, strict=True):
-        expected = first @ np.array([0.299, 0.587, 0.114])
-        np.testing.assert_allclose(second[..., 0], expected, atol=1)
-    for index in (-1, 7):
-        with pytest.raises(IndexError):
-            colour[index]
-    assert len(read(folder / "3.0.2", split="test", channels=3)) == 10_000
-    assert len(read(folder, split="train", channels=3)) == 50_000
-    small = read(folder, split="train", channels=1, smallest=40)
-    with pytest.raises(SystemExit, match=r"image 5: expected at least 40×40 pixels, got 32×32"):
-        small[5]
-    with pytest.raises(SystemExit, match=r"with a split 'validation', got "):
-        read(folder, split="validation", channels=3)
 
 
 @pytest.mark.slow
@@ -496,9 +428,6 @@ def test_batches_of_cifar_follow_from_seed_and_number(module):
     pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("grain")
     cifar = module("_cifar")
-    images, labels = cifar.read_test(DATA / "tfds" / "cifar10", 20)
-    assert (images.shape, images.dtype, labels.shape) == ((20, 32, 32, 3), np.uint8, (20,))
-    assert set(labels) <= set(range(10))
 
     def batches(seed, augment):
         return cifar.batches(DATA / "tfds" / "cifar10", 16, seed=seed, augment=augment)
@@ -512,25 +441,3 @@ def test_batches_of_cifar_follow_from_seed_and_number(module):
     plain = batches(0, False)[40_000]
     np.testing.assert_array_equal(plain["label"], first["label"])
     assert (plain["image"] != first["image"]).any()
-
-
-def test_vgg19_names_data_that_are_missing(module, tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    read_split = module("_tfds").read_split
-    message = r"cifar10: expected a data set that TFDS prepared .*got none\. Prepare it"
-    with pytest.raises(SystemExit, match=message):
-        read_split(tmp_path / "cifar10", "train")
-    (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)
-    (tmp_path / "cifar10" / "3.0.2" / "dataset_info.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"3\.0\.2: expected cifar10 in ArrayRecord files"):
-        read_split(tmp_path / "cifar10", "train")
-
-
-def test_the_newest_version_of_a_data_set_is_taken(module, tmp_path):
-    prepared = module("_tfds").prepared
-    assert prepared(tmp_path) == []
-    for version in ("3.0.2", "10.0.0", "9.1.0"):
-        (tmp_path / version).mkdir()
-        (tmp_path / version / "dataset_info.json").write_text("{}")
-    assert [folder.name for folder in prepared(tmp_path)] == ["3.0.2", "9.1.0", "10.0.0"]
-    assert prepared(tmp_path / "9.1.0") == [tmp_path / "9.1.0"]

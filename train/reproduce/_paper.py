@@ -5,7 +5,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +25,11 @@ from selcrypt_jax import (
     mask_counts,
     ring_keys,
 )
-from selcrypt_jax.audit import Cells as Cells
 from selcrypt_jax.models import DnCNN
+from selcrypt_jax.models._files import read_model
+from selcrypt_jax.models._network import psnr
 
 sys.path.append(str(Path(__file__).parent.parent))  # the scripts' own modules
-from _tasks import psnr, read_model
 
 LAYERS = {5: 2, 8: 3, 11: 4}  # PyTorch's place in the sequence → number of the convolution
 CONVOLUTIONS = r"^convs/\d+/kernel$"
@@ -47,6 +47,17 @@ COLOURS = {
     "taylor": "#882255",
     "fisher": "#AA9900",
 }
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Options of every experiment."""
+
+    data: Path
+    """Folder of the reference data."""
+
+    out: Path = Path("docs/results")
+    """Folder for the results; made if it does not exist."""
 
 
 class Denoiser(NamedTuple):

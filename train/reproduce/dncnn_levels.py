@@ -23,13 +23,13 @@ import matplotlib.figure
 import numpy as np
 import tyro
 from _paper import (
+    Experiment,
     colour_denoiser,
     experiment_keys,
     provenance,
     published_scores,
     write_report,
 )
-from _tasks import psnr
 from rich.progress import track
 
 from selcrypt_jax import (
@@ -41,19 +41,14 @@ from selcrypt_jax import (
     mask_counts,
     nested_masks,
 )
+from selcrypt_jax.models._network import psnr
 
 LEVELS = 5
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are and how many keys to try."""
-
-    data: Path
-    """Folder that holds ``dncnn_color_paper``."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     keys: int = 20
     """Protections under different keys, over which is averaged."""

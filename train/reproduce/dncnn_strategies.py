@@ -28,8 +28,8 @@ import tyro
 from _paper import (
     CONVOLUTIONS,
     LAYERS,
-    Cells,
     Denoiser,
+    Experiment,
     closed_form,
     colour_denoiser,
     convolution_weights,
@@ -41,11 +41,14 @@ from _paper import (
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss, patch_batches, psnr, read_model
+from _tasks import denoising_loss, patch_batches
 from rich.progress import Progress
 
 from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
+from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
+from selcrypt_jax.models._files import read_images, read_model
+from selcrypt_jax.models._network import centre, psnr
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "stereo_motorcycle")
 THREE_LAYERS = rf"^convs/({'|'.join(map(str, LAYERS.values()))})/kernel$"
@@ -61,14 +64,8 @@ BATCHES = 40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     network: Literal["colour", "s15", "s25", "s50"] = "colour"
     """The paper's colour network, or a grey one for noise of that σ."""
@@ -105,17 +102,12 @@ def read(config: Config) -> tuple[Denoiser, Any]:
     if config.network == "colour":
         subject, images, sigma, patch = colour_denoiser(config.data), photographs(), 50, 48
     else:
-        from _images import read_images
-
         sigma, patch = int(config.network[1:]), 40
         folder = config.data / "dncnn_gray"
         model = read_model(folder / f"dncnn_{config.network}.safetensors", DnCNN)
         images = read_images(folder / "train400", split="train", channels=1)
-        crops = []
-        for image in read_images(folder / "set12", split="test", channels=1):
-            top, left = ((side - 128) // 2 for side in image.shape[:2])
-            crops.append(image[top : top + 128, left : left + 128])
-        clean = np.stack(crops).astype(np.float32) / 255
+        tests = read_images(folder / "set12", split="test", channels=1)
+        clean = np.stack([centre(image, 128) for image in tests]).astype(np.float32) / 255
         noise = np.random.default_rng(0).standard_normal(clean.shape, np.float32)
         subject = denoiser(model, clean, clean + np.float32(sigma / 255) * noise)
 

@@ -19,22 +19,19 @@ import matplotlib.figure
 import numpy as np
 import skimage
 import tyro
-from _paper import colour_denoiser, denoiser
-from _tasks import psnr
+from _paper import Experiment, colour_denoiser, denoiser
 from flax import nnx
 
 from selcrypt_jax import Secret, Select, Targets, importance, level_key, protect, unlock
+from selcrypt_jax.models._network import psnr
 
 SIGMA = 50 / 255
 TITLES = ["everybody", "level 1", "level 2", "level 3", "level 4, exact"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the network is, and what its levels shall give."""
-
-    data: Path
-    """Folder that holds ``dncnn_color_paper``."""
 
     out: Path = Path("docs")
     """Folder for the picture."""

@@ -25,18 +25,20 @@ import optax
 import tyro
 from _paper import (
     CONVOLUTIONS,
-    Cells,
+    Experiment,
     colour_denoiser,
     provenance,
     stacked,
     without_a_key,
     write_report,
 )
-from _tasks import denoising_loss, patch_batches, psnr
+from _tasks import denoising_loss, patch_batches
 from dncnn_strategies import BATCHES, OBJECTIVES, described, photographs
 from rich.progress import Progress
 
 from selcrypt_jax import PSSConfig, nested_masks, pss_learner
+from selcrypt_jax.audit._cells import Cells
+from selcrypt_jax.models._network import psnr
 
 LAYERS = 17
 STEPS_A_LAYER = 30
@@ -66,14 +68,8 @@ BROKEN = 14.5  # dB; the noisy input has 14.16
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     keys: int = 2
     """Protections under different keys."""

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from _paper import (
     CONVOLUTIONS,
-    Cells,
+    Experiment,
     closed_form,
     convolution_weights,
     draw,
@@ -38,6 +38,8 @@ from flax import nnx
 from rich.progress import Progress
 
 from selcrypt_jax import PSSConfig, mask_counts, nested_masks, pss
+from selcrypt_jax.audit._cells import Cells
+from selcrypt_jax.models._files import read_cifar
 
 FOUR_LAYERS = r"^convs/(0|1|4|8)/kernel$"
 STRATEGIES = ("PSS, break", "random", "descend", "l2", "taylor", "fisher")
@@ -77,14 +79,8 @@ BATCHES = 40
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Experiment):
     """Where the data are, and how much is averaged over."""
-
-    data: Path
-    """Folder of the reference data."""
-
-    out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
 
     panels: tuple[Literal["four", "each", "anywhere"], ...] = ("four", "each", "anywhere")
     """Shares of each of four layers, of each of all, and of all together."""
@@ -101,13 +97,11 @@ class Config:
 
 def main(config: Config) -> None:
     """Runs the experiment; see `Config`."""
-    from _cifar import read_test
-
     task = Vgg19Task(weights=config.data / "vgg19_cifar10.safetensors", data=config.data / "tfds")
     learned = task.task(config.seed)
     state = learned.params
     graph, _ = nnx.split(learned.model)
-    accuracy = accuracy_of(graph, *read_test(task.data / "cifar10", config.tests))
+    accuracy = accuracy_of(graph, *read_cifar(task.data / "cifar10", "test", config.tests))
     batches = stacked(learned.batch, range(1, BATCHES + 1))
     settings = {
         "keys": config.keys, "tests": config.tests, "seed": config.seed, "pss": DESCRIBED

@@ -1,0 +1,251 @@
+"""What a report says in words, and how it writes numbers."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from ._records import Advantage, Best, KeySearch, Protection, SubjectReport
+
+_TARGET = 0.1  # the advantage that counts as "hardly more than the architecture"
+_TRACE = 0.05  # AUC that a cipher may add
+_MISSING = "–"
+_SECONDS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
+# By advantage, above which it is said.
+_GIVES = {
+    0.9: "gives them nearly all of what was to be protected",
+    0.5: "gives them most of what was to be protected",
+    _TARGET: "still gives them a part of what was to be protected",
+}
+# By AUC, up to which it is said.
+_FOUND = {
+    0.55: "No better than guessing",
+    0.7: "A little better than guessing",
+    0.9: "Clearly better than guessing",
+    math.inf: "Tells most of them apart",
+}
+
+
+class _Rated(NamedTuple):
+    """A protection against the strongest attacker that was tried: most data, then most steps."""
+
+    protection: Protection
+    best: Best
+    advantage: Advantage
+
+    def __str__(self) -> str:
+        one = len(self.best.recovered) == 1
+        spread = "one key only" if one else f"interval {interval(self.advantage)}"
+        return f"advantage {number(self.advantage.mean)}, {spread}"
+
+    def doubt(self, target: float = _TARGET) -> str:
+        """Why a low advantage need not be one; "" if nothing speaks against it."""
+        if len(self.best.recovered) == 1:
+            return "one key is too few to be sure"  # its interval has no width
+        return "the interval is too wide to be sure" if not self.advantage.high <= target else ""
+
+
+def _attacker(subject: SubjectReport) -> Best | None:
+    """One row of the strongest attacker."""
+    every = (best for protection in subject.protections for best in protection.best)
+    return max(every, key=lambda row: (row.data, row.steps), default=None)
+
+
+def _same(rows: Iterable[Best], attacker: Best) -> Best | None:
+    of = attacker.data, attacker.steps
+    return next((row for row in rows if (row.data, row.steps) == of), None)
+
+
+def _named(attacker: Best) -> str:
+    return f"{data_name(attacker.data)}, {attacker.steps:,} steps"
+
+
+def _rated(subject: SubjectReport) -> list[_Rated]:
+    """Protections with a finite advantage, the least first, then the least share."""
+    attacker, found = _attacker(subject), []
+    if attacker is None:
+        return []
+    for protection in subject.protections:
+        best = _same(protection.best, attacker)
+        if best and best.advantage and math.isfinite(best.advantage.mean):
+            found.append(_Rated(protection, best, best.advantage))
+    return sorted(found, key=lambda each: (each.advantage.mean, each.protection.share))
+
+
+def verdict(subject: SubjectReport) -> str:
+    """How much the best protection is worth, in a sentence."""
+    attacker = _attacker(subject)
+    if attacker is None:
+        return "No attack was tried on this network, so nothing is known of what an attacker gets."
+    baseline = _same(subject.baseline, attacker)
+    alone = "the architecture alone was not tried"
+    if baseline:
+        recovered = quality(baseline.recovered, subject)
+        alone = f"the same attack on the architecture alone gives {recovered}"
+    original = f"the original has {quality([subject.clean], subject)}"
+    if baseline and np.mean(baseline.recovered) >= subject.clean:
+        return (
+            f"There is nothing to steal: {original}, and {alone}. Anyone with as much data "
+            f"({_named(attacker)}) trains as good a network, whatever is encrypted."
+        )
+    rated = _rated(subject)
+    if not rated:
+        return (
+            "No advantage could be computed for the strongest attacker tried "
+            f"({_named(attacker)}): {original}, and {alone}."
+        )
+    least = rated[0]
+    return (
+        f"The strongest attacker tried ({_named(attacker)}) gets "
+        f"{quality(least.best.recovered, subject)} out of the best protection, "
+        f"“{least.protection.name}” ({share(least.protection.share)} of all weights encrypted), "
+        f"where {original} and {alone}: {_judgement(least)}"
+    )
+
+
+def _judgement(rated: _Rated) -> str:
+    for above, words in _GIVES.items():
+        if rated.advantage.mean > above:
+            return f"the file {words} ({rated})."
+    if rated.advantage.mean < -_TARGET:
+        return f"the file holds them back: without it they get further ({rated})."
+    doubt = rated.doubt()
+    verb, but = ("seems to be", f", but {doubt}") if doubt else ("is", "")
+    return f"the file {verb} worth hardly more to them than its architecture ({rated}){but}."
+
+
+def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[str]:
+    """Sentences: the advice that was asked for, or what those that were tried show."""
+    rated, attacker = _rated(subject), _attacker(subject)
+    asked = [row for row in advice if row["subject"] == subject.name]
+    if asked:
+        return [_advised(row, rated) for row in asked]
+    if not rated or attacker is None:
+        return ["No advantage was measured, so this audit cannot say."]
+    keeps = f"the advantage of the strongest attacker ({_named(attacker)}) at or below {_TARGET:g}"
+    reached = [each for each in rated if each.advantage.mean <= _TARGET]
+    if not reached:
+        shares = sorted(each.protection.share for each in rated)
+        tried = " to ".join(share(each) for each in sorted({shares[0], shares[-1]}))
+        return [
+            f"None of the shares tried ({tried} of all weights) keeps {keeps}. "
+            f"“{rated[0].protection.name}” comes closest: {rated[0]}. Encrypt more, or select "
+            "otherwise, and measure again."
+        ]
+    least = min(reached, key=lambda each: each.protection.share)
+    sentences = [
+        f"Of the shares tried, {share(least.protection.share)} of all weights "
+        f"(“{least.protection.name}”) is the smallest that keeps {keeps}: {least}."
+    ]
+    if least.doubt():
+        sentences.append(f"But {least.doubt()}: try more keys before you rely on it.")
+    return sentences
+
+
+def _advised(row: dict[str, Any], rated: Sequence[_Rated]) -> str:
+    target, name = row["target"], row["protection"]
+    if name is None:
+        return (
+            f"With “{row['strategy']}”, no share that was tried keeps the advantage at or below "
+            f"{target}."
+        )
+    start = f"For an advantage of at most {target}, “{name}” is enough"
+    for each in rated:
+        if each.protection.name == name:
+            doubt = each.doubt(target)
+            # Not the row's own share, which is of the groups that take part.
+            return (
+                f"{start}: it encrypts {share(each.protection.share)} of all weights ({each})."
+                + (f" But {doubt}." if doubt else "")
+            )
+    return f"{start}."
+
+
+def detected(detection: dict[str, float]) -> str:
+    """How well encrypted groups are found, and how much of that is the cipher's doing."""
+    more = detection["auc"] - detection["baseline"]
+    if not math.isfinite(more):
+        return "No number came out of the test."
+    found = next(words for most, words in _FOUND.items() if detection["auc"] <= most)
+    if more > _TRACE:
+        return f"{found}; encryption itself leaves a trace."
+    if more < -_TRACE:
+        return f"{found}; encryption hides some of what the selection shows."
+    return f"{found}; encryption itself adds next to nothing."
+
+
+def description(kind: str, subject: SubjectReport) -> str:
+    """A picture, for those who cannot see it."""
+    if kind == "levels":
+        return f"Line chart: quality in {subject.unit} by level. The table above has the numbers."
+    what = {
+        "curves": f"quality in {subject.unit} against the training steps of the attacker",
+        "advantage": "advantage against the share of weights that is encrypted",
+    }[kind]
+    return f"Line chart: {what}, for each share of data. {verdict(subject)}"
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def data_name(data: float) -> str:
+    """A share of the training data in words."""
+    return f"{100 * data:.3g}\u00a0% of the training data" if data else "no training data"
+
+
+def quality(values: Sequence[float], subject: SubjectReport, *, unit: bool = True) -> str:
+    """Mean over keys. Tenths of a percent; hundredths of anything else."""
+    if not values:
+        return _MISSING
+    text = number(float(np.mean(values)), 1 if subject.unit == "%" else 2)
+    return f"{text}\u00a0{subject.unit}" if unit else text
+
+
+def number(value: float, digits: int = 2) -> str:
+    """With a true minus, and commas."""
+    # "z": no minus before a zero.
+    return f"{value:z,.{digits}f}".replace("-", "−") if math.isfinite(value) else "n/a"
+
+
+def interval(advantage: Advantage) -> str:
+    """As ``"0.10 to 0.20"``."""
+    return f"{number(advantage.low)} to {number(advantage.high)}"
+
+
+def kept(text: str) -> str:
+    """The same on a page, with no line break between a number and its percent sign."""
+    return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
+
+
+def share(share: float) -> str:
+    """In percent, to three digits."""
+    if not math.isfinite(share):
+        return "n/a"
+    percent = 100 * share
+    text = f"{percent:.3g}" if percent >= 1e-3 or not percent else f"{percent:.1e}"
+    return f"{text}\u00a0%"  # which no line break separates
+
+
+def time(search: KeySearch) -> str | Markup:
+    """Many years as a power of ten; less than years in words."""
+    if not math.isfinite(search.years):
+        return "n/a"
+    if search.years >= 1e4:
+        return Markup("10<sup>{}</sup> years").format(round(math.log10(search.years)))
+    if search.years >= 2:
+        return f"{search.years:,.0f} years"
+    seconds = search.years * 365.25 * _SECONDS["days"]
+    for name, length in _SECONDS.items():
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {name}"
+    return "a second or two" if seconds >= 1 else "less than a second"
+
+
+def measured(value: float) -> str:
+    """Numbers of any size."""
+    if not math.isfinite(value):
+        return "n/a"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("-", "−")
