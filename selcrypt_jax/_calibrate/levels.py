@@ -28,7 +28,7 @@ class Calibration(NamedTuple):
         spreads: their standard deviation over keys, which is what to expect of the one key of a
             release; NaN for one key, zero for those of a release.
         untouched: what level M gives.
-        exact: whether level M gave back every bit.
+        exact: whether level M gives back every bit.
         evaluations: how many selections and levels were tried.
         calls: how often `eval_fn` was called: an evaluation takes up to `keys` calls, or one for a
             release.
@@ -72,12 +72,12 @@ def calibrate_levels(
     This is for planning: a release has one key, with which a level may be far off. For a release
     whose own levels meet their targets, see `protect_calibrated`.
 
-    Encrypted is the top share f_M of the order of importance, such that the network without a key
+    The top share f_M of the order of importance is encrypted, such that the network without a key
     gives ``targets[0]``; level m opens the top share f_m, so that what stays encrypted between the
     two gives ``targets[m]``. Each share is found by bisection and interpolation on the logarithm
     of the number of groups, from the top level down, on networks that are really encrypted, under
-    keys drawn anew each time. A last check protects the network once a key, opens it level by
-    level, and measures each; what is off is corrected and checked again.
+    fresh keys each time. A last check protects the network once for each key, opens it level by
+    level, and measures each; levels that are off are corrected and checked again.
 
     Args:
         eval_fn: ``params -> number``: the metric, on data that were not used for training. As
@@ -130,14 +130,14 @@ def calibrate_levels(
 
 def calibrated(search: Search, network: Network) -> Calibration:
     """Runs a search, and says what it found."""
-    values, spreads, exact = search.run()
+    values, spreads = search.run()
     return Calibration(
         masks=network.masks(search.bounds),
         fractions=tuple(map(network.fraction, network.opened(search.bounds))),
         values=tuple(network.sign * float(value) for value in values),
         spreads=tuple(map(float, spreads)),
         untouched=network.sign * search.untouched,
-        exact=exact,
+        exact=network.is_exact(search.bounds),
         evaluations=search.evaluations,
         calls=network.calls,
     )
