@@ -106,7 +106,7 @@ class Search:
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """What levels 0 to M-1 give: mean and standard deviation over keys."""
         self._reach()
-        again, checked, slack = False, None, np.zeros(0)
+        again, checked, slack = False, None, np.zeros(self._levels)
         while True:
             before, values = self.evaluations, self._settle_all(again, checked, slack)
             if isinstance(values, str):
@@ -165,11 +165,15 @@ class Search:
             given = None if moved or checked is None else float(checked[level])
             if aim is None and not places.steered:
                 continue
-            if aim is not None and given is not None and abs(given - aim) <= slack[level]:
+            # One that meets another halfway has little to spare.
+            leans = aim != self._targets[level]
+            near = self._near / 4 if leans else self._near
+            stays = near if leans else slack[level]
+            if aim is not None and given is not None and abs(given - aim) <= stays:
                 values[level] = given
                 continue
             found = self._settle(
-                level, aim, self._near, values[level + 1], strict=self._steady,
+                level, aim, near, values[level + 1], strict=self._steady,
                 first=place if again else None, given=given,
             )  # fmt: skip
             if isinstance(found, str):
