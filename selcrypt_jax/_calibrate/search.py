@@ -165,10 +165,9 @@ class Search:
             given = None if moved or checked is None else float(checked[level])
             if aim is None and not places.steered:
                 continue
-            # One that meets another halfway has little to spare.
-            leans = aim != self._targets[level]
-            near = self._near / 4 if leans else self._near
-            stays = near if leans else slack[level]
+            near, stays = self._near, slack[level]
+            if aim != self._targets[level]:  # one that meets another halfway has little to spare
+                near = stays = self._near / 4
             if aim is not None and given is not None and abs(given - aim) <= stays:
                 values[level] = given
                 continue
@@ -224,11 +223,11 @@ class Search:
             try:
                 place = places.allowed(level, wanted, out)
             except ValueError as error:
-                if values:
-                    break
-                if strict:
+                if not values and not strict:
+                    raise
+                if not values:
                     return str(error)
-                raise
+                break
             if aim is not None and self._is_hopeless(aim, values, wanted, place):
                 break
             if given is not None:
