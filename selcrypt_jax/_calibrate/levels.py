@@ -33,7 +33,7 @@ class Calibration(NamedTuple):
         spreads: their standard deviation over keys, which is what to expect for the one key of a
             release; NaN for one key, zero in a release.
         untouched: what level M gives.
-        exact: whether level M gave back every bit.
+        exact: whether level M gives back every bit.
         evaluations: how many selections and levels were tried.
         calls: how often `evaluate` was called: an evaluation takes up to `keys` calls, or one in a
             release.
@@ -167,14 +167,14 @@ def release_levels(
 
 def _found(search: Search, network: Network) -> Calibration:
     """Runs a search, and says what it found."""
-    values, spreads, exact = search.run()
+    values, spreads = search.run()
     return Calibration(
         masks=network.masks(search.bounds),
         levels=tuple(map(network.fraction, network.opened(search.bounds))),
         values=tuple(network.sign * float(value) for value in values),
         spreads=tuple(map(float, spreads)),
         untouched=network.sign * search.untouched,
-        exact=exact,
+        exact=network.is_exact(search.bounds),
         evaluations=search.evaluations,
         calls=network.calls,
     )

@@ -167,8 +167,8 @@ class Network(ABC):
                     break
         return float(np.mean(values)), len(values)
 
-    def check(self, counts: Sequence[int], precision: float) -> tuple[np.ndarray, bool]:
-        """What levels 0 to M-1 give, ``[keys, levels]``; whether level M is exact.
+    def check(self, counts: Sequence[int], precision: float) -> np.ndarray:
+        """What levels 0 to M-1 give, ``[keys, levels]``.
 
         Args:
             counts: of the levels.
@@ -176,37 +176,31 @@ class Network(ABC):
         """
         masks = self.masks(counts)
         rows: list[list[float]] = []
-        exact = True
         while len(rows) < self.keys and not is_precise(np.array(rows), precision):
             keys = self.ring_keys(len(masks))
             protected = encrypt(self.params, masks, keys, cipher=self.cipher)
             opened = (
                 decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
-                for level in range(len(masks) + 1)
+                for level in range(len(masks))
             )
-            rows.append([self.measure(next(opened)) for _ in masks])
-            exact &= self._is_same(next(opened))
-        return np.array(rows), exact
+            rows.append(list(map(self.measure, opened)))
+        return np.array(rows)
 
     def is_exact(self, counts: Sequence[int]) -> bool:
         """Whether the top level gives back every bit."""
         masks = self.masks(counts)
         keys = self.ring_keys(len(masks))
         protected = encrypt(self.params, masks, keys, cipher=self.cipher)
-        return self._is_same(decrypt(protected, masks, keys, cipher=self.cipher))
-
-    def _is_same(self, params: PyTree) -> bool:
-        """Whether all arrays are those of the network, bit for bit."""
-        after = named_leaves(params).leaves
+        opened = named_leaves(decrypt(protected, masks, keys, cipher=self.cipher)).leaves
         return all(
-            leaf is after[name] or np.array_equal(_octets(leaf), _octets(after[name]))
+            leaf is opened[name] or np.asarray(leaf).tobytes() == np.asarray(opened[name]).tobytes()
             for name, leaf in self.tree.leaves.items()
             if is_array(leaf)
         )
 
 
 class Sampled(Network):
-    """Under keys that are drawn anew each time.
+    """Under fresh keys each time.
 
     Args: see `calibrate_levels`, and `Network`.
     """
@@ -298,10 +292,6 @@ def is_precise(values: np.ndarray, precision: float) -> bool:
     """Whether the means of three values or more, over the first axis, are known as precisely."""
     count = len(values)
     return count >= 3 and bool((values.std(0, ddof=1) <= precision * math.sqrt(count)).all())
-
-
-def _octets(leaf: Any) -> np.ndarray:
-    return np.frombuffer(np.asarray(leaf).tobytes(), np.uint8)
 
 
 def settled_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:

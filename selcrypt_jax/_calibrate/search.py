@@ -87,19 +87,18 @@ class Search:
         """The counts that were found: M, or 2M of a release."""
         return self._places.bounds
 
-    def run(self) -> tuple[np.ndarray, np.ndarray, bool]:
-        """What levels 0 to M-1 give, mean and deviation over keys; whether level M is exact."""
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """What levels 0 to M-1 give: mean and standard deviation over keys."""
         self._reach()
-        again, exact, checked, slack = False, True, None, np.zeros(0)
+        again, checked, slack = False, None, np.zeros(self._levels)
         while True:
             before, values = self.evaluations, self._settle_all(again, checked, slack)
             if isinstance(values, str):
                 missing = values
             elif self._steady:
-                return values, np.zeros(self._levels), self._network.is_exact(self.bounds)
+                return values, np.zeros(self._levels)
             else:
-                drawn, same = self._network.check(self.bounds, self._tolerance / 3)
-                exact &= same
+                drawn = self._network.check(self.bounds, self._tolerance / 3)
                 for level, value in enumerate(drawn.mean(0)):
                     self._said(level, self.bounds[level - 1], float(value))
                 # Levels in the wrong order, which is chance, are averaged too.
@@ -111,7 +110,7 @@ class Search:
                     for value, target in zip(checked, self._targets, strict=True)
                 ]
                 if max(errors) <= self._tolerance:
-                    return checked, spreads, exact
+                    return checked, spreads
                 missing = self._missed(int(np.argmax(errors)))
                 # Levels that may be off by chance stay where they are.
                 slack = self._tolerance + np.nan_to_num(spreads) / math.sqrt(len(drawn))
@@ -150,11 +149,14 @@ class Search:
             given = None if moved or checked is None else float(checked[level])
             if aim is None and not places.steered:
                 continue
-            if aim is not None and given is not None and abs(given - aim) <= slack[level]:
+            near, stays = self._near, slack[level]
+            if aim != self._targets[level]:  # one that meets another halfway has little to spare
+                near = stays = self._near / 4
+            if aim is not None and given is not None and abs(given - aim) <= stays:
                 values[level] = given
                 continue
             found = self._settle(
-                level, aim, self._near, values[level + 1], strict=self._steady,
+                level, aim, near, values[level + 1], strict=self._steady,
                 first=place if again else None, given=given,
             )  # fmt: skip
             if isinstance(found, str):
@@ -205,11 +207,11 @@ class Search:
             try:
                 place = places.allowed(level, wanted, out)
             except ValueError as error:
-                if values:
-                    break
-                if strict:
+                if not values and not strict:
+                    raise
+                if not values:
                     return str(error)
-                raise
+                break
             if aim is not None and self._is_hopeless(aim, values, wanted, place):
                 break
             if given is not None:

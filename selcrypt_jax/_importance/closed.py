@@ -296,7 +296,7 @@ def checked_loss(loss: Any) -> Array:
     """The loss, once it is sure to be one.
 
     Raises:
-        TypeError: something else.
+        TypeError: if it is something else.
     """
     if not is_array(loss) or loss.shape != ():
         actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__

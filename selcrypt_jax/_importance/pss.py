@@ -258,7 +258,7 @@ def pss_learner(
             state.cap,
             active,
         )
-        # optax itself mixes dtypes; whoever runs JAX in strict mode means their own code.
+        # optax itself mixes dtypes; strict promotion is meant for the code of the user.
         with jax.numpy_dtype_promotion("standard"):
             updates: Any
             updates, opt_state = optimizer.update(gradients, opt_state, state.log_alpha)

@@ -109,7 +109,7 @@ def check_key(key: object) -> None:
     """Refuses a seed where a `jax.random` key is expected.
 
     Raises:
-        TypeError: so it is.
+        TypeError: it is no array, such as a plain integer.
     """
     if not is_array(key):
         # Not the value: it may be a secret.
