@@ -12,7 +12,6 @@ from strategies import assert_same, bits, octets, payload, two_rings
 from selcrypt_jax import (
     LosslessCipher,
     Secret,
-    chacha20_impl,
     decrypt,
     encrypt,
     importance,
@@ -21,6 +20,7 @@ from selcrypt_jax import (
     new_model_id,
     ring_keys,
 )
+from selcrypt_jax._keys.chacha import chacha20_impl
 
 
 def make_keys(levels: int, impl: Any = chacha20_impl, seed: int = 0) -> jax.Array:

@@ -10,15 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selcrypt_jax import (
-    LosslessCipher,
-    chacha20_impl,
-    decrypt,
-    encrypt,
-    importance,
-    nested_masks,
-    unlocking,
-)
+from selcrypt_jax import LosslessCipher, decrypt, encrypt, importance, nested_masks, unlocking
+from selcrypt_jax._keys.chacha import chacha20_impl
 
 
 def tree(leaves, size=40):
