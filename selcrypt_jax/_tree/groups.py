@@ -19,6 +19,9 @@ class Ring(NamedTuple):
         name: of the leaf.
         level: 1..M.
         mask: boolean, with as many axes as the leaf; true where the ring has a group.
+
+    Examples:
+        >>> LosslessCipher().check(Ring("w", 1, np.ones((64, 64), bool)), np.zeros((64, 64)))
     """
 
     name: str

@@ -169,6 +169,10 @@ def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
 
     Raises:
         ValueError, TypeError: the mask does not fit, see `encrypt`.
+
+    Examples:
+        >>> counts = mask_counts(params, masks[-1]).values()
+        >>> share = sum(c.weights for c in counts) / sum(c.total for c in counts)
     """
     leaves = named_leaves(params)
     counts = {
