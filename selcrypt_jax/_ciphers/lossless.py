@@ -26,8 +26,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from .._tree.dtypes import DTYPES, Dtype
 from .blocks import order_bits
 
@@ -111,6 +109,8 @@ class LosslessCipher:
 
     def check(self, ring: Any, leaf: Any) -> None:
         """Refuses dtypes without a cipher, and rings with less than 128 bits to hide in."""
+        import numpy as np  # not for those who only open a file: it starts while the file is read
+
         groups = int(np.count_nonzero(ring.mask))  # ten times as fast as a sum
         weights = groups * (math.prod(leaf.shape) // ring.mask.size)
         self.check_size(
@@ -187,6 +187,8 @@ def dtype_of(dtype: Any) -> Dtype:
     """
     if isinstance(dtype, Dtype):
         return dtype
+    import numpy as np
+
     name = np.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, got {name}")

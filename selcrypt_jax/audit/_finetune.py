@@ -64,10 +64,10 @@ def fine_tune(
             nothing.
 
     Examples:
-        >>> for step, params, loss in fine_tune(
-        ...     protected, loss_fn, batch, stops=[1, 3], optimizer=optax.adam(1e-3)
-        ... ):
-        ...     print(step, loss)
+        >>> adam = optax.adam(1e-3)
+        >>> found = list(fine_tune(protected, loss_fn, batch, stops=[1, 3], optimizer=adam))
+        >>> [checkpoint.step for checkpoint in found]
+        [1, 3]
     """
     steps = list(stops)
     if not steps or steps[0] < 1 or steps != sorted(set(steps)):
