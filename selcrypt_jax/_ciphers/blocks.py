@@ -1,7 +1,7 @@
 """Constants and block arithmetic that all engines of the lossless cipher share."""
 
 import math
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 BLOCK = 4096
 INDEX_BITS = 12
@@ -9,6 +9,7 @@ PERMUTATION, MASK = 0, 1  # domains of the key of a ring in a leaf
 LEAF_DOMAIN = b"selcrypt/v1/leaf\0"
 
 
+@runtime_checkable
 class Form(Protocol):
     """What an engine needs to know of a `LosslessCipher`."""
 

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from .._ciphers.lossless import LosslessCipher
 from .._io.strict_json import show
@@ -19,6 +19,7 @@ from .manifest import Tensor
 _BATCH = 1 << 27  # bytes of tensors that are held together
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors as bytes: a file, or arrays in memory."""
 

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class _Leaf:
         self.ndim = len(shape)
 
 
+@runtime_checkable
 class NamedTensors(Protocol):
     """Tensors with dtype (safetensors' name) and shape, to be read one by one."""
 
