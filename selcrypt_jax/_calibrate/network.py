@@ -28,7 +28,7 @@ from .._masks.selection import (
 )
 from .._tree.groups import Ring
 from .._tree.hosts import from_first, is_spread
-from .._tree.names import is_array, listed, named_leaves
+from .._tree.names import listed, named_leaves
 from .targets import Targets
 
 
@@ -194,8 +194,7 @@ class Network(ABC):
         opened = named_leaves(decrypt(protected, masks, keys, cipher=self.cipher)).leaves
         return all(
             leaf is opened[name] or np.asarray(leaf).tobytes() == np.asarray(opened[name]).tobytes()
-            for name, leaf in self.tree.leaves.items()
-            if is_array(leaf)
+            for name, leaf in self.tree.arrays.items()
         )
 
 

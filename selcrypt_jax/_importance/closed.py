@@ -266,7 +266,7 @@ def _by_gradient(
     """Mean over batches of the scores of weight times gradient."""
     tree = named_leaves(params)
     chosen = select_differentiable(params, select)
-    arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+    arrays = tree.arrays
 
     # Weights come as arguments, since what is closed over becomes part of the program; and one
     # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
