@@ -312,9 +312,10 @@ def batch_count(batches: PyTree) -> int:
     """
     leaves = named_leaves(batches, "batches").leaves
     sizes = {name: leaf.shape[0] if np.ndim(leaf) else None for name, leaf in leaves.items()}
-    if len(set(sizes.values())) != 1 or not next(iter(sizes.values())):
+    count, *others = {*sizes.values()} or {None}
+    if others or not count:
         raise ValueError(
             f"batches: expected arrays with the same first axis, one batch an entry, got {sizes}. "
             "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
         )
-    return int(next(iter(sizes.values())))  # pyright: ignore[reportArgumentType]
+    return count
