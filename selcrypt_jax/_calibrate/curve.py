@@ -61,13 +61,6 @@ class Curve:
         self._points[count] = ((old * mass + mean * weight) / (mass + weight), mass + weight)
         self.measured.add(count)
 
-    def outdate_to(self, count, mean, t):
-        shift = mean - self.at(count)
-        if abs(shift) <= t:
-            return
-        self._points = {n: (old + shift, mass) for n, (old, mass) in self._points.items()}
-        self.measured.clear()
-
     def forget_beyond(self, count: int) -> None:
         """Takes out all points of larger counts: far out the metric may come back."""
         self._points = {n: point for n, point in self._points.items() if n <= count}

@@ -111,7 +111,7 @@ def calibrate_levels(
         network = Sampled(
             targets, params, scores, selection.scope, whole, cipher, key=key, keys=keys
         )
-    search = Search(network, wanted, _budget(selection), targets.tolerance, targets.progress)
+    search = Search(network, wanted, targets, selection.budget)
     return _found(search, network)
 
 
@@ -157,10 +157,7 @@ def release_levels(
         targets, params, scores, selection.scope, whole, cipher,
         secret=secret, levels=len(wanted), twins=twins,
     )  # fmt: skip
-    search = Search(
-        network, wanted, _budget(selection), targets.tolerance, targets.progress,
-        targets.evaluations,
-    )  # fmt: skip
+    search = Search(network, wanted, targets, selection.budget)
     found = _found(search, network)
     return network.rings(search.bounds), found, network.model_id
 
@@ -178,7 +175,3 @@ def _found(search: Search, network: Network) -> Calibration:
         evaluations=search.evaluations,
         calls=network.calls,
     )
-
-
-def _budget(selection: Select) -> float:
-    return 1.0 if selection.budget is None else selection.budget

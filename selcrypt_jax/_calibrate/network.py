@@ -28,7 +28,7 @@ from .._masks.selection import (
 )
 from .._tree.groups import Ring
 from .._tree.hosts import from_first, is_spread
-from .._tree.names import is_array, listed, named_leaves
+from .._tree.names import listed, named_leaves
 from .targets import Targets
 
 
@@ -106,12 +106,8 @@ class Network(ABC):
             return str(error)
         return None
 
-    def masks(self, counts: Sequence[int]) -> tuple[PyTree, ...]:
-        """Nested masks of all levels."""
-        return self.closed(0, counts)
-
-    def closed(self, level: int, counts: Sequence[int]) -> tuple[PyTree, ...]:
-        """Masks of what a level leaves encrypted; rings are merged as all levels want it."""
+    def masks(self, counts: Sequence[int], level: int = 0) -> tuple[PyTree, ...]:
+        """Nested masks of what a level leaves encrypted; rings are merged as all levels want it."""
         rings = self.rings(counts)
         above = [r._replace(level=r.level - level) for r in rings if r.level > level]
         levels = max(ring.level for ring in rings)
@@ -149,7 +145,7 @@ class Network(ABC):
 
     def draw(self, level: int, counts: Sequence[int]) -> float:
         """What a level gives, once."""
-        masks = self.closed(level, counts)
+        masks = self.masks(counts, level)
         keys = self.ring_keys(len(masks))
         return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
 
@@ -194,8 +190,7 @@ class Network(ABC):
         opened = named_leaves(decrypt(protected, masks, keys, cipher=self.cipher)).leaves
         return all(
             leaf is opened[name] or np.asarray(leaf).tobytes() == np.asarray(opened[name]).tobytes()
-            for name, leaf in self.tree.leaves.items()
-            if is_array(leaf)
+            for name, leaf in self.tree.arrays.items()
         )
 
 

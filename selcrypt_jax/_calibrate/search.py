@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -11,12 +11,7 @@ from .._masks.levels import check_share
 from .curve import Curve, isotonic
 from .network import Network
 from .places import Places
-from .targets import Evaluation
-
-
-def most_evaluations(levels: int) -> int:
-    """How many evaluations `calibrate_levels` takes at most, for so many targets."""
-    return 8 * levels + 8
+from .targets import Evaluation, Targets
 
 
 class Search:
@@ -33,27 +28,27 @@ class Search:
 
     Args:
         network: that is measured.
-        targets: see `calibrate_levels`; higher is better.
-        budget: see there.
-        tolerance: see there.
-        progress: see there.
-        limit: how many evaluations may be taken; `most_evaluations` by default.
+        wanted: see `checked_targets`.
+        asked: for its tolerance, and, in a release, how many evaluations may be taken.
+        budget: see `Select`.
     """
 
     def __init__(
         self,
         network: Network,
-        targets: Sequence[float | None],
-        budget: float,
-        tolerance: float | None,
-        progress: Callable[[Evaluation], None] | None,
-        limit: int | None = None,
+        wanted: Sequence[float | None],
+        asked: Targets,
+        budget: float | None,
     ) -> None:
-        self._network, self._targets, self._progress = network, targets, progress
-        self._levels, self._steady = len(targets), network.steady
-        limit = most_evaluations(self._levels) if limit is None else limit
-        self._limit = limit if self._steady else limit - self._levels  # which the check takes
+        self._network, self._targets, self._progress = network, wanted, asked.progress
+        self._levels, self._steady = len(wanted), network.steady
+        self._limit = 8 * self._levels + 8
+        if not self._steady:
+            self._limit -= self._levels  # which the check takes
+        elif asked.evaluations is not None:
+            self._limit = asked.evaluations
         self.evaluations, self._given = 0, [[] for _ in range(self._levels + 1)]
+        budget = 1.0 if budget is None else budget
         check_share("budget", budget)
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
@@ -63,12 +58,13 @@ class Search:
             )
         self.untouched = network.measure(network.params)
         self._said(self._levels, network.groups, self.untouched)
+        tolerance = asked.tolerance
         if tolerance is None:
-            worst = min(target for target in targets if target is not None)
+            worst = min(target for target in wanted if target is not None)
             tolerance = 0.02 * abs(self.untouched - worst)
         if not (math.isfinite(tolerance) and tolerance > 0):
             raise ValueError(f"tolerance: expected a number above 0, got {tolerance}.")
-        for level, target in enumerate(targets):
+        for level, target in enumerate(wanted):
             if target is not None and target > self.untouched + tolerance:
                 raise ValueError(
                     f"targets[{level}]: cannot reach {self._show(target)}: the untouched network "
@@ -77,7 +73,7 @@ class Search:
                 )
         # An average is not known exactly, and has to be as near when it is checked.
         self._tolerance, self._near = tolerance, tolerance if self._steady else tolerance / 2
-        self._aims = list(targets)
+        self._aims = list(wanted)
         self._places = Places(network, self._levels, self._most)
         # Of level 0, by how much is encrypted; and of the level that is looked for.
         self._whole = self._curve = Curve(rising=False, power=0)

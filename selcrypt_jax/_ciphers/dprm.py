@@ -319,10 +319,10 @@ def _check_keys(keys: Any, levels: int) -> None:
 
 def _check_keys_differ(words: np.ndarray | None) -> None:
     """With one key for two rings, a lower level would open a higher one."""
-    seen = [] if words is None else [row.tobytes() for row in words]  # none under jit
-    for index, row in enumerate(seen):
-        if row in seen[:index]:
+    rows = [] if words is None else [row.tobytes() for row in words]  # none under jit
+    for index, row in enumerate(rows):
+        if (first := rows.index(row)) < index:
             raise ValueError(
-                f"keys[{index}]: expected a key of its own for each level, got keys"
-                f"[{seen.index(row)}] again. Derive them with ring_keys(level_key(...))."
+                f"keys[{index}]: expected a key of its own for each level, got keys[{first}] "
+                "again. Derive them with ring_keys(level_key(...))."
             )

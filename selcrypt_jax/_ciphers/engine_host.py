@@ -53,18 +53,11 @@ def run_on_host(
     def rewritten(name: str) -> np.ndarray:
         leaf, own = leaves[name], of_leaf[name]
         bits = _copied(leaf)
+        flat, fine = bits.reshape(-1), cipher.fine_mask(leaf.dtype)
         if cipher.permute and is_spread(leaf):
             for mask, _ in own:
-                _exchange(bits.reshape(-1), np.flatnonzero(np.broadcast_to(mask, leaf.shape)))
-        rewrite_leaf(
-            bits.reshape(-1),
-            leaf.shape,
-            own,
-            name,
-            cipher=cipher,
-            fine=cipher.fine_mask(leaf.dtype),
-            inverse=inverse,
-        )
+                _exchange(flat, np.flatnonzero(np.broadcast_to(mask, leaf.shape)))
+        rewrite_leaf(flat, leaf.shape, own, name, cipher=cipher, fine=fine, inverse=inverse)
         return bits
 
     result = {}

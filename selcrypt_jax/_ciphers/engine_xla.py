@@ -158,16 +158,12 @@ def _tables(
     counts = [plan.units if kind == "permutation" else plan.weights for plan in wanted]
     rows = [padded(block_count(count)) for count in counts]
     ends = np.cumsum(rows)
-    ring = np.zeros(padded(int(ends[-1])), np.int32)
-    block = np.zeros(len(ring), np.uint32)
-    length = np.zeros(len(ring), np.int32)
+    columns = np.zeros((3, padded(int(ends[-1]))), np.int32)
     for plan, count, size, end in zip(wanted, counts, rows, ends, strict=True):
-        here = slice(end - size, end)
-        blocks = block_count(count)
-        ring[here] = plan.ring
-        block[here] = np.arange(size)
-        length[here] = np.maximum(-(-(count - np.arange(size)) // blocks), 0)
-    ring, block, length = jax.device_put((ring, block, length))
+        block = np.arange(size)
+        length = np.maximum(-(-(count - block) // block_count(count)), 0)
+        columns[:, end - size : end] = np.broadcast_arrays(plan.ring, block, length)
+    ring, block, length = jax.device_put(tuple(columns))
     if kind == "permutation":
         table = _permutation_blocks(keys, ring, block, length)
     else:
@@ -200,9 +196,8 @@ def _permutation_blocks(
         key = jax.random.fold_in(jax.random.fold_in(key, PERMUTATION), block)
         bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> INDEX_BITS
         # What lies behind the end of a short block sorts last and so stays there.
-        bits = jnp.where(
-            index < length.astype(jnp.uint32), bits, jnp.uint32(2 ** (32 - INDEX_BITS) - 1)
-        )
+        last = jnp.uint32(2 ** (32 - INDEX_BITS) - 1)
+        bits = jnp.where(index < length.astype(jnp.uint32), bits, last)
         order = lax.sort(bits << INDEX_BITS | index, is_stable=False)
         return (order & (BLOCK - 1)).astype(jnp.uint16)
 
@@ -224,10 +219,7 @@ def _rewrite_leaf(
     sizes: Array,
     permutations: Sequence[Array] | None,
     masks: Sequence[Array] | None,
-    *,
-    fine: int,
-    inverse: bool,
-    flat: bool,
+    **options: Any,
 ) -> Array:
     """Encrypts or decrypts rings of one leaf, one after the other.
 
@@ -237,14 +229,12 @@ def _rewrite_leaf(
         sizes: ``[rings, 2]``: the number of units, and of weights in each.
         permutations: of each ring, or None where nothing moves.
         masks: of each ring, or None where nothing is masked.
-        fine: mask of the fine bits.
-        inverse: whether to decrypt.
-        flat: see `_read`.
+        options: see `_rewrite_ring`.
     """
     # On unsigned views only: a float that is moved as a float may lose its NaN payload.
     bits = lax.bitcast_convert_type(leaf, unsigned(leaf))
     tables: Any = positions, sizes, *(t and jnp.stack(t) for t in (permutations, masks))
-    rewrite = partial(_rewrite_ring, fine=fine, inverse=inverse, flat=flat)
+    rewrite = partial(_rewrite_ring, **options)
     if len(positions) == 1:
         bits = rewrite(bits, *jax.tree.map(operator.itemgetter(0), tables))
     else:
@@ -263,6 +253,18 @@ def _rewrite_ring(
     inverse: bool,
     flat: bool,
 ) -> Array:
+    """Encrypts or decrypts one ring.
+
+    Args:
+        bits: of the leaf, as unsigned integers.
+        positions: ``[weights]``, see `_Plan`.
+        sizes: the number of units, and of weights in each.
+        permutation: see `_tables`; None where nothing moves.
+        mask: see `_tables`; None where nothing is masked.
+        fine: mask of the fine bits.
+        inverse: whether to decrypt.
+        flat: see `_read`.
+    """
     source = positions
     if permutation is not None:
         units, size = sizes[0], sizes[1]
@@ -283,9 +285,8 @@ def _rewrite_ring(
     return _write(bits, written, ring if mask is None else ring ^ mask, flat=flat)
 
 
-def _rewrite_sharded(leaf: Array, *tables: Any, fine: int, inverse: bool, flat: bool) -> Array:
-    rewrite = partial(_rewrite_leaf, fine=fine, inverse=inverse, flat=flat)
-    return without_explicit_axes(rewrite, leaf)(leaf, *tables)
+def _rewrite_sharded(leaf: Array, *tables: Any, **options: Any) -> Array:
+    return without_explicit_axes(partial(_rewrite_leaf, **options), leaf)(leaf, *tables)
 
 
 _OPTIONS = ("fine", "inverse", "flat")

@@ -88,19 +88,14 @@ class LosslessCipher:
             ValueError: more `fine_bits` than the dtype has, or a dtype of less than eight bits.
         """
         dtype = dtype_of(dtype)
-        width, mantissa = dtype.bits, dtype.mantissa
         if dtype.kind == "other":
             raise ValueError(f"expected floats or integers, got {dtype.name}, which has no cipher")
-        if dtype.kind == "float":
-            stream = (1 << mantissa) - 1 | (dtype.signed << (width - 1))
-            default, most = max(mantissa - _COARSE_MANTISSA, 0), mantissa
-        else:
-            stream = (1 << width) - 1
-            default, most = 0, width
-        if width < 8:
+        if dtype.bits < 8:
             raise ValueError(f"expected a dtype of 8 bits or more, got {dtype.name}")
+        most = dtype.mantissa if dtype.kind == "float" else dtype.bits
         if self.fine_bits is None:
-            return (1 << default) - 1 if self.permute else stream
+            stream = (1 << most) - 1 | dtype.signed << (dtype.bits - 1)
+            return (1 << dtype.bits) - 1 - _coarse_mask(dtype) if self.permute else stream
         if self.fine_bits > most:
             raise ValueError(
                 f"fine_bits: expected at most {most} for {dtype.name}, got {self.fine_bits}"
@@ -113,12 +108,8 @@ class LosslessCipher:
 
         groups = int(np.count_nonzero(ring.mask))  # ten times as fast as a sum
         weights = groups * (math.prod(leaf.shape) // ring.mask.size)
-        self.check_size(
-            f"params {ring.name!r}, ring {ring.level}",
-            dtype_of(leaf.dtype),
-            groups=groups,
-            weights=weights,
-        )
+        what = f"params {ring.name!r}, ring {ring.level}"
+        self.check_size(what, dtype_of(leaf.dtype), groups=groups, weights=weights)
 
     def hides(self, dtype: Any, shape: Sequence[int]) -> bool:
         """Whether a leaf of this dtype and shape could be encrypted weight by weight."""

@@ -16,6 +16,13 @@ from .._keys.keys import LevelKey
 from .checks import COUNT, COUNTS, LIST, TEXT, Checker, hex_of
 
 _NONCE_BYTES, _TAG_BYTES = 12, 16
+_RULES = {
+    "tensor": TEXT,
+    "mask_shape": COUNTS,
+    "groups": COUNT,
+    "bytes": COUNT,
+    "sha256": hex_of(hashlib.sha256().digest_size),
+}
 
 
 class SealedRing(NamedTuple):
@@ -104,14 +111,10 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
     end = 4 + int.from_bytes(plain[:4], "little")
     check.that(len(plain) >= end, "table", "a table of the given length")
     table = check.fields(check.json(plain[4:end]), "table", rings=LIST)
-    rules = {
-        "tensor": TEXT, "mask_shape": COUNTS, "groups": COUNT, "bytes": COUNT,
-        "sha256": hex_of(hashlib.sha256().digest_size),
-    }  # fmt: skip
     rings: dict[str, SealedRing] = {}
     for entry in table["rings"]:
-        check.fields(entry, "rings", **rules)
-        name, shape, groups, size, digest = (entry[field] for field in rules)
+        check.fields(entry, "rings", **_RULES)
+        name, shape, groups, size, digest = (entry[field] for field in _RULES)
         check.that(name not in rings, "tensor", "each tensor once")
         rings[name] = SealedRing(name, tuple(shape), groups, plain[end : end + size], digest)
         end += size
@@ -127,14 +130,7 @@ def box_context(manifest: str, level: int) -> bytes:
 
 def _content(rings: Sequence[SealedRing]) -> bytes:
     table = [
-        {
-            "tensor": ring.tensor,
-            "mask_shape": ring.mask_shape,
-            "groups": ring.groups,
-            "bytes": len(ring.bitmap),
-            "sha256": ring.sha256,
-        }
-        for ring in rings
+        dict(zip(_RULES, ring._replace(bitmap=len(ring.bitmap)), strict=True)) for ring in rings
     ]
     head = json.dumps({"rings": table}, ensure_ascii=False, separators=(",", ":")).encode()
     return len(head).to_bytes(4, "little") + head + b"".join(ring.bitmap for ring in rings)

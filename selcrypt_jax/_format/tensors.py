@@ -144,12 +144,8 @@ class Unlocked:
         if name in self.rings:
             from .rings import rewrite_tensor
 
-            info, rings, cipher = (
-                self.tensors[name],
-                self.rings[name],
-                self.envelope.manifest.cipher,
-            )
-            what = self.envelope.what
+            info, rings = self.tensors[name], self.rings[name]
+            cipher, what = self.envelope.manifest.cipher, self.envelope.what
             rewrite_tensor(data, info, rings, self._keys, cipher, inverse=True, what=what)
         return data
 

@@ -266,7 +266,7 @@ def _by_gradient(
     """Mean over batches of the scores of weight times gradient."""
     tree = named_leaves(params)
     chosen = select_differentiable(params, select)
-    arrays = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+    arrays = tree.arrays
 
     # Weights come as arguments, since what is closed over becomes part of the program; and one
     # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
@@ -312,9 +312,10 @@ def batch_count(batches: PyTree) -> int:
     """
     leaves = named_leaves(batches, "batches").leaves
     sizes = {name: leaf.shape[0] if np.ndim(leaf) else None for name, leaf in leaves.items()}
-    if len(set(sizes.values())) != 1 or not next(iter(sizes.values())):
+    count, *others = {*sizes.values()} or {None}
+    if others or not count:
         raise ValueError(
             f"batches: expected arrays with the same first axis, one batch an entry, got {sizes}. "
             "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
         )
-    return int(next(iter(sizes.values())))  # pyright: ignore[reportArgumentType]
+    return count

@@ -71,9 +71,7 @@ class PSSConfig:
             raise ValueError(
                 f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
             )
-        if self.optimizer is not None and not isinstance(
-            self.optimizer, optax.GradientTransformation
-        ):
+        if not isinstance(self.optimizer, optax.GradientTransformation | None):
             raise TypeError(
                 f"optimizer: expected an optax transformation, such as optax.adam(0.1), got "
                 f"{type(self.optimizer).__name__}."

@@ -22,7 +22,6 @@ from .._tree.names import (
     AnyArray,
     Selector,
     check_key,
-    is_array,
     named_leaves,
     select_differentiable,
 )
@@ -126,7 +125,6 @@ def pss_learner(
         >>> scores = learner.scores(state)
     """
     tree = named_leaves(params)
-    passive = {name: leaf for name, leaf in tree.leaves.items() if not is_array(leaf)}
     shapes = {
         name: group_shape(leaf.shape, granularity, layout)
         for name, leaf in select_differentiable(params, select).items()
@@ -134,13 +132,13 @@ def pss_learner(
     names = list(shapes)
     optimizer = config.optimizer or optax.adam(0.1, eps=max(config.penalty / 10, 1e-8))
     at_rest = 1.0 if config.objective == "keep" else 0.0
+    taken = tree.arrays.keys()
 
     def arrays(params: PyTree) -> dict[str, AnyArray]:
-        leaves = named_leaves(params).leaves
-        return {name: leaf for name, leaf in leaves.items() if name not in passive}
+        return {n: leaf for n, leaf in named_leaves(params).leaves.items() if n in taken}
 
     def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
-        loss = loss_fn(tree.rebuild(leaves | changed | passive), batch)
+        loss = loss_fn(tree.rebuild(leaves | changed), batch)
         return checked_loss(loss).astype(jnp.float32)
 
     # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
@@ -159,21 +157,15 @@ def pss_learner(
         return {name: wide[name].mean() + wide[name].std() * normal[name] for name in names}
 
     def gates(log_alpha: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        uniform = draw(jax.random.uniform, key, shapes) if config.sampled else None
+        uniform = draw(jax.random.uniform, key, shapes) if config.sampled else {}
         return {
-            name: hard_concrete(
-                log_alpha[name],
-                uniform=None if uniform is None else uniform[name],
-                beta=config.beta,
-            )
+            name: hard_concrete(log_alpha[name], uniform=uniform.get(name), beta=config.beta)
             for name in names
         }
 
     @jax.jit
     def rest_and_broken(leaves: dict[str, AnyArray], batch: Any, key: PRNGKeyArray) -> Array:
-        everything = {
-            name: leaf.astype(leaves[name].dtype) for name, leaf in noise(leaves, key).items()
-        }
+        everything = {n: leaf.astype(leaves[n].dtype) for n, leaf in noise(leaves, key).items()}
         return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
 
     def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
@@ -211,32 +203,6 @@ def pss_learner(
             log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
         )
 
-    def objective(
-        log_alpha: dict[str, Array],
-        leaves: dict[str, AnyArray],
-        batch: Any,
-        key: PRNGKeyArray,
-        cap: Array,
-        active: dict[str, Array],
-    ) -> tuple[Array, tuple[Array, Array]]:
-        gate_key, noise_key = jax.random.split(key)
-        instead = noise(leaves, noise_key) if config.objective == "break" else None
-        changed, price = {}, jnp.float32(0)
-        for name, gate in gates(log_alpha, gate_key).items():
-            gate = jnp.where(active[name], gate, at_rest)
-            wide = leaves[name].astype(jnp.float32)
-            wide = wide * gate if instead is None else wide + gate * (instead[name] - wide)
-            changed[name] = wide.astype(leaves[name].dtype)
-            open_ = probability_open(log_alpha[name], beta=config.beta).sum()
-            price += jnp.where(active[name], open_, 0)
-        loss = task_loss(leaves, changed, batch)
-        if config.objective == "keep":
-            target = loss
-        else:
-            # Logarithm: what breaks a network multiplies its loss, group by group.
-            target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), cap)
-        return target + config.penalty * price, (loss, price)
-
     def step(
         leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
     ) -> tuple[PSSState, PSSMetrics]:
@@ -250,14 +216,25 @@ def pss_learner(
             fresh = optimizer.init(state.log_alpha)
             first = state.step % config.steps == 0
             opt_state = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, opt_state)
-        gradients, (loss, price) = jax.grad(objective, has_aux=True)(
-            state.log_alpha,
-            leaves,
-            batch,
-            jax.random.fold_in(state.key, state.step),
-            state.cap,
-            active,
-        )
+        gate_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        instead = noise(leaves, noise_key) if config.objective == "break" else None
+
+        def objective(log_alpha: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
+            changed, price = {}, jnp.float32(0)
+            for name, gate in gates(log_alpha, gate_key).items():
+                gate = jnp.where(active[name], gate, at_rest)
+                wide = leaves[name].astype(jnp.float32)
+                wide = wide * gate if instead is None else wide + gate * (instead[name] - wide)
+                changed[name] = wide.astype(leaves[name].dtype)
+                open_ = probability_open(log_alpha[name], beta=config.beta).sum()
+                price += jnp.where(active[name], open_, 0)
+            loss = target = task_loss(leaves, changed, batch)
+            if config.objective == "break":
+                # Logarithm: what breaks a network multiplies its loss, group by group.
+                target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), state.cap)
+            return target + config.penalty * price, (loss, price)
+
+        gradients, (loss, price) = jax.grad(objective, has_aux=True)(state.log_alpha)
         # optax itself mixes dtypes; strict promotion is meant for the code of the user.
         with jax.numpy_dtype_promotion("standard"):
             updates: Any
@@ -271,9 +248,6 @@ def pss_learner(
         }
         state = state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1)
         return state, PSSMetrics(loss, price)
-
-    def scores(state: PSSState) -> PyTree:
-        return tree.rebuild_only(state.log_alpha)
 
     one_step = jax.jit(step)
 
@@ -300,7 +274,7 @@ def pss_learner(
         return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
 
     total = config.steps * (len(names) if config.layerwise else 1)
-    return PSSLearner(init, run, scores, total)
+    return PSSLearner(init, run, lambda state: tree.rebuild_only(state.log_alpha), total)
 
 
 def pss(

@@ -8,8 +8,6 @@ import numpy as np
 
 from .._tree.dtypes import DTYPES, SAFETENSORS
 
-_CODES = {dtype.name: code for code, dtype in SAFETENSORS.items()}
-
 
 class ArrayInfo(NamedTuple):
     """Dtype (safetensors' name) and shape."""
@@ -60,14 +58,14 @@ class ArraySource:
     def __init__(self, arrays: Mapping[str, Any], what: str = "params") -> None:
         self.tensors = {}
         for name, array in arrays.items():
-            code = _CODES.get(str(array.dtype))
-            if code is None or DTYPES[str(array.dtype)].bits < 8:
+            known = DTYPES.get(str(array.dtype))
+            if known is None or known.code is None or known.bits < 8:
                 raise ValueError(
                     f"{what} {name!r}: expected one of the dtypes that a safetensors file can "
                     f"hold, got {array.dtype}. Convert it, or keep it out of the tree (random "
                     "state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
                 )
-            self.tensors[name] = ArrayInfo(code, tuple(array.shape))
+            self.tensors[name] = ArrayInfo(known.code, tuple(array.shape))
         self._arrays = arrays
 
     def read(self, name: str) -> bytearray:

@@ -1,4 +1,4 @@
-"""The errors that programs tell apart: a class and a reason in one word, beside the sentence."""
+"""Errors of arguments, and those that programs tell apart: with a reason in one word."""
 
 import functools
 from typing import Any, Literal
@@ -10,6 +10,22 @@ IntegrityReason = Literal[
 GrantReason = Literal[
     "kind", "damaged", "passphrase", "recipient", "model", "level", "secret", "signer"
 ]
+
+
+def check_type(value: object, kind: Any, expected: str, remedy: str) -> None:
+    """Refuses an argument of another type; the message does not show it, for it may be a secret.
+
+    Args:
+        value: of the argument.
+        kind: type, or union of types.
+        expected: the argument and what it should be.
+        remedy: what to do about it.
+
+    Raises:
+        TypeError: it is of another type.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
 
 
 class _ReasonedError(ValueError):

@@ -156,10 +156,9 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
     import jax
     import orbax.checkpoint as ocp
 
-    from .._tree.names import is_array, named_leaves
+    from .._tree.names import named_leaves
 
-    leaves = named_leaves(tree).leaves
-    nested = _nested({name: leaf for name, leaf in leaves.items() if is_array(leaf)})
+    nested = _nested(named_leaves(tree).arrays)
     folder, problem = None, None
     with ExitStack() as stack:
         if jax.process_index() == 0:
@@ -203,7 +202,7 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
     """
     import orbax.checkpoint as ocp
 
-    from .._tree.names import is_array, listed, named_leaves
+    from .._tree.names import listed, named_leaves
 
     folder = Path(path).absolute()
     if not folder.is_dir():
@@ -218,7 +217,7 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
             "Protect it, or name the folder that holds that file."
         )
     tree = named_leaves(like, "like")
-    given = {name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)}
+    given = tree.arrays
     with ocp.PyTreeCheckpointer() as checkpointer:
         try:
             found: Any = checkpointer.metadata(folder)

@@ -90,11 +90,6 @@ class SafetensorsFile(AbstractContextManager[Any]):
         OSError: a file that can't be read.
     """
 
-    path: Path
-    tensors: dict[str, TensorInfo]
-    metadata: dict[str, str] | None
-    size: int
-
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         mode = self.path.stat().st_mode

@@ -326,7 +326,7 @@ def _decoded(text: str, what: str, field: str, size: int) -> bytes:
     return data
 
 
-def damaged(what: str, problem: str) -> GrantError:
+def damaged(what: AnyPath, problem: str) -> GrantError:
     """The error for a key file that nobody wrote like that."""
     return GrantError(
         f"{what}: {problem}. The file is cut off, damaged or mistyped: take another copy, or ask "

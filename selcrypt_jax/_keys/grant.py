@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .._io.errors import check_type
 from .age import sealed, unsealed
 from .files import GRANT, AnyPath, Passphrase, damaged, read_key_file, write_key_file
 from .keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey
@@ -32,15 +33,9 @@ class Grant:
     signer: VerifyKey | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.key, LevelKey):
-            raise TypeError(
-                f"key: expected a LevelKey, got {type(self.key).__name__}. Make one with level_key."
-            )
-        if not isinstance(self.signer, VerifyKey | None):
-            raise TypeError(
-                f"signer: expected a VerifyKey, got {type(self.signer).__name__}. Pass the "
-                "`public` of the owner's SigningKey, or VerifyKey.read(path)."
-            )
+        check_type(self.key, LevelKey, "key: expected a LevelKey", "Make one with level_key.")
+        remedy = "Pass the `public` of the owner's SigningKey, or VerifyKey.read(path)."
+        check_type(self.signer, VerifyKey | None, "signer: expected a VerifyKey", remedy)
 
     @classmethod
     def read(
@@ -67,9 +62,7 @@ class Grant:
         level, signer = fields["level"], fields.get("signer")
         # Not int() alone, which takes 0_2 and other scripts' digits, and shows what it refuses.
         if not (re.fullmatch("[1-9][0-9]{0,8}", level) and int(level) <= MAX_LEVELS):
-            raise damaged(
-                str(path), f"level: expected a number 1..{MAX_LEVELS}, got something else"
-            )
+            raise damaged(path, f"level: expected a number 1..{MAX_LEVELS}, got something else")
         if signer is not None:
             signer = VerifyKey(_unhexed(path, "signer", signer, KEY_BYTES))
         return cls(LevelKey(value, level=int(level), model_id=model_id), signer)
@@ -110,6 +103,6 @@ def _unhexed(path: AnyPath, field: str, text: str, size: int) -> bytes:
     # fromhex() takes upper case and spaces, too.
     if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
         raise damaged(
-            str(path), f"{field}: expected {size} bytes as hex in lower case, got something else"
+            path, f"{field}: expected {size} bytes as hex in lower case, got something else"
         )
     return bytes.fromhex(text)

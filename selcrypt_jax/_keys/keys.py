@@ -15,7 +15,7 @@ import operator
 import os
 from typing import TYPE_CHECKING
 
-from .._io.errors import GrantError
+from .._io.errors import GrantError, check_type
 from .files import SECRET, StoredKey
 from .material import KEY_BYTES, KeyMaterial, checked_bytes, hkdf, stretched
 
@@ -218,10 +218,7 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
     """
     from .chacha import chacha20_key
 
-    if not isinstance(key, LevelKey):
-        raise TypeError(
-            f"key: expected a LevelKey, got {type(key).__name__}. Make one with level_key."
-        )
+    check_type(key, LevelKey, "key: expected a LevelKey", "Make one with level_key.")
     return tuple(chacha20_key(lower.cipher_key()) for lower in key.all())
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from .._io.errors import check_type
 from .files import SIGNING, VERIFY, AnyPath, StoredKey, read_key_file, write_key_file
 from .material import KEY_BYTES, checked_bytes
 
@@ -123,7 +124,4 @@ def check_signing(signing: object) -> None:
     Raises:
         TypeError: neither a `SigningKey` nor None.
     """
-    if signing is not None and not isinstance(signing, SigningKey):
-        raise TypeError(
-            f"signing: expected a SigningKey, got {type(signing).__name__}. {SigningKey._remedy}"
-        )
+    check_type(signing, SigningKey | None, "signing: expected a SigningKey", SigningKey._remedy)

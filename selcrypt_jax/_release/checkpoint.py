@@ -1,9 +1,8 @@
 """Checkpoints on disk: one file, several with an index, or an Orbax folder; read and written."""
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
@@ -17,13 +16,12 @@ from .._io.atomic import check_output, new_file, new_folder
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_shards, find_shards
+from .._keys.files import AnyPath
 from .._keys.keys import LevelKey, Secret, level_key, new_model_id
 from .._keys.signing import SigningKey, VerifyKey, check_signing
 
 if TYPE_CHECKING:
     from .._io.orbax import OrbaxCheckpoint
-
-AnyPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -207,21 +205,21 @@ class Checkpoint:
         for name, envelope in result.items():
             envelope.check_signature(signer)
             check_table(self.files[name], envelope)
-            manifest, problem = envelope.manifest, ""
+            manifest = envelope.manifest
             for field in ("model_id", "cipher", "signer"):
                 if getattr(manifest, field) != getattr(first.manifest, field):
-                    problem = (
+                    raise IntegrityError(
                         f"{self.path}: expected shards of one protection, but {envelope.what} and "
-                        f"{first.what} differ in {field}. Get all of them together."
+                        f"{first.what} differ in {field}. Get all of them together.",
+                        reason="shard",
                     )
             expected = manifest.shard if self.index is None else self.shard(name)
             if manifest.shard != expected or len(manifest.levels) != len(first.manifest.levels):
-                problem = problem or (
+                raise IntegrityError(
                     f"{envelope.what}: expected shard {expected}, got {manifest.shard}. Shards "
-                    "were left out, added or renamed."
+                    "were left out, added or renamed.",
+                    reason="shard",
                 )
-            if problem:
-                raise IntegrityError(problem, reason="shard")
         return result
 
     def unlocked(
@@ -258,43 +256,38 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 @contextmanager
 def checkpoint_outputs(
-    checkpoint: Checkpoint, output: AnyPath, *, force: bool, in_place: bool = False
-) -> Iterator[Callable[[str], AbstractContextManager[Output]]]:
+    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool
+) -> Iterator[Callable[[str], Output]]:
     """Opens outputs by file name; all of them appear together, or none.
 
     Args:
         checkpoint: the input; the outputs are of its kind, with its file names.
-        output: path of the file, or of the folder.
+        output: path of the file, or of the folder; None to take the place of the input, a file.
         force: replace an existing file.
-        in_place: the output takes the place of the input.
 
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
     """
     inputs = [file.path for file in checkpoint.files.values()]
-    if not in_place:
+    if output is None:
+        output, force = checkpoint.path, True
+    else:
         check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
     (first, *_) = checkpoint.files.values()
 
-    @contextmanager
-    def folder_output(like: "OrbaxCheckpoint") -> Iterator[Output]:
+    if not isinstance(first, SafetensorsFile):
         from .._io.orbax import orbax_output
 
-        with orbax_output(output, like) as new:
-            yield _OrbaxOutput(*new)
-
-    if not isinstance(first, SafetensorsFile):
-        yield lambda _: folder_output(first)
+        with orbax_output(output, first) as new:
+            yield lambda _: _OrbaxOutput(*new)
     elif checkpoint.index is None:
         # Opened now, so that what is wrong with it is told before the work.
         with new_file(output, force=force) as file:
-            yield lambda _: nullcontext(_SafetensorsOutput(file))
+            yield lambda _: _SafetensorsOutput(file)
     else:
         with new_folder(output) as folder:
             # All files get their names together, when the last one is written: until then a
             # process that is killed leaves nothing of them behind.
             with ExitStack() as stack:
-                yield lambda name: nullcontext(
-                    _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
-                )
+                yield lambda name: _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

@@ -125,8 +125,7 @@ def protect_file(
             for name, file in checkpoint.files.items():
                 here = {t: chosen.rings[t] for t in file.tensors if t in chosen.rings}
                 job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
-                with create(name) as out:
-                    out.protected(job, protection)
+                create(name).protected(job, protection)
     untouched: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
         if name not in chosen.rings:

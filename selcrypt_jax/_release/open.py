@@ -59,9 +59,9 @@ def open_model(
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:
     from .._io.arrays import ArrayInfo, ArraySource
-    from .._tree.names import listed
+    from .._tree.names import listed, named_leaves
 
-    leaves = _arrays(like)
+    leaves = named_leaves(like, "like").arrays
     extra = [name for name in tensors if name not in leaves]
     missing = [name for name in leaves if name not in tensors]
     if extra or missing:
@@ -84,8 +84,8 @@ def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
 
     from .._tree.names import named_leaves
 
-    leaves = dict(arrays)
-    for name, leaf in _arrays(like).items():
+    tree, leaves = named_leaves(like, "like"), dict(arrays)
+    for name, leaf in tree.arrays.items():
         dtype = arrays[name].dtype
         if isinstance(leaf, np.ndarray | np.generic):
             continue
@@ -95,11 +95,4 @@ def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
                 "would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
             )
         leaves[name] = jax.device_put(arrays[name], leaf.sharding)
-    return named_leaves(like, "like").rebuild(leaves)
-
-
-def _arrays(like: Any) -> dict[str, Any]:
-    from .._tree.names import is_array, named_leaves
-
-    leaves = named_leaves(like, "like").leaves
-    return {name: leaf for name, leaf in leaves.items() if is_array(leaf)}
+    return tree.rebuild(leaves)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
-from .._io.errors import GrantError
+from .._io.errors import GrantError, check_type
 from .._io.safetensors import SafetensorsFile
 from .._keys.grant import Grant
 from .._keys.keys import LevelKey, Secret, level_key
@@ -41,22 +41,17 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, Veri
         grant = Grant.read(grant)
     if isinstance(grant, LevelKey):
         grant = Grant(grant)
-    if not isinstance(grant, Grant):
-        raise TypeError(
-            f"grant: expected a Grant, a LevelKey or the path of a grant file, got "
-            f"{type(grant).__name__}. The owner makes one with issue_grant."
-        )
+    expected = "grant: expected a Grant, a LevelKey or the path of a grant file"
+    check_type(grant, Grant, expected, "The owner makes one with issue_grant.")
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
 def _verify_key(signer: AnySigner | None) -> VerifyKey | None:
     if isinstance(signer, str | os.PathLike):
         return VerifyKey.read(signer)
-    if not isinstance(signer, VerifyKey | None):
-        raise TypeError(
-            f"signer: expected a VerifyKey or the path of its file, got {type(signer).__name__}. "
-            "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
-        )
+    remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
+    expected = "signer: expected a VerifyKey or the path of its file"
+    check_type(signer, VerifyKey | None, expected, remedy)
     return signer
 
 
@@ -131,8 +126,7 @@ def unlock_file(
         plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             for name, source in plain.items():
-                with create(name) as out:
-                    out.plain(source)
+                create(name).plain(source)
 
 
 def rotate_file(
@@ -204,21 +198,16 @@ def rotate_file(
         key = level_key(secret, manifest.model_id, levels=levels)
         plain = checkpoint.unlocked(envelopes, key, owner=True)
         protection = Protection.new(secret, levels, manifest.cipher, signing)
-        in_place = output is None
-        if in_place and (checkpoint.index is not None or checkpoint.path.is_dir()):
+        if output is None and (checkpoint.index is not None or checkpoint.path.is_dir()):
             raise ValueError(
                 f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
                 "output, got none. Name one."
             )
-        target = checkpoint.path if output is None else output
-        with checkpoint_outputs(
-            checkpoint, target, force=force or in_place, in_place=in_place
-        ) as create:
+        with checkpoint_outputs(checkpoint, output, force=force) as create:
             for name, source in plain.items():
                 old = source.envelope
                 job = Job(source, old.own, source.rings, checkpoint.shard(name), old.what)
-                with create(name) as out:
-                    out.protected(job, protection)
+                create(name).protected(job, protection)
     return protection.key.model_id
 
 

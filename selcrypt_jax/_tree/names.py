@@ -24,35 +24,10 @@ AnyArray = Array | np.ndarray
 Keys = Sequence[Key[Array, ""]] | Key[Array, " keys"]
 
 
-def _component(key: Any) -> str:
-    """The plain text of one step of a JAX key path."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
 def _is_variable(node: Any) -> bool:
     # Looked up and not imported: a tree can only hold an nnx.Variable if nnx is loaded already.
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(node, nnx.Variable)
-
-
-def _names(tree: PyTree) -> list[str]:
-    """One name a leaf, in the order of ``jax.tree.leaves``."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_variable)[0]
-    # An nnx.Variable adds a step of its own (".value") below the name that its user gave it.
-    boxes: set[Hashable] = {path for path, node in nodes if _is_variable(node)}
-    names = []
-    for path in paths:
-        steps = [
-            _component(key)
-            for depth, key in enumerate(path)
-            if not (depth and path[:depth] in boxes)
-        ]
-        names.append("/".join(steps))
-    return names
 
 
 @dataclass(frozen=True)
@@ -67,6 +42,11 @@ class NamedLeaves:
 
     leaves: dict[str, Any]
     treedef: Any
+
+    @property
+    def arrays(self) -> dict[str, Any]:
+        """The leaves that are arrays; see `is_array`."""
+        return {name: leaf for name, leaf in self.leaves.items() if is_array(leaf)}
 
     def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
         """A tree of the same structure; names that ``leaves`` lacks keep their own leaf."""
@@ -90,19 +70,23 @@ def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
     Raises:
         ValueError: two leaves have the same name, as ``{"a/b": x, "a": {"b": y}}`` would.
     """
-    names = _names(tree)
-    leaves, treedef = jax.tree.flatten(tree)
-    result: dict[str, Any] = {}
-    for position, (name, leaf) in enumerate(zip(names, leaves, strict=True)):
-        if name in result:
-            paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
+    # An nnx.Variable adds a step of its own (".value") below the name that its user gave it.
+    boxes: set[Hashable] = {path for path, node in nodes if _is_variable(node)}
+    leaves: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for path, leaf in flat:
+        steps = [key for depth, key in enumerate(path) if not (depth and path[:depth] in boxes)]
+        name = jax.tree_util.keystr(tuple(steps), simple=True, separator="/")
+        here = jax.tree_util.keystr(path)
+        if name in leaves:
             raise ValueError(
-                f"{what}: two leaves are called {name!r}: {paths[names.index(name)]} and "
-                f"{paths[position]}. Expected one leaf a name; rename one of them, so that no "
-                "key contains the '/' that joins names."
+                f"{what}: two leaves are called {name!r}: {paths[name]} and {here}. Expected one "
+                "leaf a name; rename one of them, so that no key contains the '/' that joins names."
             )
-        result[name] = leaf
-    return NamedLeaves(result, treedef)
+        leaves[name], paths[name] = leaf, here
+    return NamedLeaves(leaves, treedef)
 
 
 def check_key(key: object) -> None:

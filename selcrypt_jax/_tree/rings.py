@@ -36,9 +36,7 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
         )
     whole = [checked_mask(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
     found: list[Ring] = []
-    for name, leaf in params.leaves.items():
-        if not is_array(leaf):
-            continue  # its masks are False: _fit has seen to that
+    for name, leaf in params.arrays.items():  # the masks of others are False, see _fit_leaf
         previous = np.zeros((1,) * leaf.ndim, bool)
         for index, mask in enumerate(whole):
             lost = previous > mask[name]
@@ -174,17 +172,11 @@ def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
         >>> counts = mask_counts(params, masks[-1]).values()
         >>> share = sum(c.weights for c in counts) / sum(c.total for c in counts)
     """
-    leaves = named_leaves(params)
-    counts = {
-        name: LeafCount(0, 0, math.prod(leaf.shape))
-        for name, leaf in leaves.leaves.items()
-        if is_array(leaf)
-    }
-    for ring in split_rings(leaves, (mask,)):
-        shape = leaves.leaves[ring.name].shape
-        groups = int(ring.mask.sum())
-        size = math.prod(shape) // max(ring.mask.size, 1)
-        counts[ring.name] = LeafCount(groups, groups * size, math.prod(shape))
+    tree = named_leaves(params)
+    counts = {n: LeafCount(0, 0, math.prod(leaf.shape)) for n, leaf in tree.arrays.items()}
+    for ring in split_rings(tree, (mask,)):
+        groups, total = int(ring.mask.sum()), counts[ring.name].total
+        counts[ring.name] = LeafCount(groups, groups * total // ring.mask.size, total)
     return counts
 
 
