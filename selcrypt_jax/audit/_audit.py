@@ -10,16 +10,11 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from .. import __version__
 from .._io.atomic import writable_folder
+from .._io.progress import bars
 from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
@@ -66,13 +61,7 @@ def audit(
     grid = config.grid.quick() if quick else config.grid
 
     reports, advice, kept, checks = [], [], [], []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
+    with bars(console) as progress:
         for described in config.subjects:
             cells = _cells(out, described, grid)
             kept.append(cells)

@@ -30,7 +30,6 @@ class Subject(NamedTuple):
     """A trained network, and how to judge it.
 
     Attributes:
-        name: for files and tables.
         network: trained.
         loss: ``(model, batch) -> scalar``.
         fresh: builds the network as it is before training.
@@ -42,7 +41,6 @@ class Subject(NamedTuple):
         pictures: of a denoiser; ``None`` for a classifier.
     """
 
-    name: str
     network: Network
     loss: ModelLoss
     fresh: Callable[[nnx.Rngs], nnx.Module]
@@ -67,7 +65,7 @@ def _fit(
     steps: int,
     rate: float,
     key: PRNGKeyArray,
-    advance: Callable[[Array], None],
+    advance: Callable[[], None],
 ) -> Network:
     """Adam with a cosine schedule."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -95,14 +93,14 @@ def _fit(
     value = jnp.nan
     for key_of_step in jax.random.split(key, steps):
         carry, value = step(carry, key_of_step)
-        advance(value)
+        advance()
     if not jnp.isfinite(value):
         raise FloatingPointError(f"training: the loss became {value}; try another --seed.")
     return Network.of(nnx.merge(graphdef, *carry[:2]))
 
 
 def train_vgg19(
-    *, width: float, steps: int, seed: int, advance: Callable[[Array], None] = lambda loss: None
+    *, width: float, steps: int, seed: int, advance: Callable[[], None] = lambda: None
 ) -> Subject:
     """VGG19 on the digits of scikit-learn, 32×32.
 
@@ -110,7 +108,7 @@ def train_vgg19(
         width: factor on the number of channels.
         steps: of 32 images each.
         seed: of everything.
-        advance: called after each step, with its loss.
+        advance: called after each step.
     """
     batch_size = 32
     train, test = digits(seed)
@@ -136,7 +134,6 @@ def train_vgg19(
     network = _fit(model, loss, sample, steps=steps, rate=1e-3, key=fit, advance=advance)
     share = accuracy(network, test.images, test.labels)
     return Subject(
-        name="vgg19",
         network=network,
         loss=loss,
         fresh=fresh,
@@ -155,7 +152,7 @@ def train_dncnn(
     steps: int,
     crop: int,
     seed: int,
-    advance: Callable[[Array], None] = lambda loss: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Subject:
     """DnCNN on photographs of scikit-image, σ = 25.
 
@@ -165,7 +162,7 @@ def train_dncnn(
         steps: of 16 patches of 40×40 pixels each.
         crop: side of the test photographs, in pixels.
         seed: of everything.
-        advance: called after each step, with its loss.
+        advance: called after each step.
     """
     patches = jnp.asarray(training_patches(4096, 40, seed))
     start, fit, draw, noise = jax.random.split(jax.random.key(seed), 4)
@@ -187,7 +184,6 @@ def train_dncnn(
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
     denoised = jax.jit(lambda params: network(params, noisy))
     return Subject(
-        name="dncnn",
         network=network,
         loss=loss,
         fresh=fresh,
