@@ -1,5 +1,6 @@
 """Attacks by name: where an attacker starts, what is trained, and how."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +14,7 @@ from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
-from ._normalisation import is_scale
-from ._subject import (
-    Subject,
-    normalisation_leaves,
-    reset,
-    whole_leaves,
-)
+from ._subject import Subject, is_scale, normalisation_leaves, reset
 from ._unshuffle import unshuffle
 
 
@@ -40,9 +35,6 @@ class Loot(NamedTuple):
     params: PyTree
     mask: PyTree
     key: PRNGKeyArray
-
-
-Start = Callable[[Loot], PyTree]
 
 
 class _Parts(NamedTuple):
@@ -80,10 +72,6 @@ def _fresh_where_encrypted(loot: Loot) -> PyTree:
     leaves, fresh = parts.params.leaves, named_leaves(loot.subject.fresh(loot.key)).leaves
     chosen = {n: jnp.where(m, fresh[n], leaves[n]) for n, m in parts.kernels().items()}
     return named_leaves(_normalisation_averaged(loot)).rebuild(chosen)
-
-
-def _from_scratch(loot: Loot) -> PyTree:
-    return loot.subject.fresh(loot.key)
 
 
 def _normalisation_reset(loot: Loot) -> PyTree:
@@ -137,7 +125,7 @@ class Attack(NamedTuple):
     """
 
     knows: str
-    start: Start
+    start: Callable[[Loot], PyTree]
     trains: Literal["nothing", "all", "suspected", "normalisation", "order"]
     statistics: bool = False
 
@@ -167,7 +155,9 @@ ATTACKS: Mapping[str, Attack] = {
         _PLACES, _fresh_where_encrypted, "all", statistics=True
     ),
     "unshuffle": Attack(_PLACES, _as_shipped, "order"),
-    "from scratch": Attack("the architecture", _from_scratch, "all", statistics=True),
+    "from scratch": Attack(
+        "the architecture", lambda x: x.subject.fresh(x.key), "all", statistics=True
+    ),
 }
 
 # One for all rates, so that they share a compiled step.
@@ -216,22 +206,22 @@ def run_attack(
     if attack.trains == "order":
         yield from _unshuffled(params, loot, batch, stops)
         return
-    statistics = attack.statistics and subject.training_loss_fn is not None
+    training = subject.training_loss_fn if attack.statistics else None
     trainable: Any = True
     if attack.trains == "suspected":
         trainable = loot.mask
     elif attack.trains == "normalisation":
         norms = normalisation_leaves(params, subject.normalisation)
-        trainable = whole_leaves(named_leaves(params), norms)
+        trainable = named_leaves(params).rebuild_only(dict.fromkeys(norms, True))
     for checkpoint in fine_tune(
         params,
-        subject.training_loss_fn if statistics and subject.training_loss_fn else subject.loss_fn,
+        training or subject.loss_fn,
         batch,
         stops=stops,
         optimizer=_ADAM,
         rate=0.0 if attack.trains == "nothing" else rate,
         trainable=trainable,
-        statistics=statistics,
+        statistics=training is not None,
     ):
         yield checkpoint.step, checkpoint.params
 
@@ -239,19 +229,10 @@ def run_attack(
 def _unshuffled(
     params: PyTree, loot: Loot, batch: Callable[[int], Any], stops: Sequence[int]
 ) -> Iterator[tuple[int, PyTree]]:
-    few = [batch(number) for number in range(1, 3)]
-    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *few)
-    least = 2 * len(few) + 1
-    done = 0
-    for stop in stops:
-        found = unshuffle(
-            params,
-            loot.mask,
-            loot.subject.loss_fn,
-            batches,
-            trials=max(stop - done, least),
-        )
-        params, done = found.params, stop
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch(1), batch(2))
+    for last, stop in itertools.pairwise([0, *stops]):
+        trials = max(stop - last, 5)  # the least for two batches
+        params = unshuffle(params, loot.mask, loot.subject.loss_fn, batches, trials=trials).params
         yield stop, params
 
 

@@ -17,7 +17,8 @@ from .._masks.ranks import Scope
 from .._masks.scores import guess_layout
 from .._tree.groups import Layout
 from .._tree.names import named_leaves, select_leaves
-from ._subject import Subject, floats, normalisation_leaves
+from ._finetune import floats
+from ._subject import Subject, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
 LEARNED = ("pss", "pss-keep")
@@ -137,7 +138,9 @@ def strategy_masks(
 
 def everything(subject: Subject) -> Sequence[PyTree]:
     """The mask of a file of which nothing but architecture and statistics is left."""
-    return (floats(subject.params),)
+    tree = named_leaves(subject.params)
+    masks = {name: np.ones(leaf.shape, bool) for name, leaf in floats(tree).items()}
+    return (tree.rebuild_only(masks),)
 
 
 def _scores_of_file(subject: Subject, path: str) -> PyTree:
