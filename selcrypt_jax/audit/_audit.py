@@ -60,20 +60,14 @@ def audit(
     writable_folder(out)
     grid = config.grid.quick() if quick else config.grid
 
-    reports, advice, kept, checks = [], [], [], []
+    kept = [_cells(out, described, grid) for described in config.subjects]
     with bars(console) as progress:
-        for described in config.subjects:
-            cells = _cells(out, described, grid)
-            kept.append(cells)
-            report, found, two_files = _audit_subject(
-                described, grid, cells, target_advantage, progress
-            )
-            reports.append(report)
-            advice += found
-            checks += two_files
+        found = [
+            _audit_subject(described, grid, cells, target_advantage, progress)
+            for described, cells in zip(config.subjects, kept, strict=True)
+        ]
         task = progress.add_task("The cipher, and keys", total=1)
-        checks = [*check_cipher(seed=grid.seed), *checks]
-        keys = key_search()
+        checks, keys = check_cipher(seed=grid.seed), key_search()
         progress.advance(task)
     result = AuditReport(
         version=__version__,
@@ -85,10 +79,10 @@ def audit(
             "jax": jax.__version__,
             "backend": jax.default_backend(),
         },
-        subjects=reports,
-        cipher=checks,
+        subjects=[report for report, _, _ in found],
+        cipher=[*checks, *(check for _, _, two_files in found for check in two_files)],
         keys=keys,
-        advice=advice,
+        advice=[row for _, advice, _ in found for row in advice],
     )
     write_report(result, out)
     for cells in kept:

@@ -63,21 +63,14 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
     key = jax.random.key(seed)
     if plain == "random":
         return importance.random(subject.params, key=key, **options)
-    if plain in ("taylor", "fisher"):
-        function: Any = getattr(importance, plain)
-        return function(subject.loss_fn, subject.params, owner_batches(subject, seed), **options)
-    if plain in CLOSED_FORM:
-        return getattr(importance, plain)(subject.params, **options)
-    objective = "keep" if plain == "pss-keep" else "break"
-    config = PSSConfig(objective, penalty=1e-5 if objective == "keep" else 2e-3)
-    return pss(
-        subject.loss_fn,
-        subject.params,
-        owner_batches(subject, seed),
-        key=key,
-        config=config,
-        **options,
-    )
+    function: Any = pss if plain in LEARNED else getattr(importance, plain)
+    if plain in CLOSED_FORM and plain not in ("taylor", "fisher"):
+        return function(subject.params, **options)
+    if plain == "pss":
+        options |= {"key": key, "config": PSSConfig("break", penalty=2e-3)}
+    elif plain == "pss-keep":
+        options |= {"key": key, "config": PSSConfig("keep", penalty=1e-5)}
+    return function(subject.loss_fn, subject.params, owner_batches(subject, seed), **options)
 
 
 def _layout(subject: Subject) -> Layout:
@@ -102,13 +95,7 @@ def owner_batches(subject: Subject, seed: int) -> PyTree:
 
 
 def strategy_masks(
-    subject: Subject,
-    name: str,
-    scores: PyTree,
-    share: float,
-    *,
-    levels: int = 1,
-    scope: Scope = "leaf",
+    subject: Subject, name: str, scores: PyTree, share: float, levels: int, scope: Scope
 ) -> Sequence[PyTree]:
     """Nested masks of the best groups, with more where the strategy says so.
 
@@ -139,8 +126,7 @@ def strategy_masks(
 def everything(subject: Subject) -> Sequence[PyTree]:
     """The mask of a file of which nothing but architecture and statistics is left."""
     tree = named_leaves(subject.params)
-    masks = {name: np.ones(leaf.shape, bool) for name, leaf in floats(tree).items()}
-    return (tree.rebuild_only(masks),)
+    return with_whole_leaves(tree, [False], floats(tree))
 
 
 def _scores_of_file(subject: Subject, path: str) -> PyTree:

@@ -32,7 +32,7 @@ class Subject(NamedTuple):
     Attributes:
         network: trained.
         loss: ``(model, batch) -> scalar``.
-        fresh: builds the network as it is before training.
+        fresh: builds the network as it is before training, from ``rngs``.
         batches: arrays ``[batches, ...]`` for `loss`, from the training data.
         examples: the training data, arrays ``[examples, ...]`` as in a batch.
         metric: ``params -> float`` on test data; higher is better.
@@ -43,7 +43,7 @@ class Subject(NamedTuple):
 
     network: Network
     loss: ModelLoss
-    fresh: Callable[[nnx.Rngs], nnx.Module]
+    fresh: Callable[..., nnx.Module]
     batches: PyTree
     examples: PyTree
     metric: Callable[[PyTree], float]
@@ -74,9 +74,7 @@ def _fit(
     # Step by step and not in a scan: inside of loops, XLA's CPU backend does not rewrite the
     # gradients of convolutions into its fast form (40 times slower).
     @partial(jax.jit, donate_argnums=0)
-    def step(
-        carry: tuple[PyTree, PyTree, optax.OptState], key: PRNGKeyArray
-    ) -> tuple[tuple[PyTree, PyTree, optax.OptState], Array]:
+    def step(carry: Any, key: PRNGKeyArray) -> tuple[Any, Array]:
         params, rest, opt_state = carry
 
         def objective(params: nnx.State) -> tuple[Array, nnx.State]:
@@ -115,8 +113,7 @@ def train_vgg19(
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     start, fit, draw = jax.random.split(jax.random.key(seed), 3)
 
-    def fresh(rngs: nnx.Rngs) -> VGG19:
-        return VGG19(in_channels=1, width=width, dropout=0.1, rngs=rngs)
+    fresh = partial(VGG19, in_channels=1, width=width, dropout=0.1)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, shift = jax.random.split(key)
@@ -130,7 +127,7 @@ def train_vgg19(
     def loss(model: VGG19, batch: tuple[Array, Array]) -> Array:
         return cross_entropy(model, *batch)
 
-    model = fresh(nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
+    model = fresh(rngs=nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
     network = _fit(model, loss, sample, steps=steps, rate=1e-3, key=fit, advance=advance)
     share = accuracy(network, test.images, test.labels)
     return Subject(
@@ -167,8 +164,7 @@ def train_dncnn(
     patches = jnp.asarray(training_patches(4096, 40, seed))
     start, fit, draw, noise = jax.random.split(jax.random.key(seed), 4)
 
-    def fresh(rngs: nnx.Rngs) -> DnCNN:
-        return DnCNN(depth=depth, width=width, rngs=rngs)
+    fresh = partial(DnCNN, depth=depth, width=width)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, noise = jax.random.split(key)
@@ -178,7 +174,7 @@ def train_dncnn(
     def loss(model: DnCNN, batch: tuple[Array, Array]) -> Array:
         return squared_error(model, *batch)
 
-    model = fresh(nnx.Rngs(start))
+    model = fresh(rngs=nnx.Rngs(start))
     network = _fit(model, loss, sample, steps=steps, rate=2e-3, key=fit, advance=advance)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)

@@ -106,7 +106,5 @@ class DnCNN(nnx.Module):
         *inner, last = self.convs
         for conv, norm in zip(inner, self.norms, strict=False):
             x = conv(x)
-            if norm is not None:
-                x = norm(x)
-            x = nnx.relu(x)
+            x = nnx.relu(x if norm is None else norm(x))
         return last(x)

@@ -108,9 +108,7 @@ class VGG19(nnx.Module):
             )
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
-            if norm is not None:
-                x = norm(x)
-            x = nnx.relu(x)
+            x = nnx.relu(x if norm is None else norm(x))
             if index in POOLED:
                 x = _max_pool(x)
         # Five poolings leave a map of 1×1, so that flattening is the same in NHWC and NCHW.
