@@ -37,24 +37,14 @@ class Loot(NamedTuple):
     key: PRNGKeyArray
 
 
-class _Parts(NamedTuple):
-    """What is encrypted in a file: masks of whole leaves by name, and normalisation leaves."""
-
-    params: NamedLeaves
-    masks: dict[str, np.ndarray]
-    norms: dict[str, Array]
-
-    @classmethod
-    def of(cls, loot: Loot) -> "_Parts":
-        params = named_leaves(loot.params)
-        masks = checked_mask(params, loot.mask, "mask")
-        masks = {name: mask for name, mask in masks.items() if mask.any()}
-        norms = normalisation_leaves(loot.params, loot.subject.normalisation)
-        return cls(params, masks, {n: leaf for n, leaf in norms.items() if n in masks})
-
-    def kernels(self) -> dict[str, np.ndarray]:
-        """Masks of what is no normalisation."""
-        return {name: mask for name, mask in self.masks.items() if name not in self.norms}
+def _parts(loot: Loot) -> tuple[NamedLeaves, dict[str, np.ndarray], dict[str, Array]]:
+    """A file; what is encrypted in it: masks of its kernels, and its normalisation leaves."""
+    params = named_leaves(loot.params)
+    masks = checked_mask(params, loot.mask, "mask")
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
+    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    kernels = {name: mask for name, mask in masks.items() if name not in norms}
+    return params, kernels, {name: leaf for name, leaf in norms.items() if name in masks}
 
 
 def _as_shipped(loot: Loot) -> PyTree:
@@ -62,21 +52,21 @@ def _as_shipped(loot: Loot) -> PyTree:
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
-    parts = _Parts.of(loot)
-    return zero_fill(_normalisation_averaged(loot), parts.params.rebuild_only(parts.kernels()))
+    params, kernels, _ = _parts(loot)
+    return zero_fill(_normalisation_averaged(loot), params.rebuild_only(kernels))
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
     """Weights as before training where the file's are encrypted; normalisation averaged."""
-    parts = _Parts.of(loot)
-    leaves, fresh = parts.params.leaves, named_leaves(loot.subject.fresh(loot.key)).leaves
-    chosen = {n: jnp.where(m, fresh[n], leaves[n]) for n, m in parts.kernels().items()}
+    params, kernels, _ = _parts(loot)
+    fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
+    chosen = {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in kernels.items()}
     return named_leaves(_normalisation_averaged(loot)).rebuild(chosen)
 
 
 def _normalisation_reset(loot: Loot) -> PyTree:
     """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
-    params, _, norms = _Parts.of(loot)
+    params, _, norms = _parts(loot)
     return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
@@ -85,7 +75,7 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
     The lossless cipher keeps the values up to their fine bits: only their order is lost.
     """
-    params, _, norms = _Parts.of(loot)
+    params, _, norms = _parts(loot)
 
     def average(name: str, leaf: Array) -> Array:
         # Scales of both signs would cancel out.
@@ -97,14 +87,14 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
 def _pruned(loot: Loot) -> PyTree:
     """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
-    parts = _Parts.of(loot)
+    params, kernels, _ = _parts(loot)
     guesses = {}
-    for name, mask in parts.kernels().items():
-        leaf = np.asarray(jax.device_get(parts.params.leaves[name]), np.float64)
+    for name, mask in kernels.items():
+        leaf = np.asarray(jax.device_get(params.leaves[name]), np.float64)
         inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
         norms = np.square(leaf).sum(inside, keepdims=True)
         guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
-    return zero_fill(loot.params, parts.params.rebuild_only(guesses))
+    return zero_fill(loot.params, params.rebuild_only(guesses))
 
 
 class Attack(NamedTuple):

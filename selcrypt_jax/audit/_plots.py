@@ -6,7 +6,7 @@ import textwrap
 import xml.dom.minidom
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,13 +28,9 @@ _FONT: Any = {"font.size": 10.5, "legend.fontsize": 10, "axes.titlesize": 10.5}
 _WIDTH, _PANEL, _ROW = 4.2, 2.5, 0.2  # inches
 
 
-class _Style(NamedTuple):
-    color: str
-    marker: str
-    linestyle: Any
-
-
-_ALONE, _BASELINE = "architecture alone", _Style("black", ".", "--")
+_Style = dict[str, Any]
+_ALONE = "architecture alone"
+_BASELINE: _Style = {"color": "black", "marker": ".", "linestyle": "--"}
 
 
 @matplotlib.rc_context(_FONT)
@@ -113,7 +109,7 @@ def draw_levels(report: SubjectReport) -> Figure:
     for protection in with_levels:
         numbers = [level.level for level in protection.levels]
         metrics = [level.metric for level in protection.levels]
-        handles += axis.plot(numbers, metrics, **styles[protection.name]._asdict())
+        handles += axis.plot(numbers, metrics, **styles[protection.name])
     if with_levels:
         handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
         axis.set(xlabel="permission level (0: no key)", ylabel=f"quality, {report.unit}")
@@ -164,11 +160,11 @@ def _strategies(report: SubjectReport) -> list[str]:
 
 
 def _style(colour: int, number: int) -> _Style:
-    return _Style(
-        _COLOURS[colour % len(_COLOURS)],
-        _MARKERS[number % len(_MARKERS)],
-        _LINES[number % len(_LINES)],
-    )
+    return {
+        "color": _COLOURS[colour % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number % len(_LINES)],
+    }
 
 
 def _styles(report: SubjectReport) -> dict[str, _Style]:
@@ -214,9 +210,9 @@ def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Styl
     # No axis reaches what is infinite.
     metrics = [np.where(np.isfinite(row.recovered), row.recovered, np.nan) for row in rows]
     means = [row.mean() for row in metrics]
-    (line,) = axis.plot(x, means, **style._asdict(), markersize=5)
+    (line,) = axis.plot(x, means, **style, markersize=5)
     low, high = [row.min() for row in metrics], [row.max() for row in metrics]
-    axis.fill_between(x, low, high, color=style.color, alpha=0.12, linewidth=0)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     return line
 
 
@@ -226,7 +222,7 @@ def _intervals(axis: Axes, found: list[tuple[float, Any]], style: _Style) -> Any
     # A bootstrap's interval need not contain the mean, and a bar has no negative length.
     bars = np.maximum([means - ends[:, 0], ends[:, 1] - means], 0)
     x = [position for position, _ in found]
-    return axis.errorbar(x, means, yerr=bars, **style._asdict(), markersize=5, capsize=3)
+    return axis.errorbar(x, means, yerr=bars, **style, markersize=5, capsize=3)
 
 
 def _on_log_axis(values: Iterable[float]) -> dict[float, float]:

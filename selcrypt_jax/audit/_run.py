@@ -192,18 +192,14 @@ class Audit:
 
     def _attempts(self, plan: Plan) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
-        listed = []
-        for name in _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks:
-            attack = ATTACKS[name]
-            if not applies(attack, self.subject):
-                continue
-            trains = attack.trains != "nothing"
-            listed += [
-                (name, data, rate)
-                for data in (self.grid.data if needs_data(attack) else (0.0,))
-                for rate in (self.grid.rates if trains else (0.0,))
-            ]
-        return listed
+        names = _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks
+        return [
+            (name, data, rate)
+            for name in names
+            if applies(ATTACKS[name], self.subject)
+            for data in (self.grid.data if needs_data(ATTACKS[name]) else (0.0,))
+            for rate in (self.grid.rates if ATTACKS[name].trains != "nothing" else (0.0,))
+        ]
 
     def _levels(self, plan: Plan) -> list[list[float]]:
         """Rows of share of all weights, and metric by key; level 0 first."""
@@ -320,8 +316,7 @@ class Audit:
                         if attempt.data in (0, data) and step <= most:
                             old = found.get(attempt.attack, -math.inf)
                             found[attempt.attack] = np.fmax(old, values)
-                values = np.stack(list(found.values()))
-                names = list(found)
+                names, values = list(found), np.stack(list(found.values()))
                 winner = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
                 recovered = values.max(0).tolist()
                 gain = None

@@ -21,7 +21,10 @@ from ._finetune import floats
 from ._subject import Subject, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
-LEARNED = ("pss", "pss-keep")
+LEARNED = {
+    "pss": PSSConfig("break", penalty=2e-3),
+    "pss-keep": PSSConfig("keep", penalty=1e-5),
+}
 EVERYTHING = "everything"
 NORMALISATION = "+normalisation"
 SMALL = "+small"
@@ -35,12 +38,11 @@ def check_strategy(name: str) -> None:
         ValueError: it is not known.
     """
     plain = plain_strategy(name)
-    if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
-        return
-    raise ValueError(
-        f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
-        f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
-    )
+    if plain not in (*CLOSED_FORM, *LEARNED) and not plain.startswith("scores:"):
+        raise ValueError(
+            f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
+            f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
+        )
 
 
 def plain_strategy(name: str) -> str:
@@ -63,14 +65,12 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
     key = jax.random.key(seed)
     if plain == "random":
         return importance.random(subject.params, key=key, **options)
-    function: Any = pss if plain in LEARNED else getattr(importance, plain)
-    if plain in CLOSED_FORM and plain not in ("taylor", "fisher"):
-        return function(subject.params, **options)
-    if plain == "pss":
-        options |= {"key": key, "config": PSSConfig("break", penalty=2e-3)}
-    elif plain == "pss-keep":
-        options |= {"key": key, "config": PSSConfig("keep", penalty=1e-5)}
-    return function(subject.loss_fn, subject.params, owner_batches(subject, seed), **options)
+    if plain not in ("taylor", "fisher", *LEARNED):
+        return getattr(importance, plain)(subject.params, **options)
+    with_data = subject.loss_fn, subject.params, owner_batches(subject, seed)
+    if plain in LEARNED:
+        return pss(*with_data, key=key, config=LEARNED[plain], **options)
+    return getattr(importance, plain)(*with_data, **options)
 
 
 def _layout(subject: Subject) -> Layout:
