@@ -1,5 +1,6 @@
 """Attacks by name: where an attacker starts, what is trained, and how."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -13,13 +14,7 @@ from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
-from ._normalisation import is_scale
-from ._subject import (
-    Subject,
-    normalisation_leaves,
-    reset,
-    whole_leaves,
-)
+from ._subject import Subject, is_scale, normalisation_leaves, reset
 from ._unshuffle import unshuffle
 
 
@@ -42,27 +37,14 @@ class Loot(NamedTuple):
     key: PRNGKeyArray
 
 
-Start = Callable[[Loot], PyTree]
-
-
-class _Parts(NamedTuple):
-    """What is encrypted in a file: masks of whole leaves by name, and normalisation leaves."""
-
-    params: NamedLeaves
-    masks: dict[str, np.ndarray]
-    norms: dict[str, Array]
-
-    @classmethod
-    def of(cls, loot: Loot) -> "_Parts":
-        params = named_leaves(loot.params)
-        masks = checked_mask(params, loot.mask, "mask")
-        masks = {name: mask for name, mask in masks.items() if mask.any()}
-        norms = normalisation_leaves(loot.params, loot.subject.normalisation)
-        return cls(params, masks, {n: leaf for n, leaf in norms.items() if n in masks})
-
-    def kernels(self) -> dict[str, np.ndarray]:
-        """Masks of what is no normalisation."""
-        return {name: mask for name, mask in self.masks.items() if name not in self.norms}
+def _parts(loot: Loot) -> tuple[NamedLeaves, dict[str, np.ndarray], dict[str, Array]]:
+    """A file; what is encrypted in it: masks of its kernels, and its normalisation leaves."""
+    params = named_leaves(loot.params)
+    masks = checked_mask(params, loot.mask, "mask")
+    masks = {name: mask for name, mask in masks.items() if mask.any()}
+    norms = normalisation_leaves(loot.params, loot.subject.normalisation)
+    kernels = {name: mask for name, mask in masks.items() if name not in norms}
+    return params, kernels, {name: leaf for name, leaf in norms.items() if name in masks}
 
 
 def _as_shipped(loot: Loot) -> PyTree:
@@ -70,25 +52,21 @@ def _as_shipped(loot: Loot) -> PyTree:
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
-    parts = _Parts.of(loot)
-    return zero_fill(_normalisation_averaged(loot), parts.params.rebuild_only(parts.kernels()))
+    params, kernels, _ = _parts(loot)
+    return zero_fill(_normalisation_averaged(loot), params.rebuild_only(kernels))
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
     """Weights as before training where the file's are encrypted; normalisation averaged."""
-    parts = _Parts.of(loot)
-    leaves, fresh = parts.params.leaves, named_leaves(loot.subject.fresh(loot.key)).leaves
-    chosen = {n: jnp.where(m, fresh[n], leaves[n]) for n, m in parts.kernels().items()}
+    params, kernels, _ = _parts(loot)
+    fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
+    chosen = {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in kernels.items()}
     return named_leaves(_normalisation_averaged(loot)).rebuild(chosen)
-
-
-def _from_scratch(loot: Loot) -> PyTree:
-    return loot.subject.fresh(loot.key)
 
 
 def _normalisation_reset(loot: Loot) -> PyTree:
     """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
-    params, _, norms = _Parts.of(loot)
+    params, _, norms = _parts(loot)
     return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
@@ -97,7 +75,7 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
     The lossless cipher keeps the values up to their fine bits: only their order is lost.
     """
-    params, _, norms = _Parts.of(loot)
+    params, _, norms = _parts(loot)
 
     def average(name: str, leaf: Array) -> Array:
         # Scales of both signs would cancel out.
@@ -109,14 +87,14 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
 def _pruned(loot: Loot) -> PyTree:
     """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
-    parts = _Parts.of(loot)
+    params, kernels, _ = _parts(loot)
     guesses = {}
-    for name, mask in parts.kernels().items():
-        leaf = np.asarray(jax.device_get(parts.params.leaves[name]), np.float64)
+    for name, mask in kernels.items():
+        leaf = np.asarray(jax.device_get(params.leaves[name]), np.float64)
         inside = tuple(a for a, n in enumerate(mask.shape) if n == 1 != leaf.shape[a])
         norms = np.square(leaf).sum(inside, keepdims=True)
         guesses[name] = norms >= np.partition(norms.ravel(), -int(mask.sum()))[-int(mask.sum())]
-    return zero_fill(loot.params, parts.params.rebuild_only(guesses))
+    return zero_fill(loot.params, params.rebuild_only(guesses))
 
 
 class Attack(NamedTuple):
@@ -137,7 +115,7 @@ class Attack(NamedTuple):
     """
 
     knows: str
-    start: Start
+    start: Callable[[Loot], PyTree]
     trains: Literal["nothing", "all", "suspected", "normalisation", "order"]
     statistics: bool = False
 
@@ -167,7 +145,9 @@ ATTACKS: Mapping[str, Attack] = {
         _PLACES, _fresh_where_encrypted, "all", statistics=True
     ),
     "unshuffle": Attack(_PLACES, _as_shipped, "order"),
-    "from scratch": Attack("the architecture", _from_scratch, "all", statistics=True),
+    "from scratch": Attack(
+        "the architecture", lambda x: x.subject.fresh(x.key), "all", statistics=True
+    ),
 }
 
 # One for all rates, so that they share a compiled step.
@@ -216,22 +196,22 @@ def run_attack(
     if attack.trains == "order":
         yield from _unshuffled(params, loot, batch, stops)
         return
-    statistics = attack.statistics and subject.training_loss_fn is not None
+    training = subject.training_loss_fn if attack.statistics else None
     trainable: Any = True
     if attack.trains == "suspected":
         trainable = loot.mask
     elif attack.trains == "normalisation":
         norms = normalisation_leaves(params, subject.normalisation)
-        trainable = whole_leaves(named_leaves(params), norms)
+        trainable = named_leaves(params).rebuild_only(dict.fromkeys(norms, True))
     for checkpoint in fine_tune(
         params,
-        subject.training_loss_fn if statistics and subject.training_loss_fn else subject.loss_fn,
+        training or subject.loss_fn,
         batch,
         stops=stops,
         optimizer=_ADAM,
         rate=0.0 if attack.trains == "nothing" else rate,
         trainable=trainable,
-        statistics=statistics,
+        statistics=training is not None,
     ):
         yield checkpoint.step, checkpoint.params
 
@@ -239,19 +219,10 @@ def run_attack(
 def _unshuffled(
     params: PyTree, loot: Loot, batch: Callable[[int], Any], stops: Sequence[int]
 ) -> Iterator[tuple[int, PyTree]]:
-    few = [batch(number) for number in range(1, 3)]
-    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), *few)
-    least = 2 * len(few) + 1
-    done = 0
-    for stop in stops:
-        found = unshuffle(
-            params,
-            loot.mask,
-            loot.subject.loss_fn,
-            batches,
-            trials=max(stop - done, least),
-        )
-        params, done = found.params, stop
+    batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch(1), batch(2))
+    for last, stop in itertools.pairwise([0, *stops]):
+        trials = max(stop - last, 5)  # the least for two batches
+        params = unshuffle(params, loot.mask, loot.subject.loss_fn, batches, trials=trials).params
         yield stop, params
 
 

@@ -10,16 +10,11 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress
 
 from .. import __version__
 from .._io.atomic import writable_folder
+from .._io.progress import bars
 from ._cells import Cells
 from ._cipher import check_cipher
 from ._config import AuditConfig, SubjectConfig, make_subject
@@ -65,26 +60,14 @@ def audit(
     writable_folder(out)
     grid = config.grid.quick() if quick else config.grid
 
-    reports, advice, kept, checks = [], [], [], []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=300) as progress:
-        for described in config.subjects:
-            cells = _cells(out, described, grid)
-            kept.append(cells)
-            report, found, two_files = _audit_subject(
-                described, grid, cells, target_advantage, progress
-            )
-            reports.append(report)
-            advice += found
-            checks += two_files
+    kept = [_cells(out, described, grid) for described in config.subjects]
+    with bars(console) as progress:
+        found = [
+            _audit_subject(described, grid, cells, target_advantage, progress)
+            for described, cells in zip(config.subjects, kept, strict=True)
+        ]
         task = progress.add_task("The cipher, and keys", total=1)
-        checks = [*check_cipher(seed=grid.seed), *checks]
-        keys = key_search()
+        checks, keys = check_cipher(seed=grid.seed), key_search()
         progress.advance(task)
     result = AuditReport(
         version=__version__,
@@ -96,10 +79,10 @@ def audit(
             "jax": jax.__version__,
             "backend": jax.default_backend(),
         },
-        subjects=reports,
-        cipher=checks,
+        subjects=[report for report, _, _ in found],
+        cipher=[*checks, *(check for _, _, two_files in found for check in two_files)],
         keys=keys,
-        advice=advice,
+        advice=[row for _, advice, _ in found for row in advice],
     )
     write_report(result, out)
     for cells in kept:

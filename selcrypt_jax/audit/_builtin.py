@@ -29,20 +29,20 @@ ModelLoss = Callable[[Any, Any], Float[Array, ""]]
 
 
 def subject_of(
-    network: Network, loss: ModelLoss, fresh: Callable[[nnx.Rngs], Any], **fields: Any
+    network: Network, loss: ModelLoss, fresh: Callable[..., Any], **fields: Any
 ) -> Subject:
     """A network of Flax NNX as a subject.
 
     Args:
         network: trained.
         loss: ``(model, batch) -> scalar``.
-        fresh: builds it as it is before training.
+        fresh: builds it as it is before training, from ``rngs``.
         fields: what a `Subject` has besides.
     """
     return Subject(
         params=network.params,
         loss_fn=lambda params, batch: loss(network.model(params), batch),
-        fresh=lambda key: _state(fresh(nnx.Rngs(params=key, dropout=0))),
+        fresh=lambda key: _state(fresh(rngs=nnx.Rngs(params=key, dropout=0))),
         training_loss_fn=_training_loss(network, loss),
         select=CONVOLUTIONS,
         **fields,
@@ -183,7 +183,7 @@ def dncnn(
     return subject_of(
         network,
         lambda model, batch: squared_error(model, *batch),
-        lambda rngs: architecture_of(tensors, eps=eps)(rngs=rngs),
+        architecture_of(tensors, eps=eps),
         title=f"DnCNN, {Path(weights).name}, σ = {sigma:g}",
         metric=lambda params: quality(lambda noisy: denoise(params, noisy)),
         unit="dB",
@@ -214,11 +214,8 @@ def vgg19(
     network = Network.of(read_model(Path(weights), VGG19, tensors=tensors))
     folder = Path(data) / dataset
     images, labels = read_cifar(folder, "train")
-    share = accuracy(
-        lambda params, images: network(params, normalised(images)),
-        *read_cifar(folder, "test", tests),
-    )
-    classes = int(labels.max()) + 1
+    tested = read_cifar(folder, "test", tests)
+    share = accuracy(lambda params, images: network(params, normalised(images)), *tested)
 
     def draw(which: np.ndarray, rng: np.random.Generator) -> Any:
         chosen = rng.choice(which, batch)
@@ -229,11 +226,11 @@ def vgg19(
     return subject_of(
         network,
         lambda model, batch: cross_entropy(model, normalised(batch[0]), batch[1]),
-        lambda rngs: architecture_of(tensors)(rngs=rngs),
+        architecture_of(tensors),
         title=f"VGG19, {Path(weights).name}, {dataset}",
         metric=lambda params: 100 * share(params),
         unit="%",
-        worthless=100 / classes,
+        worthless=100 / (int(labels.max()) + 1),
         examples=len(images),
         batch=draw,
     )

@@ -84,9 +84,11 @@ def _exactness(network: Chosen, keys: Any) -> Iterator[CipherCheck]:
     encrypted = encrypt(plain, masks, keys, cipher=cipher)
     public = on_host(encrypted)
     opened = on_host(decrypt(encrypted, masks, keys, cipher=cipher))
-    differing, error = 0, 0.0
+    differing, changed, error = 0, 0, 0.0
     for name, leaf in plain.items():
         differing += int((bits_of(opened[name]) != bits_of(leaf)).sum())
+        outside = ~np.broadcast_to(masks[-1][name], leaf.shape)
+        changed += int((bits_of(public[name]) != bits_of(leaf))[outside].sum())
         wide, right = opened[name].astype(np.float64), leaf.astype(np.float64)
         distance = np.nan_to_num(np.abs(wide - right), nan=math.inf).max()
         error = max(error, float(distance) / float(right.std()))
@@ -96,10 +98,6 @@ def _exactness(network: Chosen, keys: Any) -> Iterator[CipherCheck]:
         yield CipherCheck(name, error <= network.tolerance, error, text)
     else:
         yield CipherCheck(name, differing == 0, float(differing), "0 weights that differ")
-    changed = 0
-    for name, leaf in plain.items():
-        outside = ~np.broadcast_to(masks[-1][name], leaf.shape)
-        changed += int((bits_of(public[name]) != bits_of(leaf))[outside].sum())
     name = "weights outside of the masks stay"
     yield CipherCheck(name, changed == 0, float(changed), "0 weights that changed")
 

@@ -1,5 +1,6 @@
 """What to audit: a TOML file, or the name of a network that is built in."""
 
+import contextlib
 import dataclasses
 import inspect
 import tomllib
@@ -109,27 +110,24 @@ def _only_keys(what: str, table: Mapping[str, Any], known: Any) -> None:
 def _grid(what: str, table: Any) -> Grid:
     if not isinstance(table, dict):
         raise ValueError(f"{what}: expected a table, got {table!r}.")
-    fields = {field.name: field for field in dataclasses.fields(Grid)}
+    defaults = dataclasses.asdict(Grid())
     for old, new in _RENAMED.items():
         if old in table:
             raise ValueError(f"{what}: {old!r} is called {new!r} now. Rename it.")
-    _only_keys(what, table, fields)
+    _only_keys(what, table, defaults)
     values = {}
     for name, value in table.items():
-        default = fields[name].default
-        kind: Any = type(default[0] if isinstance(default, tuple) else default)
-        parts = value if isinstance(default, tuple) and isinstance(value, list) else [value]
-        good = isinstance(value, list) == isinstance(default, tuple) and all(
-            isinstance(part, (int, float) if kind is float else kind)
-            and isinstance(part, bool) == (kind is bool)
-            for part in parts
-        )
-        if not good:
-            many = "a list of " if isinstance(default, tuple) else ""
+        default = defaults[name]
+        many = isinstance(default, tuple)
+        kind = type(default[0] if many else default)
+        kinds = (int, float) if kind is float else (kind,)
+        parts = value if many and isinstance(value, list) else [value]
+        if many != isinstance(value, list) or not all(type(part) in kinds for part in parts):
             raise ValueError(
-                f"{what}: {name}: expected {many}{kind.__name__}, as {default!r}, got {value!r}."
+                f"{what}: {name}: expected {'a list of ' if many else ''}{kind.__name__}, as "
+                f"{default!r}, got {value!r}."
             )
-        values[name] = tuple(value) if isinstance(default, tuple) else value
+        values[name] = tuple(value) if many else value
     try:
         return Grid(**values)
     except ValueError as error:
@@ -146,12 +144,8 @@ def make_subject(config: SubjectConfig) -> Subject:
     where = f"[subjects.{config.name}]"
     function = BUILT_IN.get(config.make) or imported(f"{where}: make", config.make, tuple(BUILT_IN))
     try:
-        signature = inspect.signature(function)
-    except ValueError:  # of something built in
-        signature = None
-    try:
-        if signature is not None:
-            signature.bind(**config.arguments)
+        with contextlib.suppress(ValueError):  # something built in has no signature
+            inspect.signature(function).bind(**config.arguments)
     except TypeError as error:
         raise ValueError(f"{where}: {config.make}: {error}.") from None
     subject = function(**config.arguments)

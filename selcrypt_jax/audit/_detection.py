@@ -1,5 +1,6 @@
 """Which groups are encrypted? A classifier, trained on the attacker's own networks."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -38,17 +39,15 @@ def group_features(
     outside = [a for a in range(wide.ndim) if a not in inside]
     # A copy with the inner axes last, [*groups, *inside].
     ordered = wide.transpose(*outside, *inside)
+    within = tuple(range(len(outside), wide.ndim))
     grid = ordered.shape[: len(outside)]
     flat = ordered.reshape(*grid, -1)
     norm = np.sqrt((flat**2).sum(-1))
     safe = np.maximum(norm, 1e-12)
     log = np.log(safe)
     rank = norm.ravel().argsort().argsort().reshape(grid) / max(norm.size - 1, 1)
-    rough = np.zeros(grid)
-    for axis in range(len(outside), ordered.ndim):
-        if ordered.shape[axis] > 1:
-            steps = np.diff(ordered, axis=axis) ** 2
-            rough += steps.reshape(*grid, -1).sum(-1)
+    steps = (np.diff(ordered, axis=axis) ** 2 for axis in within)
+    rough = sum((each.sum(within) for each in steps), np.zeros(grid))
     features = [
         log - log.mean(),
         rank,
@@ -110,9 +109,8 @@ def detect(
 
     if not own:
         raise ValueError("own: expected at least one protected network to learn from, got none.")
-    pairs = [_examples(params, mask, f"own[{i}]") for i, (params, mask) in enumerate(own)]
-    inputs = np.concatenate([x for x, _, _ in pairs])
-    truth = np.concatenate([y for _, y, _ in pairs])
+    learnt = [_examples(params, mask, f"own[{i}]")[:2] for i, (params, mask) in enumerate(own)]
+    inputs, truth = map(np.concatenate, zip(*learnt, strict=True))
     features, labels, names = _examples(params, mask, "mask")
     for what, values in (("own", truth), ("mask", labels)):
         if values.all() or not values.any():
@@ -133,11 +131,8 @@ def detect(
     if original is not None:
         plain, _, _ = _examples(original, mask, "original")
         baseline = float(roc_auc_score(labels, suspicion(plain)))
-    by_leaf, start = {}, 0
-    for name, shape in names.items():
-        size = int(np.prod(shape))
-        by_leaf[name] = scores[start : start + size].reshape(shape)
-        start += size
+    parts = np.split(scores, np.cumsum([math.prod(shape) for shape in names.values()])[:-1])
+    by_leaf = {n: part.reshape(names[n]) for n, part in zip(names, parts, strict=True)}
     tree = named_leaves(params).rebuild_only(by_leaf)
     return Detection(float(roc_auc_score(labels, scores)), baseline, tree)
 

@@ -20,6 +20,15 @@ TrainingLossFn = Callable[[PyTree, Any], tuple[Float[Array, ""], PyTree]]
 running statistics as they are after the batch."""
 
 
+def floats(tree: NamedLeaves) -> dict[str, Any]:
+    """The leaves that are arrays of floats, by name."""
+    return {
+        name: leaf
+        for name, leaf in tree.leaves.items()
+        if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+
+
 class Checkpoint(NamedTuple):
     """See `fine_tune`."""
 
@@ -74,26 +83,19 @@ def fine_tune(
         raise ValueError(f"stops: expected ascending numbers of steps from 1, got {steps}.")
     tree = named_leaves(params)
     arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}
-    floats = [n for n, leaf in arrays.items() if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if trainable is True:
-        masks = {name: np.ones((1,) * arrays[name].ndim, bool) for name in floats}
-    else:
-        whole = checked_mask(tree, trainable, "trainable")
-        masks = {name: whole[name] for name in floats}
+    whole = checked_mask(tree, trainable, "trainable")
+    masks = {name: whole[name] for name in floats(tree)}
     if not any(mask.any() for mask in masks.values()):
         raise ValueError("trainable: expected to select floats, got a mask that selects none.")
-    structure = Structure.of(tree)
-    chosen = {name: arrays.pop(name) for name in floats}
-    step = partial(
-        _step, loss_fn=loss_fn, optimizer=optimizer, statistics=statistics, structure=structure
-    )
+    chosen = {name: arrays.pop(name) for name in masks}
+    static = (loss_fn, optimizer, statistics, Structure.of(tree))
     carry = jax.tree.map(jnp.copy, (chosen, arrays, optimizer.init(chosen)))
     number = 0
     for stop in steps:
         losses = []
         while number < stop:
             number += 1
-            carry, loss = step(carry, masks, batch(number), np.float32(rate))
+            carry, loss = _step(carry, masks, batch(number), np.float32(rate), *static)
             losses.append(loss)
         values = np.array(jax.device_get(losses))
         if not np.isfinite(values).all():
@@ -134,17 +136,12 @@ class Structure:
         )
 
 
-@partial(
-    jax.jit,
-    donate_argnums=0,
-    static_argnames=("loss_fn", "optimizer", "statistics", "structure"),
-)
+@partial(jax.jit, donate_argnums=0, static_argnums=(4, 5, 6, 7))
 def _step(
     carry: Any,
     masks: dict[str, Array],
     batch: Any,
     rate: Array,
-    *,
     loss_fn: Any,
     optimizer: optax.GradientTransformation,
     statistics: bool,

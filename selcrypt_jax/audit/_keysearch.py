@@ -1,5 +1,6 @@
 """What it costs to guess a key: guesses on this machine, with the library's own functions."""
 
+import contextlib
 import math
 import os
 import time
@@ -57,45 +58,34 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
     file = Envelope.seal(manifest, None, [[]], right, None, "key search")
     salt = os.urandom(_SALT_BYTES)
 
-    def opens(key: LevelKey) -> bool:
-        try:
-            file.open(key)
-        except IntegrityError:
-            return False
-        return True
+    def of_secret(secret: Secret | bytes) -> LevelKey:
+        return level_key(secret, model_id, level=1, levels=1)
 
-    def secret() -> bool:
-        return opens(level_key(os.urandom(KEY_BYTES), model_id, level=1, levels=1))
+    def search(name: str, bits: float, guessed: Callable[[], LevelKey]) -> KeySearch:
+        def guess() -> None:
+            with contextlib.suppress(IntegrityError):
+                file.open(guessed())
 
-    def level() -> bool:
-        return opens(LevelKey(os.urandom(KEY_BYTES), level=1, model_id=model_id))
+        guess()  # the first one loads what it needs
+        start, count = time.process_time(), 0
+        while count == 0 or time.process_time() - start < seconds:
+            guess()
+            count += 1
+        # The clock of the processor may be too coarse for a single guess.
+        rate = count / max(time.process_time() - start, 1e-9)
+        years = 2.0 ** (bits - 1) / rate / _YEAR if bits < 1025 else math.inf
+        return KeySearch(name, bits, rate, years)
 
-    def passphrase() -> bool:
-        guess = Secret.from_passphrase(os.urandom(8).hex(), salt)
-        return opens(level_key(guess, model_id, level=1, levels=1))
+    def level() -> LevelKey:
+        return LevelKey(os.urandom(KEY_BYTES), level=1, model_id=model_id)
 
-    searches = [("random secret", 8.0 * KEY_BYTES, secret), ("level key", 8.0 * KEY_BYTES, level)]
+    def passphrase() -> LevelKey:
+        return of_secret(Secret.from_passphrase(os.urandom(8).hex(), salt))
+
+    found = [
+        search("random secret", 8.0 * KEY_BYTES, lambda: of_secret(os.urandom(KEY_BYTES))),
+        search("level key", 8.0 * KEY_BYTES, level),
+    ]
     if passphrase_bits is not None:
-        searches.append(("passphrase", float(passphrase_bits), passphrase))
-    found = []
-    for name, bits, guess in searches:
-        rate = _rate(guess, seconds)
-        found.append(KeySearch(name, bits, rate, _years(bits, rate)))
+        found.append(search("passphrase", float(passphrase_bits), passphrase))
     return found
-
-
-def _rate(guess: Callable[[], bool], seconds: float) -> float:
-    guess()  # the first one loads what it needs
-    start, count = time.process_time(), 0
-    while count == 0 or time.process_time() - start < seconds:
-        guess()
-        count += 1
-    # The clock of the processor may be too coarse for a single guess.
-    return count / max(time.process_time() - start, 1e-9)
-
-
-def _years(bits: float, rate: float) -> float:
-    try:
-        return 2.0 ** (bits - 1) / rate / _YEAR
-    except OverflowError:
-        return math.inf

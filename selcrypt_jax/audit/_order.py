@@ -1,7 +1,7 @@
 """The permutation of a cipher, by marked weights: does each of them move, and never alike?"""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -29,18 +29,12 @@ def _marked(digits: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return words.astype(f"uint{width}").view(dtype)
 
 
-class _Orders(NamedTuple):
+def _orders(network: Chosen, keys: Any) -> tuple[dict[Where, np.ndarray], bool]:
     """Where the weights at each place of a ring came from, of the rings that tell.
 
-    ``stream``: exponents stay in place while the rest of the coarse bits is masked. Such a cipher
+    And whether exponents stay in place while the rest of the coarse bits is masked. Such a cipher
     permutes nothing, and says so.
     """
-
-    sources: dict[Where, np.ndarray]
-    stream: bool
-
-
-def _orders(network: Chosen, keys: Any) -> _Orders:
     dtype = network.dtype
     mantissa = DTYPES[dtype.name].mantissa
     sizes = {where: groups.size for where, groups in network.groups.items()}
@@ -63,7 +57,7 @@ def _orders(network: Chosen, keys: Any) -> _Orders:
         for where, source in found.items()
         if np.array_equal(np.sort(source), places[where])
     }
-    return _Orders(sources, stream=in_place and not survive)
+    return sources, in_place and not survive
 
 
 def _as_units(network: Chosen, where: Where, source: np.ndarray) -> np.ndarray:
@@ -116,21 +110,16 @@ def order_checks(network: Chosen, models: Sequence[Any]) -> Iterator[CipherCheck
     ]
     same = "units from the same place"
 
-    def alike(others: Iterable[tuple[np.ndarray, np.ndarray]]) -> list[_Count]:
-        return [_same(one, other) for one, other in others]
-
-    def by(shared: int) -> list[_Count]:
-        return alike((first[a], first[b]) for a, b in pairs(first, shared))
-
-    in_place = alike((first[where], places[where]) for where in first)
-    other_id = alike((first[where], second[where]) for where in first if where in second)
+    in_place = [_same(first[where], places[where]) for where in first]
+    other_id = [_same(first[where], second[where]) for where in first if where in second]
+    rings, leaves = ([_same(first[a], first[b]) for a, b in pairs(first, k)] for k in (0, 1))
     checks = [
         _few("weights leave their places", in_place, "units in place"),
         _few("every stretch is moved", pieces, "units of an eighth of a ring in place"),
         _spread("weights go everywhere", list(large.values())),
         _few("another in every block", _displacements(first), "equal displacements at a distance"),
-        _few("another in every ring", by(0), same),
-        _few("another in every leaf", by(1), same),
+        _few("another in every ring", rings, same),
+        _few("another in every leaf", leaves, same),
         _few("another for every model id", other_id, same),
     ]
     why = "exponents do not survive"

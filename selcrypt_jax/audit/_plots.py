@@ -6,7 +6,7 @@ import textwrap
 import xml.dom.minidom
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -28,13 +28,9 @@ _FONT: Any = {"font.size": 10.5, "legend.fontsize": 10, "axes.titlesize": 10.5}
 _WIDTH, _PANEL, _ROW = 4.2, 2.5, 0.2  # inches
 
 
-class _Style(NamedTuple):
-    color: str
-    marker: str
-    linestyle: Any
-
-
-_BASELINE = _Style("black", ".", "--")
+_Style = dict[str, Any]
+_ALONE = "architecture alone"
+_BASELINE: _Style = {"color": "black", "marker": ".", "linestyle": "--"}
 
 
 @matplotlib.rc_context(_FONT)
@@ -44,20 +40,18 @@ def draw_curves(report: SubjectReport) -> Figure:
     One panel for each share of data, the largest first; one curve for each protection: the best
     that is reached, mean over keys, shaded from the worst key to the best.
     """
-    styles = _styles(report)
+    styles = _styles(report) | {_ALONE: _BASELINE}
     of = {protection.name: protection.best for protection in report.protections}
-    every = [best for rows in (*of.values(), report.baseline) for best in rows]
+    of[_ALONE] = report.baseline
+    every = [best for rows in of.values() for best in rows]
     shares = sorted({best.data for best in every}, reverse=True)
     place = _on_log_axis(best.steps for best in every)
-    names = [*of, "architecture alone", "original"]
-    figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+    names = [*of, "original"]
+    figure, panels = _panels(report, len(shares), names)
     for axis, data in zip(panels, shares, strict=False):
         handles = [
-            _curve(axis, [row for row in rows if row.data == data], place, style)
-            for rows, style in [
-                *((rows, styles[name]) for name, rows in of.items()),
-                (report.baseline, _BASELINE),
-            ]
+            _curve(axis, [row for row in rows if row.data == data], place, styles[name])
+            for name, rows in of.items()
         ]
         handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
         axis.set(title=data_name(data), ylabel=f"quality, {report.unit}")
@@ -79,7 +73,7 @@ def draw_advantage(report: SubjectReport) -> Figure:
     strategies = _strategies(report)
     place = _on_log_axis(protection.share for protection in report.protections)
     names = [*strategies, "0: no more than the architecture", "0.1"]
-    figure, panels = _panels(report, len(shares), names, sharex=True, sharey=True)
+    figure, panels = _panels(report, len(shares), names)
     for axis, data in zip(panels, shares, strict=False):
         steps = max(best.steps for best in every if best.data == data)
         handles: list[Any] = []
@@ -115,7 +109,7 @@ def draw_levels(report: SubjectReport) -> Figure:
     for protection in with_levels:
         numbers = [level.level for level in protection.levels]
         metrics = [level.metric for level in protection.levels]
-        handles += axis.plot(numbers, metrics, **styles[protection.name]._asdict())
+        handles += axis.plot(numbers, metrics, **styles[protection.name])
     if with_levels:
         handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
         axis.set(xlabel="permission level (0: no key)", ylabel=f"quality, {report.unit}")
@@ -166,11 +160,11 @@ def _strategies(report: SubjectReport) -> list[str]:
 
 
 def _style(colour: int, number: int) -> _Style:
-    return _Style(
-        _COLOURS[colour % len(_COLOURS)],
-        _MARKERS[number % len(_MARKERS)],
-        _LINES[number % len(_LINES)],
-    )
+    return {
+        "color": _COLOURS[colour % len(_COLOURS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "linestyle": _LINES[number % len(_LINES)],
+    }
 
 
 def _styles(report: SubjectReport) -> dict[str, _Style]:
@@ -189,9 +183,7 @@ def _styles(report: SubjectReport) -> dict[str, _Style]:
     return styles
 
 
-def _panels(
-    report: SubjectReport, count: int, names: Sequence[str], **kwargs: Any
-) -> tuple[Figure, list[Axes]]:
+def _panels(report: SubjectReport, count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
     """Panels in one column, with room for a legend; one that says so if there is nothing."""
     title = textwrap.fill(report.title, 42, break_long_words=True)
     rows = title.count("\n") + 2 + sum(_label(name).count("\n") + 1 for name in names)
@@ -200,7 +192,8 @@ def _panels(
     layout = ConstrainedLayoutEngine(hspace=0.05, h_pad=0.06, w_pad=0.06)
     figure = Figure(figsize=(_WIDTH, height), layout=layout, dpi=180)
     figure.suptitle(_plain(title), weight="bold", fontsize="medium")
-    panels = list(figure.subplots(max(count, 1), 1, squeeze=False, **kwargs).flat)
+    grid = figure.subplots(max(count, 1), 1, squeeze=False, sharex=True, sharey=True)
+    panels = list(grid.flat)
     for axis in panels:
         axis.spines[["top", "right"]].set_visible(False)
         # On every panel, since a phone shows one at a time.
@@ -214,11 +207,12 @@ def _panels(
 def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Style) -> Any:
     rows = sorted((row for row in rows if row.recovered), key=lambda row: row.steps)
     x = [place[row.steps] for row in rows]
-    metrics = [finite(row.recovered) for row in rows]
-    means = [float(np.mean(row)) for row in metrics]
-    (line,) = axis.plot(x, means, **style._asdict(), markersize=5)
-    low, high = [min(row) for row in metrics], [max(row) for row in metrics]
-    axis.fill_between(x, low, high, color=style.color, alpha=0.12, linewidth=0)
+    # No axis reaches what is infinite.
+    metrics = [np.where(np.isfinite(row.recovered), row.recovered, np.nan) for row in rows]
+    means = [row.mean() for row in metrics]
+    (line,) = axis.plot(x, means, **style, markersize=5)
+    low, high = [row.min() for row in metrics], [row.max() for row in metrics]
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
     return line
 
 
@@ -228,12 +222,7 @@ def _intervals(axis: Axes, found: list[tuple[float, Any]], style: _Style) -> Any
     # A bootstrap's interval need not contain the mean, and a bar has no negative length.
     bars = np.maximum([means - ends[:, 0], ends[:, 1] - means], 0)
     x = [position for position, _ in found]
-    return axis.errorbar(x, means, yerr=bars, **style._asdict(), markersize=5, capsize=3)
-
-
-def finite(values: Iterable[float]) -> list[float]:
-    """Infinite values as NaN: no axis reaches them."""
-    return [value if math.isfinite(value) else math.nan for value in values]
+    return axis.errorbar(x, means, yerr=bars, **style, markersize=5, capsize=3)
 
 
 def _on_log_axis(values: Iterable[float]) -> dict[float, float]:
@@ -256,14 +245,11 @@ def _log_ticks(axis: Axes, place: dict[float, float], text: Callable[[float], st
     low, high = min(place.values()), max(place.values())
     axis.set_xlim(low * math.exp(-0.08 * width), high * math.exp(0.08 * width))
     last, labels = -math.inf, []
-    for x in place.values():
+    for value, x in place.items():
         room = math.log(x) - last > 0.11 * width
         last = math.log(x) if room else last
-        labels.append(room)
-    axis.set_xticks(
-        list(place.values()),
-        [text(value) if room else "" for value, room in zip(place, labels, strict=True)],
-    )
+        labels.append(text(value) if room else "")
+    axis.set_xticks(list(place.values()), labels)
     axis.minorticks_off()
 
 

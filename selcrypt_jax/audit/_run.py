@@ -22,13 +22,7 @@ from ._detection import detect
 from ._fill import resample
 from ._grid import SCRATCH, Grid
 from ._records import Attempt, Best, CipherCheck, Climb, Level, Protection, SubjectReport
-from ._strategies import (
-    EVERYTHING,
-    everything,
-    plain_strategy,
-    strategy_masks,
-    strategy_scores,
-)
+from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks, strategy_scores
 from ._subject import Subject, example_batches, place
 from ._twofiles import shared_keystream
 
@@ -124,11 +118,8 @@ class Audit:
         if place not in self.scores:
             seed = self.grid.seed + network
             self.scores[place] = strategy_scores(subject, plan.strategy, seed)
-        levels, scope = self.grid.levels, self.grid.scope
-        scores = self.scores[place]
-        return strategy_masks(
-            subject, plan.strategy, scores, plan.share, levels=levels, scope=scope
-        )
+        scores, levels, scope = self.scores[place], self.grid.levels, self.grid.scope
+        return strategy_masks(subject, plan.strategy, scores, plan.share, levels, scope)
 
     def _network(self, number: int) -> Subject:
         """The owner's, or one that an attacker trained."""
@@ -201,18 +192,14 @@ class Audit:
 
     def _attempts(self, plan: Plan) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
-        listed = []
-        for name in _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks:
-            attack = ATTACKS[name]
-            if not applies(attack, self.subject):
-                continue
-            trains = attack.trains != "nothing"
-            listed += [
-                (name, data, rate)
-                for data in (self.grid.data if needs_data(attack) else (0.0,))
-                for rate in (self.grid.rates if trains else (0.0,))
-            ]
-        return listed
+        names = _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks
+        return [
+            (name, data, rate)
+            for name in names
+            if applies(ATTACKS[name], self.subject)
+            for data in (self.grid.data if needs_data(ATTACKS[name]) else (0.0,))
+            for rate in (self.grid.rates if ATTACKS[name].trains != "nothing" else (0.0,))
+        ]
 
     def _levels(self, plan: Plan) -> list[list[float]]:
         """Rows of share of all weights, and metric by key; level 0 first."""
@@ -266,27 +253,24 @@ class Audit:
 
     def _detection(self, plan: Plan) -> dict[str, float]:
         """An attacker protects other networks, and learns to tell what is encrypted."""
-        params, masks = self.protected(plan, 0)[:2]
-        # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
-        names = [
-            name
-            for name, leaf in named_leaves(self.subject.params).leaves.items()
-            if is_array(leaf) and len(leaf.shape) > 1
-        ]
+        original = self.subject.params
 
-        def seen(params: PyTree, masks: Sequence[PyTree]) -> tuple[dict[str, Any], dict[str, Any]]:
-            return _only(params, names), _only(masks[-1], names)
+        def only(tree: PyTree) -> dict[str, Any]:
+            # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
+            shapes = {n: np.shape(leaf) for n, leaf in named_leaves(original).leaves.items()}
+            leaves = named_leaves(tree).leaves
+            return {name: leaves[name] for name, shape in shapes.items() if len(shape) > 1}
 
-        file, mask = seen(params, masks)
+        def seen(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            params, masks = self._network(number).params, self.masks(plan, number)
+            return only(self._encrypted(params, masks, -number).params), only(masks[-1])
+
+        file, mask = seen(0)
         chosen = [np.ravel(m) for m in mask.values() if is_array(m)]
         if not chosen or len(np.unique(np.concatenate(chosen))) < 2:
             return {}  # all of them are encrypted as a whole, or none
-        own = []
-        for number in (1, 2):
-            masks = self.masks(plan, number)
-            own.append(seen(*self._encrypted(self._network(number).params, masks, -number)[:2]))
-        original = _only(self.subject.params, names)
-        result = detect(file, mask, own, seed=self.grid.seed, original=original)
+        own = [seen(1), seen(2)]
+        result = detect(file, mask, own, seed=self.grid.seed, original=only(original))
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
 
     def two_files(self) -> list[CipherCheck]:
@@ -328,13 +312,11 @@ class Audit:
             for most in self.grid.steps:
                 found = {"as shipped": np.asarray(shipped, float)}
                 for attempt in attempts:
-                    if attempt.data in (0, data):
-                        for step, values in attempt.steps.items():
-                            if step <= most:
-                                old = found.get(attempt.attack, np.full(len(values), -np.inf))
-                                found[attempt.attack] = np.fmax(old, values)
-                values = np.stack(list(found.values()))
-                names = list(found)
+                    for step, values in attempt.steps.items():
+                        if attempt.data in (0, data) and step <= most:
+                            old = found.get(attempt.attack, -math.inf)
+                            found[attempt.attack] = np.fmax(old, values)
+                names, values = list(found), np.stack(list(found.values()))
                 winner = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
                 recovered = values.max(0).tolist()
                 gain = None
@@ -354,14 +336,13 @@ class Audit:
         """All that was found out of these protections."""
         baseline = self.baseline(cells)
         subject = self.subject
-        leaves = [leaf for leaf in named_leaves(subject.params).leaves.values() if is_array(leaf)]
         return SubjectReport(
             name=self.name,
             title=subject.title,
             unit=subject.unit,
             clean=self.clean,
             worthless=subject.worthless,
-            weights=sum(math.prod(leaf.shape) for leaf in leaves),
+            weights=sum(count.total for count in mask_counts(subject.params, False).values()),
             examples=subject.examples,
             protections=[self.protection(cells, plan, baseline) for plan in plans],
             baseline=baseline,
@@ -401,8 +382,3 @@ def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
     return tree.rebuild(
         {n: mask & np.logical_not(below[n]) for n, mask in tree.leaves.items() if is_array(mask)}
     )
-
-
-def _only(tree: PyTree, names: Iterable[str]) -> dict[str, Any]:
-    leaves = named_leaves(tree).leaves
-    return {name: leaves[name] for name in names}

@@ -17,10 +17,14 @@ from .._masks.ranks import Scope
 from .._masks.scores import guess_layout
 from .._tree.groups import Layout
 from .._tree.names import named_leaves, select_leaves
-from ._subject import Subject, floats, normalisation_leaves
+from ._finetune import floats
+from ._subject import Subject, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
-LEARNED = ("pss", "pss-keep")
+LEARNED = {
+    "pss": PSSConfig("break", penalty=2e-3),
+    "pss-keep": PSSConfig("keep", penalty=1e-5),
+}
 EVERYTHING = "everything"
 NORMALISATION = "+normalisation"
 SMALL = "+small"
@@ -34,12 +38,11 @@ def check_strategy(name: str) -> None:
         ValueError: it is not known.
     """
     plain = plain_strategy(name)
-    if plain in (*CLOSED_FORM, *LEARNED) or plain.startswith("scores:"):
-        return
-    raise ValueError(
-        f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
-        f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
-    )
+    if plain not in (*CLOSED_FORM, *LEARNED) and not plain.startswith("scores:"):
+        raise ValueError(
+            f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
+            f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
+        )
 
 
 def plain_strategy(name: str) -> str:
@@ -62,21 +65,12 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
     key = jax.random.key(seed)
     if plain == "random":
         return importance.random(subject.params, key=key, **options)
-    if plain in ("taylor", "fisher"):
-        function: Any = getattr(importance, plain)
-        return function(subject.loss_fn, subject.params, owner_batches(subject, seed), **options)
-    if plain in CLOSED_FORM:
+    if plain not in ("taylor", "fisher", *LEARNED):
         return getattr(importance, plain)(subject.params, **options)
-    objective = "keep" if plain == "pss-keep" else "break"
-    config = PSSConfig(objective, penalty=1e-5 if objective == "keep" else 2e-3)
-    return pss(
-        subject.loss_fn,
-        subject.params,
-        owner_batches(subject, seed),
-        key=key,
-        config=config,
-        **options,
-    )
+    with_data = subject.loss_fn, subject.params, owner_batches(subject, seed)
+    if plain in LEARNED:
+        return pss(*with_data, key=key, config=LEARNED[plain], **options)
+    return getattr(importance, plain)(*with_data, **options)
 
 
 def _layout(subject: Subject) -> Layout:
@@ -101,13 +95,7 @@ def owner_batches(subject: Subject, seed: int) -> PyTree:
 
 
 def strategy_masks(
-    subject: Subject,
-    name: str,
-    scores: PyTree,
-    share: float,
-    *,
-    levels: int = 1,
-    scope: Scope = "leaf",
+    subject: Subject, name: str, scores: PyTree, share: float, levels: int, scope: Scope
 ) -> Sequence[PyTree]:
     """Nested masks of the best groups, with more where the strategy says so.
 
@@ -137,7 +125,8 @@ def strategy_masks(
 
 def everything(subject: Subject) -> Sequence[PyTree]:
     """The mask of a file of which nothing but architecture and statistics is left."""
-    return (floats(subject.params),)
+    tree = named_leaves(subject.params)
+    return with_whole_leaves(tree, [False], floats(tree))
 
 
 def _scores_of_file(subject: Subject, path: str) -> PyTree:

@@ -1,5 +1,6 @@
 """A trained network with its data, as an attacker would like to have it."""
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,9 +11,15 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._importance.closed import LossFn
 from .._tree.groups import Layout
-from .._tree.names import NamedLeaves, is_array, named_leaves
-from ._finetune import TrainingLossFn
-from ._normalisation import NORMALISATION, is_scale, normalisation_names
+from .._tree.names import is_array, named_leaves
+from ._finetune import TrainingLossFn, floats
+
+# Few weights and worth much: without its scales, biases and statistics a network is further from
+# working than without a tenth of its kernels; see docs/security.md.
+NORMALISATION = r"(?i)(^|[/._])(batch|layer|group|instance|rms)?_?(bn|ln|norms?)\d*([/._]|$)"
+# Running statistics give a layer away whatever it is called, as in PyTorch's nn.Sequential.
+_STATISTICS = ({"running_mean", "running_var"}, {"mean", "var"})
+_SCALES = ("scale", "weight", "var", "running_var")
 
 
 class Subject(NamedTuple):
@@ -70,43 +77,39 @@ def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[s
 
     Args:
         params: any pytree.
-        pattern: regular expression searched in the names of leaves.
+        pattern: regular expression searched in the names of leaves, whose parts are joined by
+            ``/`` or ``.``.
 
     Returns:
         name → leaf, of the floats with one axis whose name matches, or beside which there are a
         running mean and variance; none if there are none.
     """
-    leaves = named_leaves(params).leaves
-    shapes = {n: leaf.shape for n, leaf in leaves.items() if is_array(leaf)}
-    return {
-        name: leaves[name]
-        for name in normalisation_names(shapes, pattern)
-        if jnp.issubdtype(leaves[name].dtype, jnp.floating)
-    }
+    leaves = floats(named_leaves(params))
+    siblings: dict[str, set[str]] = {}
+    for layer, own in map(_parts, leaves):
+        siblings.setdefault(layer, set()).add(own)
+
+    def found(name: str) -> bool:
+        beside = siblings[_parts(name)[0]]
+        return bool(re.search(pattern, name)) or any(pair <= beside for pair in _STATISTICS)
+
+    return {n: leaf for n, leaf in leaves.items() if len(leaf.shape) == 1 and found(n)}
+
+
+def is_scale(name: str) -> bool:
+    """Whether a normalisation leaf multiplies or divides, by the last part of its name."""
+    return _parts(name)[1] in _SCALES
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Of the layer, and of the leaf in it."""
+    end = max(name.rfind("/"), name.rfind(".")) + 1
+    return name[:end], name[end:]
 
 
 def reset(name: str, leaf: Array) -> Array:
     """A normalisation leaf as before training: scale and variance 1, the rest 0."""
     return jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0)
-
-
-def whole_leaves(tree: NamedLeaves, names: Any) -> PyTree:
-    """A mask of leaves as a whole; ``False`` elsewhere."""
-    masks = {name: np.ones(np.shape(tree.leaves[name]), bool) for name in names}
-    return tree.rebuild_only(masks)
-
-
-def floats(params: PyTree) -> PyTree:
-    """A mask of everything that is a float."""
-    tree = named_leaves(params)
-    return whole_leaves(
-        tree,
-        [
-            name
-            for name, leaf in tree.leaves.items()
-            if is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-        ],
-    )
 
 
 def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Callable[[int], Any]]:

@@ -6,6 +6,7 @@ two files then still tell is where they differ, and what one leaves plain that t
 """
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import jax
@@ -17,9 +18,8 @@ from .._ciphers.cipher import Cipher
 from .._ciphers.lossless import LosslessCipher
 from .._tree.names import NamedLeaves, is_array, named_leaves
 from .._tree.rings import checked_mask, split_rings
+from ._chosen import ALARM, bits_of, skipped
 from ._records import CipherCheck
-
-_ALARM = 1e-8  # of `shared_keystream`, for two files whose keystreams have nothing in common
 
 
 class Changed(NamedTuple):
@@ -93,8 +93,7 @@ def shared_keystream(
     name = "two files: another keystream in each"
     tree, other = _both(a, b)
     # By the place of the bit below the highest masked one, which is what dtypes have in common.
-    ones: dict[int, int] = {}
-    total: dict[int, int] = {}
+    ones, total = Counter[int](), Counter[int]()
     for ring in split_rings(tree, (mask,)):
         leaf = tree.leaves[ring.name]
         fine = fine_mask(leaf.dtype)
@@ -103,15 +102,15 @@ def shared_keystream(
         for bit in range(fine.bit_length()):
             if fine >> bit & 1:
                 place = fine.bit_length() - bit
-                ones[place] = ones.get(place, 0) + int((words >> words.dtype.type(bit) & 1).sum())
-                total[place] = total.get(place, 0) + words.size
+                ones[place] += int((words >> words.dtype.type(bit) & 1).sum())
+                total[place] += words.size
     if not total:
-        return CipherCheck(name, True, math.nan, "does not apply: no bit is masked")
+        return skipped(name, "no bit is masked")
 
     def deviation(place: int) -> float:
         return abs(2 * ones[place] - total[place]) / math.sqrt(total[place])
 
-    limit = math.sqrt(2 * math.log(2 * len(total) / _ALARM))
+    limit = math.sqrt(2 * math.log(2 * len(total) / ALARM))
     worst = max(total, key=deviation)
     text = f"0.5 of the bits differ, within {limit:.1f} standard deviations, for each masked bit"
     return CipherCheck(name, deviation(worst) <= limit, ones[worst] / total[worst], text)
@@ -181,5 +180,4 @@ def _both(a: PyTree, b: PyTree) -> tuple[NamedLeaves, dict[str, np.ndarray]]:
 
 
 def _bits(leaf: jax.Array | np.ndarray) -> np.ndarray:
-    array = np.asarray(jax.device_get(leaf))
-    return array.view(f"uint{8 * array.dtype.itemsize}")
+    return bits_of(np.asarray(jax.device_get(leaf)))

@@ -167,7 +167,7 @@ def _gradient_step(
 
     def loss(point: _ByLeaf) -> Array:
         values = {name: mean[name] + std[name] * u for name, u in point.items()}
-        return loss_fn(structure.rebuild(_assembled(values, positions, arrays)), batch)
+        return _loss(values, positions, arrays, batch, loss_fn=loss_fn, structure=structure)
 
     gradient = jax.grad(loss)(point)
     with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes

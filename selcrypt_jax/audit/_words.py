@@ -153,15 +153,13 @@ def _advised(row: dict[str, Any], rated: Sequence[_Rated]) -> str:
             f"{target}."
         )
     start = f"For an advantage of at most {target}, “{name}” is enough"
-    for each in rated:
-        if each.protection.name == name:
-            doubt = each.doubt(target)
-            # Not the row's own share, which is of the groups that take part.
-            return (
-                f"{start}: it encrypts {share(each.protection.share)} of all weights ({each})."
-                + (f" But {doubt}." if doubt else "")
-            )
-    return f"{start}."
+    found = next((each for each in rated if each.protection.name == name), None)
+    if found is None:
+        return f"{start}."
+    doubt = found.doubt(target)
+    but = f" But {doubt}." if doubt else ""
+    # Not the row's own share, which is of the groups that take part.
+    return f"{start}: it encrypts {share(found.protection.share)} of all weights ({found}).{but}"
 
 
 def detected(detection: dict[str, float]) -> str:

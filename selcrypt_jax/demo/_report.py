@@ -144,9 +144,6 @@ def draw_photographs(path: Path, pictures: Pictures, opened: list[PyTree], tiers
     for axis, (name, images) in zip(axes.flat, shown, strict=True):
         axis.imshow(np.asarray(images)[0, ..., 0], cmap="gray", vmin=0, vmax=1)
         axis.set_axis_off()
-        if name == "original":
-            axis.set_title(name)
-        else:
-            quality = float(psnr(images[:1], pictures.clean[:1])[0])
-            axis.set_title(f"{name}\n{quality:.2f} dB")
+        quality = float(psnr(images[:1], pictures.clean[:1])[0])
+        axis.set_title(name if name == "original" else f"{name}\n{quality:.2f} dB")
     figure.savefig(path)

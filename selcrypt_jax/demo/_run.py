@@ -6,17 +6,10 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from .. import PSSConfig
 from .._io.atomic import writable_folder
+from .._io.progress import bars
 from . import DemoConfig
 from ._report import Result, draw_curves, draw_photographs, table, write_json
 from ._tiers import Tiers, learn, measurements, protect_and_measure
@@ -73,37 +66,29 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     plans = _QUICK if config.quick else _FULL
     results: dict[str, Result] = {}
     photographs: tuple[Pictures, list[PyTree], Tiers] | None = None
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=12),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        bars = {
-            plan.name: [
+    with bars(console) as progress:
+        # All of them from the start, so that one sees what is still to come.
+        tasks = iter(
+            [
                 progress.add_task(f"{plan.title}: {what}", total=total, start=False)
+                for plan in plans
                 for what, total in (
                     ("train", plan.settings["steps"]),
                     ("learn importance", plan.pss.steps),
                     ("protect, measure", measurements(plan.budgets, plan.keys)),
                 )
             ]
-            for plan in plans
-        }
+        )
+
+        def advance() -> Callable[..., None]:
+            task = next(tasks)
+            progress.start_task(task)
+            return lambda steps=1: progress.advance(task, steps)
+
         for plan in plans:
             start = time.perf_counter()
-
-            def advance(bar: TaskID) -> Callable[..., None]:
-                progress.start_task(bar)
-                return lambda steps=1: progress.advance(bar, steps)
-
-            train, importance, measure = bars[plan.name]
-            step = advance(train)
-            subject = plan.train(
-                **plan.settings, seed=config.seed, advance=lambda loss, step=step: step()
-            )
-            scores = learn(subject, plan.pss, seed=config.seed, advance=advance(importance))
+            subject = plan.train(**plan.settings, seed=config.seed, advance=advance())
+            scores = learn(subject, plan.pss, seed=config.seed, advance=advance())
             tiers, opened = protect_and_measure(
                 subject,
                 scores,
@@ -111,7 +96,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
                 budgets=plan.budgets,
                 keys=plan.keys,
                 seed=config.seed,
-                advance=advance(measure),
+                advance=advance(),
             )
             results[plan.name] = Result(plan.title, tiers, time.perf_counter() - start)
             if subject.pictures is not None:

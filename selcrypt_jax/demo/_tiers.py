@@ -94,7 +94,7 @@ def protect_and_measure(
     budgets: tuple[float, ...],
     keys: int,
     seed: int,
-    advance: Callable[[], None],
+    advance: Callable[..., None],
 ) -> tuple[Tiers, list[PyTree]]:
     """The five levels, and PSS against the paper's other strategies.
 
@@ -125,11 +125,17 @@ def protect_and_measure(
         exact = exact and _same_bits(subject.params, levels[-1])
 
     rows = []
-    for level, metric in enumerate(metrics.mean(0).tolist()):
-        mask = masks[level - 1] if level else jax.tree.map(lambda _: False, masks[0])
-        counts = [c for name, c in mask_counts(subject.params, mask).items() if is_conv(name)]
+    for level, mask in enumerate([False, *masks]):
+        found = mask_counts(subject.params, mask)
+        counts = [count for name, count in found.items() if re.search(SELECT, name)]
         share = sum(c.weights for c in counts) / sum(c.total for c in counts)
+        metric = float(metrics[:, level].mean())
         rows.append(Level(level, sum(c.groups for c in counts), share, metric))
+
+    def without_key(mask: Any) -> float:
+        metric = subject.metric(encrypt(subject.params, mask, _new_keys(1)))
+        advance()
+        return metric
 
     compared: dict[str, dict[float, float]] = {}
     for strategy in STRATEGIES:
@@ -137,14 +143,11 @@ def protect_and_measure(
         if strategy != "pss":
             extra = {"key": jax.random.key(seed)} if strategy == "random" else {}
             ranked = getattr(importance, strategy)(subject.params, select=SELECT, **extra)
-        compared[strategy] = {}
-        for share in budgets:
-            mask = nested_masks(ranked, [share], scope="model")
-            found = []
-            for _ in range(keys):
-                found.append(subject.metric(encrypt(subject.params, mask, _new_keys(1))))
-                advance()
-            compared[strategy][share] = float(np.mean(found))
+        by_share = {share: nested_masks(ranked, [share], scope="model") for share in budgets}
+        compared[strategy] = {
+            share: float(np.mean([without_key(mask) for _ in range(keys)]))
+            for share, mask in by_share.items()
+        }
 
     return Tiers(
         clean=subject.metric(subject.params),
@@ -167,11 +170,6 @@ def measurements(budgets: tuple[float, ...], keys: int) -> int:
 def _new_keys(levels: int) -> Any:
     """What a vendor has: a new secret and model id, one key a ring."""
     return ring_keys(level_key(Secret.generate(), new_model_id(), levels=levels))
-
-
-def is_conv(name: str) -> bool:
-    """Whether a leaf is a kernel of a convolution."""
-    return re.search(SELECT, name) is not None
 
 
 def _same_bits(a: PyTree, b: PyTree) -> bool:

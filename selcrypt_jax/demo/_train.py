@@ -30,10 +30,9 @@ class Subject(NamedTuple):
     """A trained network, and how to judge it.
 
     Attributes:
-        name: for files and tables.
         network: trained.
         loss: ``(model, batch) -> scalar``.
-        fresh: builds the network as it is before training.
+        fresh: builds the network as it is before training, from ``rngs``.
         batches: arrays ``[batches, ...]`` for `loss`, from the training data.
         examples: the training data, arrays ``[examples, ...]`` as in a batch.
         metric: ``params -> float`` on test data; higher is better.
@@ -42,10 +41,9 @@ class Subject(NamedTuple):
         pictures: of a denoiser; ``None`` for a classifier.
     """
 
-    name: str
     network: Network
     loss: ModelLoss
-    fresh: Callable[[nnx.Rngs], nnx.Module]
+    fresh: Callable[..., nnx.Module]
     batches: PyTree
     examples: PyTree
     metric: Callable[[PyTree], float]
@@ -67,7 +65,7 @@ def _fit(
     steps: int,
     rate: float,
     key: PRNGKeyArray,
-    advance: Callable[[Array], None],
+    advance: Callable[[], None],
 ) -> Network:
     """Adam with a cosine schedule."""
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
@@ -76,9 +74,7 @@ def _fit(
     # Step by step and not in a scan: inside of loops, XLA's CPU backend does not rewrite the
     # gradients of convolutions into its fast form (40 times slower).
     @partial(jax.jit, donate_argnums=0)
-    def step(
-        carry: tuple[PyTree, PyTree, optax.OptState], key: PRNGKeyArray
-    ) -> tuple[tuple[PyTree, PyTree, optax.OptState], Array]:
+    def step(carry: Any, key: PRNGKeyArray) -> tuple[Any, Array]:
         params, rest, opt_state = carry
 
         def objective(params: nnx.State) -> tuple[Array, nnx.State]:
@@ -95,14 +91,14 @@ def _fit(
     value = jnp.nan
     for key_of_step in jax.random.split(key, steps):
         carry, value = step(carry, key_of_step)
-        advance(value)
+        advance()
     if not jnp.isfinite(value):
         raise FloatingPointError(f"training: the loss became {value}; try another --seed.")
     return Network.of(nnx.merge(graphdef, *carry[:2]))
 
 
 def train_vgg19(
-    *, width: float, steps: int, seed: int, advance: Callable[[Array], None] = lambda loss: None
+    *, width: float, steps: int, seed: int, advance: Callable[[], None] = lambda: None
 ) -> Subject:
     """VGG19 on the digits of scikit-learn, 32×32.
 
@@ -110,15 +106,14 @@ def train_vgg19(
         width: factor on the number of channels.
         steps: of 32 images each.
         seed: of everything.
-        advance: called after each step, with its loss.
+        advance: called after each step.
     """
     batch_size = 32
     train, test = digits(seed)
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     start, fit, draw = jax.random.split(jax.random.key(seed), 3)
 
-    def fresh(rngs: nnx.Rngs) -> VGG19:
-        return VGG19(in_channels=1, width=width, dropout=0.1, rngs=rngs)
+    fresh = partial(VGG19, in_channels=1, width=width, dropout=0.1)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, shift = jax.random.split(key)
@@ -132,11 +127,10 @@ def train_vgg19(
     def loss(model: VGG19, batch: tuple[Array, Array]) -> Array:
         return cross_entropy(model, *batch)
 
-    model = fresh(nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
+    model = fresh(rngs=nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
     network = _fit(model, loss, sample, steps=steps, rate=1e-3, key=fit, advance=advance)
     share = accuracy(network, test.images, test.labels)
     return Subject(
-        name="vgg19",
         network=network,
         loss=loss,
         fresh=fresh,
@@ -155,7 +149,7 @@ def train_dncnn(
     steps: int,
     crop: int,
     seed: int,
-    advance: Callable[[Array], None] = lambda loss: None,
+    advance: Callable[[], None] = lambda: None,
 ) -> Subject:
     """DnCNN on photographs of scikit-image, σ = 25.
 
@@ -165,13 +159,12 @@ def train_dncnn(
         steps: of 16 patches of 40×40 pixels each.
         crop: side of the test photographs, in pixels.
         seed: of everything.
-        advance: called after each step, with its loss.
+        advance: called after each step.
     """
     patches = jnp.asarray(training_patches(4096, 40, seed))
     start, fit, draw, noise = jax.random.split(jax.random.key(seed), 4)
 
-    def fresh(rngs: nnx.Rngs) -> DnCNN:
-        return DnCNN(depth=depth, width=width, rngs=rngs)
+    fresh = partial(DnCNN, depth=depth, width=width)
 
     def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
         which, noise = jax.random.split(key)
@@ -181,13 +174,12 @@ def train_dncnn(
     def loss(model: DnCNN, batch: tuple[Array, Array]) -> Array:
         return squared_error(model, *batch)
 
-    model = fresh(nnx.Rngs(start))
+    model = fresh(rngs=nnx.Rngs(start))
     network = _fit(model, loss, sample, steps=steps, rate=2e-3, key=fit, advance=advance)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
     denoised = jax.jit(lambda params: network(params, noisy))
     return Subject(
-        name="dncnn",
         network=network,
         loss=loss,
         fresh=fresh,

@@ -6,10 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 
-def conv3x3(
-    x: Float[Array, "n h w i"],
-    kernel: Float[Array, "3 3 i o"],
-) -> Float[Array, "n h w o"]:
+def conv3x3(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
     """3×3 convolution, stride 1, zero padding (``SAME``).
 
     ``lax.conv_general_dilated`` to rounding. Maps of fewer than nine positions, on which XLA's

@@ -60,28 +60,17 @@ class DnCNN(nnx.Module):
             )
         self.channels = channels
         sizes = [channels, *[width] * (depth - 1), channels]
-        self.convs = nnx.List(
-            [
-                Conv3x3(
-                    inputs,
-                    outputs,
-                    use_bias=not batch_norm or (first_bias and index == 0),
-                    rngs=rngs,
-                )
-                for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes))
-            ]
-        )
+        biases = [not batch_norm or (first_bias and index == 0) for index in range(depth)]
+        pairs = zip(itertools.pairwise(sizes), biases, strict=True)
+        self.convs = nnx.List([Conv3x3(*pair, use_bias=bias, rngs=rngs) for pair, bias in pairs])
         # Starts close to the identity: the output is the noisy image less a little noise. From
         # a full-sized estimate, the first thousand steps only go into shrinking it.
         self.convs[-1].kernel[...] *= 0.1
-        self.norms = nnx.List(
-            [
-                nnx.BatchNorm(width, momentum=0.9, epsilon=eps, rngs=rngs)
-                if batch_norm and 0 < index < depth - 1
-                else None
-                for index in range(depth)
-            ]
-        )
+        norms = [
+            nnx.BatchNorm(width, momentum=0.9, epsilon=eps, rngs=rngs) if batch_norm else None
+            for _ in range(depth - 2)
+        ]
+        self.norms = nnx.List([None, *norms, None])
 
     def __call__(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         """Denoises images of any size: ``images − estimate_noise(images)``.
@@ -114,11 +103,8 @@ class DnCNN(nnx.Module):
         x = checked_images(
             images, channels=self.channels, dtype=self.convs[0].kernel.dtype, model="DnCNN"
         )
-        last = len(self.convs) - 1
-        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+        *inner, last = self.convs
+        for conv, norm in zip(inner, self.norms, strict=False):
             x = conv(x)
-            if norm is not None:
-                x = norm(x)
-            if index < last:
-                x = nnx.relu(x)
-        return x
+            x = nnx.relu(x if norm is None else norm(x))
+        return last(x)

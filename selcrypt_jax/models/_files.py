@@ -14,8 +14,9 @@ from ._dncnn import DnCNN
 from ._torch import model_of
 from ._vgg import VGG19
 
-_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-_STD = np.array([0.229, 0.224, 0.225], np.float32)
+# Of ImageNet's colours.
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
+_STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 _HOW = (
     'Prepare it on a machine with TensorFlow and the internet: tfds.builder("NAME", '
@@ -149,9 +150,7 @@ def read_cifar(folder: Path, split: str, most: int | None = None) -> tuple[np.nd
 
 def normalised(images: Any) -> Float[Array, "n h w 3"]:
     """Colour pixels of 0..255 as VGG19 sees them."""
-    return (jnp.asarray(images).astype(jnp.float32) / 255 - _MEAN[None, None, None]) / _STD[
-        None, None, None
-    ]
+    return (jnp.asarray(images).astype(jnp.float32) / 255 - _MEAN) / _STD
 
 
 def _at_most(most: int | None, count: int) -> int:

@@ -48,8 +48,7 @@ def _variables(model: VGG19 | DnCNN) -> dict[str, tuple[_Path, Any]]:
     """PyTorch name → path and variable, for all weights and running statistics."""
     if not isinstance(model, VGG19 | DnCNN):
         raise TypeError(f"model: expected VGG19 or DnCNN, got {type(model).__name__}.")
-    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
-    flat = dict(nnx.to_flat_state(state))
+    flat = dict(nnx.to_flat_state(nnx.state(model, (nnx.Param, nnx.BatchStat))))
     return {
         f"{layer}.{theirs}": ((*path, ours), flat[(*path, ours)])
         for path, layer, names in _layers(model)
@@ -58,21 +57,9 @@ def _variables(model: VGG19 | DnCNN) -> dict[str, tuple[_Path, Any]]:
     }
 
 
-def _to_torch_layout(array: np.ndarray) -> np.ndarray:
-    if array.ndim == 4:
-        array = array.transpose(3, 2, 0, 1)
-    elif array.ndim == 2:
-        array = array.transpose()
-    # safetensors writes the bytes of an array's buffer, whatever its strides.
-    return np.ascontiguousarray(array)
-
-
-def _from_torch_layout(array: np.ndarray) -> np.ndarray:
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.transpose()
-
-
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[3], shape[2], *shape[:2]) if len(shape) == 4 else shape[::-1]
+def _torch_axes(ndim: int) -> tuple[int, ...]:
+    """Our axes in PyTorch's order."""
+    return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
 
 
 def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.State:
@@ -114,7 +101,8 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
         given[name] = np.asarray(tensor)
     flat = {}
     for name, (path, variable) in expected.items():
-        shape = _torch_shape(variable.shape)
+        axes = _torch_axes(variable.ndim)
+        shape = tuple(variable.shape[axis] for axis in axes)
         if name not in given:
             problems.append(f"{name}: expected shape {shape}, got no such tensor")
         elif given[name].shape != shape:
@@ -122,7 +110,7 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
         elif not jnp.issubdtype(given[name].dtype, jnp.floating):
             problems.append(f"{name}: expected floats, got {given[name].dtype}")
         else:
-            array = _from_torch_layout(given[name]).astype(variable.dtype)
+            array = given[name].transpose(np.argsort(axes)).astype(variable.dtype)
             flat[path] = variable.replace(jnp.asarray(array))
     if problems:
         shown = "\n".join(f"  {problem}" for problem in problems[:20])
@@ -157,18 +145,15 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
         >>> save_file(to_torch(model, scores), "scores.safetensors")  # for protect --importance
     """
     variables = _variables(model)
-    if tree is None:
-        return {
-            name: _to_torch_layout(np.asarray(variable[...]))
-            for name, (_, variable) in variables.items()
-        }
+    state = nnx.state(model)
+    tree = state if tree is None else tree
     given = {
         name: np.asarray(jax.device_get(leaf))
         for name, leaf in named_leaves(tree, "tree").leaves.items()
         if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     }
     ours = {"/".join(map(str, path)): variable for path, variable in variables.values()}
-    rest = named_leaves(nnx.state(model), "model").leaves.keys() - ours.keys()  # of dropout
+    rest = named_leaves(state, "model").leaves.keys() - ours.keys()  # of dropout
     given = {name: array for name, array in given.items() if name not in rest}
     unknown = [name for name in given if name not in ours]
     if unknown:
@@ -185,8 +170,12 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
                 f"tree: {name!r}: expected an array that broadcasts against shape {shape}, axis "
                 f"by axis of size 1 or the leaf's, got shape {array.shape}."
             )
-    names = torch_names(model)
-    return {names[name]: _to_torch_layout(array) for name, array in given.items()}
+    # safetensors writes the bytes of an array's buffer, whatever its strides.
+    return {
+        theirs: np.ascontiguousarray(given[ours].transpose(_torch_axes(given[ours].ndim)))
+        for ours, theirs in torch_names(model).items()
+        if ours in given
+    }
 
 
 def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
@@ -234,9 +223,7 @@ def architecture_of(
     tensors: Mapping[str, Any], *, eps: float = 1e-5
 ) -> Callable[..., VGG19 | DnCNN]:
     """Builds the network of `model_of` with new weights, from ``rngs``."""
-    shapes = {
-        name.removeprefix("module."): tuple(np.shape(array)) for name, array in tensors.items()
-    }
+    shapes = {name.removeprefix("module."): np.shape(array) for name, array in tensors.items()}
     kernels = {name: shape for name, shape in shapes.items() if len(shape) == 4}
     norms = any(name.endswith("running_mean") for name in shapes)
     if kernels and all(re.fullmatch(r"dncnn\.\d+\.weight", name) for name in kernels):

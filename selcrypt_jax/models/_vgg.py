@@ -75,27 +75,15 @@ class VGG19(nnx.Module):
         widths = [max(1, round(channels * width)) for channels in WIDTHS]
         hidden = max(1, round(HEAD_WIDTH * width))
         self.in_channels = in_channels
-        self.convs = nnx.List(
-            [
-                Conv3x3(inputs, outputs, rngs=rngs)
-                for inputs, outputs in itertools.pairwise([in_channels, *widths])
-            ]
-        )
+        pairs = itertools.pairwise([in_channels, *widths])
+        self.convs = nnx.List([Conv3x3(*pair, rngs=rngs) for pair in pairs])
         self.norms = nnx.List(
             [nnx.BatchNorm(c, momentum=0.9, rngs=rngs) if batch_norm else None for c in widths]
         )
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         init = nnx.initializers.he_normal()
-        self.head = nnx.List(
-            [
-                nnx.Linear(inputs, outputs, kernel_init=init, rngs=rngs)
-                for inputs, outputs in (
-                    (widths[-1], hidden),
-                    (hidden, hidden),
-                    (hidden, classes),
-                )
-            ]
-        )
+        pairs = itertools.pairwise([widths[-1], hidden, hidden, classes])
+        self.head = nnx.List([nnx.Linear(*pair, kernel_init=init, rngs=rngs) for pair in pairs])
 
     def __call__(self, images: Float[Array, "n 32 32 c"]) -> Float[Array, "n classes"]:
         """Classifies images.
@@ -120,9 +108,7 @@ class VGG19(nnx.Module):
             )
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(x)
-            if norm is not None:
-                x = norm(x)
-            x = nnx.relu(x)
+            x = nnx.relu(x if norm is None else norm(x))
             if index in POOLED:
                 x = _max_pool(x)
         # Five poolings leave a map of 1×1, so that flattening is the same in NHWC and NCHW.

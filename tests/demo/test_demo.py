@@ -60,7 +60,6 @@ def toy() -> tuple[_train.Subject, dict]:
         return float(np.mean(np.asarray(params["convs"]["0"]["kernel"]) == kernel)) * 100
 
     subject = _train.Subject(
-        name="toy",
         network=Network(None, params, None),
         loss=lambda model, batch: 0.0,
         fresh=lambda rngs: None,
@@ -209,7 +208,7 @@ def test_distribution_of_trained_networks_is_kept(trained, share):
                 np.sort(before[chosen].view(np.uint32) >> 20),
                 np.sort(after[chosen].view(np.uint32) >> 20),
             )
-            assert similarity(before.ravel(), after.ravel()) >= 0.9, (subject.name, name)
+            assert similarity(before.ravel(), after.ravel()) >= 0.9, name
             chosen_alone.append(similarity(before[chosen], after[chosen]))
     # Inside an eighth of an octave the bits are random, so that p is: of weights selected by
     # their norm, which crowd into few eighths, one leaf in twenty falls below 0.9 (44 of 840 with
