@@ -9,11 +9,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import Secret
 from .._masks.options import Select
-from .._masks.ranks import Scores
 from .._masks.scores import scores_for, source_of_tree, whole_leaves
 from .._tree.groups import Ring
 from .._tree.names import check_key, named_leaves
-from .network import Network, Release, Sampled
+from .network import Given, Network, Release, Sampled
 from .search import Search
 from .targets import Targets, checked_targets
 
@@ -108,23 +107,14 @@ def calibrate_levels(
     with ExitStack() as stack:
         scores, _ = scores_for(source, selection, stack, metadata={"format": "jax"}, what="params")
         whole = whole_leaves(source.tensors, selection, cipher, default=targets.small)
-        network = Sampled(
-            targets, params, scores, selection.scope, whole, cipher, key=key, keys=keys
-        )
+        given = Given(params, scores, selection, whole, cipher, targets)
+        network = Sampled(given, key=key, keys=keys)
     search = Search(network, wanted, targets, selection.budget)
     return _found(search, network)
 
 
 def release_levels(
-    params: PyTree,
-    scores: Scores,
-    targets: Targets,
-    selection: Select,
-    cipher: LosslessCipher,
-    *,
-    whole: Sequence[str],
-    secret: Secret,
-    twins: Sequence[Sequence[str]],
+    given: Given, *, secret: Secret, twins: Sequence[Sequence[str]]
 ) -> tuple[list[Ring], Calibration, bytes]:
     """What to encrypt so that the levels of a release give their targets, under its own keys.
 
@@ -134,12 +124,7 @@ def release_levels(
     from the end as well.
 
     Args:
-        params: that are released.
-        scores: importance, by the names of the leaves.
-        targets: see `Targets`.
-        selection: for its budget and scope.
-        cipher: of the release.
-        whole: leaves that are encrypted as a whole.
+        given: what is released, and what its levels shall give.
         secret: the owner's.
         twins: names of leaves that are bit for bit alike, in which the same is encrypted.
 
@@ -150,14 +135,9 @@ def release_levels(
     Raises:
         ValueError, TypeError: as `calibrate_levels`; or no release was found.
     """
-    wanted = checked_targets(targets)
-    if targets.evaluations is not None and targets.evaluations < 1:
-        raise ValueError(f"evaluations: expected at least 1, got {targets.evaluations}.")
-    network = Release(
-        targets, params, scores, selection.scope, whole, cipher,
-        secret=secret, levels=len(wanted), twins=twins,
-    )  # fmt: skip
-    search = Search(network, wanted, targets, selection.budget)
+    wanted = checked_targets(given.targets)
+    network = Release(given, secret=secret, twins=twins)
+    search = Search(network, wanted, given.targets, given.selection.budget)
     found = _found(search, network)
     return network.rings(search.bounds), found, network.model_id
 

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -16,6 +16,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._keys.chacha import chacha20_key
 from .._keys.keys import Secret, level_key, new_model_id, ring_keys
 from .._masks.levels import as_levels
+from .._masks.options import Select
 from .._masks.ranks import Scope, Scores
 from .._masks.selection import (
     Cut,
@@ -32,6 +33,26 @@ from .._tree.names import listed, named_leaves
 from .targets import Targets
 
 
+class Given(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        params: that are encrypted.
+        scores: importance, by the names of the leaves.
+        selection: for its budget and scope.
+        whole: leaves that are encrypted as a whole.
+        cipher: that encrypts.
+        targets: for their metric.
+    """
+
+    params: PyTree
+    scores: Scores
+    selection: Select
+    whole: Sequence[str]
+    cipher: LosslessCipher
+    targets: Targets
+
+
 class Network(ABC):
     """A network that is encrypted by counts of its most important groups, and measured.
 
@@ -46,18 +67,10 @@ class Network(ABC):
     steady = False
     """Whether the keys stay, so that what is measured is what is released."""
 
-    def __init__(
-        self,
-        targets: Targets,
-        params: PyTree,
-        scores: Scores,
-        scope: Scope,
-        whole: Sequence[str],
-        cipher: LosslessCipher,
-    ) -> None:
-        self.tree, self.params, self.sign = named_leaves(params), params, targets.sign
-        self.cipher = cipher
-        self.scope: Scope = scope
+    def __init__(self, given: Given) -> None:
+        self.params, scores, selection, whole, self.cipher, targets = given
+        self.tree, self.sign = named_leaves(self.params), targets.sign
+        self.scope: Scope = selection.scope
         self._evaluate, self.calls = targets.evaluate, 0
         # An empty leaf has nothing to rank, and nothing to hide; one that is encrypted as a whole
         # needs no place in the order, unless there is no other.
@@ -200,8 +213,8 @@ class Sampled(Network):
     Args: see `calibrate_levels`, and `Network`.
     """
 
-    def __init__(self, *args: Any, key: PRNGKeyArray, keys: int) -> None:
-        super().__init__(*args)
+    def __init__(self, given: Given, *, key: PRNGKeyArray, keys: int) -> None:
+        super().__init__(given)
         self._key, self.keys = key, keys
 
     def ring_keys(self, count: int) -> list[PRNGKeyArray]:
@@ -219,26 +232,19 @@ class Release(Network):
     can be steered by both sides of ring m + 1 without a change to those above it: what it leaves
     encrypted follows from its own counts and theirs.
 
-    The keys encrypt many selections here. That is no reuse, since one of them leaves this process.
+    The keys encrypt many selections here. That is no reuse: only one of them leaves this process.
 
     Args:
-        args: see `Network`.
+        given: see `Network`.
         secret: the owner's.
-        levels: M.
         twins: names of leaves that are bit for bit alike, in which the same is encrypted.
     """
 
     steady = True
 
-    def __init__(
-        self,
-        *args: Any,
-        secret: Secret,
-        levels: int,
-        twins: Sequence[Sequence[str]] = (),
-    ) -> None:
-        super().__init__(*args)
-        self._secret, self._levels, self._twins = secret, levels, twins
+    def __init__(self, given: Given, *, secret: Secret, twins: Sequence[Sequence[str]]) -> None:
+        super().__init__(given)
+        self._secret, self._levels, self._twins = secret, len(given.targets.targets), twins
         self.renew()
 
     def renew(self) -> None:

@@ -79,6 +79,8 @@ def checked_targets(asked: Targets) -> list[float | None]:
             f"targets: expected Targets, got {type(asked).__name__}. Pass the metric too: "
             "Targets([20, 24, 28], psnr)."
         )
+    if asked.evaluations is not None and asked.evaluations < 1:
+        raise ValueError(f"evaluations: expected at least 1, got {asked.evaluations}.")
     if not callable(asked.evaluate):
         raise TypeError(
             f"evaluate: expected a function of params, got {type(asked.evaluate).__name__}."

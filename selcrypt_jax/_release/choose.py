@@ -9,7 +9,9 @@ from typing import NamedTuple
 
 from jaxtyping import PyTree
 
-from .._calibrate.levels import Calibration, Targets, release_levels
+from .._calibrate.levels import Calibration, release_levels
+from .._calibrate.network import Given
+from .._calibrate.targets import Targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
 from .._format.rings import seal_mask
@@ -95,10 +97,12 @@ class Plan:
         """
         tensors, scope = self.source.tensors, self.selection.scope
         if self.targets is not None:
+            given = Given(
+                params(), self.scores, self.selection, self.whole, self.cipher, self.targets
+            )
             found, calibration, model_id = release_levels(
-                params(), self.scores, self.targets, self.selection, self.cipher,
-                whole=self.whole, secret=secret, twins=twins_of(files, tensors),
-            )  # fmt: skip
+                given, secret=secret, twins=twins_of(files, tensors)
+            )
             rings = sealed(found)
             return Chosen(rings, len(calibration.levels), self.layout, calibration, model_id)
         assert self.levels is not None
