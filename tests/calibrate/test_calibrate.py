@@ -791,9 +791,8 @@ def test_levels_of_a_denoiser():
 
 @pytest.mark.slow
 def test_a_released_denoiser_gives_its_levels_on_other_pictures():
-    from flax import nnx
-
     from selcrypt_jax.demo import _data, _train
+    from selcrypt_jax.models._network import psnr
 
     with jax.numpy_dtype_promotion("standard"):  # for optax
         subject = _train.train_dncnn(depth=6, width=24, steps=100, crop=96, seed=0)
@@ -805,8 +804,7 @@ def test_a_released_denoiser_gives_its_levels_on_other_pictures():
 
     @jax.jit
     def quality(params):
-        denoised = nnx.merge(subject.graphdef, params, subject.rest)(noisy)
-        return _train.psnr(denoised, squares)
+        return psnr(subject.network(params, noisy), squares)
 
     def of(params, which):
         return float(quality(params)[which::2].mean())
