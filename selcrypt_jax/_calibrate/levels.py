@@ -8,7 +8,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import Secret
-from .._masks.options import Select
+from .._masks.options import Select, check_options
 from .._masks.scores import scores_for, source_of_tree, whole_leaves
 from .._tree.groups import Ring
 from .._tree.names import check_key, named_leaves
@@ -102,11 +102,12 @@ def calibrate_levels(
     check_key(key)
     if keys < 1:
         raise ValueError(f"keys: expected at least 1, got {keys}. 3 tell how much keys matter.")
+    check_options(selection, cipher)
     cipher = LosslessCipher() if cipher is None else cipher
     source = source_of_tree(named_leaves(params))
     with ExitStack() as stack:
         scores, _ = scores_for(source, selection, stack, metadata={"format": "jax"}, what="params")
-        whole = whole_leaves(source.tensors, selection, cipher, default=targets.small)
+        whole = whole_leaves(source.tensors, scores, selection, cipher, default=targets.small)
         given = Given(params, scores, selection, whole, cipher, targets)
         network = Sampled(given, key=key, keys=keys)
     search = Search(network, wanted, targets, selection.budget)

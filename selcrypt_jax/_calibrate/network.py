@@ -75,8 +75,8 @@ class Network(ABC):
         # An empty leaf has nothing to rank, and nothing to hide; one that is encrypted as a whole
         # needs no place in the order, unless there is no other.
         shapes = {name: shape for name, shape in scores.shapes.items() if math.prod(shape)}
-        shapes = {n: shape for n, shape in shapes.items() if n not in whole} or shapes
-        self._whole = [name for name in whole if name not in shapes]
+        shapes = {name: shape for name, shape in shapes.items() if name not in whole}
+        self._whole = whole
         arrays = {name: scores.of(name) for name in shapes}
         self._scores = Scores(shapes, arrays.__getitem__)
         self._leaves = leaves_of_tree(self.tree)

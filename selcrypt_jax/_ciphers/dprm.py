@@ -187,19 +187,24 @@ def _transform(
     if not found:
         return params
     given = {ring.name: tree.leaves[ring.name] for ring in found}
-    leaves = {
-        name: leaf if isinstance(leaf, jax.Array) else jax.device_put(leaf)
-        for name, leaf in given.items()
-    }
+    leaves = {name: _on_device(leaf) for name, leaf in given.items()}
     donated = _donated(given, tree.leaves) if donate else ()
 
     def run(leaves: Mapping[str, Array], keys: Keys) -> dict[str, Array]:
+        # Differentiated eagerly, a NumPy leaf arrives here as one.
+        leaves = {name: _on_device(leaf) for name, leaf in leaves.items()}
         ring_keys = RingKeys(keys, found, words)
         changed = cipher.run(leaves, found, ring_keys, inverse=inverse, donate=donated)
         return {name: _placed(changed[name], leaf) for name, leaf in leaves.items()}
 
     levels = keys if is_array(keys) else list(keys)
     return tree.rebuild(_differentiable(run, found)(leaves, levels))
+
+
+def _on_device(leaf: Any) -> Array:
+    if isinstance(leaf, Tracer) or hasattr(leaf, "sharding"):
+        return leaf
+    return jax.device_put(np.asarray(leaf))
 
 
 def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str]:

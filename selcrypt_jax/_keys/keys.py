@@ -126,6 +126,7 @@ class LevelKey(KeyMaterial):
         Raises:
             GrantError: a level that is higher than this one, or below 1.
         """
+        level = operator.index(level)
         if not 1 <= level <= self.level:
             remedy = (
                 "A level key gives the lower levels only: ask the owner for one of that level."

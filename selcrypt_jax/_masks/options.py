@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .._ciphers.lossless import LosslessCipher
+from .._io.errors import check_type
 from .._tree.groups import Granularity, Layout, Selector
 from .ranks import Scope
 
@@ -37,8 +39,9 @@ class Select:
         scope: Whether budget and levels hold in every tensor (leaf), or over all of them (model).
         small: Share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside the budget: normalisation, biases, often the first and the last
-            layer. Level 1 opens them. By default 0.02; with targets 0, unless the first is "any"
-            (None), since small tensors make level 0 hard to steer.
+            layer. Level 1 opens them. By default 0.02, unless every tensor that takes part is so
+            small: those stay in levels. With targets 0, unless the first is "any" (None), since
+            small tensors make level 0 hard to steer.
 
     Examples:
         >>> protected = protect(params, secret=secret, selection=Select("random", budget=0.3))
@@ -57,3 +60,15 @@ class Select:
         """The file of the scores, if they come from one."""
         is_path = isinstance(self.importance, str | os.PathLike)
         return Path(self.importance) if is_path and self.importance not in STRATEGIES else None
+
+
+def check_options(selection: object, cipher: object) -> None:
+    """Refuses objects of another type.
+
+    Raises:
+        TypeError: a strategy in place of `Select`, or a cipher that files do not know.
+    """
+    remedy = 'Pass Select("l2"), or Select(importance=scores).'
+    check_type(selection, Select, "selection: expected a Select", remedy)
+    remedy = "Files have no other cipher; encrypt takes any."
+    check_type(cipher, LosslessCipher | None, "cipher: expected a LosslessCipher", remedy)

@@ -119,16 +119,30 @@ def source_of_tree(tree: NamedLeaves) -> ArraySource:
 
 
 def whole_leaves(
-    tensors: Mapping[str, Any], selection: Select, cipher: LosslessCipher, *, default: float
+    tensors: Mapping[str, Any],
+    scores: Scores,
+    selection: Select,
+    cipher: LosslessCipher,
+    *,
+    default: float,
 ) -> list[str]:
     """Names of the tensors that are encrypted as a whole, see `Select.small`.
 
     Raises:
-        ValueError: a share out of range, or `select` that takes nothing.
+        ValueError: a share out of range, or one that leaves nothing for levels to open.
     """
     share = default if selection.small is None else selection.small
     among = None if selection.select is None else choose_tensors(tensors, selection.select)
-    return small_leaves(leaves_of_tensors(tensors), share, among=among, cipher=cipher)
+    names = small_leaves(leaves_of_tensors(tensors), share, among=among, cipher=cipher)
+    if set(scores.shapes) <= set(names):
+        if selection.small is not None:
+            raise ValueError(
+                f"small: {share:g} of all weights takes every tensor that takes part as a whole "
+                f"({listed(scores.shapes)}), and leaves nothing for levels to open. Pass a smaller "
+                "share, or select larger tensors."
+            )
+        names = [name for name in names if name not in scores.shapes]
+    return names
 
 
 def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:

@@ -66,7 +66,7 @@ def select_rings(
         leaves: what the scores are for. Without it every count is taken as it is.
         cipher: with `leaves`: rings that it cannot hide are merged with others of their leaf.
         whole: leaves that are encrypted as a whole, and opened by level 1. They need no place in
-            the order, unless it has no other leaf.
+            the order.
         cut: how a leaf's rings follow from its counts; `merge_upwards` by default.
 
     Yields:
@@ -79,9 +79,6 @@ def select_rings(
     if scope not in ("leaf", "model"):
         raise ValueError(f"scope: expected 'leaf' or 'model', got {scope!r}.")
     shapes = {name: shape for name, shape in scores.shapes.items() if name not in whole}
-    if not shapes:
-        shapes = scores.shapes
-        whole = [name for name in whole if name not in shapes]
     cipher = LosslessCipher() if cipher is None else cipher
     if leaves is not None:
         for name in shapes:  # before any of them is read
@@ -139,6 +136,7 @@ def select_rings(
                 f"level {level} adds no groups to those below it, expected at least one in "
                 f"{listed(shapes)}. Encrypt a larger share, use fewer levels, a finer granularity "
                 "or scope 'model', or select larger tensors."
+                + (" (What is too little to hide in, the next level opens.)" if leaves else "")
             )
 
 

@@ -11,7 +11,7 @@ from jaxtyping import PyTree
 
 from .._calibrate.levels import Calibration, release_levels
 from .._calibrate.network import Given
-from .._calibrate.targets import Targets
+from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
 from .._format.rings import seal_mask
@@ -19,7 +19,7 @@ from .._format.tensors import TensorSource
 from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret
 from .._masks.levels import Levels, LevelsLike, as_levels
-from .._masks.options import Select
+from .._masks.options import Select, check_options
 from .._masks.scores import NamedTensors, scores_for, whole_leaves
 from .._masks.selection import leaves_of_tensors, select_rings
 from .._tree.groups import Layout, Ring
@@ -71,7 +71,10 @@ class Plan:
         metadata: Mapping[str, str],
         what: str,
     ) -> None:
+        check_options(selection, cipher)
         self.source, self.selection, self.cipher = source, selection, cipher
+        if isinstance(levels, Targets):
+            checked_targets(levels)
         self.targets = levels if isinstance(levels, Targets) else None
         self.levels = None if isinstance(levels, Targets) else as_levels(levels, selection.budget)
         self.layout: Layout | None
@@ -79,7 +82,7 @@ class Plan:
             source, selection, stack, metadata=metadata, what=what
         )
         default = 0.02 if self.targets is None else self.targets.small
-        self.whole = whole_leaves(source.tensors, selection, cipher, default=default)
+        self.whole = whole_leaves(source.tensors, self.scores, selection, cipher, default=default)
 
     def choose(
         self, params: Callable[[], PyTree], secret: Secret, files: Iterable[TensorSource]

@@ -19,7 +19,7 @@ from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._masks.levels import LevelsLike
-from .._masks.options import STRATEGIES, Select
+from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
@@ -103,6 +103,7 @@ def protect_file(
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
+        check_options(selection, cipher)
         check_scores(selection, checkpoint, output)
         what = str(checkpoint.path)
         plan = Plan(

@@ -131,3 +131,20 @@ def test_integers_beside_floats():
     )
     with pytest.raises(TypeError, match="int32"):  # JAX's own
         jax.grad(unlocking(lambda params: params["w"].sum(), masks))(public, KEYS[:1])
+
+
+@pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda p: jax.vjp(f, p)[1](1.0)[0]])
+def test_numpy_leaves_are_differentiated_too(transform):
+    """As `open_model` and safetensors give them."""
+    rng = np.random.default_rng(0)
+    params = {n: rng.standard_normal((16, 32)).astype(np.float32) for n in ("a", "b")}
+    masks = sj.nested_masks(sj.importance.l2(params), [0.2, 0.5])
+    keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
+    locked = jax.tree.map(np.asarray, sj.encrypt(params, masks, keys))
+    found = transform(
+        lambda p: sum(jnp.square(x).sum() for x in sj.decrypt(p, masks, keys).values())
+    )
+    for name, gradient in found(locked).items():
+        np.testing.assert_allclose(
+            gradient, np.where(masks[-1][name], 0, 2 * params[name]), rtol=1e-6
+        )

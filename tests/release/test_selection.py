@@ -167,3 +167,29 @@ def test_tied_weights_are_found_in_memory_too():
     hidden = changed(released.params, params)
     assert hidden["head"].any()
     assert (hidden["head"] == hidden["copy"]).mean() > 0.95
+
+
+def test_small_tensors_stay_in_levels_where_there_are_no_others(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"a": (8, 64), "b": (64, 16), "big": (512, 512)}
+    params = {n: rng.standard_normal(s).astype(np.float32) for n, s in params.items()}
+    found = written(tmp_path, params, levels=[0.1], selection=Select(select="^[ab]$"))
+    assert found.groups == {"a": 51, "b": 102}
+    with pytest.raises(ValueError, match=r"small: 0\.02 .* leaves nothing for levels to open"):
+        protect(params, secret=SECRET, selection=Select(select="^[ab]$", small=0.02))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection": "l2"}, r"selection: expected a Select, got str. Pass Select"),
+        ({"cipher": "lossless"}, "cipher: expected a LosslessCipher, got str"),
+        ({"levels": Targets(20, float)}, "targets: expected a number for each level"),
+    ],
+)
+def test_options_of_another_type_are_named(tmp_path, options, message):
+    with pytest.raises(TypeError, match=message):
+        protect(network(), secret=SECRET, **options)
+    with pytest.raises(TypeError, match=message):
+        written(tmp_path, network(), **options)
+    assert not (tmp_path / "public").exists()
