@@ -73,9 +73,12 @@ class Network(ABC):
         self.scope: Scope = selection.scope
         self._evaluate, self.calls = targets.evaluate, 0
         # An empty leaf has nothing to rank, and nothing to hide; one that is encrypted as a whole
-        # needs no place in the order, unless there is no other.
-        shapes = {name: shape for name, shape in scores.shapes.items() if math.prod(shape)}
-        shapes = {name: shape for name, shape in shapes.items() if name not in whole}
+        # needs no place in the order.
+        shapes = {
+            name: shape
+            for name, shape in scores.shapes.items()
+            if math.prod(shape) and name not in whole
+        }
         self._whole = whole
         arrays = {name: scores.of(name) for name in shapes}
         self._scores = Scores(shapes, arrays.__getitem__)

@@ -16,7 +16,7 @@ from .._keys.chacha import chacha20_key
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Granularity, Layout, group_shape
 from .._tree.hosts import from_first
-from .._tree.names import NamedLeaves, Selector, is_array, listed, named_leaves, select_leaves
+from .._tree.names import NamedLeaves, Selector, listed, named_leaves, select_leaves
 from .masks import checked_score
 from .options import STRATEGIES, Select
 from .ranks import Scores
@@ -115,7 +115,7 @@ def _checked(scores: Scores) -> Scores:
 
 def source_of_tree(tree: NamedLeaves) -> ArraySource:
     """The arrays of a tree as tensors."""
-    return ArraySource({name: leaf for name, leaf in tree.leaves.items() if is_array(leaf)})
+    return ArraySource(tree.arrays)
 
 
 def whole_leaves(

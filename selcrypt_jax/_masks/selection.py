@@ -12,7 +12,7 @@ from .._ciphers.blocks import order_bits
 from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher
 from .._tree.dtypes import DTYPES, SAFETENSORS, Dtype
 from .._tree.groups import Ring
-from .._tree.names import NamedLeaves, is_array, listed
+from .._tree.names import NamedLeaves, listed
 from .levels import Levels, check_share, exact
 from .ranks import Scope, Scores, ranked
 
@@ -42,8 +42,8 @@ def leaves_of_tree(tree: NamedLeaves) -> dict[str, Leaf]:
     """The arrays of a tree whose dtype is one of numbers."""
     return {
         name: Leaf(DTYPES[str(leaf.dtype)], tuple(leaf.shape))
-        for name, leaf in tree.leaves.items()
-        if is_array(leaf) and str(leaf.dtype) in DTYPES
+        for name, leaf in tree.arrays.items()
+        if str(leaf.dtype) in DTYPES
     }
 
 

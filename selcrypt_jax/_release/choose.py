@@ -73,10 +73,13 @@ class Plan:
     ) -> None:
         check_options(selection, cipher)
         self.source, self.selection, self.cipher = source, selection, cipher
+        self.targets: Targets | None = None
+        self.levels: Levels | None = None
         if isinstance(levels, Targets):
             checked_targets(levels)
-        self.targets = levels if isinstance(levels, Targets) else None
-        self.levels = None if isinstance(levels, Targets) else as_levels(levels, selection.budget)
+            self.targets = levels
+        else:
+            self.levels = as_levels(levels, selection.budget)
         self.layout: Layout | None
         self.scores, self.layout = scores_for(
             source, selection, stack, metadata=metadata, what=what

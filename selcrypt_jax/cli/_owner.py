@@ -9,11 +9,12 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from .._ciphers.lossless import LosslessCipher
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
-from ._selection import Goal, Levels, Selection, Unit, cipher_of, levels_of
+from ._selection import Goal, Levels, Selection, Unit, levels_of
 from ._tables import calibration_as_dict, print_inspection, print_levels
 
 
@@ -102,7 +103,7 @@ def protect(
             levels=wanted,
             selection=selection,
             signing=keys.read_signing(),
-            cipher=cipher_of(unit),
+            cipher=LosslessCipher(unit=unit),
             force=writing.force,
         )
     made = inspect_file(out)
@@ -167,7 +168,12 @@ def calibrate(
     wanted = goal.read()
     with goal.named():
         found = calibrate_file(
-            file, wanted, seed=seed, keys=keys, selection=selection, cipher=cipher_of(unit)
+            file,
+            wanted,
+            seed=seed,
+            keys=keys,
+            selection=selection,
+            cipher=LosslessCipher(unit=unit),
         )
     plain = replace(selection, budget=None)
     flags = ["--levels", *map(repr, found.levels), *plain.flags(), "--unit", unit]

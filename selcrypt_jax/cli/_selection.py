@@ -3,13 +3,12 @@
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tyro.conf import Suppress
 
 from .._calibrate.targets import Evaluation, Targets
-from .._ciphers.lossless import LosslessCipher
 from .._io.imported import imported
 from .._masks.options import Select
 
@@ -98,11 +97,6 @@ def levels_of(levels: Levels, goal: Goal) -> Any:
         names = ", ".join(name.replace("_", "-") for name in alone)
         raise ValueError(f"{names}: is of use with targets only, got none. Add --targets.")
     return 5 if levels is None else levels
-
-
-def cipher_of(unit: Unit) -> LosslessCipher:
-    """The cipher that options ask for."""
-    return replace(LosslessCipher(), unit=unit)
 
 
 def _number(text: str, level: int) -> float | None:
