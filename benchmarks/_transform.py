@@ -1,5 +1,6 @@
 """Section "transform": encrypting and decrypting a tree that is in memory."""
 
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +14,8 @@ from _subjects import LARGE, LEVELS, PERMUTING, STREAM, Case, Subject, bits_of, 
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
 from selcrypt_jax import LosslessCipher, decrypt, encrypt
-from selcrypt_jax._ciphers.engine_numpy import rewrite_leaf
-from selcrypt_jax._tree.groups import unit_positions
+from selcrypt_jax._ciphers.engine_numpy import leaf_key, rewrite_ring
+from selcrypt_jax._tree.groups import unit_places, unit_positions
 from selcrypt_jax._tree.names import named_leaves
 
 NOTES = {
@@ -71,15 +72,16 @@ class OnHost:
 
         def leaf(name: str) -> None:
             like = self.subject.leaves[name]
-            rewrite_leaf(
-                buffers[name],
-                like.shape,
-                self.subject.rings[name],
-                name,
-                cipher=cipher,
-                fine=cipher.fine_mask(like.dtype),
-                inverse=True,
-            )
+            for mask, secret in self.subject.rings[name]:
+                places = unit_places(like.shape, mask.shape, np.flatnonzero(mask), cipher.unit)
+                rewrite_ring(
+                    buffers[name],
+                    places,
+                    leaf_key(secret, name),
+                    cipher=cipher,
+                    fine=cipher.fine_mask(like.dtype),
+                    inverse=True,
+                )
 
         self.on_all_cores(leaf, buffers)
         return buffers
@@ -88,8 +90,10 @@ class OnHost:
         """Leaves to be written to, and where their selected weights are, as NumPy wants it."""
         found = {}
         for name, rings in self.subject.rings.items():
-            masks = [mask for mask, _ in rings]
-            positions, _ = unit_positions(self.subject.leaves[name].shape, masks, "weight")
+            shape = self.subject.leaves[name].shape
+            mask = functools.reduce(np.logical_or, (mask for mask, _ in rings))
+            groups = np.flatnonzero(mask)
+            positions = unit_positions(shape, mask.shape, groups, "weight")
             found[name] = positions.astype(np.intp).reshape(-1)
         return self.copies, found
 

@@ -178,7 +178,7 @@ function readGrant(path) {
   const names = ['model-id', 'level', 'signer', 'key'];
   const { level, signer = null, key, ...rest } = readKeyFile(path, 'selcrypt-grant-v1', names);
   check(isHex(rest['model-id'], 16) && (signer === null || isHex(signer, 32))
-    && /^[1-9]\d{0,4}$/.test(level) && Number(level) <= 65536, `${path}: a wrong field`);
+    && /^[1-9]\d{0,2}$/.test(level) && Number(level) <= 256, `${path}: a wrong field`);
   return { modelId: rest['model-id'], level: Number(level), signer, key };
 }
 
@@ -193,6 +193,11 @@ const DTYPES = new Map(Object.entries({
   U64: [64, null], U32: [32, null], U16: [16, null], U8: [8, null],
   BOOL: [8], C64: [64], F4: [4], F6_E2M3: [6], F6_E3M2: [6],
 }));
+
+// The numbers that the seal masks in a tensor: halves of complex ones, codes byte by byte.
+const sealed = (dtype) =>
+  DTYPES.get({ C64: 'F32', F4: 'U8', F6_E2M3: 'U8', F6_E3M2: 'U8' }[dtype] ?? dtype);
+const CHUNK = 2 ** 22;
 
 function readAt(file, position, length) {
   const bytes = Buffer.from(new ArrayBuffer(length)); // its own, so that typed arrays are aligned
@@ -248,16 +253,16 @@ function parseManifest(text) {
   const format = map instanceof Map ? map.get('format') : undefined;
   check(!/^selcrypt-v(?!1$)\d+$/.test(format), `the file has the later format ${format}`,
     'version');
-  const manifest = fields(map, ['format', 'model_id', 'cipher', 'levels', 'metadata', 'shard',
-    'signer', 'tensors'], 'manifest');
-  const { model_id: modelId, levels, metadata, shard, signer, tensors } = manifest;
+  const manifest = fields(map, ['format', 'model_id', 'cipher', 'rest', 'levels', 'metadata',
+    'shard', 'signer', 'tensors'], 'manifest');
+  const { model_id: modelId, rest, levels, metadata, shard, signer, tensors } = manifest;
   const cipher = fields(manifest.cipher, ['name', 'unit', 'permute', 'fine_bits'], 'cipher');
   check(format === 'selcrypt-v1' && isHex(modelId, 16)
     && (metadata === null || isHex(metadata, 32)) && (signer === null || isHex(signer, 32))
     && (shard === null || (isShape(shard) && shard.length === 2 && shard[0] >= 1
       && shard[0] <= shard[1]))
-    && Array.isArray(levels) && levels.length >= 1 && levels.length <= 65536
-    && tensors instanceof Map, 'manifest: a wrong field');
+    && Array.isArray(levels) && levels.length >= 1 && levels.length <= 256
+    && ['sealed', 'plain'].includes(rest) && tensors instanceof Map, 'manifest: a wrong field');
   check(cipher.name === 'lossless' && ['weight', 'group'].includes(cipher.unit)
     && typeof cipher.permute === 'boolean'
     && (cipher.fine_bits === null || isCount(cipher.fine_bits)), 'cipher: a wrong field');
@@ -266,12 +271,21 @@ function parseManifest(text) {
     check(isCount(groups) && isCount(weights), 'level: a wrong field');
   }
   for (const [name, entry] of tensors) {
-    const tensor = fields(entry, ['dtype', 'shape', 'sha256'], `manifest, tensor ${name}`);
-    check(typeof tensor.dtype === 'string' && isShape(tensor.shape) && isHex(tensor.sha256, 32),
-      `manifest, tensor ${name}: a wrong field`);
+    const what = `manifest, tensor ${name}`;
+    const tensor = fields(entry, ['dtype', 'shape', 'sha256', 'window'], what);
+    const { dtype, shape, sha256, window } = tensor;
+    check(DTYPES.has(dtype) && isShape(shape) && Array.isArray(sha256)
+      && sha256.length === Math.ceil(DTYPES.get(dtype)[0] * product(shape) / 8 / CHUNK)
+      && sha256.every((digest) => isHex(digest, 32)), `${what}: a wrong field`);
+    const [width, mantissa, sign] = sealed(dtype);
+    const hasWindow = rest === 'sealed' && typeof mantissa === 'number' && sha256.length > 0;
+    check(hasWindow ? isShape(window) && window.length === 3 && window[2] <= sign
+      && window[1] <= width - mantissa - sign
+      && window[0] + 2 ** window[1] <= 2 ** (width - mantissa - sign) : window === null,
+    `${what}: a wrong window`);
     tensors.set(name, tensor);
   }
-  return { modelId, cipher, levels: levels.map((level) => Object.fromEntries(level)), metadata,
+  return { modelId, cipher, rest, levels: levels.map((level) => Object.fromEntries(level)), metadata,
     signer, tensors };
 }
 
@@ -320,7 +334,7 @@ function checkTable(table, tensors) {
 
 const hkdf = (key, info) => Buffer.from(hkdfSync('sha256', key, '', `selcrypt/v1/${info}`, 32));
 
-function unseal(box, m, key, manifestText) {
+function openSeal(box, m, key, manifestText) {
   const what = `box ${m}`;
   const bytes = unbase64(box, what);
   check(bytes.length >= 12 + 16, `${what}: too short`);
@@ -341,7 +355,7 @@ function unseal(box, m, key, manifestText) {
 function openBox(manifest, tensors, m, key) {
   const what = `box ${m}`;
   const content = step('box', () =>
-    unseal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text));
+    openSeal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text));
   const length = content.length >= 4 ? content.readUInt32LE() : Infinity;
   check(4 + length <= content.length, `${what}: cut`);
   let at = 4 + length;
@@ -351,7 +365,8 @@ function openBox(manifest, tensors, m, key) {
   const sum = { groups: 0, weights: 0 };
   const names = new Set();
   const opened = rings.map((entry) => {
-    const ring = fields(entry, ['tensor', 'mask_shape', 'groups', 'bytes', 'sha256'], what);
+    const ring = fields(entry, ['tensor', 'mask_shape', 'groups', 'coding', 'bytes',
+      'sha256'], what);
     const { mask_shape: maskShape, groups } = ring;
     const tensor = tensors.get(ring.tensor);
     check(tensor && !names.has(ring.tensor), `${what}: an unknown tensor, or one twice`);
@@ -363,11 +378,14 @@ function openBox(manifest, tensors, m, key) {
       && isShape(maskShape) && maskShape.length === tensor.shape.length
       && maskShape.every((n, axis) => n === 1 || n === tensor.shape[axis])
       && isCount(groups) && groups >= 1 && isCount(ring.bytes) && isHex(ring.sha256, 32)
-      && at + ring.bytes <= content.length, `${what}, tensor ${ring.tensor}: a wrong field`);
-    const bitmap = content.subarray(at, at + ring.bytes);
-    const mask = readMask(bitmap, product(maskShape), groups, `${what}, tensor ${ring.tensor}`);
-    at += ring.bytes;
+      && ['gaps', 'bitmap'].includes(ring.coding) && at + ring.bytes <= content.length, `${what}, tensor ${ring.tensor}: a wrong field`);
     const size = elements / product(maskShape); // of a group
+    tensor.left -= groups * size;
+    check(tensor.left >= 0, `${what}, tensor ${ring.tensor}: rings overlap`);
+    const positions = content.subarray(at, at + ring.bytes);
+    const mask = (ring.coding === 'gaps' ? readGaps : readBitmap)(
+      positions, product(maskShape), groups, `${what}, tensor ${ring.tensor}`);
+    at += ring.bytes;
     sum.groups += groups;
     sum.weights += groups * size;
     return { tensor, maskShape, mask, groups, size, sha256: ring.sha256 };
@@ -378,14 +396,38 @@ function openBox(manifest, tensors, m, key) {
   return opened;
 }
 
-// One zlib stream of exactly these bits and nothing behind it, of which Node says nothing.
-function readMask(bitmap, bits, groups, what) {
-  const length = Math.ceil(bits / 8);
-  let mask = new Uint8Array();
+// What one zlib stream holds, if it is no more than this and nothing is behind it, of which Node
+// says nothing; else nothing.
+function inflate(packed, most) {
   try {
-    const { buffer, engine } = inflateSync(bitmap, { maxOutputLength: length, info: true });
-    if (engine.bytesWritten === bitmap.length) mask = buffer;
+    const { buffer, engine } = inflateSync(packed, { maxOutputLength: most, info: true });
+    if (engine.bytesWritten === packed.length) return buffer;
   } catch { /* also a stream that is longer */ }
+  return new Uint8Array();
+}
+
+// Both make a mask of one bit an element, the first in the highest bit of the first byte.
+function readGaps(packed, bits, groups, what) {
+  const gaps = inflate(packed, Math.max(groups + Math.floor((bits - groups) / 255), 1));
+  const mask = new Uint8Array(Math.ceil(bits / 8));
+  let next = 0;
+  let count = 0;
+  for (const gap of gaps) {
+    next += gap;
+    if (gap === 255) continue;
+    check(next < bits, `${what}: a wrong gap`);
+    mask[next >> 3] |= 128 >> (next & 7);
+    next++;
+    count++;
+  }
+  check(count === groups && gaps.at(-1) !== 255, `${what}: wrong gaps`);
+  return mask;
+}
+
+function readBitmap(packed, bits, groups, what) {
+  const length = Math.ceil(bits / 8);
+  check(8 * groups >= bits, `${what}: a bitmap of too few`);
+  const mask = inflate(packed, length);
   let count = 0;
   for (const byte of mask) for (let rest = byte; rest; rest &= rest - 1) count++;
   check(mask.length === length && count === groups && !((mask.at(-1) << (bits % 8 || 8)) & 255),
@@ -429,7 +471,34 @@ function stream(key, domain, counter, length) {
   return new Uint8Array(createCipheriv('chacha20', key, iv).update(Buffer.alloc(length)));
 }
 const fold = (key, n) => stream(key, 'fold_in', n, 32);
-const bits = (key, length) => stream(key, 'random_bits', 0, length).buffer;
+const bits = (key, length, block = 0) => stream(key, 'random_bits', block, length).buffer;
+
+function leafKey(key, name) {
+  const leaf = sha256('selcrypt/v1/leaf\0', name);
+  for (let i = 0; i < 32; i += 4) key = fold(key, leaf.readUInt32LE(i));
+  return key;
+}
+
+// § Seal: takes it off where the tensor lies.
+function unseal({ name, dtype }, window, cipherKey, bytes) {
+  const [width, mantissa, sign] = dtype === 'BOOL' ? [8] : sealed(dtype);
+  const Words = { 8: Uint8Array, 16: Uint16Array }[width] ?? Uint32Array;
+  let count = dtype === 'BOOL' ? 1 : window === null ? width : mantissa + window[1];
+  const mask = []; // in words of 32 bits, the lowest first, or one narrower word
+  for (let left = width; left > 0; left -= 32, count = Math.max(count - 32, 0)) {
+    mask.push(2 ** Math.min(count, 32) - 1);
+  }
+  if (sign && window?.[2]) mask[mask.length - 1] += 2 ** ((width - 1) % 32);
+  const offset = window === null ? 0 : window[0] * 2 ** (mantissa % 32); // of the highest word
+  const data = new Words(bytes.buffer);
+  const r = new Words(bits(fold(leafKey(cipherKey, name), 2), bytes.length));
+  const last = mask.length - 1;
+  for (let i = 0; i < data.length; i++) {
+    const part = i % mask.length;
+    const o = part === last ? offset : 0;
+    data[i] = ((data[i] - o) ^ (r[i] & mask[part])) + o;
+  }
+}
 
 // F of a dtype, as its 32-bit words, the lowest first; or as one narrower word.
 function fineBits({ permute, fine_bits: fine }, [width, mantissa, sign]) {
@@ -451,7 +520,7 @@ function unpermute(c, units, key) {
   for (let r = 0; r < blocks; r++) {
     const count = Math.ceil((units - r) / blocks);
     // Twenty random bits, and in place of the others the unit's number: ties stay in order.
-    const order = new Uint32Array(bits(fold(key, r), 4 * count))
+    const order = new Uint32Array(bits(key, 4 * count, 256 * r))
       .map((word, j) => (word & 0xfffff000) | j).sort();
     for (let j = 0; j < count; j++) {
       const from = (r + j * blocks) * size;
@@ -470,18 +539,11 @@ function decryptRing(ring, at, cipher, cipherKey, bytes) {
   const lanes = fine.length; // words of a weight
   const data = new Words(bytes.buffer);
   const byGroup = cipher.unit === 'group';
-  let key = cipherKey;
-  const leaf = sha256('selcrypt/v1/leaf\0', name);
-  for (let i = 0; i < 32; i += 4) key = fold(key, leaf.readUInt32LE(i));
-
+  const key = leafKey(cipherKey, name);
   let x = new Words(at.length * lanes);
   for (let i = 0; i < x.length; i++) x[i] = data[at[Math.floor(i / lanes)] * lanes + i % lanes];
-  const maskKey = fold(key, 1);
-  for (let i = 0; i < x.length && fine.some(Boolean); i += 4096 * lanes) {
-    const count = Math.min(4096 * lanes, x.length - i);
-    const k = new Words(bits(fold(maskKey, i / (4096 * lanes)), count * Words.BYTES_PER_ELEMENT));
-    for (let j = 0; j < count; j++) x[i + j] ^= k[j] & fine[j % lanes];
-  }
+  const k = new Words(bits(fold(key, 1), x.byteLength));
+  for (let i = 0; i < x.length; i++) x[i] ^= k[i] & fine[i % lanes];
   if (cipher.permute) x = unpermute(x, byGroup ? ring.groups : at.length, fold(key, 0));
   check(sha256('selcrypt/v1/ring\0', Buffer.from(x.buffer)).toString('hex') === ring.sha256,
     `tensor ${name}: was decrypted to other weights than were encrypted`, 'plaintext');
@@ -545,7 +607,8 @@ function main() {
   check(grant.modelId === manifest.modelId, 'the grant is for another file', 'model'); // 5
   check(grant.level <= manifest.levels.length, 'the grant is for a level that is not there',
     'level');
-  const byName = new Map(tensors.map((tensor) => [tensor.name, { ...tensor, rings: [] }]));
+  const byName = new Map(tensors.map((tensor) => [tensor.name,
+    { ...tensor, rings: [], left: product(tensor.shape) }]));
   const keys = [grant.key]; // of the grant's level, and downwards
   while (keys.length < grant.level) keys.push(hkdf(keys.at(-1), 'down'));
   keys.reverse().forEach((key, i) => {
@@ -555,8 +618,13 @@ function main() {
   });
   const contents = [...byName.values()].map((tensor) => { // 6
     const bytes = readAt(file, start + tensor.start, tensor.stop - tensor.start);
-    check(sha256(bytes).toString('hex') === manifest.tensors.get(tensor.name).sha256,
-      `tensor ${tensor.name}: was changed`, 'digest');
+    const { sha256: digests, window } = manifest.tensors.get(tensor.name);
+    digests.forEach((digest, i) => {
+      const chunk = bytes.subarray(i * CHUNK, (i + 1) * CHUNK);
+      check(sha256(chunk).toString('hex') === digest, `tensor ${tensor.name}: was changed`,
+        'digest');
+    });
+    if (manifest.rest === 'sealed') unseal(tensor, window, hkdf(keys[0], 'cipher'), bytes);
     const taken = new Uint8Array(tensor.rings.length ? product(tensor.shape) : 0);
     const byGroup = manifest.cipher.unit === 'group';
     const places = tensor.rings.map(([ring]) => positions(ring, byGroup, taken));

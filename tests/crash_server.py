@@ -96,7 +96,7 @@ def die_before(step: int | None) -> list[int]:
             os.kill(os.getpid(), signal.SIGKILL)
         count[0] += 1
 
-    patch(SafetensorsFile, "_read", before)
+    patch(SafetensorsFile, "_fill", before)
     patch(_atomic._Output, "write", before)
     for name in ("link", "rename", "replace", "unlink", "mkdir", "chmod", "fchmod", "fsync"):
         patch(os, name, before)

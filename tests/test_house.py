@@ -45,6 +45,9 @@ WITHOUT_JAX = [
     "_ciphers/blocks.py",
     "_ciphers/lossless.py",
     "_ciphers/engine_numpy.py",
+    "_ciphers/engine_window.py",
+    "_ciphers/window.py",
+    "_ciphers/windows.py",
     "_tree/dtypes.py",
     "_tree/groups.py",
 ]

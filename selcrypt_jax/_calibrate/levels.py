@@ -115,7 +115,7 @@ def calibrate_levels(
 
 
 def release_levels(
-    given: Given, *, secret: Secret, twins: Sequence[Sequence[str]]
+    given: Given, *, secret: Secret, twins: Sequence[Sequence[str]], sealed: bool = False
 ) -> tuple[list[Ring], Calibration, bytes]:
     """What to encrypt so that the levels of a release give their targets, under its own keys.
 
@@ -128,6 +128,8 @@ def release_levels(
         given: what is released, and what its levels shall give.
         secret: the owner's.
         twins: names of leaves that are bit for bit alike, in which the same is encrypted.
+        sealed: whether level 1 takes off a seal and opens no ring: the targets are those of levels
+            1, 2, …, and the first ring is that of level 2.
 
     Returns:
         The rings; what their levels give; and the model id, under which nothing else may be
@@ -137,10 +139,11 @@ def release_levels(
         ValueError, TypeError: as `calibrate_levels`; or no release was found.
     """
     wanted = checked_targets(given.targets)
-    network = Release(given, secret=secret, twins=twins)
+    network = Release(given, secret=secret, twins=twins, first=2 if sealed else 1)
     search = Search(network, wanted, given.targets, given.selection.budget)
     found = _found(search, network)
-    return network.rings(search.bounds), found, network.model_id
+    rings = [r._replace(level=r.level + sealed) for r in network.rings(search.bounds)]
+    return rings, found, network.model_id
 
 
 def _found(search: Search, network: Network) -> Calibration:

@@ -241,13 +241,17 @@ class Release(Network):
         given: see `Network`.
         secret: the owner's.
         twins: names of leaves that are bit for bit alike, in which the same is encrypted.
+        first: level of the first ring.
     """
 
     steady = True
 
-    def __init__(self, given: Given, *, secret: Secret, twins: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, given: Given, *, secret: Secret, twins: Sequence[Sequence[str]], first: int = 1
+    ) -> None:
         super().__init__(given)
-        self._secret, self._levels, self._twins = secret, len(given.targets.targets), twins
+        self._secret, self._twins = secret, twins
+        self._levels = len(given.targets.targets) + first - 1
         self.renew()
 
     def renew(self) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 BLOCK = 4096
 INDEX_BITS = 12
-PERMUTATION, MASK = 0, 1  # domains of the key of a ring in a leaf
+PERMUTATION, MASK, SEAL = 0, 1, 2  # domains of the key of a ring in a leaf
 LEAF_DOMAIN = b"selcrypt/v1/leaf\0"
 
 

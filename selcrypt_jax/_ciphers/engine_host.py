@@ -14,11 +14,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from .._tree.groups import Ring
+from .._tree.groups import Ring, unit_places
 from .._tree.hosts import is_spread, put
 from .._tree.names import unsigned
 from .blocks import Form
-from .engine_numpy import rewrite_leaf
+from .engine_numpy import leaf_key, rewrite_ring
 
 _ALIGNMENT = 64  # bytes: XLA uses memory so aligned without a copy
 _EXCHANGED = 1 << 20  # weights that hosts tell each other at a time
@@ -52,12 +52,15 @@ def run_on_host(
 
     def rewritten(name: str) -> np.ndarray:
         leaf, own = leaves[name], of_leaf[name]
-        bits = _copied(leaf)
+        bits = copied(leaf)
         flat, fine = bits.reshape(-1), cipher.fine_mask(leaf.dtype)
         if cipher.permute and is_spread(leaf):
             for mask, _ in own:
                 _exchange(flat, np.flatnonzero(np.broadcast_to(mask, leaf.shape)))
-        rewrite_leaf(flat, leaf.shape, own, name, cipher=cipher, fine=fine, inverse=inverse)
+        for mask, secret in own:
+            places = unit_places(leaf.shape, mask.shape, np.flatnonzero(mask), cipher.unit)
+            key = leaf_key(secret, name)
+            rewrite_ring(flat, places, key, cipher=cipher, fine=fine, inverse=inverse)
         return bits
 
     result = {}
@@ -69,13 +72,13 @@ def run_on_host(
         for names, mapped in ((alone, map), (together, pool.map)):
             for name, bits in zip(names, mapped(rewritten, names), strict=True):
                 # In this thread: how JAX is configured is a thread's own.
-                result[name] = _handed(bits.view(leaves[name].dtype), leaves[name])
+                result[name] = handed(bits.view(leaves[name].dtype), leaves[name])
                 if name in donate:
                     leaves[name].delete()
     return result
 
 
-def _copied(leaf: Array) -> np.ndarray:
+def copied(leaf: Array) -> np.ndarray:
     """The bits of a leaf, or of what this process has of it and zeros elsewhere."""
     word, size = unsigned(leaf), leaf.size * leaf.dtype.itemsize
     # Aligned, so that JAX takes the memory over. Pages of zeros take none until they are written.
@@ -89,6 +92,13 @@ def _copied(leaf: Array) -> np.ndarray:
     return bits
 
 
+def parts(leaf: Array) -> list[tuple[slice, ...]]:
+    """The parts of a leaf that this process has, each once; the whole where it has that."""
+    if not is_spread(leaf):
+        return [(slice(None),) * leaf.ndim]
+    return list({repr(shard.index): shard.index for shard in leaf.addressable_shards}.values())
+
+
 def _exchange(bits: np.ndarray, positions: np.ndarray) -> None:
     """Gives every process the bits at these positions, of which each has some and zeros."""
     from jax.experimental import multihost_utils
@@ -100,7 +110,7 @@ def _exchange(bits: np.ndarray, positions: np.ndarray) -> None:
         bits[here] = np.bitwise_or.reduce(np.asarray(found)).astype(np.uint8).view(bits.dtype)
 
 
-def _handed(array: np.ndarray, like: Array) -> Array:
+def handed(array: np.ndarray, like: Array) -> Array:
     """An array that is JAX's from now on, where ``like`` lies."""
     if like.committed:
         return put(array, like.sharding)

@@ -15,6 +15,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Key, PRNGKeyArray
 
+from .._keys.chacha import bits_from, chacha20_impl
 from .._tree.groups import Ring, unit_positions
 from .._tree.names import padded, unsigned, without_explicit_axes
 from .blocks import BLOCK, INDEX_BITS, MASK, PERMUTATION, Form, block_count
@@ -111,7 +112,8 @@ class _Plan(NamedTuple):
 
 
 def _plan(cipher: Form, index: int, ring: Ring, leaf: Array) -> _Plan:
-    positions, _ = unit_positions(leaf.shape, [ring.mask], cipher.unit)
+    groups = np.flatnonzero(ring.mask)
+    positions = unit_positions(leaf.shape, ring.mask.shape, groups, cipher.unit)
     units = len(positions)
     room = np.full(BLOCK * padded(block_count(positions.size)), leaf.size, np.int32)
     room[: positions.size] = positions.ravel()
@@ -187,14 +189,21 @@ def _map_blocks(
     return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=16)
 
 
+def _block_of_bits(key: PRNGKeyArray, block: Array, dtype: Any) -> Array:
+    """Number ``block`` of the blocks of random numbers of a key; see `lossless`."""
+    if jax.random.key_impl(key) == chacha20_impl:
+        return bits_from(key, block, BLOCK, dtype)
+    return jax.random.bits(jax.random.fold_in(key, block), (BLOCK,), dtype)
+
+
 @jax.jit
 def _permutation_blocks(
     keys: Key[Array, " keys"], ring: Array, block: Array, length: Array
 ) -> Array:
     def permutation(key: PRNGKeyArray, block: Array, length: Array) -> Array:
         index = jnp.arange(BLOCK, dtype=jnp.uint32)
-        key = jax.random.fold_in(jax.random.fold_in(key, PERMUTATION), block)
-        bits = jax.random.bits(key, (BLOCK,), jnp.uint32) >> INDEX_BITS
+        bits = _block_of_bits(jax.random.fold_in(key, PERMUTATION), block, jnp.uint32)
+        bits = bits >> INDEX_BITS
         # What lies behind the end of a short block sorts last and so stays there.
         last = jnp.uint32(2 ** (32 - INDEX_BITS) - 1)
         bits = jnp.where(index < length.astype(jnp.uint32), bits, last)
@@ -207,8 +216,7 @@ def _permutation_blocks(
 @partial(jax.jit, static_argnames="dtype")
 def _mask_blocks(keys: Key[Array, " keys"], ring: Array, block: Array, *, dtype: Any) -> Array:
     def words(key: PRNGKeyArray, block: Array) -> Array:
-        key = jax.random.fold_in(jax.random.fold_in(key, MASK), block)
-        return jax.random.bits(key, (BLOCK,), dtype)
+        return _block_of_bits(jax.random.fold_in(key, MASK), block, dtype)
 
     return _map_blocks(words, keys, ring, block)
 

@@ -12,12 +12,15 @@ arrays, and `engine_xla`.
 
 How π and k are made (``B`` = 4096, ``n`` units, ``b = ceil(n / B)`` blocks):
 
+- two random streams belong to the key: of 32-bit numbers, ``bits(fold_in(key, 0))``, and of
+  numbers as wide as the dtype, ``bits(fold_in(key, 1))``. ChaCha20 reads any part of its stream by
+  the block counter. Of other implementations of `jax.random`, number ``i`` of a stream is number
+  ``i mod B`` of ``bits(fold_in(stream's key, i div B), B)``.
 - block r holds the units ``r, r + b, r + 2b, …``: a sample spread over the whole ring. The units
-  of a block are sorted by 20 random bits, ties by position: bits of
-  ``fold_in(fold_in(key, 0), r)``, the upper 20 of 32. That a pair ties with probability 2⁻²⁰ is
-  a bias of 2⁻²¹ in its order; the information in it is under 2⁻¹⁷ bits a block.
-- weight number i of the ring is masked with number ``i mod B`` of the bits of
-  ``fold_in(fold_in(key, 1), i div B)``, of the width of the dtype.
+  of a block are sorted by 20 random bits, ties by position: the upper 20 of numbers ``rB``,
+  ``rB + 1``, … of the first stream. That a pair ties with probability 2⁻²⁰ is a bias of 2⁻²¹ in
+  its order; the information in it is under 2⁻¹⁷ bits a block.
+- weight number i of the ring is masked with number i of the second stream.
 """
 
 import math

@@ -13,13 +13,14 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.errors import GrantError, IntegrityError
 from .._keys.keys import LevelKey
-from .checks import COUNT, COUNTS, LIST, TEXT, Checker, hex_of
+from .checks import COUNT, COUNTS, LIST, TEXT, Checker, hex_of, one_of
 
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 _RULES = {
     "tensor": TEXT,
     "mask_shape": COUNTS,
     "groups": COUNT,
+    "coding": one_of("gaps", "bitmap"),
     "bytes": COUNT,
     "sha256": hex_of(hashlib.sha256().digest_size),
 }
@@ -32,14 +33,16 @@ class SealedRing(NamedTuple):
         tensor: its name.
         mask_shape: of the ring's mask, one size an axis of the tensor: 1 inside a group.
         groups: how many the ring has.
-        bitmap: the mask in C order, eight groups a byte, the first in the highest bit; zlib.
+        coding: of the positions.
+        positions: which elements of the mask, in C order, are in the ring; see FORMAT.md.
         sha256: of the ring's plaintext, in hex.
     """
 
     tensor: str
     mask_shape: tuple[int, ...]
     groups: int
-    bitmap: bytes
+    coding: str
+    positions: bytes
     sha256: str
 
     def weights(self, shape: Sequence[int]) -> int:
@@ -114,11 +117,12 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
     rings: dict[str, SealedRing] = {}
     for entry in table["rings"]:
         check.fields(entry, "rings", **_RULES)
-        name, shape, groups, size, digest = (entry[field] for field in _RULES)
+        name, shape, groups, coding, size, digest = (entry[field] for field in _RULES)
         check.that(name not in rings, "tensor", "each tensor once")
-        rings[name] = SealedRing(name, tuple(shape), groups, plain[end : end + size], digest)
+        positions = plain[end : end + size]
+        rings[name] = SealedRing(name, tuple(shape), groups, coding, positions, digest)
         end += size
-    check.that(end == len(plain), "table", "bitmaps up to the end of the box")
+    check.that(end == len(plain), "table", "positions up to the end of the box")
     return list(rings.values())
 
 
@@ -130,7 +134,8 @@ def box_context(manifest: str, level: int) -> bytes:
 
 def _content(rings: Sequence[SealedRing]) -> bytes:
     table = [
-        dict(zip(_RULES, ring._replace(bitmap=len(ring.bitmap)), strict=True)) for ring in rings
+        dict(zip(_RULES, ring._replace(positions=len(ring.positions)), strict=True))
+        for ring in rings
     ]
     head = json.dumps({"rings": table}, ensure_ascii=False, separators=(",", ":")).encode()
-    return len(head).to_bytes(4, "little") + head + b"".join(ring.bitmap for ring in rings)
+    return len(head).to_bytes(4, "little") + head + b"".join(ring.positions for ring in rings)

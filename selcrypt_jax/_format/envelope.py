@@ -217,7 +217,15 @@ class Envelope:
             for ring in open_box(lower, self.text, box, self.what, owner=owner):
                 weights += self._weights(ring, check)
                 groups += ring.groups
-                result.setdefault(ring.tensor, []).append((lower.level, ring))
+                own = result.setdefault(ring.tensor, [])
+                own.append((lower.level, ring))
+                shape = self.manifest.tensors[ring.tensor].shape
+                # Before any position is unpacked: rings share no weight.
+                if sum(found.weights(shape) for _, found in own) > math.prod(shape):
+                    raise check.error(
+                        f"the rings of tensor {show(ring.tensor)} hold more weights than it has: "
+                        "they overlap"
+                    )
             if (size := LevelSize(groups, weights)) != expected:
                 raise check.error(f"expected {expected} as the manifest says, got {size}")
         return result

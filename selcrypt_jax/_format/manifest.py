@@ -2,19 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
+from .._ciphers.windows import Window, fits, has_window
+from .._io.strict_json import show
 from .._keys.keys import MAX_LEVELS, MODEL_ID_BYTES
 from .._keys.material import KEY_BYTES
 from .._keys.signing import VerifyKey
-from .checks import COUNT, COUNTS, FLAG, LIST, OBJECT, TEXT, Checker, hex_of, one_of, or_null
+from .._tree.dtypes import SAFETENSORS
+from .checks import COUNT, COUNTS, FLAG, LIST, OBJECT, Checker, Rule, hex_of, one_of, or_null
 
 FORMAT = "selcrypt-v1"
 _DIGEST_BYTES = 32
 NO_DIGEST = "0" * (2 * _DIGEST_BYTES)
+CHUNK = 1 << 22
+"""Bytes of a tensor that have a digest of their own, so that they can be read alone."""
+
+Rest = Literal["sealed", "plain"]
+"""What becomes of weights that are in no ring: sealed under the key of level 1, or left plain."""
+
+_DIGEST = hex_of(_DIGEST_BYTES)
+_DIGESTS = Rule(
+    lambda value: isinstance(value, list) and all(map(_DIGEST.fits, value)), "a list of digests"
+)
 
 
 class Tensor(NamedTuple):
@@ -23,12 +37,19 @@ class Tensor(NamedTuple):
     Attributes:
         dtype: safetensors' name, such as ``"F32"``.
         shape: its shape.
-        sha256: of its bytes in the file, in hex.
+        sha256: of each `CHUNK` of its bytes in the file, in hex; none of an empty tensor.
+        window: of the seal; None where there is none, and for numbers without exponents.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    sha256: tuple[str, ...]
+    window: Window | None = None
+
+    def entry(self) -> dict[str, Any]:
+        """As JSON has it."""
+        window = None if self.window is None else [int(number) for number in self.window]
+        return self._asdict() | {"window": window}
 
 
 class LevelSize(NamedTuple):
@@ -50,6 +71,7 @@ class Manifest:
     Attributes:
         model_id: 16 random bytes, new for each protection.
         cipher: how the rings are encrypted.
+        rest: see `Rest`.
         levels: size of ring 1..M.
         tensors: every tensor of the file by name, in no particular order.
         signer: the owner, or None for a file that is not signed.
@@ -60,6 +82,7 @@ class Manifest:
 
     model_id: bytes
     cipher: LosslessCipher
+    rest: Rest
     levels: tuple[LevelSize, ...]
     tensors: Mapping[str, Tensor]
     signer: VerifyKey | None = None
@@ -72,11 +95,12 @@ class Manifest:
             "format": FORMAT,
             "model_id": self.model_id.hex(),
             "cipher": {"name": "lossless", **vars(self.cipher)},
+            "rest": self.rest,
             "levels": [level._asdict() for level in self.levels],
             "metadata": self.metadata,
             "shard": self.shard,
             "signer": None if self.signer is None else self.signer.hex(),
-            "tensors": {name: tensor._asdict() for name, tensor in self.tensors.items()},
+            "tensors": {name: tensor.entry() for name, tensor in self.tensors.items()},
         }
         return json.dumps(fields, ensure_ascii=False, separators=(",", ":"))
 
@@ -98,8 +122,8 @@ class Manifest:
             )
         check.fields(
             fields, "", format=one_of(FORMAT), model_id=hex_of(MODEL_ID_BYTES), cipher=OBJECT,
-            levels=LIST, metadata=or_null(hex_of(_DIGEST_BYTES)), shard=or_null(COUNTS),
-            signer=or_null(hex_of(KEY_BYTES)), tensors=OBJECT,
+            rest=one_of("sealed", "plain"), levels=LIST, metadata=or_null(hex_of(_DIGEST_BYTES)),
+            shard=or_null(COUNTS), signer=or_null(hex_of(KEY_BYTES)), tensors=OBJECT,
         )  # fmt: skip
         levels, shard, signer = fields["levels"], fields["shard"], fields["signer"]
         check.that(1 <= len(levels) <= MAX_LEVELS, "levels", f"a list of 1 to {MAX_LEVELS}")
@@ -112,19 +136,51 @@ class Manifest:
             permute=FLAG, fine_bits=or_null(COUNT),
         )  # fmt: skip
         tensors = {}
-        digest = hex_of(_DIGEST_BYTES)
         for name, entry in fields["tensors"].items():
-            check.fields(entry, f"tensors {name!r}", dtype=TEXT, shape=COUNTS, sha256=digest)
-            tensors[name] = Tensor(entry["dtype"], tuple(entry["shape"]), entry["sha256"])
+            what = f"tensors {show(name)}"
+            check.fields(
+                entry, what, dtype=one_of(*SAFETENSORS), shape=COUNTS, sha256=_DIGESTS,
+                window=or_null(COUNTS),
+            )  # fmt: skip
+            tensor = _tensor(entry)
+            expected = chunk_count(tensor.dtype, tensor.shape)
+            check.that(len(tensor.sha256) == expected, f"{what}: sha256", f"{expected} digests")
+            dtype = SAFETENSORS[tensor.dtype]
+            wanted = fields["rest"] == "sealed" and has_window(dtype) and expected > 0
+            good = (tensor.window is not None) == wanted
+            if tensor.window is not None:
+                good = good and fits(tensor.window, dtype)
+            check.that(good, f"{what}: window", "a window of its dtype, or null")
+            tensors[name] = tensor
         return cls(
             model_id=bytes.fromhex(fields["model_id"]),
             cipher=LosslessCipher(cipher["unit"], cipher["permute"], cipher["fine_bits"]),
+            rest=fields["rest"],
             levels=tuple(LevelSize(**level) for level in levels),
             tensors=tensors,
             signer=None if signer is None else VerifyKey(bytes.fromhex(signer)),
             metadata=fields["metadata"],
             shard=None if shard is None else (shard[0], shard[1]),
         )
+
+
+def _tensor(entry: Mapping[str, Any]) -> Tensor:
+    given = entry["window"]
+    window = None
+    if given is not None:  # a list that is no window fits no dtype
+        good = len(given) == 3 and given[2] in (0, 1)
+        window = Window(given[0], given[1], given[2] == 1) if good else Window(0, 64, False)
+    return Tensor(entry["dtype"], tuple(entry["shape"]), tuple(entry["sha256"]), window)
+
+
+def byte_count(dtype: str, shape: Sequence[int]) -> int:
+    """How many bytes a tensor takes."""
+    return math.prod(shape) * SAFETENSORS[dtype].bits // 8
+
+
+def chunk_count(dtype: str, shape: Sequence[int]) -> int:
+    """How many chunks a tensor has."""
+    return -(-byte_count(dtype, shape) // CHUNK)
 
 
 def metadata_digest(metadata: Mapping[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Sealed rings at work: masks from their bitmaps, and the rings of a tensor rewritten."""
+"""Sealed rings at work: positions packed and unpacked, and the rings of a tensor rewritten."""
 
 import hashlib
 import math
@@ -8,25 +8,48 @@ from typing import Any
 
 import numpy as np
 
-from .._ciphers.engine_numpy import rewrite_leaf
+from .._ciphers.engine_numpy import leaf_key, rewrite_ring
 from .._ciphers.lossless import LosslessCipher
 from .._io.errors import IntegrityError
 from .._tree.dtypes import SAFETENSORS
+from .._tree.groups import unit_places
 from .boxes import SealedRing
 from .checks import DAMAGED, Checker
 from .manifest import NO_DIGEST
 
+_ESCAPE = 255  # so many elements are skipped, and the gap goes on
+_DENSE = 8  # a bitmap may be used where at least one element in so many is selected
+
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
     """The ring of a mask; its plaintext is not known yet."""
-    # Runs of zeros are what there is to find; zlib's own search takes a hundred times as long.
-    stream = zlib.compressobj(9, strategy=zlib.Z_RLE)
-    bitmap = stream.compress(np.packbits(mask).tobytes()) + stream.flush()
-    return SealedRing(tensor, mask.shape, int(mask.sum()), bitmap, NO_DIGEST)
+    groups = np.flatnonzero(mask)
+    coding, positions = "gaps", _packed(_gaps(groups))
+    if len(groups) * _DENSE >= mask.size:
+        bitmap = _packed(np.packbits(mask))
+        if len(bitmap) < len(positions):
+            coding, positions = "bitmap", bitmap
+    return SealedRing(tensor, mask.shape, len(groups), coding, positions, NO_DIGEST)
 
 
-def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
-    """The mask of a ring, unpacked.
+def _packed(array: np.ndarray) -> bytes:
+    # Runs are what there is to find; zlib's own search takes a hundred times as long.
+    stream = zlib.compressobj(6, strategy=zlib.Z_RLE)
+    return stream.compress(array.tobytes()) + stream.flush()
+
+
+def _gaps(groups: np.ndarray) -> np.ndarray:
+    """The distance of each group to the one before, in bytes."""
+    gaps = np.diff(groups, prepend=-1) - 1
+    escapes = gaps // _ESCAPE
+    ends = np.cumsum(escapes + 1)
+    result = np.full(int(ends[-1]) if len(ends) else 0, _ESCAPE, np.uint8)
+    result[ends - 1] = gaps % _ESCAPE
+    return result
+
+
+def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
+    """Which elements of its mask a ring has, ascending.
 
     Args:
         ring: as it lay in its box.
@@ -34,28 +57,41 @@ def ring_mask(ring: SealedRing, level: int, what: str) -> np.ndarray:
         what: the file, for messages.
 
     Raises:
-        IntegrityError: a bitmap that does not fit the mask's shape or the number of groups.
+        IntegrityError: positions that do not fit the mask's shape or the number of groups.
     """
-    size = math.prod(ring.mask_shape)
-    expected = -(-size // 8)
+    size, count = math.prod(ring.mask_shape), ring.groups
+    if ring.coding == "bitmap":
+        # One that is nearly empty would cost time and memory for nothing.
+        raw = _unpacked(ring.positions, -(-size // 8)) if count * _DENSE >= size else b""
+        bits = np.unpackbits(np.frombuffer(raw, np.uint8)).view(bool)
+        good = len(raw) == -(-size // 8) and not bits[size:].any()
+        groups = np.flatnonzero(bits)
+    else:
+        raw = _unpacked(ring.positions, count + (size - count) // _ESCAPE)
+        gaps = np.frombuffer(raw, np.uint8)
+        last = gaps != _ESCAPE
+        groups = np.cumsum(gaps + last, dtype=np.intp)[last] - 1
+        good = len(raw) > 0 and bool(last[-1]) and len(groups) == count and groups[-1] < size
+    if not good or len(groups) != count:
+        raise Checker(f"{what}: box of level {level}", "ring").error(
+            f"tensor {ring.tensor!r}: expected the positions of {count} groups out of {size}, got "
+            "others"
+        )
+    return groups
+
+
+def _unpacked(data: bytes, most: int) -> bytes:
+    """What was packed; nothing if it is damaged, or more than it can be."""
     stream = zlib.decompressobj()
     try:
-        # Never more than what the shape allows, whatever the compressed bytes claim.
-        packed = stream.decompress(ring.bitmap, expected + 1)
+        raw = stream.decompress(data, most + 1)
     except zlib.error:
-        packed = b""
-    whole = stream.eof and not stream.unused_data and len(packed) == expected
-    mask = np.unpackbits(np.frombuffer(packed if whole else b"", np.uint8)).view(bool)
-    if not whole or mask[size:].any() or np.count_nonzero(mask) != ring.groups:
-        raise Checker(f"{what}: box of level {level}", "ring").error(
-            f"tensor {ring.tensor!r}: expected a bitmap of {expected} bytes with {ring.groups} "
-            "groups, got another"
-        )
-    return mask[:size].reshape(ring.mask_shape)
+        return b""
+    return raw if stream.eof and not stream.unused_data and len(raw) <= most else b""
 
 
 def rewrite_tensor(
-    data: bytearray,
+    data: memoryview | bytearray,
     info: Any,
     rings: Sequence[tuple[int, SealedRing]],
     keys: Mapping[int, bytes],
@@ -64,7 +100,7 @@ def rewrite_tensor(
     inverse: bool,
     what: str,
 ) -> list[tuple[int, SealedRing]]:
-    """Encrypts or decrypts rings of one tensor.
+    """Encrypts or decrypts rings of one tensor, one after the other.
 
     Args:
         data: the tensor's bytes; rewritten in place.
@@ -83,22 +119,23 @@ def rewrite_tensor(
     """
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
-    masks: list[tuple[np.ndarray, bytes]] = []
-    taken = np.False_
-    for level, ring in rings:
-        mask = ring_mask(ring, level, what)
-        if (taken & mask).any():
-            raise Checker(f"{what}: box of level {level}", "ring").error(
-                f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
-            )
-        taken = taken | mask
-        masks.append((mask, keys[level]))
-    name, fine = rings[0][1].tensor, cipher.fine_mask(dtype)
-    plain = rewrite_leaf(bits, info.shape, masks, name, cipher=cipher, fine=fine, inverse=inverse)
+    fine = cipher.fine_mask(dtype)
+    taken = np.zeros(len(bits) if len(rings) > 1 else 0, bool)
     done = []
-    for (level, ring), weights in zip(rings, plain, strict=True):
+    for level, ring in rings:
+        groups = ring_groups(ring, level, what)
+        places = unit_places(info.shape, ring.mask_shape, groups, cipher.unit)
+        if len(taken):
+            rows = taken.reshape(-1, places.size) if places.size > 1 else taken
+            if rows[places.runs].any():
+                raise Checker(f"{what}: box of level {level}", "ring").error(
+                    f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
+                )
+            rows[places.runs] = True
+        key = leaf_key(keys[level], ring.tensor)
+        plain = rewrite_ring(bits, places, key, cipher=cipher, fine=fine, inverse=inverse)
         digest = hashlib.sha256(b"selcrypt/v1/ring\0")
-        digest.update(np.ascontiguousarray(weights).data)
+        digest.update(plain.data)
         if inverse and digest.hexdigest() != ring.sha256:
             raise IntegrityError(
                 f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "

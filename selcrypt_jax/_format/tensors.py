@@ -1,76 +1,109 @@
-"""The tensors of a checkpoint, one after the other: encrypted, or decrypted and checked."""
+"""The tensors of a checkpoint: encrypted, or decrypted and checked, on all cores."""
 
 import hashlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .._ciphers.lossless import LosslessCipher
+from .._io.buffers import new_buffer
 from .._io.strict_json import show
 from .._keys.keys import LevelKey
 from .._tree.dtypes import SAFETENSORS
 from .boxes import Rings
 from .checks import Checker
 from .envelope import Envelope
-from .manifest import Tensor
+from .manifest import CHUNK, Rest, Tensor, byte_count
 
-_BATCH = 1 << 27  # bytes of tensors that are held together
+_BATCH = 1 << 27  # bytes that are held together where tensors pass through
+_AT_ONCE = 4  # chunks that a thread takes
 
 
-@runtime_checkable
 class TensorSource(Protocol):
-    """Named tensors as bytes: a file, or arrays in memory."""
+    """Named tensors as bytes."""
 
     @property
     def tensors(self) -> Mapping[str, Any]:
         """Name → anything with a ``dtype`` (safetensors' name) and a ``shape``, in order."""
         ...
 
-    def read(self, name: str) -> bytearray:
+    def read(self, name: str) -> memoryview:
         """The bytes of a tensor, little-endian, in C order; the caller may change them."""
         ...
 
-    def chunks(self, name: str, size: int = ..., /) -> Iterable[bytearray]:
-        """The same, piece by piece, of about that many bytes."""
+
+@runtime_checkable
+class StoredTensors(TensorSource, Protocol):
+    """Tensors of which parts can be read: a file, or arrays in memory."""
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills the buffer with bytes of a tensor, from byte number ``start`` on."""
         ...
 
 
-Write = Callable[[str, bytearray], object]
+class Write(Protocol):
+    """Takes the bytes of a tensor, whole."""
+
+    def __call__(self, name: str, data: memoryview, /) -> object: ...
 
 
 def encrypt_tensors(
-    source: TensorSource, rings: Rings, key: LevelKey, cipher: LosslessCipher, write: Write
+    source: TensorSource,
+    rings: Rings,
+    key: LevelKey,
+    cipher: LosslessCipher,
+    rest: Rest,
+    write: Write,
 ) -> tuple[dict[str, Tensor], Rings]:
-    """Reads tensors, encrypts their rings, and writes them in the order of the source.
+    """Reads tensors, encrypts their rings, seals them, and writes them in the order of the source.
 
     Returns:
         The table of the tensors as shipped, and the rings with the digests of their plaintext.
     """
     keys = cipher_keys(key)
     table, done = {}, {}
-    for name, info in source.tensors.items():
-        pieces: Iterable[bytearray]
+
+    def encrypted(name: str) -> tuple[memoryview, Tensor]:
+        data, info = source.read(name), source.tensors[name]
         if name in rings:
             from .rings import rewrite_tensor  # the start of NumPy
 
-            data, found = source.read(name), rings[name]
+            found = rings[name]
             done[name] = rewrite_tensor(data, info, found, keys, cipher, inverse=False, what=name)
-            pieces = (data,)
-        else:
-            pieces = source.chunks(name)
-        digest = hashlib.sha256()
-        for piece in pieces:
-            digest.update(piece)
-            write(name, piece)
-        table[name] = Tensor(info.dtype, tuple(info.shape), digest.hexdigest())
-    return table, done
+        window = None
+        if rest == "sealed" and data:
+            from .seal import seal_tensor
+
+            window = seal_tensor(data, SAFETENSORS[info.dtype], name, keys[1])
+        digests = tuple(_digest(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK))
+        return data, Tensor(info.dtype, tuple(info.shape), digests, window)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sizes = {n: byte_count(info.dtype, info.shape) for n, info in source.tensors.items()}
+        for batch in _batches([_Part(name, 0, size) for name, size in sizes.items()]):
+            jobs = [(part.name, pool.submit(encrypted, part.name)) for part in batch]
+            for name, job in jobs:
+                data, table[name] = job.result()
+                write(name, data)
+    return table, {name: done[name] for name in rings if name in done}
 
 
 def cipher_keys(key: LevelKey) -> dict[int, bytes]:
     """Level → the key of its ring's cipher, for levels 1 to that of the key."""
     return {lower.level: lower.cipher_key() for lower in key.all()}
+
+
+class _Part(NamedTuple):
+    """Bytes ``start`` to ``stop`` of a tensor."""
+
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
 
 
 class Unlocked:
@@ -93,76 +126,130 @@ class Unlocked:
     """
 
     def __init__(
-        self, source: TensorSource, envelope: Envelope, key: LevelKey | None, *, owner: bool = False
+        self,
+        source: StoredTensors,
+        envelope: Envelope,
+        key: LevelKey | None,
+        *,
+        owner: bool = False,
     ) -> None:
         self.tensors = source.tensors
         self._source, self.envelope = source, envelope
         self._keys = {} if key is None else cipher_keys(key)
         self.rings: Rings = {} if key is None else envelope.open(key, owner=owner)
+        self._sealed = bool(self._keys) and envelope.manifest.rest == "sealed"
 
-    def read(self, name: str) -> bytearray:
+    def changes(self, name: str) -> bool:
+        """Whether the level sees other bytes in a tensor than were shipped."""
+        return self._sealed or name in self.rings
+
+    def read(self, name: str) -> memoryview:
         """See `TensorSource`."""
-        return self._decrypt(name, lambda: self._load(name))
+        ((_, data),) = self.load([name])
+        return data
 
-    def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
-        """See `TensorSource`. Read it to its end: the digest is known only there."""
+    def read_part(self, name: str, start: int, stop: int) -> memoryview:
+        """Some bytes of a tensor; all of it is read where the key opens a ring in it."""
         if name in self.rings:
-            yield self.read(name)
-            return
-        digest = hashlib.sha256()
-        for piece in self._source.chunks(name):
-            digest.update(piece)
-            yield piece
-        _check_digest(digest, self.envelope, name)
+            return self.read(name)[start:stop]
+        first, size = start // CHUNK * CHUNK, self._size(name)
+        part = _Part(name, first, min(-(-stop // CHUNK) * CHUNK, size))
+        ((_, data),) = self._filled([[part]])
+        return data[start - first : stop - first]
 
-    def pieces(self) -> Iterator[tuple[str, bytearray]]:
-        """All tensors, in order, piece by piece; as `chunks`, with all processors at work."""
+    def load(self, names: Collection[str]) -> Iterator[tuple[str, memoryview]]:
+        """Some tensors, whole, which are all held at once."""
+        return self._filled([[_Part(name, 0, self._size(name)) for name in names]])
+
+    def pieces(self) -> Iterator[tuple[str, memoryview]]:
+        """All tensors, in order, piece by piece: no more is held at once than must be."""
+        parts = []
+        for name in self.tensors:
+            size = self._size(name)
+            step = size if name in self.rings else _BATCH
+            starts = range(0, size, max(step, 1))
+            parts += [_Part(name, start, min(start + step, size)) for start in starts]
+        return self._filled(_batches(parts))
+
+    def _size(self, name: str) -> int:
+        info = self.tensors[name]
+        return byte_count(info.dtype, info.shape)
+
+    def _filled(self, batches: Iterable[Sequence[_Part]]) -> Iterator[tuple[str, memoryview]]:
+        """The parts, one after the other, a batch of them at work on all cores."""
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
-            for batch in _batches(self.tensors):
-                if len(batch) == 1:
-                    yield from ((batch[0], piece) for piece in self.chunks(batch[0]))
-                    continue
-                loads = [pool.submit(self._load, name) for name in batch]
-                jobs = [
-                    pool.submit(self._decrypt, name, load.result)
-                    for name, load in zip(batch, loads, strict=True)
-                ]
-                del loads
-                for name in batch:
-                    yield name, jobs.pop(0).result()  # not held any longer than it takes
+            for batch in batches:
+                jobs = list(self._started(pool, batch))
+                while jobs:
+                    name, buffer, job = jobs.pop(0)
+                    job.result()
+                    yield name, buffer
+                    del buffer  # not held any longer than it takes
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _load(self, name: str) -> bytearray:
-        data = self._source.read(name)
-        _check_digest(hashlib.sha256(data), self.envelope, name)
-        return data
+    def _started(
+        self, pool: ThreadPoolExecutor, batch: Sequence[_Part]
+    ) -> Iterator[tuple[str, memoryview, Future[None]]]:
+        """Parts that threads fill; a tensor with rings once all of it has been read."""
+        step = _AT_ONCE * CHUNK
+        loads = []
+        for part in batch:
+            buffer = new_buffer(part.size)
+            starts = range(0, part.size, step)
+            jobs = [
+                pool.submit(self._fill, part.name, part.start + start, buffer[start : start + step])
+                for start in starts
+            ]
+            loads.append((part.name, buffer, jobs))
+        for name, buffer, jobs in loads:
+            for job in jobs:
+                job.result()
+            yield name, buffer, pool.submit(self._open_rings, name, buffer)
 
-    def _decrypt(self, name: str, loaded: Callable[[], bytearray]) -> bytearray:
-        data = loaded()
+    def _fill(self, name: str, start: int, buffer: memoryview) -> None:
+        """Reads chunks, checks them and takes their seal off, while they are in the cache."""
+        tensor = self.envelope.manifest.tensors[name]
+        for offset in range(0, len(buffer), CHUNK):
+            chunk, at = buffer[offset : offset + CHUNK], start + offset
+            self._source.read_into(name, at, chunk)
+            expected, actual = tensor.sha256[at // CHUNK], _digest(chunk)
+            if actual != expected:
+                raise Checker(f"{self.envelope.what}: tensor {show(name)}", "digest").error(
+                    f"expected SHA-256 {expected[:16]}… from byte {at} on, as the manifest says, "
+                    f"got {actual[:16]}…"
+                )
+            if self._sealed:
+                from .seal import unseal_part
+
+                unseal_part(chunk, SAFETENSORS[tensor.dtype], tensor, name, self._keys[1], at)
+
+    def _open_rings(self, name: str, buffer: memoryview) -> None:
         if name in self.rings:
             from .rings import rewrite_tensor
 
             info, rings = self.tensors[name], self.rings[name]
             cipher, what = self.envelope.manifest.cipher, self.envelope.what
-            rewrite_tensor(data, info, rings, self._keys, cipher, inverse=True, what=what)
-        return data
+            rewrite_tensor(buffer, info, rings, self._keys, cipher, inverse=True, what=what)
 
 
-def _batches(tensors: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Neighbours that are held in memory together; large tensors alone."""
-    batch: list[str] = []
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Neighbours that are held in memory together; large ones alone."""
+    batch: list[_Part] = []
     left = _BATCH
-    for name, info in tensors.items():
-        size = math.prod(info.shape) * SAFETENSORS[info.dtype].bits // 8
-        if batch and size > left:
+    for part in parts:
+        if batch and part.size > left:
             yield batch
             batch, left = [], _BATCH
-        batch.append(name)
-        left -= size
+        batch.append(part)
+        left -= part.size
     if batch:
         yield batch
+
+
+def _digest(data: memoryview) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def check_table(source: TensorSource, envelope: Envelope) -> None:
@@ -179,11 +266,3 @@ def check_table(source: TensorSource, envelope: Envelope) -> None:
                 f"expected {show(expected.get(name))} as the manifest says, got "
                 f"{show(actual.get(name))}"
             )
-
-
-def _check_digest(digest: Any, envelope: Envelope, name: str) -> None:
-    expected, actual = envelope.manifest.tensors[name].sha256, digest.hexdigest()
-    if actual != expected:
-        raise Checker(f"{envelope.what}: tensor {show(name)}", "digest").error(
-            f"expected SHA-256 {expected[:16]}… as the manifest says, got {actual[:16]}…"
-        )

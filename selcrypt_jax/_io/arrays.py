@@ -1,12 +1,13 @@
 """Arrays as the bytes of a file, and back; JAX is needed for trees only."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .._tree.dtypes import DTYPES, SAFETENSORS
+from .buffers import new_buffer
 
 
 class ArrayInfo(NamedTuple):
@@ -16,7 +17,9 @@ class ArrayInfo(NamedTuple):
     shape: tuple[int, ...]
 
 
-def as_array(data: bytes | bytearray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def as_array(
+    data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]
+) -> np.ndarray:
     """The array that bytes of a file stand for.
 
     Args:
@@ -68,18 +71,19 @@ class ArraySource:
             self.tensors[name] = ArrayInfo(known.code, tuple(array.shape))
         self._arrays = arrays
 
-    def read(self, name: str) -> bytearray:
+    def read(self, name: str) -> memoryview:
         """See `TensorSource`."""
-        array = self._arrays[name]
-        if not getattr(array, "is_fully_addressable", True):
-            from .._tree.hosts import gathered
+        data = self._bytes(name)
+        buffer = new_buffer(len(data))
+        buffer[:] = data
+        return buffer
 
-            array = gathered(array)
-        array = np.asarray(array)
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """See `StoredTensors`."""
+        buffer[:] = self._bytes(name)[start : start + len(buffer)]
+
+    def _bytes(self, name: str) -> memoryview:
+        array = np.asarray(self._arrays[name])
         if sys.byteorder == "big" or not array.dtype.isnative:
             array = array.astype(array.dtype.newbyteorder("<"))
-        return bytearray(array.tobytes())
-
-    def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
-        """See `TensorSource`."""
-        yield self.read(name)
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

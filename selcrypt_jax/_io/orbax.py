@@ -77,7 +77,7 @@ class OrbaxCheckpoint(ArraySource):
 @contextmanager
 def orbax_output(
     path: str | os.PathLike[str], like: OrbaxCheckpoint
-) -> Iterator[tuple[dict[str, bytearray], dict[str, str]]]:
+) -> Iterator[tuple[dict[str, memoryview], dict[str, str]]]:
     """A new Orbax checkpoint, which appears when the block ends, and only then.
 
     Args:
@@ -89,7 +89,7 @@ def orbax_output(
     """
     import orbax.checkpoint as ocp
 
-    data: dict[str, bytearray] = {}
+    data: dict[str, memoryview] = {}
     metadata: dict[str, str] = {}
     with new_folder(path) as folder:
         yield data, metadata

@@ -17,7 +17,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import safetensors
 
 from .._tree.dtypes import SAFETENSORS
+from .buffers import new_buffer
 from .strict_json import json_object, show
 
 MAX_HEADER = 100_000_000
@@ -121,40 +122,50 @@ class SafetensorsFile(AbstractContextManager[Any]):
         """Closes the file; what has been read stays."""
         self._file.close()
 
-    def read(self, name: str) -> bytearray:
-        """The bytes of a tensor, little-endian and in C order.
+    def read(self, name: str) -> memoryview:
+        """The bytes of a tensor, little-endian and in C order; the caller may change them.
 
         Raises:
             KeyError: no such tensor.
             ValueError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
-        return self._read(info.start, info.stop)
+        data = new_buffer(info.stop - info.start)
+        self._fill(data, info.start)
+        return data
 
-    def chunks(self, name: str, size: int = 1 << 24) -> Iterator[bytearray]:
-        """The bytes of a tensor, `size` at a time; nothing for a tensor without elements.
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills a buffer with bytes of a tensor, from its byte number ``start`` on.
 
         Raises:
             KeyError: no such tensor.
             ValueError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
-        for start in range(info.start, info.stop, size):
-            yield self._read(start, min(start + size, info.stop))
+        assert info.start + start + len(buffer) <= info.stop
+        self._fill(buffer, info.start + start)
+
+    def _fill(self, buffer: memoryview, start: int) -> None:
+        stop = start + len(buffer)
+        while buffer:
+            count = self._read_at(buffer, start)
+            if not count:
+                raise ValueError(
+                    f"{self.path}: expected {self.size} bytes as when it was opened, got "
+                    f"{stop - len(buffer)}. Something changed it meanwhile."
+                )
+            buffer, start = buffer[count:], start + count
+
+    def _read_at(self, buffer: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], start)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.readinto(buffer)
 
     def _read(self, start: int, stop: int) -> bytearray:
         data = bytearray(stop - start)
-        rest = memoryview(data)
-        with self._lock:
-            self._file.seek(start)
-            while rest:
-                count = self._file.readinto(rest)
-                if not count:
-                    raise ValueError(
-                        f"{self.path}: expected {self.size} bytes as when it was opened, got "
-                        f"{stop - len(rest)}. Something changed it meanwhile."
-                    )
-                rest = rest[count:]
+        self._fill(memoryview(data), start)
         return data
 
     def _data_start(self) -> int:
@@ -197,13 +208,17 @@ class SafetensorsFile(AbstractContextManager[Any]):
 
 
 def header(
-    tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] | None
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None,
+    *,
+    size: int = 0,
 ) -> bytes:
     """All that comes before the data, byte for byte as the stock library writes it.
 
     Args:
         tensors: name, dtype code and shape (in elements) of each, in the order of their data.
         metadata: None for no ``__metadata__`` entry, which differs from an empty one.
+        size: fill it with spaces up to this many bytes.
 
     Returns:
         The length (8 bytes), compact JSON, and spaces up to a multiple of 8 bytes.
@@ -229,7 +244,7 @@ def header(
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
     # The escapes are those of serde_json, for every code point (a test compares them).
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * max(-len(text) % 8, size - 8 - len(text))
     if len(text) > MAX_HEADER:
         raise ValueError(
             f"header: expected at most {MAX_HEADER} bytes, got {len(text)}. Nothing could read "

@@ -156,14 +156,39 @@ def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
         )
     size = math.prod(shape)
     words = _keystream(key, _RANDOM_BITS, -(-size * bit_width // 32))
+    return _numbers(words, bit_width, dtype)[:size].reshape(shape)
+
+
+def _numbers(words: Array, bit_width: int, dtype: Any) -> Array:
+    """The numbers of another width that 32-bit words hold, little-endian, ``[numbers]``."""
     # Shifts and not a bit cast: that they are little-endian doesn't depend on the platform.
     if bit_width == 64:
         low, high = (lax.convert_element_type(words[i::2], dtype) for i in (0, 1))
-        words = low | (high << np.uint64(32))
-    elif bit_width < 32:
+        return low | (high << np.uint64(32))
+    if bit_width < 32:
         shifts = lax.broadcasted_iota(np.uint32, (1, 32 // bit_width), 1) * np.uint32(bit_width)
-        words = lax.convert_element_type(words[:, None] >> shifts, dtype).reshape(-1)[:size]
-    return words.reshape(shape)
+        return lax.convert_element_type(words[:, None] >> shifts, dtype).reshape(-1)
+    return words
+
+
+def bits_from(key: Array, part: Array, count: int, dtype: Any) -> Array:
+    """A part of what ``jax.random.bits`` gives for a key, without what comes before it.
+
+    Args:
+        key: a typed key of `chacha20_impl`.
+        part: unsigned or signed integer, which part: numbers ``part * count`` and those after it.
+        count: how many numbers a part has; whole blocks of 64 bytes.
+        dtype: of the numbers, unsigned.
+
+    Returns:
+        ``[count]``, as ``jax.random.bits(key, (n,), dtype)[part * count:][:count]``.
+    """
+    dtype = np.dtype(dtype)
+    blocks = count * dtype.itemsize // (4 * _BLOCK_WORDS)
+    counter = lax.iota(np.uint32, blocks)
+    counter += lax.convert_element_type(part, np.uint32) * np.uint32(blocks)
+    words = _block(jax.random.key_data(key), counter, _RANDOM_BITS).reshape(-1)
+    return _numbers(words, 8 * dtype.itemsize, dtype)
 
 
 @partial(jax.jit, static_argnums=1)

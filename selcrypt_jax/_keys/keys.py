@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # keys alone must not cost the start of JAX
     from jaxtyping import PRNGKeyArray
 
 MODEL_ID_BYTES = 16
-MAX_LEVELS = 2**16
+MAX_LEVELS = 256
 
 
 class Secret(StoredKey):

@@ -8,9 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
+from .._ciphers.windows import Window
 from .._format.boxes import Rings, SealedRing
 from .._format.envelope import Envelope
-from .._format.manifest import NO_DIGEST, LevelSize, Manifest, Tensor, metadata_digest
+from .._format.manifest import (
+    NO_DIGEST,
+    LevelSize,
+    Manifest,
+    Rest,
+    Tensor,
+    chunk_count,
+    metadata_digest,
+)
 from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
 from .._io.atomic import check_output, new_file, new_folder
 from .._io.errors import IntegrityError
@@ -31,11 +40,13 @@ class Protection:
     Attributes:
         key: of the top level; it names the model.
         cipher: see `LosslessCipher`.
+        rest: what becomes of weights that are in no ring.
         signing: of the owner, or None.
     """
 
     key: LevelKey
     cipher: LosslessCipher
+    rest: Rest
     signing: SigningKey | None
 
     @classmethod
@@ -44,6 +55,7 @@ class Protection:
         secret: Secret,
         levels: int,
         cipher: LosslessCipher,
+        rest: Rest,
         signing: SigningKey | None,
         model_id: bytes | None = None,
     ) -> "Protection":
@@ -53,19 +65,32 @@ class Protection:
         """
         check_signing(signing)
         key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
-        return cls(key, cipher, signing)
+        return cls(key, cipher, rest, signing)
 
     def encrypt(self, job: "Job", write: Write) -> Envelope:
         """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
-        found = encrypt_tensors(job.source, job.rings, self.key, self.cipher, write)
+        rings = self._separate(job.rings)
+        found = encrypt_tensors(job.source, rings, self.key, self.cipher, self.rest, write)
         manifest, levels = self._manifest(job, *found)
         return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
 
     def blank(self, job: "Job") -> Envelope:
-        """As long as what `encrypt` returns, before the digests are known."""
-        tensors = {n: Tensor(dtype, shape, NO_DIGEST) for n, dtype, shape in layout(job.source)}
-        manifest, levels = self._manifest(job, tensors, job.rings)
+        """As long as what `encrypt` returns can be, before digests and windows are known."""
+        tensors = {}
+        for name, dtype, shape in layout(job.source):
+            digests = (NO_DIGEST,) * chunk_count(dtype, shape)
+            # As long as any can be; most are shorter.
+            window = Window(2**11, 11, True) if self.rest == "sealed" else None
+            tensors[name] = Tensor(dtype, shape, digests, window)
+        manifest, levels = self._manifest(job, tensors, self._separate(job.rings))
         return Envelope.blank(manifest, job.metadata, levels, job.what)
+
+    def _separate(self, rings: Rings) -> Rings:
+        """The rings that are encrypted by themselves: level 1 opens its own with the seal."""
+        if self.rest == "plain":
+            return rings
+        above = {n: [(m, ring) for m, ring in found if m > 1] for n, found in rings.items()}
+        return {name: found for name, found in above.items() if found}
 
     def _manifest(
         self, job: "Job", tensors: Mapping[str, Tensor], rings: Rings
@@ -77,6 +102,7 @@ class Protection:
         manifest = Manifest(
             model_id=self.key.model_id,
             cipher=self.cipher,
+            rest=self.rest,
             levels=tuple(
                 LevelSize(
                     sum(ring.groups for ring in found),
@@ -117,8 +143,7 @@ class _SafetensorsOutput(NamedTuple):
 
     def protected(self, job: Job, protection: Protection) -> None:
         """Encrypts the tensors and writes them."""
-        # The header comes before the data but holds their digests, so its place is left free. Its
-        # length is known: all digests have the same.
+        # The header comes before the data but holds their digests, so its place is left free.
         tensors = layout(job.source)
         try:
             length = len(header(tensors, protection.blank(job).entries()))
@@ -130,8 +155,7 @@ class _SafetensorsOutput(NamedTuple):
             ) from None
         self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
-        head = header(tensors, envelope.entries())
-        assert len(head) == length
+        head = header(tensors, envelope.entries(), size=length)
         self.file.seek(0)
         self.file.write(head)
 
@@ -145,7 +169,7 @@ class _SafetensorsOutput(NamedTuple):
 class _OrbaxOutput(NamedTuple):
     """The same, to be written by Orbax."""
 
-    data: dict[str, bytearray]
+    data: dict[str, memoryview]
     metadata: dict[str, str]
 
     def protected(self, job: Job, protection: Protection) -> None:
@@ -183,7 +207,7 @@ class Checkpoint:
         """The tensors of all files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
 
-    def read(self, name: str) -> bytearray:
+    def read(self, name: str) -> memoryview:
         """The bytes of a tensor, wherever it is."""
         return next(file for file in self.files.values() if name in file.tensors).read(name)
 
@@ -206,7 +230,7 @@ class Checkpoint:
             envelope.check_signature(signer)
             check_table(self.files[name], envelope)
             manifest = envelope.manifest
-            for field in ("model_id", "cipher", "signer"):
+            for field in ("model_id", "cipher", "rest", "signer"):
                 if getattr(manifest, field) != getattr(first.manifest, field):
                     raise IntegrityError(
                         f"{self.path}: expected shards of one protection, but {envelope.what} and "

@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from jaxtyping import PyTree
 
@@ -14,8 +14,9 @@ from .._calibrate.network import Given
 from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
+from .._format.manifest import Rest, byte_count
 from .._format.rings import seal_mask
-from .._format.tensors import TensorSource
+from .._format.tensors import StoredTensors
 from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret
 from .._masks.levels import Levels, LevelsLike, as_levels
@@ -52,6 +53,7 @@ class Plan:
         levels: see `protect_file`.
         selection: see there.
         cipher: see there.
+        rest: see there.
         stack: closes the file of the scores.
         metadata: of the checkpoint; may tell the layout.
         what: the checkpoint or tree, for messages.
@@ -66,13 +68,14 @@ class Plan:
         levels: LevelsLike | Targets,
         selection: Select,
         cipher: LosslessCipher,
+        rest: Rest,
         *,
         stack: ExitStack,
         metadata: Mapping[str, str],
         what: str,
     ) -> None:
         check_options(selection, cipher)
-        self.source, self.selection, self.cipher = source, selection, cipher
+        self.source, self.selection, self.cipher, self.rest = source, selection, cipher, rest
         self.targets: Targets | None = None
         self.levels: Levels | None = None
         if isinstance(levels, Targets):
@@ -88,7 +91,7 @@ class Plan:
         self.whole = whole_leaves(source.tensors, self.scores, selection, cipher, default=default)
 
     def choose(
-        self, params: Callable[[], PyTree], secret: Secret, files: Iterable[TensorSource]
+        self, params: Callable[[], PyTree], secret: Secret, files: Iterable[StoredTensors]
     ) -> Chosen:
         """Selects, or searches for levels that meet their targets.
 
@@ -107,10 +110,11 @@ class Plan:
                 params(), self.scores, self.selection, self.whole, self.cipher, self.targets
             )
             found, calibration, model_id = release_levels(
-                given, secret=secret, twins=twins_of(files, tensors)
+                given, secret=secret, twins=twins_of(files, tensors), sealed=self.rest == "sealed"
             )
             rings = sealed(found)
-            return Chosen(rings, len(calibration.levels), self.layout, calibration, model_id)
+            levels = len(calibration.levels) + (self.rest == "sealed")
+            return Chosen(rings, levels, self.layout, calibration, model_id)
         assert self.levels is not None
         selected = select_rings(
             self.scores, self.levels, scope=scope, leaves=leaves_of_tensors(tensors),
@@ -132,7 +136,7 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     return found
 
 
-def twins_of(files: Iterable[TensorSource], among: Container[str]) -> list[list[str]]:
+def twins_of(files: Iterable[StoredTensors], among: Container[str]) -> list[list[str]]:
     """Names of tensors that are bit for bit alike, such as tied weights that were saved twice.
 
     The same has to be encrypted in all of them: what one encrypts and another leaves plain is
@@ -153,8 +157,8 @@ def twins_of(files: Iterable[TensorSource], among: Container[str]) -> list[list[
         if len(names) == 1 or not any(name in among for name in names):
             continue
         # Most are told apart by how they start.
-        for alike in _groups(names, lambda n: bytes(next(iter(source[n].chunks(n, 64)))[:64])):
-            found += _groups(alike, lambda name: _digest(source[name].chunks(name)))
+        for alike in _groups(names, lambda name: bytes(_start(source[name], name))):
+            found += _groups(alike, lambda name: hashlib.sha256(source[name].read(name)).digest())
     return [names for names in found if any(name in among for name in names)]
 
 
@@ -166,11 +170,21 @@ def _groups(names: Sequence[str], key: Callable[[str], bytes]) -> list[list[str]
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _digest(pieces: Iterable[bytearray]) -> bytes:
-    digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece)
-    return digest.digest()
+def _start(source: StoredTensors, name: str) -> memoryview:
+    info = source.tensors[name]
+    buffer = memoryview(bytearray(min(64, byte_count(info.dtype, info.shape))))
+    source.read_into(name, 0, buffer)
+    return buffer
+
+
+def check_rest(rest: object) -> None:
+    """Refuses what is no `Rest`.
+
+    Raises:
+        ValueError: of one.
+    """
+    if rest not in get_args(Rest):
+        raise ValueError(f"rest: expected 'sealed' or 'plain', got {rest!r}.")
 
 
 def check_header(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:

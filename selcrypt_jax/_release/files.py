@@ -13,6 +13,7 @@ from .._calibrate.levels import Calibration, calibrate_levels
 from .._calibrate.targets import Targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import check_unprotected
+from .._format.manifest import Rest
 from .._io.arrays import as_array
 from .._io.atomic import check_output
 from .._io.safetensors import SafetensorsFile
@@ -23,7 +24,7 @@ from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_header
+from .choose import Plan, check_header, check_rest
 
 
 class Selected(NamedTuple):
@@ -32,8 +33,9 @@ class Selected(NamedTuple):
     Attributes:
         model_id: 16 bytes that name the protection.
         layout: of the kernels, given or told from their shapes; None for given scores.
-        groups: tensor → how many of its groups are encrypted.
-        untouched: dtype → how many weights lie in tensors of which nothing is encrypted.
+        groups: tensor → how many of its groups the levels grade.
+        untouched: dtype → how many weights lie in tensors of which nothing is encrypted; nothing
+            with a sealed rest.
         calibration: what the levels of the file give, if `Targets` were asked for.
 
     Examples:
@@ -58,12 +60,13 @@ def protect_file(
     selection: Select = Select(),
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
+    rest: Rest = "sealed",
     force: bool = False,
 ) -> Selected:
     """Protects a checkpoint for release, tensor by tensor.
 
-    The output has the same names, dtypes and shapes, and runs at level 0 in every program that
-    reads safetensors. In tensors that are bit for bit alike, such as tied weights that were saved
+    The output has the same names, dtypes and shapes, and loads in every program that reads
+    safetensors. In tensors that are bit for bit alike, such as tied weights that were saved
     twice, the same weights are encrypted, whether they take part or not.
 
     Args:
@@ -79,6 +82,11 @@ def protect_file(
         selection: what is encrypted, see `Select`.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
+        rest: what becomes of the weights that no level grades. ``"sealed"``: every tensor is
+            masked as a whole under the key of level 1, so that the file is of no use without a
+            grant; of the network, names, shapes, dtypes and the range of exponents of each tensor
+            are left. ``"plain"``: they stay as they are, and anyone can run level 0, as in the
+            paper. Plain weights help an attacker: see docs/security.md.
         force: replace an existing file.
 
     Returns:
@@ -103,11 +111,12 @@ def protect_file(
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
+        check_rest(rest)
         check_options(selection, cipher)
         check_scores(selection, checkpoint, output)
         what = str(checkpoint.path)
         plan = Plan(
-            checkpoint, levels, selection, cipher,
+            checkpoint, levels, selection, cipher, rest,
             stack=stack, metadata=files[0].metadata or {}, what=what,
         )  # fmt: skip
         if plan.levels is not None and selection.scope == "leaf":
@@ -122,14 +131,16 @@ def protect_file(
                 if plan.targets is not None:
                     raise
                 raise ValueError(f"{what}: {error}") from None
-            protection = Protection.new(secret, chosen.levels, cipher, signing, chosen.model_id)
+            protection = Protection.new(
+                secret, chosen.levels, cipher, rest, signing, chosen.model_id
+            )
             for name, file in checkpoint.files.items():
                 here = {t: chosen.rings[t] for t in file.tensors if t in chosen.rings}
                 job = Job(file, file.metadata, here, checkpoint.shard(name), str(file.path))
                 create(name).protected(job, protection)
     untouched: Counter[str] = Counter()
     for name, info in checkpoint.tensors.items():
-        if name not in chosen.rings:
+        if rest == "plain" and name not in chosen.rings:
             untouched[info.dtype] += math.prod(info.shape)
     return Selected(
         protection.key.model_id,

@@ -41,17 +41,13 @@ def open_model(
         if like is not None:
             _check_like(like, checkpoint.tensors, str(path))
         for plain in checkpoint.unlocked(checkpoint.envelopes(signer), key).values():
-            data: dict[str, bytearray] = {}
-            for name, piece in plain.pieces():
-                if name in data:
-                    data[name] += piece
-                else:
-                    data[name] = piece
-            from .._io.arrays import as_array  # NumPy has started by now, while the file was read
+            data = plain.load(plain.tensors)
+            from .._io.arrays import as_array
 
-            for name, info in plain.tensors.items():
+            for name, piece in data:
+                info = plain.tensors[name]
                 try:
-                    arrays[name] = as_array(data.pop(name, b""), info.dtype, info.shape)
+                    arrays[name] = as_array(piece, info.dtype, info.shape)
                 except ValueError as error:
                     raise ValueError(f"{path}: tensor {name!r}: {error}") from None
     return arrays if like is None else _rebuild(like, arrays)

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from .._calibrate.levels import Calibration, Targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope, check_unprotected
+from .._format.manifest import Rest
 from .._format.tensors import Unlocked, check_table
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import new_file
@@ -27,7 +28,7 @@ from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
 from .._tree.names import named_leaves
 from .._tree.rings import split_rings
 from .checkpoint import AnyPath, Job, Protection
-from .choose import Chosen, Plan, sealed
+from .choose import Chosen, Plan, check_rest, sealed
 from .use import AnyGrant, grant_key
 
 
@@ -120,6 +121,7 @@ def protect(
     selection: Select | None = None,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
+    rest: Rest = "sealed",
     metadata: Mapping[str, str] | None = None,
 ) -> Protected:
     """Protects parameters for release: selects, encrypts, seals the masks, signs.
@@ -136,10 +138,12 @@ def protect(
             takes scores as a pytree.
         signing: signs the release; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
+        rest: as in `protect_file`.
         metadata: the caller's own entries for the file.
 
     Returns:
-        Protected parameters with their metadata. Leaves without a ring are the same objects.
+        Protected parameters with their metadata. With a plain rest, leaves without a ring are the
+        same objects.
 
     Raises:
         ValueError: masks or scores that do not fit, a ring that is too small to hide in, a dtype
@@ -155,13 +159,14 @@ def protect(
         >>> released = protect(params, secret=secret, levels=targets, selection=by_weight)
     """
     _check_release(params, metadata)
+    check_rest(rest)
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
     source = source_of_tree(tree)
     if masks is None:
         with ExitStack() as stack:
             plan = Plan(
-                source, 5 if levels is None else levels, selection or Select(), cipher,
+                source, 5 if levels is None else levels, selection or Select(), cipher, rest,
                 stack=stack, metadata={"format": "jax"}, what="params",
             )  # fmt: skip
             chosen = plan.choose(lambda: params, secret, [source])
@@ -184,11 +189,11 @@ def protect(
     model_id = chosen.model_id
     if together and model_id is None:
         model_id = from_first(new_model_id())
-    protection = Protection.new(secret, chosen.levels, cipher, signing, model_id)
+    protection = Protection.new(secret, chosen.levels, cipher, rest, signing, model_id)
     leaves: dict[str, Any] = {}
 
-    def keep(name: str, data: bytearray) -> None:
-        if name in chosen.rings:
+    def keep(name: str, data: memoryview) -> None:
+        if rest == "sealed" or name in chosen.rings:
             leaves[name] = _leaf(data, source, name, tree.leaves[name])
 
     envelope = protection.encrypt(Job(source, metadata, chosen.rings, None, "params"), keep)
@@ -240,7 +245,7 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
         grant: a grant, a level key, or the path of a grant file.
 
     Returns:
-        A tree like ``protected.params``. Leaves without an opened ring are the same
+        A tree like ``protected.params``. Leaves in which the key opens nothing are the same
         objects.
 
     Raises:
@@ -267,12 +272,12 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
     leaves = {}
     for name in source.tensors:
         data = plain.read(name)
-        if name in plain.rings:
+        if plain.changes(name):
             leaves[name] = _leaf(data, source, name, tree.leaves[name])
     return tree.rebuild(leaves)
 
 
-def _leaf(data: bytes | bytearray, source: ArraySource, name: str, like: Any) -> Any:
+def _leaf(data: memoryview, source: ArraySource, name: str, like: Any) -> Any:
     """An array from its bytes, of the kind and where ``like`` is."""
     info = source.tensors[name]
     array = as_array(data, info.dtype, info.shape)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
+from .._format.manifest import Rest
 from .._io.errors import GrantError, check_type
 from .._io.safetensors import SafetensorsFile
 from .._keys.grant import Grant
@@ -197,7 +198,7 @@ def rotate_file(
             )
         key = level_key(secret, manifest.model_id, levels=levels)
         plain = checkpoint.unlocked(envelopes, key, owner=True)
-        protection = Protection.new(secret, levels, manifest.cipher, signing)
+        protection = Protection.new(secret, levels, manifest.cipher, manifest.rest, signing)
         if output is None and (checkpoint.index is not None or checkpoint.path.is_dir()):
             raise ValueError(
                 f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
@@ -218,7 +219,8 @@ class LevelReport(NamedTuple):
         level: 1..M.
         groups: number of groups in the ring.
         weights: number of weights in them.
-        share: of all weights of the file, up to and including this level.
+        share: of all weights of the file that are encrypted and that this level opens; in a sealed
+            file level 1 opens all but the rings above it.
         opens: whether the grant opens it; None without one.
     """
 
@@ -238,6 +240,8 @@ class Inspection(NamedTuple):
         signer: public key in hex, or None. The signature over the manifest has been checked;
             whether the tensors are those of the manifest, `verify_file` finds out.
         cipher: of the rings, its parameters.
+        rest: ``"sealed"``: nothing can be used without a grant; ``"plain"``: anyone can run
+            level 0, in which the rings alone are encrypted.
         levels: one report a level.
         tensors: how many there are.
         weights: how many numbers they hold.
@@ -254,6 +258,7 @@ class Inspection(NamedTuple):
     model_id: str
     signer: str | None
     cipher: LosslessCipher
+    rest: Rest
     levels: tuple[LevelReport, ...]
     tensors: int
     weights: int
@@ -269,8 +274,11 @@ def _report(
     first = manifests[0]
     weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
     levels, total = [], 0
-    for number, sizes in enumerate(zip(*(m.levels for m in manifests), strict=True), 1):
-        ring = sum(size.weights for size in sizes)
+    by_level = list(zip(*(m.levels for m in manifests), strict=True))
+    rings = [sum(size.weights for size in sizes) for sizes in by_level]
+    if first.rest == "sealed":
+        rings[0] = weights - sum(rings[1:])
+    for number, (sizes, ring) in enumerate(zip(by_level, rings, strict=True), 1):
         total += ring
         opens = None if key is None else number <= key.level
         groups = sum(size.groups for size in sizes)
@@ -280,6 +288,7 @@ def _report(
         model_id=first.model_id.hex(),
         signer=None if first.signer is None else first.signer.hex(),
         cipher=first.cipher,
+        rest=first.rest,
         levels=tuple(levels),
         tensors=sum(len(m.tensors) for m in manifests),
         weights=weights,

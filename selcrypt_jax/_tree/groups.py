@@ -83,44 +83,65 @@ def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
 
 
 def unit_positions(
-    shape: Sequence[int], masks: Sequence[np.ndarray], unit: Literal["weight", "group"]
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Flat positions of all selected weights as the cipher counts them.
+    shape: Sequence[int],
+    mask_shape: Sequence[int],
+    groups: np.ndarray,
+    unit: Literal["weight", "group"],
+) -> np.ndarray:
+    """Flat positions of selected weights as the cipher counts them.
 
     Args:
         shape: of the leaf.
-        masks: disjoint and of one shape, see `group_positions`.
+        mask_shape: of the mask, see `group_positions`.
+        groups: which elements of the mask are selected, ascending, in C order.
         unit: ``"group"``: as there; ``"weight"``: single weights in C order of the leaf, so that
             only the set of positions matters, and not the shape of the mask.
 
     Returns:
-        int32 ``[units, weights in a unit]``, and for each mask which units are its own, in order.
+        Integers ``[units, weights in a unit]``.
     """
-    label = np.zeros(masks[0].shape, np.min_scalar_type(len(masks)))
-    for number, mask in enumerate(masks, 1):
-        label |= mask * label.dtype.type(number)
-    groups = np.flatnonzero(label != 0)
-    label = label.reshape(-1)[groups]
-    own = [np.flatnonzero(label == number) for number in range(1, len(masks) + 1)]
-    first, offsets, step = _corners(shape, masks[0].shape, groups)
-    count, size = len(first), len(offsets)
-    if unit == "group" or size == 1:
-        return first[:, None] + offsets, own
-    within = np.arange(size)
-    if not count or offsets[-1] < step:  # groups lie one after the other: OIHW
+    first, offsets, step = _corners(shape, mask_shape, groups)
+    if unit == "group" or len(offsets) == 1:
+        return first[:, None] + offsets
+    if not len(first) or offsets[-1] < step:  # groups lie one after the other: OIHW
         positions = first[:, None] + offsets
-        own = [(mine[:, None] * size + within).reshape(-1) for mine in own]
     elif first[-1] < offsets[1]:  # all first weights come first, and then all second ones: HWIO
         positions = offsets[:, None] + first
-        own = [(within[:, None] * count + mine).reshape(-1) for mine in own]
     else:
-        flat = (first[:, None] + offsets).reshape(-1)
-        order = np.argsort(flat)
-        rank = np.empty_like(order)
-        rank[order] = np.arange(len(order))
-        positions, rank = flat[order], rank.reshape(count, size)
-        own = [np.sort(rank[mine], axis=None) for mine in own]
-    return positions.reshape(-1, 1), own
+        positions = np.sort(first[:, None] + offsets, axis=None)
+    return positions.reshape(-1, 1)
+
+
+class Places(NamedTuple):
+    """Where the weights of a ring lie, as runs of neighbours that are read and written at once.
+
+    Attributes:
+        runs: the number of each run: ``leaf.reshape(-1, size)[runs]`` are the weights in the order
+            of `unit_positions`.
+        size: how many weights a run has.
+        units: how many units the ring has.
+    """
+
+    runs: np.ndarray
+    size: int
+    units: int
+
+
+def unit_places(
+    shape: Sequence[int],
+    mask_shape: Sequence[int],
+    groups: np.ndarray,
+    unit: Literal["weight", "group"],
+) -> Places:
+    """The positions of `unit_positions`, of which it has the arguments."""
+    inside = [axis for axis, n in enumerate(mask_shape) if n == 1 and shape[axis] != 1]
+    behind = [axis for axis, n in enumerate(shape) if n != 1][-len(inside) :] if inside else []
+    size = math.prod(shape[axis] for axis in inside)
+    units = len(groups) * (1 if unit == "group" else size)
+    if inside == behind:  # groups are runs
+        return Places(groups, size, units)
+    positions = unit_positions(shape, mask_shape, groups, unit)
+    return Places(positions.astype(np.intp).reshape(-1), 1, units)
 
 
 def _corners(

@@ -53,7 +53,7 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
             "Pass None to leave the passphrase out."
         )
     model_id = new_model_id()
-    manifest = Manifest(model_id, LosslessCipher(), (LevelSize(0, 0),), {})
+    manifest = Manifest(model_id, LosslessCipher(), "plain", (LevelSize(0, 0),), {})
     right = level_key(Secret.generate(), model_id, level=1, levels=1)
     file = Envelope.seal(manifest, None, [[]], right, None, "key search")
     salt = os.urandom(_SALT_BYTES)

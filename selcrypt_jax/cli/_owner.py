@@ -10,6 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, UseAppendAction, arg
 
 from .._ciphers.lossless import LosslessCipher
+from .._format.manifest import Rest
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._release.use import inspect_file, issue_grant, rotate_file
@@ -65,14 +66,16 @@ def protect(
     levels: Levels = None,
     goal: Annotated[Goal, Flat] = Goal(),
     unit: Unit = "weight",
+    rest: Rest = "sealed",
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
     """Protects a checkpoint: encrypts its most important weights in place, in levels.
 
-    The output has the same tensors and runs, badly, in every program that reads safetensors.
-    Sign it, so that everybody can check that it is yours.
+    The output has the same tensors and loads in every program that reads safetensors. Sealed, it
+    is of no use without a key; with --rest plain anyone can run it, badly. Sign it, so that
+    everybody can check that it is yours.
 
-    How bad it is without a key says little about what an attacker can get back by fine-tuning:
+    How bad a level is says little about what an attacker can get back from there by fine-tuning:
     selcrypt audit measures that. Encrypting more makes it harder. Never publish
     the same weights in two forms, plain or with another selection: the difference tells.
 
@@ -89,6 +92,9 @@ def protect(
         goal: What levels shall give.
         unit: What the cipher permutes: single weights, or whole groups, which leave less of a
             trace and have fewer orders.
+        rest: What becomes of all other weights. Sealed: encrypted too, under the key of level 1.
+            Plain: left as they are, so that anyone can run level 0 (for a free tier); what is
+            plain helps an attacker.
         writing: How it is written.
     """
     from .._release.files import protect_file  # the start of JAX, which other commands don't need
@@ -104,6 +110,7 @@ def protect(
             selection=selection,
             signing=keys.read_signing(),
             cipher=LosslessCipher(unit=unit),
+            rest=rest,
             force=writing.force,
         )
     made = inspect_file(out)
@@ -116,7 +123,10 @@ def protect(
             "selected": dict(selected.groups),
             "untouched": dict(selected.untouched),
         },
-        found and calibration_as_dict(found, wanted.targets, spreads=False),
+        found
+        and calibration_as_dict(
+            found, wanted.targets, spreads=False, first=1 if rest == "sealed" else 0
+        ),
     )
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
@@ -177,6 +187,7 @@ def calibrate(
         )
     plain = replace(selection, budget=None)
     flags = ["--levels", *map(repr, found.levels), *plain.flags(), "--unit", unit]
+    flags += ["--rest", "plain"]  # the first target is that of level 0
     if selection.small is None:
         flags += ["--small", str(wanted.small)]
     result = calibration_as_dict(found, wanted.targets, spreads=True)

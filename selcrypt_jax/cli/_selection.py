@@ -38,9 +38,9 @@ class Goal(Targets):
     """What levels shall give.
 
     Attributes:
-        targets: What levels 0, 1, ... shall give, from the worst to the best; one more level gives
-            the original. The first may be "any": as bad as the budget makes it. The checkpoint has
-            to fit into memory.
+        targets: What levels 1, 2, ... shall give (with --rest plain: 0, 1, ...), from the worst to
+            the best; one more level gives the original. The first may be "any": as bad as the
+            budget makes it. The checkpoint has to fit into memory.
         evaluate: With targets: import path module:function of your metric, a function of a dict
             from the names of the tensors to arrays; the working folder is searched. Let it measure
             on data that the network was not trained on.

@@ -43,6 +43,9 @@ def print_inspection(
         "model": found.model_id,
         "signer": found.signer or "not signed",
         "cipher": cipher,
+        "rest": "sealed: nothing can be used without a grant"
+        if found.rest == "sealed"
+        else "plain: anyone can run level 0",
         "tensors": f"{found.tensors}, {found.weights:,} weights",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
     }.items():
@@ -75,9 +78,9 @@ def print_inspection(
 
 
 def calibration_as_dict(
-    found: "Calibration", targets: Sequence[float | None], *, spreads: bool
+    found: "Calibration", targets: Sequence[float | None], *, spreads: bool, first: int = 0
 ) -> dict[str, Any]:
-    """What levels give, as JSON has it."""
+    """What levels give, from the first that has a target, as JSON has it."""
     rows: list[dict[str, Any]] = []
     for level, (share, target, value, spread) in enumerate(
         zip(
@@ -86,7 +89,8 @@ def calibration_as_dict(
             (*found.values, found.untouched),
             (*(None if math.isnan(s) else s for s in found.spreads), 0.0),
             strict=True,
-        )
+        ),
+        first,
     ):
         row = {"level": level, "share": share, "target": target, "value": value}
         rows.append(row | {"spread": spread} if spreads else row)

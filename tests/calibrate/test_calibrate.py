@@ -300,6 +300,7 @@ def test_small_rings_are_merged_as_protect_does():
     secret = sj.Secret.generate()
     released = sj.protect(
         PARAMS,
+        rest="plain",
         secret=secret,
         levels=found.levels,
         selection=sj.Select(importance=SCORES, scope="model", small=0),
@@ -478,6 +479,7 @@ def test_a_release_gives_what_was_measured(scope, metric):
     steps = []
     released = sj.protect(
         PARAMS,
+        rest="plain",
         secret=SECRET,
         levels=sj.Targets(targets, metric, evaluations=120, progress=steps.append),
         selection=sj.Select(importance=FINE, scope=scope, small=0),
@@ -506,6 +508,7 @@ def test_each_release_has_keys_of_its_own():
     ids = {
         sj.protect(
             PARAMS,
+            rest="plain",
             secret=SECRET,
             levels=sj.Targets([60, 80], intact),
             selection=sj.Select(importance=FINE, small=0),
@@ -518,6 +521,7 @@ def test_each_release_has_keys_of_its_own():
 def test_a_release_with_small_leaves_or_a_single_level():
     released = sj.protect(
         PARAMS,
+        rest="plain",
         secret=SECRET,
         levels=sj.Targets([None, 80], intact),
         selection=sj.Select(importance=FINE, budget=0.4, small=0.02),
@@ -530,6 +534,7 @@ def test_a_release_with_small_leaves_or_a_single_level():
     assert found.values == pytest.approx([60, 80], abs=1)
     released = sj.protect(
         PARAMS,
+        rest="plain",
         secret=SECRET,
         levels=sj.Targets([70], intact),
         selection=sj.Select(importance=FINE, small=0),
@@ -540,6 +545,7 @@ def test_a_release_with_small_leaves_or_a_single_level():
     # A loss.
     released = sj.protect(
         PARAMS,
+        rest="plain",
         secret=SECRET,
         levels=sj.Targets([40, 20], lambda params: 100 - intact(params), lower_is_better=True),
         selection=sj.Select(importance=FINE, small=0),
@@ -552,7 +558,7 @@ def test_a_release_with_small_leaves_or_a_single_level():
 def test_what_no_release_gives_is_told():
     def run(targets, **options):
         given = asked(targets, options)
-        return sj.protect(PARAMS, secret=SECRET, levels=given.pop("targets"), **given)
+        return sj.protect(PARAMS, secret=SECRET, levels=given.pop("targets"), rest="plain", **given)
 
     with pytest.raises(ValueError, match=r"targets\[\d\]: cannot reach .* in 12 evaluations"):
         run([60, 75, 90], tolerance=1e-4, evaluations=12)
@@ -658,7 +664,7 @@ def test_calibrate_protect_and_open_each_level(files, options):
 def test_a_file_gives_what_was_printed(files, options):
     from calibrate_metric import intact  # of the fixture
 
-    line = "protect model.safetensors -o p.safetensors --secret keys/secret.key"
+    line = "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key"
     line += f" --evaluate calibrate_metric:intact --targets {options}"
     found = json.loads(files(f"{line} --json"))
     table = found["calibration"]
@@ -681,8 +687,8 @@ def test_a_calibrated_file_encrypts_copies_alike(files):
     tensors["tied.weight"] = tensors["classifier.weight"]
     safetensors.numpy.save_file(tensors, "model.safetensors")
     text = files(
-        "protect model.safetensors -o p.safetensors --secret keys/secret.key --targets 60 80 "
-        "--evaluate calibrate_metric:intact --importance scores.safetensors"
+        "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key "
+        "--targets 60 80 --evaluate calibrate_metric:intact --importance scores.safetensors"
     )
     assert re.search(r"level +opens +target +gives\n +0 +0.0000% +60 +\d", text)
     public = safetensors.numpy.load_file("p.safetensors")
@@ -702,8 +708,8 @@ def test_targets_of_a_checkpoint_in_several_files(files):
     index = {"weight_map": {name: names[name.split(".")[0]] for name in tensors}}
     Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
     files(
-        "protect shards -o public --secret keys/secret.key --targets 60 80 --tolerance 2 "
-        "--evaluate calibrate_metric:intact --importance scores.safetensors"
+        "protect shards --rest plain -o public --secret keys/secret.key --targets 60 80 "
+        "--tolerance 2 --evaluate calibrate_metric:intact --importance scores.safetensors"
     )
     public = {
         n: v for f in names.values() for n, v in safetensors.numpy.load_file(f"public/{f}").items()
@@ -714,7 +720,7 @@ def test_targets_of_a_checkpoint_in_several_files(files):
 
 
 def test_bad_targets_are_refused(files):
-    base = "protect model.safetensors -o p.safetensors --secret keys/secret.key"
+    base = "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key"
     goal = "--targets 60 80 --evaluate calibrate_metric:intact"
     for line, message in (
         (f"{goal} --levels 3", "targets: expected them alone, got levels too"),
@@ -750,7 +756,7 @@ def test_bad_commands_are_refused(files):
 
 
 def test_protect_takes_shares_a_level(files):
-    line = "protect model.safetensors --secret keys/secret.key --small 0"
+    line = "protect model.safetensors --rest plain --secret keys/secret.key --small 0"
     files(f"{line} -o p.safetensors --levels 0.2 0.5")
     levels = json.loads(files("inspect p.safetensors --json"))["levels"]
     assert [level["groups"] for level in levels] == [614, 922]
@@ -842,6 +848,7 @@ def test_a_metric_may_change_the_dict_that_it_gets():
 
     released = sj.protect(
         params,
+        rest="plain",
         secret=SECRET,
         levels=sj.Targets([60, 80], fused, tolerance=2),
         selection=sj.Select(importance=scores, small=0),

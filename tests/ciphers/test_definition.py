@@ -33,8 +33,9 @@ class JaxDraws:
     def fold_in(self, key, data):
         return jax.random.fold_in(key, np.uint32(data))
 
-    def bits(self, key, dtype):
-        return np.asarray(jax.random.bits(key, (4096,), dtype))
+    def numbers(self, key, block, dtype):
+        """4,096 of the random numbers of a key."""
+        return np.asarray(jax.random.bits(self.fold_in(key, block), (4096,), dtype))
 
 
 class OpenSSLDraws:
@@ -47,9 +48,10 @@ class OpenSSLDraws:
     def fold_in(self, key, data):
         return self._stream(key, b"fold_in", int(data), 32)
 
-    def bits(self, key, dtype):
+    def numbers(self, key, block, dtype):
         dtype = np.dtype(dtype).newbyteorder("<")
-        stream = self._stream(key, b"random_bits", 0, 4096 * dtype.itemsize)
+        size = 4096 * dtype.itemsize
+        stream = self._stream(key, b"random_bits", block * size // 64, size)
         return np.frombuffer(stream, dtype).astype(dtype.newbyteorder("="))
 
 
@@ -80,11 +82,11 @@ def oracle_ring(name, leaf, ring, key, draws, *, unit="weight", permute=True, fi
     blocks = -(-len(x) // 4096)
     for r in range(blocks if permute else 0):
         units = np.arange(r, len(x), blocks)
-        draw = draws.bits(draws.fold_in(draws.fold_in(key, 0), r), "uint32")[: len(units)]
+        draw = draws.numbers(draws.fold_in(key, 0), r, "uint32")[: len(units)]
         moved[units] = x[units[np.argsort(draw >> 12, kind="stable")]]
 
     k = [
-        draws.bits(draws.fold_in(draws.fold_in(key, 1), i), flat.dtype)
+        draws.numbers(draws.fold_in(key, 1), i, flat.dtype)
         for i in range(-(-len(positions) // 4096))
     ]
     k = np.concatenate(k)[: len(positions)]

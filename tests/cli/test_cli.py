@@ -79,7 +79,7 @@ def test_the_whole_way(selcrypt, public):
 
 def test_whole_groups_move(selcrypt):
     selcrypt("keygen -o keys")
-    selcrypt(f"{PROTECT} --unit group --small 0")
+    selcrypt(f"{PROTECT} --unit group --small 0 --rest plain")
     selcrypt("grant public.safetensors --level 3 --secret keys/secret.key -o 3.grant")
     selcrypt("unlock public.safetensors --grant 3.grant -o 3.safetensors")
     assert Path("3.safetensors").read_bytes() == Path("model.safetensors").read_bytes()
@@ -368,7 +368,8 @@ def test_a_quantised_checkpoint_is_said_to_stay_plain(here, capsys):
     }
     safetensors.numpy.save_file(tensors, "int8.safetensors")
     assert main(["keygen", "-o", "keys"]) == 0
-    line = "protect int8.safetensors --secret keys/secret.key --budget 0.9 --levels 1 --small 0 -o "
+    line = "protect int8.safetensors --rest plain --secret keys/secret.key --budget 0.9 --levels 1 "
+    line += "--small 0 -o "
     assert main([*line.split(), "plain.safetensors"]) == 0
     out, err = capsys.readouterr()
     assert "untouched  in the other tensors: 6,144 I8" in out

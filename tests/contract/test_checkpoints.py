@@ -87,7 +87,9 @@ FORMS = {"one file": one_file, "several files": several_files, "orbax": orbax}
 @pytest.fixture(params=FORMS.values(), ids=FORMS)
 def public(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     plain, options = request.param(tmp_path), {"levels": LEVELS, "selection": SELECTION}
-    protect_file(plain, tmp_path / "public", secret=SECRET, signing=SIGNING, **options)
+    protect_file(
+        plain, tmp_path / "public", secret=SECRET, signing=SIGNING, rest="plain", **options
+    )
     return tmp_path / "public"
 
 
@@ -130,7 +132,7 @@ def test_unlocked_files_hold_what_open_model_gives(public, tmp_path):
 
 
 def test_the_same_weights_are_encrypted_in_memory_and_on_disk(public):
-    released = protect(nested(), secret=SECRET, levels=LEVELS, selection=SELECTION)
+    released = protect(nested(), secret=SECRET, levels=LEVELS, selection=SELECTION, rest="plain")
     shipped = open_model(public)
     opened = unlock(released, level_key(SECRET, released.model_id, level=1, levels=3))
     theirs = open_model(public, key_of(public, 1))

@@ -178,7 +178,7 @@ def unsigned(case: Case) -> None:
 
 
 def flip_digest(manifest: str) -> str:
-    place = manifest.rindex('"sha256":"') + 10
+    place = manifest.rindex('"sha256":["') + 11
     return manifest[:place] + f"{int(manifest[place], 16) ^ 1:x}" + manifest[place + 1 :]
 
 

@@ -189,7 +189,7 @@ def test_equinox_shared_weights_are_one_leaf():
     model = Tied(jax.random.key(0))
     arrays = [x for x in jax.tree.leaves(model) if is_array(x)]
     assert [x.shape for x in arrays] == [(16, 8)]
-    public: Any = protect(model, (True,), secret=SECRET).params
+    public: Any = protect(model, (True,), secret=SECRET, rest="plain").params
     embedding, head = public.shared()
     assert octets(embedding.weight) == octets(head.weight)
     assert octets(head.weight) != octets(arrays[0])
@@ -339,6 +339,7 @@ def test_a_filter_of_a_transposed_convolution_is_an_input_channel(tmp_path, monk
         secret=SECRET,
         levels=[0.5],
         selection=Select(granularity="filter", small=0),
+        rest="plain",
     )
     assert chosen.layout == "OIHW"
     assert chosen.groups == {"up.weight": 12}

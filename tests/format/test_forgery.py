@@ -24,10 +24,11 @@ from protected_files import (
 )
 
 from selcrypt_jax import unlock_file, verify_file
-from selcrypt_jax._ciphers.engine_numpy import rewrite_leaf
+from selcrypt_jax._ciphers.engine_numpy import leaf_key, rewrite_ring
 from selcrypt_jax._ciphers.lossless import LosslessCipher
 from selcrypt_jax._format.boxes import box_context
 from selcrypt_jax._tree.dtypes import SAFETENSORS
+from selcrypt_jax._tree.groups import unit_places
 
 
 def bitmap(mask: np.ndarray) -> bytes:
@@ -71,6 +72,7 @@ def ring(name: str = "w", mask: np.ndarray | None = None, **changed: Any) -> dic
         "tensor": name,
         "mask_shape": list(mask.shape),
         "groups": int(mask.sum()),
+        "coding": "bitmap",
         "bitmap": bitmap(mask),
         "sha256": "0" * 64,
         **changed,
@@ -116,12 +118,18 @@ class Forgery:
             "cipher": {
                 "name": "lossless", "unit": "weight", "permute": True, "fine_bits": self.fine_bits
             },
+            "rest": "plain",
             "levels": self.levels,
             "metadata": None,
             "shard": None,
             "signer": None,
             "tensors": {
-                name: {"dtype": t.dtype, "shape": t.shape, "sha256": sha256(t.data).hexdigest()}
+                name: {
+                    "dtype": t.dtype,
+                    "shape": t.shape,
+                    "sha256": [sha256(t.data).hexdigest()] if t.data else [],
+                    "window": None,
+                }
                 for name, t in tensors.items()
             },
         }  # fmt: skip
@@ -187,6 +195,14 @@ RINGS: dict[str, list[dict[str, Any]]] = {
     "unknown field": [ring(more=1)],
     "long unknown field": [ring(**{"x" * 100_000: 1})],
     "long name": [ring("x" * 100_000)],
+    "unknown coding": [ring(coding="list")],
+    "gaps beyond the end": [ring(coding="gaps", bitmap=zlib.compress(b"\1" * 255 + b"\3"))],
+    "gaps that end in an escape": [
+        ring(coding="gaps", bitmap=zlib.compress(b"\0" * 256 + b"\xff"))
+    ],
+    "gaps of nothing": [ring(coding="gaps", bitmap=zlib.compress(b""))],
+    "a bomb of gaps": [ring(coding="gaps", bitmap=zeros(1 << 28))],
+    "an empty bitmap for a few": [ring(mask=np.arange(512).reshape(SHAPE) % 64 == 0)],
     "no zlib": [ring(bitmap=b"\xff" * 64)],
     "empty bitmap": [ring(bitmap=b"")],
     "bitmap too short": [ring(bitmap=zlib.compress(bytes(63)))],
@@ -277,11 +293,10 @@ def forged_digests(given: Released, masks: list[np.ndarray]) -> Forgery:
     key, cipher = given.key.lower(len(masks)), LosslessCipher()
     boxes, levels = [], []
     for level, mask in enumerate(masks, 1):
-        (plain,) = rewrite_leaf(
+        plain = rewrite_ring(
             bits,
-            SHAPE,
-            [(mask, key.lower(level).cipher_key())],
-            "w",
+            unit_places(SHAPE, mask.shape, np.flatnonzero(mask), "weight"),
+            leaf_key(key.lower(level).cipher_key(), "w"),
             cipher=cipher,
             fine=cipher.fine_mask(SAFETENSORS["F16"]),
             inverse=True,

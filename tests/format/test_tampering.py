@@ -426,7 +426,9 @@ def edits(value: Any) -> Iterator[Any]:
             yield result
 
 
-FIELDS = ["format", "model_id", "cipher", "levels", "metadata", "shard", "signer", "tensors"]
+FIELDS = [
+    "format", "model_id", "cipher", "rest", "levels", "metadata", "shard", "signer", "tensors"
+]  # fmt: skip
 FORMED = {
     "format": ("version",), "metadata": (ENTRIES,), "signer": ("signer", ENTRIES),
     "levels": (ENTRIES,),
@@ -482,7 +484,7 @@ MALFORMED: dict[str, Callable[[dict[str, Any]], str]] = {
     },
     "with a field": lambda fields: to_json({**fields, "more": None}),
     "a long field": lambda fields: to_json({**fields, "x" * 100_000: 0}),
-    "too many levels": lambda fields: to_json({**fields, "levels": [fields["levels"][0]] * 65537}),
+    "too many levels": lambda fields: to_json({**fields, "levels": [fields["levels"][0]] * 257}),
     "a tensor with a long name": lambda fields: to_json({**fields, "tensors": {"x" * 100_000: 0}}),
     "deep": lambda _: '{"format":' + "[" * 50_000 + "]" * 50_000 + "}",
     "a long number": lambda _: '{"format":' + "1" * 50_000 + "}",
@@ -504,7 +506,7 @@ TEXT: dict[str, tuple[Callable[[dict[str, Any]], str], Expected]] = {
     **{name: (change, BY_KIND) for name, change in REWRITTEN.items()},
     "a later version": (lambda _: to_json({"format": "selcrypt-v2"}), "version"),
     "the most levels": (
-        lambda fields: to_json({**fields, "levels": [fields["levels"][0]] * 65536}), ENTRIES,
+        lambda fields: to_json({**fields, "levels": [fields["levels"][0]] * 256}), ENTRIES,
     ),
 }  # fmt: skip
 

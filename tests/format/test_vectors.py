@@ -66,7 +66,16 @@ def read_protected(path: Path, level_key: bytes, level: int) -> dict[str, bytes]
     tensors = {name: bytearray(data[slice(*e["data_offsets"])]) for name, e in head.items()}
     assert tensors.keys() == manifest["tensors"].keys()
     for name, content in tensors.items():
-        assert hashlib.sha256(content).hexdigest() == manifest["tensors"][name]["sha256"]
+        chunks = [content[i : i + 2**22] for i in range(0, len(content), 2**22)]
+        found = [hashlib.sha256(chunk).hexdigest() for chunk in chunks]
+        assert found == manifest["tensors"][name]["sha256"]
+    if manifest["rest"] == "sealed" and level:
+        first = level_key
+        for _ in range(level - 1):
+            first = hkdf(first, b"selcrypt/v1/down")
+        for name, content in tensors.items():
+            window = manifest["tensors"][name]["window"]
+            unseal(content, name, head[name]["dtype"], window, hkdf(first, b"selcrypt/v1/cipher"))
     for m in range(level, 0, -1):
         box = base64.b64decode(boxes[m - 1])
         context = b"selcrypt/v1/box\0" + m.to_bytes(4, "little") + hashlib.sha256(text).digest()
@@ -74,13 +83,13 @@ def read_protected(path: Path, level_key: bytes, level: int) -> dict[str, bytes]
         content = seal.decrypt(box[:12], box[12:], context)
         end = 4 + int.from_bytes(content[:4], "little")
         for ring in json.loads(content[4:end])["rings"]:
-            bitmap = zlib.decompress(content[end : end + ring["bytes"]])
+            raw = zlib.decompress(content[end : end + ring["bytes"]])
             end += ring["bytes"]
             decrypt_ring(
                 tensors[ring["tensor"]],
                 head[ring["tensor"]],
                 ring,
-                bitmap,
+                raw,
                 hkdf(level_key, b"selcrypt/v1/cipher"),
                 manifest["cipher"],
             )
@@ -88,9 +97,38 @@ def read_protected(path: Path, level_key: bytes, level: int) -> dict[str, bytes]
     return {name: bytes(content) for name, content in tensors.items()}
 
 
-def decrypt_ring(content, entry, ring, bitmap, key, cipher):
+def leaf_key(key: bytes, name: str) -> bytes:
+    digest = hashlib.sha256(b"selcrypt/v1/leaf\0" + name.encode()).digest()
+    for word in range(8):
+        key = fold(key, int.from_bytes(digest[4 * word : 4 * word + 4], "little"))
+    return key
+
+
+def unseal(content, name, dtype, window, key):
+    kind, mantissa = NUMBERS.get(dtype, ("<u1", None))
+    width = np.dtype(kind).itemsize
+    offset, mask = 0, 256**width - 1
+    if dtype == "BOOL":
+        mask = 1
+    elif window is not None:
+        lowest, exponents, sign = window
+        offset = lowest << mantissa
+        mask = (1 << (mantissa + exponents)) - 1 | sign << (8 * width - 1)
+    drawn = stream(fold(leaf_key(key, name), 2), b"random_bits", 0, len(content))
+    for at in range(0, len(content), width):
+        word = int.from_bytes(content[at : at + width], "little")
+        r = int.from_bytes(drawn[at : at + width], "little")
+        word = (((word - offset) ^ (r & mask)) + offset) % 256**width
+        content[at : at + width] = word.to_bytes(width, "little")
+
+
+def decrypt_ring(content, entry, ring, raw, key, cipher):
     shape, mask_shape = entry["shape"], ring["mask_shape"]
-    bits = "".join(f"{byte:08b}" for byte in bitmap)
+    if ring["coding"] == "bitmap":
+        bits = "".join(f"{byte:08b}" for byte in raw)
+    else:
+        bits = "".join("0" * 255 if byte == 255 else "0" * byte + "1" for byte in raw)
+        bits += "0" * (math.prod(mask_shape) - len(bits))
     group_of = np.arange(math.prod(mask_shape)).reshape(mask_shape)
     group_of = np.broadcast_to(group_of, shape).ravel()
     members: dict[int, list[int]] = {g: [] for g in range(group_of.max() + 1) if bits[g] == "1"}
@@ -105,9 +143,7 @@ def decrypt_ring(content, entry, ring, bitmap, key, cipher):
     numbers = np.frombuffer(content, kind)
     width = numbers.dtype.itemsize
 
-    for word in range(8):
-        digest = hashlib.sha256(b"selcrypt/v1/leaf\0" + ring["tensor"].encode()).digest()
-        key = fold(key, int.from_bytes(digest[4 * word : 4 * word + 4], "little"))
+    key = leaf_key(key, ring["tensor"])
     if cipher["permute"]:
         fine = 2 ** (mantissa - 3) - 1 if mantissa else 0
     else:
@@ -116,7 +152,7 @@ def decrypt_ring(content, entry, ring, bitmap, key, cipher):
     blocks = -(-len(units) // 4096)
     for r in range(blocks if cipher["permute"] else 0):
         block = list(range(r, len(units), blocks))
-        words = stream(fold(fold(key, 0), r), b"random_bits", 0, 16384)
+        words = stream(fold(key, 0), b"random_bits", 256 * r, 16384)
         rank = [int.from_bytes(words[4 * j : 4 * j + 4], "little") >> 12 for j in range(4096)]
         for place, j in enumerate(sorted(range(len(block)), key=lambda j: rank[j])):
             order[block[place]] = block[j]
@@ -125,8 +161,8 @@ def decrypt_ring(content, entry, ring, bitmap, key, cipher):
     for i, unit in enumerate(units):
         for w, position in enumerate(unit):
             number = i * len(unit) + w
-            words = stream(fold(fold(key, 1), number // 4096), b"random_bits", 0, 4096 * width)
-            at = number % 4096 * width
+            words = stream(fold(key, 1), b"random_bits", number * width // 64, 64)
+            at = number * width % 64
             k = int.from_bytes(words[at : at + width], "little")
             plain[order[i], w] = int(numbers[position]) ^ (k & fine)
     for unit, values in zip(units, plain, strict=True):

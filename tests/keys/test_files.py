@@ -219,7 +219,7 @@ def test_an_id_has_one_text(tmp_path, field):
 )
 def test_levels_are_plain_numbers_within_bounds(tmp_path, level):
     path = with_field(tmp_path / "h", text_of(tmp_path / "g"), "level", level)
-    words = r"level: expected a number 1\.\.65536, got something else"
+    words = r"level: expected a number 1\.\.256, got something else"
     assert_refused(Grant, path, "damaged", words)
 
 

@@ -15,6 +15,8 @@ import pytest
 import safetensors
 import safetensors.numpy
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import assert_same, octets
 
 from selcrypt_jax import (
@@ -43,8 +45,9 @@ from selcrypt_jax import (
     unlock_file,
     verify_file,
 )
+from selcrypt_jax._format.boxes import SealedRing
 from selcrypt_jax._format.envelope import Envelope
-from selcrypt_jax._format.rings import ring_mask, seal_mask
+from selcrypt_jax._format.rings import ring_groups, seal_mask
 from selcrypt_jax._io.safetensors import SafetensorsFile, header
 from selcrypt_jax._masks.levels import as_levels
 from selcrypt_jax._masks.scores import guess_layout
@@ -58,6 +61,12 @@ THREE = [0.1, 0.2, 0.3]
 
 NUMBERS = [code for code, d in SAFETENSORS.items() if d.bits >= 8 and d.kind != "other"]
 WHOLE = [code for code in NUMBERS if SAFETENSORS[code].kind == "integer"]
+
+
+def mask_of(ring: SealedRing, level: int) -> np.ndarray:
+    mask = np.zeros(ring.mask_shape, bool)
+    mask.reshape(-1)[ring_groups(ring, level, "p")] = True
+    return mask
 
 
 def write(path: Path, tensors: dict[str, Any], metadata: Any = None) -> Path:
@@ -86,7 +95,7 @@ def make(tmp_path: Path, tensors: dict[str, Any], metadata: Any = None, **option
     source = write(tmp_path / "model.safetensors", tensors, metadata)
     names = {field.name for field in dataclasses.fields(Select)} & options.keys()
     selection = Select(**{name: options.pop(name) for name in names})
-    options = {"secret": SECRET, "signing": SIGNING, "levels": THREE, **options}
+    options = {"secret": SECRET, "signing": SIGNING, "levels": THREE, "rest": "plain", **options}
     protect_file(source, tmp_path / "public.safetensors", selection=selection, **options)
     return source, tmp_path / "public.safetensors"
 
@@ -197,7 +206,7 @@ def test_the_ciphertext_is_that_of_encrypt(tmp_path):
         for name, found in rings.items():
             for m, ring in found:
                 if m <= level:
-                    mask[name] = mask[name] | ring_mask(ring, m, "p")
+                    mask[name] = mask[name] | mask_of(ring, m)
         masks.append(mask)
     expected = encrypt(original, masks, ring_keys(grant.key))
     shipped = safetensors.numpy.load_file(public)
@@ -453,7 +462,9 @@ def test_a_tree_goes_there_and_back_without_a_disk(form):
     given: dict[str, Any] = {"masks": nested_masks(scores, THREE)}
     if form == "scores":
         given = {"levels": THREE, "selection": Select(scores, small=0)}
-    protected = protect(params, **given, secret=SECRET, signing=SIGNING, metadata={"a": "b"})
+    protected = protect(
+        params, **given, secret=SECRET, signing=SIGNING, rest="plain", metadata={"a": "b"}
+    )
     assert jax.tree.structure(protected.params) == jax.tree.structure(params)
     assert protected.params["dense"][1] is params["dense"][1]
     assert isinstance(protected.params["dense"][0], np.ndarray)
@@ -563,6 +574,7 @@ def test_given_scores_decide(tmp_path):
         secret=SECRET,
         levels=[0.25],
         selection=Select(importance=tmp_path / "scores"),
+        rest="plain",
     )
     changed = np.frombuffer(read(tmp_path / "p")["conv/kernel"][2], np.float32).reshape(
         3, 3, 16, 32
@@ -602,6 +614,7 @@ def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
         secret=SECRET,
         levels=THREE,
         selection=Select(importance=tmp_path / "s", scope=scope),
+        rest="plain",
     )
     key = level_key(SECRET, bytes.fromhex(inspect_file(tmp_path / "p").model_id), level=3, levels=3)
     expected = nested_masks(scores, THREE, scope=scope)
@@ -610,7 +623,7 @@ def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
     for name in tensors:
         below = np.zeros_like(expected[0][name])
         for level, ring in rings[name]:
-            below = below | ring_mask(ring, level, "p")
+            below = below | mask_of(ring, level)
             assert (below == expected[level - 1][name]).all(), (name, level)
 
 
@@ -771,11 +784,33 @@ def test_a_newer_version_says_so(tmp_path):
         Envelope.from_metadata(metadata, "f")
 
 
-def test_bitmaps_are_bounded():
-    ring = seal_mask("w", np.ones((8, 8), bool))
+@pytest.mark.parametrize("share", [0, 1, 2, 7, 50, 100])
+def test_positions_are_bounded(share):
+    mask = np.random.default_rng(0).random((100, 1000)) < share / 100
+    mask[50, :] = False
+    mask[99, 999] = True
+    ring = seal_mask("w", mask)
+    assert (mask_of(ring, 1) == mask).all()
     bomb = ring._replace(mask_shape=(2, 2), groups=4)
-    with pytest.raises(IntegrityError, match="expected a bitmap of 1 bytes with 4 groups"):
-        ring_mask(bomb, 1, "f")
+    with pytest.raises(IntegrityError, match="expected the positions of 4 groups out of 4"):
+        ring_groups(bomb, 1, "f")
+
+
+@given(st.integers(1, 3000), st.sampled_from([1e-3, 0.01, 0.2, 0.9]), st.integers(0, 99))
+def test_positions_come_back(size, share, seed):
+    mask = np.random.default_rng(seed).random(size) < share
+    mask[seed % size] = True
+    assert (mask_of(seal_mask("w", mask), 1) == mask).all()
+
+
+def test_positions_take_less_than_a_byte_each():
+    rng = np.random.default_rng(0)
+    for share in (0.01, 0.016, 0.08):
+        ring = seal_mask("w", rng.random(1 << 20) < share)
+        # No code can do better than this, which is 1.01 bytes each at 1 %.
+        least = -share * np.log2(share) - (1 - share) * np.log2(1 - share)
+        assert len(ring.positions) < 1.02 * least / 8 * (1 << 20), share
+        assert len(ring.positions) < 1.02 * ring.groups
 
 
 # --- small tensors ------------------------------------------------------------------------------
@@ -794,7 +829,14 @@ def test_small_tensors_are_encrypted_whole(tmp_path):
     tensors["steps"] = np.arange(3)
     source, public = tmp_path / "model.safetensors", tmp_path / "public.safetensors"
     safetensors.numpy.save_file(tensors, source, {"format": "pt"})
-    chosen = protect_file(source, public, secret=SECRET, levels=THREE, signing=SIGNING)
+    chosen = protect_file(
+        source,
+        public,
+        secret=SECRET,
+        levels=THREE,
+        rest="plain",
+        signing=SIGNING,
+    )
     assert chosen.groups.keys() == {"first.weight", "norm.weight", "norm.bias", "body.weight"}
     file = safetensors.numpy.load_file(public)
     for name in ("first.weight", "norm.weight", "norm.bias"):
@@ -815,16 +857,29 @@ def test_small_tensors_are_encrypted_whole(tmp_path):
         secret=SECRET,
         levels=THREE,
         selection=Select(select="body", small=0),
+        rest="plain",
     )
     np.testing.assert_array_equal(
         safetensors.numpy.load_file(tmp_path / "2")["norm.bias"], tensors["norm.bias"]
     )
     chosen = protect_file(
-        source, tmp_path / "3", secret=SECRET, levels=THREE, selection=Select(select="body|bias")
+        source,
+        tmp_path / "3",
+        rest="plain",
+        secret=SECRET,
+        levels=THREE,
+        selection=Select(select="body|bias"),
     )
     assert chosen.groups.keys() == {"norm.bias", "body.weight"}
     with pytest.raises(ValueError, match=r"small: expected a share of all weights in \[0, 1\]"):
-        protect_file(source, tmp_path / "4", secret=SECRET, levels=THREE, selection=Select(small=2))
+        protect_file(
+            source,
+            tmp_path / "4",
+            rest="plain",
+            secret=SECRET,
+            levels=THREE,
+            selection=Select(small=2),
+        )
     assert not (tmp_path / "4").exists()
 
 
@@ -869,6 +924,7 @@ def test_copies_have_the_same_selection(tmp_path, select):
         secret=SECRET,
         levels=[0.04, 0.08],
         selection=Select(layout="OIHW", select=select, small=0, importance="random"),
+        rest="plain",
     )
     public = safetensors.numpy.load_file(tmp_path / "p")
     hidden = {name: public[name] != tensor for name, tensor in tensors.items()}

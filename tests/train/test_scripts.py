@@ -574,7 +574,12 @@ def test_levels_of_a_checkpoint_in_several_files(module):
     secret = sj.Secret.generate()
     secret.write("secret.key")
     sj.protect_file(
-        "parts", "public", secret=secret, levels=[0.2, 0.5], selection=sj.Select(small=0)
+        "parts",
+        "public",
+        secret=secret,
+        levels=[0.2, 0.5],
+        selection=sj.Select(small=0),
+        rest="plain",
     )
     evaluate = module("evaluate")
     config = evaluate.Dncnn(file=Path("public"), secret=Path("secret.key"), images=Path("images"))
@@ -613,6 +618,7 @@ def test_what_is_not_finite_is_null(module, capsys):
         secret=secret,
         levels=[0.5],
         selection=sj.Select(select="dncnn.2"),
+        rest="plain",
     )
     config = evaluate.Dncnn(
         file=Path("public.safetensors"), images=Path("images"), out=Path("levels")

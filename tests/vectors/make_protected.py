@@ -66,6 +66,10 @@ def make_source(path: Path) -> None:
         "long": rng.integers(-128, 128, (2, 7000), np.int8),
         "quantised": rng.integers(-128, 128, (30, 20), np.int8),
         "steps": np.array(7, np.int64),
+        "double": rng.uniform(3, 90, 50),
+        "waves": rng.standard_normal((9, 2)).astype(np.float32).view(np.complex64),
+        "flags": rng.random(33) < 0.5,
+        "empty": np.zeros((0, 3), np.float32),
     }
     safetensors.numpy.save_file(tensors, path, {"format": "np", "note": 'ü "quoted"'})
 
@@ -76,10 +80,11 @@ def make() -> None:
     source = HERE / "original.safetensors"
     make_source(source)
     good = []
-    for name, cipher, signing in [
-        ("weight", LosslessCipher(), SIGNING),
-        ("group", LosslessCipher(unit="group"), None),
-        ("stream", LosslessCipher(permute=False), SIGNING),
+    for name, cipher, signing, rest in [
+        ("weight", LosslessCipher(), SIGNING, "sealed"),
+        ("plain", LosslessCipher(), SIGNING, "plain"),
+        ("group", LosslessCipher(unit="group"), None, "plain"),
+        ("stream", LosslessCipher(permute=False), SIGNING, "sealed"),
     ]:
         path = HERE / f"{name}.safetensors"
         protect_file(
@@ -90,6 +95,7 @@ def make() -> None:
             selection=Select(layout="HWIO", select="kernel|long|quantised"),
             signing=signing,
             cipher=cipher,
+            rest=rest,
         )
         model_id = bytes.fromhex(inspect_file(path).model_id)
         keys = [level_key(SECRET, model_id, level=m, levels=LEVELS) for m in (1, 2, 3)]
@@ -122,7 +128,7 @@ def make_bad(path: Path):
         return {"file": f"bad-{name}.safetensors", "why": why}
 
     manifest = json.loads(metadata["selcrypt"])
-    digest = manifest["tensors"]["conv/bias"]["sha256"]
+    digest = manifest["tensors"]["conv/bias"]["sha256"][0]
     spot = metadata["selcrypt"].index(digest)
     start = head["conv/kernel"]["data_offsets"][0]
     bit = bytearray(data)

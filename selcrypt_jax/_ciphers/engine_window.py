@@ -1,0 +1,178 @@
+"""The window cipher on bytes, on arrays of this host, and in XLA. `window` defines it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+from .._tree.dtypes import DTYPES, Dtype
+from .blocks import SEAL
+from .engine_numpy import fold_in, leaf_key
+from .windows import Window, exponent_bits, offset_and_mask, sealed_words
+
+
+class Windows(Protocol):
+    """What this engine needs to know of a `WindowCipher`."""
+
+    def window(self, name: str, dtype: Dtype) -> Window | None:
+        """Of a leaf."""
+        ...
+
+
+_PIECE = 1 << 18  # bytes that are masked at a time: they stay in a core's cache
+
+
+def find_window(words: np.ndarray, dtype: Dtype) -> Window:
+    """The window of the floats with these bit patterns ``[weights]``."""
+    dtype = sealed_words(dtype)
+    width = exponent_bits(dtype)
+    if not words.size:
+        return Window(0, width - 1, False)
+    least, most = int(words.min()), int(words.max())
+    negative = dtype.signed and most >> (dtype.bits - 1) == 1
+    sign = negative and least >> (dtype.bits - 1) == 0
+    if negative:
+        least, most = 1 << dtype.bits, 0
+        for start in range(0, len(words), _PIECE):
+            sizes = words[start : start + _PIECE] & words.dtype.type((1 << (dtype.bits - 1)) - 1)
+            least, most = min(least, int(sizes.min())), max(most, int(sizes.max()))
+    bottom, top = least >> dtype.mantissa, most >> dtype.mantissa
+    lowest = max(0, top - (1 << (width - 1)) + 1)
+    if bottom < lowest or top == (1 << width) - 1:
+        return Window(0, width, sign)
+    return Window(lowest, width - 1, sign)
+
+
+def mask_words(
+    data: memoryview, key: bytes, dtype: Dtype, window: Window | None, start: int = 0
+) -> None:
+    """Masks (or unmasks) numbers of a leaf in place.
+
+    Args:
+        data: their bytes, little-endian, writable.
+        key: of the keystream: `seal_key_of` the leaf.
+        dtype: of the leaf.
+        window: of the leaf, or None for numbers without exponents.
+        start: of ``data``, in bytes from the beginning of the leaf.
+    """
+    offset, mask = offset_and_mask(dtype, window)
+    word = np.dtype(f"<u{sealed_words(dtype).bits // 8}")
+    block, skipped = divmod(start, 64)
+    nonce = block.to_bytes(4, "little") + b"random_bits\0"
+    stream = Cipher(ChaCha20(key, nonce), mode=None).encryptor()
+    stream.update(bytes(skipped))
+    if mask == (1 << 8 * word.itemsize) - 1 and not offset:
+        stream.update_into(data, data)
+        return
+    numbers = np.frombuffer(data, word)
+    step = _PIECE // word.itemsize
+    zeros = bytes(min(_PIECE, len(data)))
+    scratch = np.empty(min(step, len(numbers)), word)
+    for first in range(0, len(numbers), step):
+        piece = numbers[first : first + step]
+        drawn = scratch[: len(piece)]
+        stream.update_into(memoryview(zeros)[: piece.nbytes], drawn.view(np.uint8).data)
+        drawn &= word.type(mask)
+        if offset:
+            piece -= word.type(offset)
+        piece ^= drawn
+        if offset:
+            piece += word.type(offset)
+
+
+def seal_key_of(secret: bytes, name: str) -> bytes:
+    """The key of a leaf's keystream, from the cipher key of its level."""
+    return fold_in(leaf_key(secret, name), SEAL)
+
+
+def run_window(
+    cipher: Windows, leaves: Mapping[str, Any], rings: Sequence[Any], keys: Any
+) -> dict[str, Any]:
+    """See `Cipher.run`: by NumPy where keys and weights are known to it, by XLA elsewhere."""
+    from .engine_host import on_host
+
+    result = dict(leaves)
+    for index, ring in enumerate(rings):
+        leaf = result[ring.name]
+        if keys.secrets is not None and on_host(leaf):
+            result[ring.name] = _on_host(cipher, leaf, ring, keys.secrets[index])
+        else:
+            result[ring.name] = _in_xla(cipher, leaf, ring, keys.array[index])
+    return result
+
+
+def _on_host(cipher: Windows, leaf: Any, ring: Any, secret: bytes) -> Any:
+    """Each host masks what it has; nothing of the leaf is sent."""
+    from .engine_host import copied, handed, parts
+
+    dtype = DTYPES[str(leaf.dtype)]
+    key, window = seal_key_of(secret, ring.name), cipher.window(ring.name, dtype)
+    bits = copied(leaf)
+    mask = np.broadcast_to(ring.mask, leaf.shape)
+    for index in parts(leaf):
+        if mask[index].all() and _is_run(index, leaf.shape):
+            part = bits[index]
+            start = index[0].indices(leaf.shape[0])[0] if leaf.ndim else 0
+            row = bits[0].nbytes if leaf.ndim else 0
+            mask_words(part.reshape(-1).view(np.uint8).data, key, dtype, window, start * row)
+        else:
+            _mask_part(bits, index, mask, key, dtype, window)
+    return handed(bits.view(leaf.dtype), leaf)
+
+
+def _is_run(index: tuple[slice, ...], shape: Sequence[int]) -> bool:
+    """Whether a part is whole but for its first axis, so that its weights are neighbours."""
+    return all(s.indices(n) == (0, n, 1) for s, n in zip(index[1:], shape[1:], strict=True))
+
+
+def _mask_part(
+    bits: np.ndarray,
+    index: tuple[slice, ...],
+    mask: np.ndarray,
+    key: bytes,
+    dtype: Dtype,
+    window: Window | None,
+) -> None:
+    """Masks what is selected in a part of a leaf, a row of the leaf's first axis at a time."""
+    first, *rest = index if bits.ndim else (slice(None),)
+    inner = (..., *rest) if rest else ...
+    for row in range(*first.indices(bits.shape[0])) if bits.ndim else (0,):
+        at = (row,) if bits.ndim else ()
+        if not mask[at][inner].any():
+            continue
+        new = bits[at].copy() if bits.ndim else bits.copy()
+        start = row * new.nbytes
+        mask_words(new.reshape(-1).view(np.uint8).data, key, dtype, window, start)
+        here = bits[at][inner] if bits.ndim > 1 else bits[at]
+        picked = np.where(mask[at][inner], np.asarray(new)[inner], here)
+        if bits.ndim > 1:
+            bits[at][inner] = picked
+        else:
+            bits[at] = picked
+
+
+def _in_xla(cipher: Windows, leaf: Any, ring: Any, key: Any) -> Any:
+    import jax
+    from jax import lax
+
+    from .._tree.names import unsigned, without_explicit_axes
+
+    dtype = DTYPES[str(leaf.dtype)]
+    offset, mask = offset_and_mask(dtype, cipher.window(ring.name, dtype))
+    word = unsigned(leaf)
+    everything = bool(ring.mask.all())
+
+    def masked(leaf: Any, key: Any) -> Any:
+        bits = lax.bitcast_convert_type(leaf, word)
+        drawn = jax.random.bits(jax.random.fold_in(key, SEAL), leaf.shape, word)
+        drawn = drawn & np.array(mask, word)
+        low = np.array(offset, word)
+        new = ((bits - low) ^ drawn) + low
+        if not everything:
+            new = jax.numpy.where(ring.mask, new, bits)
+        return lax.bitcast_convert_type(new, leaf.dtype)
+
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return jax.jit(without_explicit_axes(masked, leaf))(leaf, key)
