@@ -627,10 +627,9 @@ function main() {
     if (manifest.rest === 'sealed') unseal(tensor, window, hkdf(keys[0], 'cipher'), bytes);
     const taken = new Uint8Array(tensor.rings.length ? product(tensor.shape) : 0);
     const byGroup = manifest.cipher.unit === 'group';
-    const places = tensor.rings.map(([ring]) => positions(ring, byGroup, taken));
-    tensor.rings.forEach(([ring, key], i) => {
-      decryptRing(ring, places[i], manifest.cipher, key, bytes);
-    });
+    for (const [ring, key] of tensor.rings) {
+      decryptRing(ring, positions(ring, byGroup, taken), manifest.cipher, key, bytes);
+    }
     return bytes;
   });
   write(output, manifest, tensors, contents);

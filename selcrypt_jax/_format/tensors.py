@@ -64,8 +64,8 @@ def encrypt_tensors(
     keys = cipher_keys(key)
     table, done = {}, {}
 
-    def encrypted(name: str) -> tuple[memoryview, Tensor]:
-        data, info = source.read(name), source.tensors[name]
+    def encrypted(name: str, data: memoryview) -> Tensor:
+        info = source.tensors[name]
         if name in rings:
             from .rings import rewrite_tensor  # the start of NumPy
 
@@ -77,14 +77,18 @@ def encrypt_tensors(
 
             window = seal_tensor(data, SAFETENSORS[info.dtype], name, keys[1])
         digests = tuple(_digest(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK))
-        return data, Tensor(info.dtype, tuple(info.shape), digests, window)
+        return Tensor(info.dtype, tuple(info.shape), digests, window)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sizes = {n: byte_count(info.dtype, info.shape) for n, info in source.tensors.items()}
         for batch in _batches([_Part(name, 0, size) for name, size in sizes.items()]):
-            jobs = [(part.name, pool.submit(encrypted, part.name)) for part in batch]
-            for name, job in jobs:
-                data, table[name] = job.result()
+            jobs = []
+            for part in batch:
+                data = source.read(part.name)  # not in a thread: hosts read in one order
+                jobs.append((part.name, data, pool.submit(encrypted, part.name, data)))
+            while jobs:
+                name, data, job = jobs.pop(0)
+                table[name] = job.result()
                 write(name, data)
     return table, {name: done[name] for name in rings if name in done}
 

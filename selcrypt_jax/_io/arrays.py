@@ -1,7 +1,8 @@
 """Arrays as the bytes of a file, and back; JAX is needed for trees only."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,14 +70,33 @@ class ArraySource:
                     "state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
                 )
             self.tensors[name] = ArrayInfo(known.code, tuple(array.shape))
-        self._arrays = arrays
+        self._arrays: dict[str, Any] = dict(arrays)
+
+    @contextmanager
+    def held(self, name: str) -> Iterator[None]:
+        """Reads of this array do not pass through the other hosts: it is gathered once, here.
+
+        All processes enter this in one order, as JAX wants it, and not in threads.
+        """
+        array = self._arrays[name]
+        if getattr(array, "is_fully_addressable", True):
+            yield
+            return
+        from .._tree.hosts import gathered
+
+        self._arrays[name] = gathered(array)
+        try:
+            yield
+        finally:
+            self._arrays[name] = array
 
     def read(self, name: str) -> memoryview:
         """See `TensorSource`."""
-        data = self._bytes(name)
-        buffer = new_buffer(len(data))
-        buffer[:] = data
-        return buffer
+        with self.held(name):
+            data = self._bytes(name)
+            buffer = new_buffer(len(data))
+            buffer[:] = data
+            return buffer
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """See `StoredTensors`."""

@@ -6,6 +6,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from .._tree.ahead import ahead
+
 Scope = Literal["leaf", "model"]
 CountsOf = Callable[[int], tuple[int, ...]]
 """Number of groups → how many of them level 1..M may decrypt, see `Levels.counts`."""
@@ -51,12 +53,14 @@ Ranked = tuple[str, np.ndarray, tuple[int, ...]]
 
 def _rank_leaves(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
     """All tensors, each judged by itself."""
-    for name in scores.shapes:
-        score = scores.of(name)
+
+    def rank(given: tuple[str, np.ndarray]) -> Ranked:
+        name, score = given
         counts = counts_of(score.size)
-        ranks = _rank(score, counts[-1])
-        del score  # as large as the leaf
-        yield name, ranks, counts
+        return name, _rank(score, counts[-1]), counts
+
+    # Scores are made in this thread: how JAX is configured is a thread's own.
+    return ahead(rank, ((name, scores.of(name)) for name in scores.shapes))
 
 
 def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:

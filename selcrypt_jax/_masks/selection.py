@@ -107,14 +107,18 @@ def select_rings(
         added = added or [0] * len(rings)
         if not size:
             continue  # nothing to hide in an empty leaf
+        ranks = ranks.reshape(-1)
+        best = np.flatnonzero(ranks < max(stop for own in rings for _, stop in own))
+        ranks = ranks[best]
         for level, own in enumerate(rings, 1):
-            mask = np.zeros(ranks.shape, bool)
+            inside = np.zeros(len(ranks), bool)
             for start, stop in own:
-                if start < stop:
-                    mask |= (ranks >= start) & (ranks < stop)
-            groups = int(np.count_nonzero(mask))
+                inside |= (ranks >= start) & (ranks < stop)
+            groups = int(np.count_nonzero(inside))
             if not groups:
                 continue
+            mask = np.zeros(scores.shapes[name], bool)
+            mask.reshape(-1)[best[inside]] = True
             if leaves is not None:
                 try:
                     cipher.check_size(

@@ -23,6 +23,7 @@ from .._masks.levels import Levels, LevelsLike, as_levels
 from .._masks.options import Select, check_options
 from .._masks.scores import NamedTensors, scores_for, whole_leaves
 from .._masks.selection import leaves_of_tensors, select_rings
+from .._tree.ahead import ahead
 from .._tree.groups import Layout, Ring
 
 
@@ -131,8 +132,12 @@ class Plan:
 def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     """Rings with their masks packed, one after the other."""
     found: dict[str, list[tuple[int, SealedRing]]] = {}
-    for ring in rings:
-        found.setdefault(ring.name, []).append((ring.level, seal_mask(ring.name, ring.mask)))
+
+    def seal(ring: Ring) -> tuple[int, SealedRing]:
+        return ring.level, seal_mask(ring.name, ring.mask)
+
+    for level, ring in ahead(seal, rings):
+        found.setdefault(ring.tensor, []).append((level, ring))
     return found
 
 

@@ -1,13 +1,27 @@
 """The way into a protected file, as arrays. JAX is not needed, unless for a tree of its arrays."""
 
-from typing import Any
+import math
+import operator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import AnyPath, open_checkpoint
+from .._format.manifest import byte_count
+from .._format.tensors import Unlocked
+from .checkpoint import AnyPath, Checkpoint, open_checkpoint
 from .use import AnyGrant, grant_key
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def open_model(
-    path: AnyPath, grant: AnyGrant | None = None, *, level: int | None = None, like: Any = None
+    path: AnyPath,
+    grant: AnyGrant | None = None,
+    *,
+    level: int | None = None,
+    names: Collection[str] | None = None,
+    like: Any = None,
 ) -> Any:
     """The parameters of a protected file, as a grant opens them.
 
@@ -15,8 +29,9 @@ def open_model(
         path: protected file, or the index or folder of a protected checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file; None for level 0.
         level: a lower level than that of the grant.
+        names: of the tensors that are wanted; the others are not read. All by default.
         like: a pytree with the same names, shapes and dtypes, of arrays or
-            ``jax.ShapeDtypeStruct``; see Returns.
+            ``jax.ShapeDtypeStruct``; see Returns. Not with `names`.
 
     Returns:
         name → NumPy array; or, with `like`, a tree of that structure, with NumPy arrays where it
@@ -24,7 +39,7 @@ def open_model(
         stay.
 
     Raises:
-        ValueError: no protected file, or a `like` that does not fit.
+        ValueError: no protected file, names that it does not have, or a `like` that does not fit.
         GrantError: a grant that does not open the file.
         IntegrityError: the file was altered.
         OSError: a file that cannot be read.
@@ -33,24 +48,120 @@ def open_model(
         >>> params = open_model("model.safetensors", "alice.grant")
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """
-    if grant is None and level is not None:
-        raise ValueError(f"level: expected none without a grant, got {level}. Pass the grant.")
-    key, signer = (None, None) if grant is None else grant_key(grant, level)
-    arrays: dict[str, Any] = {}
-    with open_checkpoint(path) as checkpoint:
+    if names is not None and like is not None:
+        raise ValueError("names: expected them alone, got like too. Leave one of them out.")
+    with LazyModel(path, grant, level=level) as model:
         if like is not None:
-            _check_like(like, checkpoint.tensors, str(path))
-        for plain in checkpoint.unlocked(checkpoint.envelopes(signer), key).values():
-            data = plain.load(plain.tensors)
-            from .._io.arrays import as_array
-
-            for name, piece in data:
-                info = plain.tensors[name]
-                try:
-                    arrays[name] = as_array(piece, info.dtype, info.shape)
-                except ValueError as error:
-                    raise ValueError(f"{path}: tensor {name!r}: {error}") from None
+            _check_like(like, model.tensors, str(path))
+        arrays = model.load(model.tensors if names is None else names)
     return arrays if like is None else _rebuild(like, arrays)
+
+
+class LazyModel(Mapping[str, "np.ndarray"]):
+    """A protected file of which tensors, or rows of them, are read when they are asked for.
+
+    A mapping from names to arrays, and a context manager. Signature, manifest and boxes are checked
+    when it is opened; of a tensor, the digests of what is read, each time before it is given out.
+    So one host of several reads its own part of a large checkpoint.
+
+    Args: see `open_model`.
+
+    Attributes:
+        tensors: name → anything with a ``dtype`` (safetensors' name) and a ``shape``.
+
+    Raises: as `open_model`.
+
+    Examples:
+        >>> with LazyModel("model.safetensors", "alice.grant") as model:
+        ...     name = next(iter(model))
+        ...     whole, first = model[name], model.rows(name, 0, 2)
+        >>> first.shape[0]
+        2
+    """
+
+    def __init__(
+        self, path: AnyPath, grant: AnyGrant | None = None, *, level: int | None = None
+    ) -> None:
+        if grant is None and level is not None:
+            raise ValueError(f"level: expected none without a grant, got {level}. Pass the grant.")
+        key, signer = (None, None) if grant is None else grant_key(grant, level)
+        self._path = path
+        with ExitStack() as stack:
+            checkpoint: Checkpoint = stack.enter_context(open_checkpoint(path))
+            plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
+            self._source = {name: file for file in plain.values() for name in file.tensors}
+            self._stack = stack.pop_all()
+        self.tensors: dict[str, Any] = {n: file.tensors[n] for n, file in self._source.items()}
+
+    def __enter__(self) -> "LazyModel":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; arrays that were read stay."""
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+    def __getitem__(self, name: str) -> "np.ndarray":
+        return self.load([name])[name]
+
+    def load(self, names: Collection[str]) -> "dict[str, np.ndarray]":
+        """Several tensors together, which takes less time than one after the other."""
+        wanted: dict[Unlocked, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._file(name), []).append(name)
+        return {
+            name: self._array(data, name, tuple(self.tensors[name].shape))
+            for file, own in wanted.items()
+            for name, data in file.load(own)
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> "np.ndarray":
+        """Rows ``start`` to ``stop`` of the first axis of a tensor.
+
+        Only what they lie in is read, unless the grant opens rings in the tensor: their weights
+        are permuted over the whole of it.
+
+        Raises:
+            ValueError: rows that the tensor does not have; and as `open_model`.
+        """
+        file, info = self._file(name), self.tensors[name]
+        start, stop = operator.index(start), operator.index(stop)
+        if not info.shape or not 0 <= start <= stop <= info.shape[0]:
+            raise ValueError(
+                f"{self._path}: tensor {name!r}: expected rows of a tensor of shape "
+                f"{list(info.shape)}, got {start} to {stop}."
+            )
+        shape = (stop - start, *info.shape[1:])
+        row = byte_count(info.dtype, info.shape[1:])
+        data = (
+            file.read_part(name, start * row, stop * row) if math.prod(shape) else memoryview(b"")
+        )
+        return self._array(data, name, shape)
+
+    def _file(self, name: str) -> Unlocked:
+        if name not in self._source:
+            from .._tree.names import listed
+
+            raise ValueError(
+                f"{self._path}: has no tensor {name!r}. There are: {listed(self.tensors)}."
+            )
+        return self._source[name]
+
+    def _array(self, data: memoryview, name: str, shape: tuple[int, ...]) -> "np.ndarray":
+        from .._io.arrays import as_array
+
+        try:
+            return as_array(data, self.tensors[name].dtype, shape)
+        except ValueError as error:
+            raise ValueError(f"{self._path}: tensor {name!r}: {error}") from None
 
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:

@@ -271,7 +271,8 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
     plain = Unlocked(source, envelope, key)
     leaves = {}
     for name in source.tensors:
-        data = plain.read(name)
+        with source.held(name):
+            data = plain.read(name)
         if plain.changes(name):
             leaves[name] = _leaf(data, source, name, tree.leaves[name])
     return tree.rebuild(leaves)

@@ -29,7 +29,9 @@ TOP = len(VECTORS["good"][0]["levels"])
 # --- an independent reader: nothing of the package, everything from FORMAT.md --------------------
 
 NUMBERS = {  # dtype → NumPy's unsigned one, mantissa or None for an integer
+    "F64": ("<u8", 52),
     "F32": ("<u4", 23),
+    "C64": ("<u4", 23),  # two of them
     "F16": ("<u2", 10),
     "I8": ("<u1", None),
 }

@@ -8,6 +8,8 @@ import pytest
 import safetensors.numpy
 
 from selcrypt_jax import (
+    IntegrityError,
+    LazyModel,
     LosslessCipher,
     Secret,
     Select,
@@ -26,6 +28,7 @@ from selcrypt_jax import (
     unlock_file,
     verify_file,
 )
+from selcrypt_jax._io.safetensors import SafetensorsFile
 
 SECRET, SIGNING = Secret(bytes(range(32))), SigningKey(bytes(32))
 LEVELS = [0.1, 0.2, 0.3]
@@ -101,6 +104,47 @@ def test_one_level_is_the_seal_alone(plain, tmp_path):
     assert [(level.groups, level.share) for level in found.levels] == [(0, 1.0)]
     opened = open_model(tmp_path / "p", keys(tmp_path / "p", 1)[0])
     assert all(opened[name].tobytes() == leaf.tobytes() for name, leaf in TENSORS.items())
+
+
+@pytest.mark.parametrize("cut", [(0, 1200), (0, 0), (3, 5), (1040, 1060), (1199, 1200)])
+@pytest.mark.parametrize("select", ["weight|large", "weight"], ids=["graded", "sealed"])
+def test_rows_and_tensors_alone(plain, tmp_path, cut, select):
+    """Rows over a border of two digests too; with rings in the tensor, and without."""
+    selection = Select(select=select, layout="OIHW")
+    protect_file(plain, tmp_path / "p", secret=SECRET, levels=LEVELS, selection=selection)
+    for key in (None, *keys(tmp_path / "p")):
+        whole = open_model(tmp_path / "p", key)
+        with LazyModel(tmp_path / "p", key) as model:
+            assert sorted(model) == sorted(TENSORS)
+            rows = model.rows("large", *cut)
+            assert rows.shape == (cut[1] - cut[0], 1000)
+            assert rows.tobytes() == whole["large"][slice(*cut)].tobytes()
+            assert model["half"].tobytes() == whole["half"].tobytes()
+            assert model.rows("flags", 3, 9).tobytes() == whole["flags"][3:9].tobytes()
+        some = open_model(tmp_path / "p", key, names=["half", "empty"])
+        assert some.keys() == {"half", "empty"}
+
+
+def test_only_what_is_asked_for_is_checked_and_all_of_it(plain, tmp_path):
+    protect_file(plain, tmp_path / "p", secret=SECRET, levels=1)
+    with SafetensorsFile(tmp_path / "p") as file:
+        last = file.tensors["large"].stop - 1
+    data = bytearray((tmp_path / "p").read_bytes())
+    data[last] ^= 1
+    (tmp_path / "p").write_bytes(data)
+    (key,) = keys(tmp_path / "p", 1)
+    with LazyModel(tmp_path / "p", key) as model:
+        assert model.rows("large", 0, 9).tobytes() == TENSORS["large"][:9].tobytes()
+        for bad in (lambda: model.rows("large", 1199, 1200), lambda: model["large"]):
+            with pytest.raises(IntegrityError, match="tensor 'large': expected SHA-256") as caught:
+                bad()
+            assert caught.value.reason == "digest"
+    with pytest.raises(ValueError, match="expected rows of a tensor of shape"):
+        LazyModel(tmp_path / "p", key).rows("large", 0, 1201)
+    with pytest.raises(ValueError, match=r"has no tensor 'none'\. There are: .*'conv\.weight'"):
+        open_model(tmp_path / "p", key, names=["none"])
+    with pytest.raises(ValueError, match="names: expected them alone"):
+        open_model(tmp_path / "p", key, names=["half"], like=TENSORS)
 
 
 def test_rotation_keeps_the_seal(plain, tmp_path):
