@@ -2,6 +2,8 @@
 
 import json
 import os
+import stat
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 from .arrays import ArraySource, as_array
 from .atomic import new_folder
+from .safetensors import MAX_HEADER
 from .strict_json import json_object
 
 METADATA_FILE = "selcrypt.json"
@@ -36,42 +39,113 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
 
 
 class OrbaxCheckpoint(ArraySource):
-    """A pytree that Orbax saved, in memory as NumPy arrays.
+    """A pytree that Orbax saved; its arrays come into memory when the first of them is read.
 
-    Names are the steps of a path, joined by ``/``.
+    So what its metadata say of shapes can be compared with a signed manifest before. Names are the
+    steps of a path, joined by ``/``.
 
     Args:
         path: the folder.
 
     Raises:
-        ValueError: Orbax cannot read it; a leaf that a safetensors file could not hold; metadata
-            of ours that are malformed.
+        ValueError: Orbax cannot read it; something in it that is no regular file; a leaf that a
+            safetensors file could not hold; metadata of ours that are malformed.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import named_leaves
+
+        self.path = Path(path)
+        self.size = _check_folder(self.path)
+        self.metadata = _read_metadata(self.path)
+        with _orbax_errors(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            found: Any = checkpointer.metadata(self.path.absolute())
+            self._kinds = found.item_metadata.tree
+            leaves = named_leaves(self._kinds, str(self.path)).leaves
+            self.stored = _stored_names(leaves)
+            described = {name: leaves[stored] for name, stored in self.stored.items()}
+        super().__init__(described, str(self.path))
+        self._lock, self._tree = threading.Lock(), None
+
+    @property
+    def tree(self) -> Any:
+        """The arrays, as `named_leaves`."""
+        with self._lock:
+            if self._tree is None:
+                self._tree = self._restored()
+                leaves = self._tree.leaves
+                self._arrays = {name: leaves[stored] for name, stored in self.stored.items()}
+            return self._tree
+
+    def _bytes(self, name: str) -> memoryview:
+        _ = self.tree
+        return super()._bytes(name)
+
+    def _restored(self) -> Any:
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
 
         from .._tree.names import named_leaves
 
-        self.path = Path(path)
-        folder = self.path.absolute()
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            try:
-                found: Any = checkpointer.metadata(folder)
-                tree = found.item_metadata.tree
-                kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                restored = checkpointer.restore(folder, restore_args=kinds)
-            except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
-                raise ValueError(f"{self.path}: Orbax cannot read it: {error}") from error
-        self.tree = named_leaves(restored, str(self.path))
-        self.stored = _stored_names(self.tree.leaves)
-        super().__init__(
-            {name: self.tree.leaves[stored] for name, stored in self.stored.items()}, str(self.path)
-        )
-        self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
-        self.metadata = _read_metadata(self.path)
+        with _orbax_errors(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._kinds)
+            restored = checkpointer.restore(self.path.absolute(), restore_args=kinds)
+        tree = named_leaves(restored, str(self.path))
+        for name, info in self.tensors.items():
+            shape = tuple(np.shape(tree.leaves[self.stored[name]]))
+            if shape != info.shape:
+                raise ValueError(
+                    f"{self.path}: {name!r}: expected shape {list(info.shape)} as its metadata "
+                    f"say, got {list(shape)}. It is damaged: get it again."
+                )
+        return tree
+
+
+@contextmanager
+def _orbax_errors(path: Path) -> Iterator[None]:
+    """What Orbax raises where it cannot read a checkpoint, in one line."""
+    try:
+        yield
+    except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
+        raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
+    except RecursionError:
+        raise ValueError(
+            f"{path}: Orbax cannot read it: its metadata are nested too deep. It is damaged, or "
+            "no checkpoint of a network."
+        ) from None
+
+
+def _check_folder(path: Path) -> int:
+    """Refuses whatever is no plain file in a plain folder, which a checkpoint has no need of.
+
+    A link could name any file of this machine, and a pipe or device would be waited for.
+
+    Returns:
+        The bytes of all files.
+
+    Raises:
+        ValueError: of such a thing.
+    """
+    size = 0
+    folders = [path]
+    while folders:
+        with os.scandir(folders.pop()) as items:
+            for item in items:
+                mode = item.stat(follow_symlinks=False).st_mode
+                if stat.S_ISDIR(mode):
+                    folders.append(Path(item.path))
+                elif stat.S_ISREG(mode):
+                    size += item.stat(follow_symlinks=False).st_size
+                else:
+                    what = "a symbolic link" if stat.S_ISLNK(mode) else "a pipe or device"
+                    raise ValueError(
+                        f"{item.path}: expected regular files in an Orbax checkpoint, got {what}. "
+                        "Copy the files themselves."
+                    )
+    return size
 
 
 @contextmanager
@@ -134,6 +208,11 @@ def _read_metadata(path: Path) -> dict[str, str] | None:
     file = path / METADATA_FILE
     if not file.exists():
         return None
+    if (size := file.stat().st_size) > MAX_HEADER:
+        raise ValueError(
+            f"{file}: expected at most {MAX_HEADER} bytes, as in a safetensors file, got {size}. "
+            "It is damaged: get it again."
+        )
     metadata = json_object(file.read_bytes(), str(file))
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: expected text for every key. It is damaged.")
@@ -210,6 +289,7 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
             f"{path}: expected the folder of an Orbax checkpoint, got none. Name "
             "the folder; a safetensors file is opened with open_model."
         )
+    _check_folder(folder)
     metadata = _read_metadata(folder)
     if metadata is None:
         raise ValueError(
@@ -229,7 +309,7 @@ def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, s
             item = _nested({stored[name]: leaf for name, leaf in given.items()})
             arguments = ocp.checkpoint_utils.construct_restore_args(item)
             restored = checkpointer.restore(folder, item=item, restore_args=arguments)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, RecursionError) as error:
             raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
     leaves = named_leaves(restored).leaves
     return tree.rebuild({name: leaves[stored[name]] for name in given}), metadata

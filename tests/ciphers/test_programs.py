@@ -6,11 +6,21 @@ import subprocess
 import sys
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selcrypt_jax import LosslessCipher, decrypt, encrypt, importance, nested_masks, unlocking
+from selcrypt_jax import (
+    GaussianCipher,
+    LosslessCipher,
+    WindowCipher,
+    decrypt,
+    encrypt,
+    importance,
+    nested_masks,
+    unlocking,
+)
 from selcrypt_jax._keys.chacha import chacha20_impl
 
 
@@ -116,3 +126,30 @@ def test_a_program_need_not_hold_all_of_the_plaintext():
         env=os.environ | flags,
     )
     assert float(run.stdout) < 0.5
+
+
+def ciphers(params, masks):
+    return {
+        "lossless": LosslessCipher(),
+        "group": LosslessCipher("group"),
+        "stream": LosslessCipher(permute=False),
+        "window": WindowCipher.fit(params),
+        "gaussian": GaussianCipher.fit(params, masks),
+    }
+
+
+@pytest.mark.parametrize("name", ["lossless", "group", "stream", "window", "gaussian"])
+def test_programs_are_lowered_for_every_platform(name):
+    """For accelerators that are not here, too: nothing in them calls back to this machine."""
+    params = tree(2)
+    masks = nested_masks(importance.l2(params), [0.3])
+    keys, cipher = make_keys(1), ciphers(params, masks)[name]
+    forward = unlocking(lambda params, x: x @ params["w000"], masks, cipher=cipher)
+    for function, *more in (
+        (lambda params, keys: encrypt(params, masks, keys, cipher=cipher),),
+        (lambda params, keys: decrypt(params, masks, keys, cipher=cipher),),
+        (forward, jnp.ones((3, 40))),
+    ):
+        platforms = ("cpu", "cuda", "rocm", "tpu")
+        made = jax.export.export(jax.jit(function), platforms=platforms)(params, keys, *more)
+        assert made.platforms == platforms

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from protected_files import (
+    SECRET,
     Parts,
     Released,
     Stored,
@@ -23,7 +24,7 @@ from protected_files import (
     to_json,
 )
 
-from selcrypt_jax import unlock_file, verify_file
+from selcrypt_jax import IntegrityError, level_key, unlock_file, verify_file
 from selcrypt_jax._ciphers.engine_numpy import leaf_key, rewrite_ring
 from selcrypt_jax._ciphers.lossless import LosslessCipher
 from selcrypt_jax._format.boxes import box_context
@@ -339,3 +340,21 @@ def test_forged_boxes_do_not_pass_for_a_signed_file(files, tmp_path):
     parts.entries["selcrypt.box.1"] = again
     world.folder = tmp_path
     assert_refused(world, parts.to_bytes(), "signature")
+
+
+def test_many_rings_of_one_tensor_are_refused_by_their_number(files, tmp_path):
+    """Each of 256 boxes claims all weights of a tensor: none of their positions is unpacked."""
+    given = files["unsigned"].model
+    key = level_key(SECRET, given.key.model_id, levels=256)
+    everything = ring(mask=np.ones(SHAPE, bool))
+    forgery = Forgery(
+        [content([everything])] * 256,
+        ["w"],
+        [{"groups": 512, "weights": 512}] * 256,
+        Released(given.parts, key, None),
+    )
+    path = tmp_path / "forged.safetensors"
+    path.write_bytes(forgery.to_bytes())
+    with pytest.raises(IntegrityError, match="hold more weights than it has") as caught:
+        unlock_file(path, tmp_path / "out", key)
+    assert caught.value.reason == "ring"
