@@ -152,7 +152,7 @@ def with_selcrypt(folder: Path, original: Path, program: str) -> tuple[Path, Pat
     secret, grant = keys / "secret.key", keys / "top.grant"
     run(program, "keygen", "-o", keys)
     protect: list[str | Path] = [program, "protect", original, "-o", file, "--secret", secret]
-    protect += ["--signing", keys / "signing.key", "--strategy", "l2", "--budget", "0.08"]
+    protect += ["--signing", keys / "signing.key", "--importance", "l2", "--budget", "0.08"]
     run(*protect, "--levels", str(LEVELS))
     run(program, "grant", file, "--level", str(LEVELS), "--secret", secret, "-o", grant)
     return file, grant
