@@ -1,8 +1,10 @@
 """Files by somebody who means harm: what they cost, and what is said of them."""
 
+import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from selcrypt_jax import IntegrityError, Secret, inspect_file, level_key, open_model, protect_file
+from selcrypt_jax._io.strict_json import json_object
 
 SECRET = Secret(bytes(range(32)))
 
@@ -101,3 +104,23 @@ def test_the_largest_metadata(folder):
         file.truncate(100_000_001)  # sparse
     with pytest.raises(ValueError, match="expected at most 100000000 bytes"):
         open_model(folder)
+
+
+@pytest.mark.parametrize("text", [b"[],", b"{},", b"[[]],"])
+def test_json_that_would_fill_the_memory(tmp_path, text):
+    """30 MB of empty lists would take 900 MB."""
+    inside = b'{"a":[' + text * (30_000_000 // len(text)) + b"0]}"
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(inside).to_bytes(8, "little") + inside)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="expected at most .* lists and objects in"):
+            inspect_file(path)
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(inside)
+    finally:
+        tracemalloc.stop()
+
+
+def test_brackets_in_text_are_no_lists():
+    value = {"a": "[" * 1_000_000, "b\\": '"[{' * 100_000}
+    assert json_object(json.dumps(value).encode(), "x") == value
