@@ -1,0 +1,239 @@
+"""What an accelerator does with all of this: ``python benchmarks/accelerator.py --out DIR``.
+
+In one process, in under eight minutes, and with nothing but the package: whether every cipher gives
+the bits of the CPU's NumPy engine, for each dtype, jitted and not, and over all devices; how fast
+`decrypt`, `unlocking`, a step of PSS, random bits, and opening a file are; and the peak of memory.
+Writes ``DIR/accelerator.json`` and ``DIR/accelerator.md`` after each part, and says what it could
+not do. ``--quick`` takes small sizes; it runs on a CPU too, where XLA is compared with NumPy.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import selcrypt_jax as sj
+from selcrypt_jax._ciphers import engine_host
+from selcrypt_jax.models import VGG19
+
+SECRET, MODEL_ID = bytes(range(32)), bytes(16)
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "int8", "uint32")
+Row = dict[str, Any]
+
+
+def timed(function: Callable[[], Any], repeats: int) -> Row:
+    """The first call, and the median of the others, in milliseconds."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(1e3 * (time.perf_counter() - start))
+    return {"first_ms": round(times[0], 2), "median_ms": round(statistics.median(times[1:]), 3)}
+
+
+def ciphers(params: Any) -> dict[str, sj.Cipher]:
+    """One of each form that is exact."""
+    return {
+        "lossless": sj.LosslessCipher(),
+        "by group": sj.LosslessCipher("group"),
+        "stream": sj.LosslessCipher(permute=False),
+        "window": sj.WindowCipher.fit(params),
+    }
+
+
+def bits_of(tree: Any) -> list[bytes]:
+    """The bytes of all leaves."""
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def equal_bits(quick: bool) -> Iterator[Row]:
+    """Whether XLA here gives what NumPy gives on the host."""
+    size = 64 if quick else 512
+    for dtype in ("float32", "bfloat16") if quick else DTYPES:
+        rng = np.random.default_rng(0)
+        values = 20 * rng.standard_normal((size, 96, 3))
+        leaf = jnp.asarray(values.astype(dtype if dtype != "uint32" else "int32")).astype(dtype)
+        masks = sj.nested_masks({"w": rng.random((size, 96, 1))}, [0.2, 0.5])
+        for name, cipher in ciphers({"w": leaf}).items():
+            for form, good in compared(leaf, masks, cipher):
+                yield {"case": f"{dtype}, {name}, {form}", "equal": good}
+
+
+def compared(leaf: jax.Array, masks: Any, cipher: sj.Cipher) -> Iterator[tuple[str, bool]]:
+    """Each form of a program, and whether it gives the host's bits and takes them back."""
+    keys, params = sj.ring_keys(sj.level_key(SECRET, MODEL_ID, levels=2)), {"w": leaf}
+    with jax.default_device(jax.devices("cpu")[0]):
+        expected = bits_of(sj.encrypt({"w": np.asarray(leaf)}, masks, keys, cipher=cipher))
+
+    def encrypted(params: Any, keys: Any) -> Any:
+        return sj.encrypt(params, masks, keys, cipher=cipher)
+
+    devices = np.array(jax.devices())
+    rows = NamedSharding(Mesh(devices, ("x",)), PartitionSpec("x"))
+    forms: dict[str, Callable[[], Any]] = {
+        "eager": lambda: encrypted(params, keys),
+        "jit": lambda: jax.jit(encrypted)(params, keys),
+    }
+    if len(leaf) % len(devices) == 0:
+        forms["sharded"] = lambda: jax.jit(encrypted)(jax.device_put(params, rows), keys)
+    for form, run in forms.items():
+        with patch.object(engine_host, "on_host", lambda leaf: False):
+            found = run()
+            opened = sj.decrypt(found, masks, keys, cipher=cipher)
+        yield form, bits_of(found) == expected and bits_of(opened) == bits_of(params)
+
+
+def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """What is timed, by name."""
+    repeats = 2 if quick else 10
+    keys = sj.ring_keys(sj.level_key(SECRET, MODEL_ID, levels=1))
+    model = VGG19(width=0.125 if quick else 1.0, rngs=nnx.Rngs(0))
+    model.eval()  # or running statistics change
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    images = jnp.ones((4 if quick else 64, 32, 32, 3))
+
+    for share in (0.01, 0.08, 1.0):
+        masks = sj.nested_masks(sj.importance.l2(params, select=r"convs.*kernel$"), [share])
+
+        def decrypt(masks: Any = masks, **options: Any) -> Row:
+            protected = sj.encrypt(params, masks, keys, **options)
+            return timed(lambda: sj.decrypt(protected, masks, keys, **options), repeats)
+
+        yield f"decrypt {share:.0%} of VGG19's kernels", decrypt
+        if share == 0.08:
+
+            def forward(masks: Any = masks) -> Row:
+                def apply(params: Any, images: jax.Array) -> jax.Array:
+                    return nnx.merge(graph, params, rest)(images)
+
+                plain, protected = jax.jit(apply), sj.encrypt(params, masks, keys)
+                run = jax.jit(sj.unlocking(apply, masks))
+                clear = timed(lambda: plain(params, images), repeats)["median_ms"]
+                return timed(lambda: run(protected, keys, images), repeats) | {"clear_ms": clear}
+
+            yield "a forward pass that decrypts for itself", forward
+
+    def window() -> Row:
+        cipher = sj.WindowCipher.fit(params)
+        protected = sj.encrypt(params, [True], keys, cipher=cipher)
+        return timed(lambda: sj.decrypt(protected, [True], keys, cipher=cipher), repeats)
+
+    yield "window cipher on all of VGG19", window
+
+    def learn() -> Row:
+        def loss(params: Any, batch: Any) -> jax.Array:
+            return jnp.mean(nnx.merge(graph, params, rest)(batch) ** 2)
+
+        steps = 2 if quick else 20
+        config = sj.PSSConfig(steps=steps)
+        start = time.perf_counter()
+        scores = sj.pss(loss, params, [images], key=jax.random.key(0), config=config)
+        jax.block_until_ready(scores)
+        return {"first_ms": round(1e3 * (time.perf_counter() - start), 1), "steps": steps}
+
+    yield "PSS, with what it compiles", learn
+    for impl, make in {
+        "ChaCha20": lambda: sj.chacha20_key(SECRET),
+        "threefry": lambda: jax.random.key(0, impl="threefry2x32"),
+        "rbg": lambda: jax.random.key(0, impl="rbg"),
+    }.items():
+        for power in (16, 20) if quick else (20, 24, 27):
+
+            def draw(make: Any = make, power: int = power) -> Row:
+                bits = jax.jit(lambda key: jax.random.bits(key, (2**power,), "uint32"))
+                key = make()
+                return timed(lambda: bits(key), repeats)
+
+            yield f"2^{power} random words, {impl}", draw
+
+    def opened() -> Row:
+        secret = sj.Secret(SECRET)
+        released = sj.protect(params, secret=secret, levels=5)
+        key = sj.level_key(SECRET, released.model_id, levels=5)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.safetensors"
+            released.save(path)
+            row = timed(lambda: jax.tree.leaves(sj.open_model(path, key, like=params)), repeats)
+            assert bits_of(sj.open_model(path, key, like=params)) == bits_of(params)
+        return row
+
+    yield "a sealed file to arrays on the device", opened
+
+
+def peak_mb() -> float | None:
+    """Memory that was held on the first device at most, where it says so."""
+    found = jax.devices()[0].memory_stats() or {}
+    peak = found.get("peak_bytes_in_use")
+    return None if peak is None else round(peak / 1e6, 1)
+
+
+def write(folder: Path, result: Row) -> str:
+    """The results so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "accelerator.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = ["# On an accelerator", "", f"{result['device']}; {result['versions']}.", ""]
+    good = sum(row["equal"] for row in result["bits"])
+    lines += [f"Bits as on the CPU: {good} of {len(result['bits'])} cases.", ""]
+    lines += [f"- not equal: {row['case']}" for row in result["bits"] if not row["equal"]]
+    lines += ["| | first, ms | median, ms | |", "|---|---|---|---|"]
+    for row in result["times"]:
+        more = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("case", *_COLUMNS))
+        cells = (str(row.get(column, "")) for column in _COLUMNS)
+        lines.append(f"| {row['case']} | {' | '.join(cells)} | {more} |")
+    lines += ["", *(f"- could not: {text}" for text in result["failed"]), ""]
+    text = "\n".join(lines)
+    (folder / "accelerator.md").write_text(text)
+    return text
+
+
+_COLUMNS = ("first_ms", "median_ms")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measures, and writes what was found."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    args = parser.parse_args(arguments)
+    devices = jax.devices()
+    result: Row = {
+        "device": f"{len(devices)} × {devices[0].device_kind}",
+        "versions": f"JAX {jax.__version__}, Python {platform.python_version()}",
+        "quick": args.quick,
+        "bits": [],
+        "times": [],
+        "failed": [],
+    }
+    write(args.out, result)
+    try:
+        for row in equal_bits(args.quick):
+            result["bits"].append(row)
+    except Exception as error:  # the rest is worth having
+        result["failed"].append(f"comparing bits: {type(error).__name__}: {error}"[:300])
+    for name, run in cases(args.quick):
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            result["times"].append({"case": name, **run(), "peak_mb": peak_mb()})
+        except Exception as error:
+            result["failed"].append(f"{name}: {type(error).__name__}: {error}"[:300])
+        write(args.out, result)
+    print(write(args.out, result))
+
+
+if __name__ == "__main__":
+    main()
