@@ -2,19 +2,26 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .arrays import ArraySource, as_array
+from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
-from .strict_json import json_object
+from .folders import read_regular, regular_files
+from .strict_json import check_json, json_object
+from .zarr import stored_shapes
 
 METADATA_FILE = "selcrypt.json"
 _INNER = "checkpoint"
 _VALUE = "/value"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
+# What Orbax and TensorStore parse before there is anything that could be checked.
+_JSON = (_TREE, "_CHECKPOINT_METADATA", "_sharding", "_strings.json")
+_MAX_JSON = 100_000_000  # bytes, as of a safetensors header
 
 
 def is_orbax(path: str | os.PathLike[str]) -> bool:
@@ -24,7 +31,7 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
         ValueError: it holds some, as a checkpoint of several items does, but is none.
     """
     path = Path(path)
-    if (path / _TREE).is_file():
+    if os.path.lexists(path / _TREE):  # whether it is a regular file is checked later
         return True
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
     if inside:
@@ -35,43 +42,162 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-class OrbaxCheckpoint(ArraySource):
-    """A pytree that Orbax saved, in memory as NumPy arrays.
+class OrbaxCheckpoint:
+    """A pytree that Orbax saved: a `TensorSource` of NumPy arrays.
 
-    Names are the steps of a path, joined by ``/``.
+    Names are the steps of a path, joined by ``/``. The folder may come from anyone, so it is read
+    in three steps, each of which bounds what the next one may allocate: our metadata, whose
+    signature the caller checks; names, dtypes and shapes (`tensors`), which the caller compares
+    with the manifest; and the arrays, all of them at the first `read`.
 
     Args:
         path: the folder.
 
+    Attributes:
+        path: the folder.
+        metadata: of ours, or None if there are none.
+
     Raises:
-        ValueError: Orbax cannot read it; a leaf that a safetensors file could not hold; metadata
-            of ours that are malformed.
+        ValueError: metadata of ours that are malformed; here and later, files that are not
+            regular, or would grow in memory beyond the arrays that they hold; a checkpoint that
+            Orbax cannot read; a leaf that a safetensors file could not hold.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.metadata = _read_metadata(self.path)
+        self._lock = threading.Lock()  # the first one reads, and the others wait for it
+        if self.metadata is None:
+            _ = self.tensors  # there is nothing to check before, so it is refused at once
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self._files.values())
+
+    @property
+    def tensors(self) -> Mapping[str, ArrayInfo]:
+        """See `TensorSource`."""
+        return self._described.tensors
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Name → name in the checkpoint."""
+        from .._tree.names import named_leaves
+
+        return _stored_names(named_leaves(self._tree, str(self.path)).leaves)
+
+    @cached_property
+    def tree(self) -> Any:
+        """The named leaves of the pytree, which it reads."""
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
 
         from .._tree.names import named_leaves
 
-        self.path = Path(path)
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
+        return named_leaves(self._restore(restore_args=kinds), str(self.path))
+
+    def read(self, name: str) -> bytearray:
+        """See `TensorSource`. May be called by several threads."""
+        with self._lock:
+            arrays = self._arrays
+        return arrays.read(name)
+
+    def chunks(self, name: str, _: int = 0) -> Iterator[bytearray]:
+        """See `TensorSource`."""
+        yield self.read(name)
+
+    def load(self, like: Any) -> Any:
+        """The pytree, each process what it is to have.
+
+        Args:
+            like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+
+        Raises:
+            ValueError: another tree.
+        """
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import listed, named_leaves
+
+        tree = named_leaves(like, "like")
+        given = tree.arrays
+        if self.stored.keys() != given.keys():
+            raise ValueError(
+                f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
+                f"got one with {listed(given)}"
+            )
+        item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
+        arguments = ocp.checkpoint_utils.construct_restore_args(item)
+        leaves = named_leaves(self._restore(item=item, restore_args=arguments)).leaves
+        return tree.rebuild({name: leaves[self.stored[name]] for name in given})
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        return regular_files(self.path)
+
+    @cached_property
+    def _tree(self) -> Any:
+        """What Orbax says of each leaf, once it is safe to ask it."""
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import named_leaves
+
         folder = self.path.absolute()
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            try:
-                found: Any = checkpointer.metadata(folder)
-                tree = found.item_metadata.tree
-                kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-                restored = checkpointer.restore(folder, restore_args=kinds)
-            except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
-                raise ValueError(f"{self.path}: Orbax cannot read it: {error}") from error
-        self.tree = named_leaves(restored, str(self.path))
-        self.stored = _stored_names(self.tree.leaves)
-        super().__init__(
-            {name: self.tree.leaves[stored] for name, stored in self.stored.items()}, str(self.path)
-        )
-        self.size = sum(item.stat().st_size for item in folder.rglob("*") if item.is_file())
-        self.metadata = _read_metadata(self.path)
+        for name in _JSON:
+            if name in self._files:
+                check_json(read_regular(folder / name, _MAX_JSON), f"{self.path / name}")
+        shapes = stored_shapes(folder, self._files)
+        with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            found: Any = checkpointer.metadata(folder)
+            tree = found.item_metadata.tree
+        for name, leaf in named_leaves(tree, str(self.path)).leaves.items():
+            actual = shapes.get(getattr(leaf, "name", None) or "")
+            # Orbax takes the shape of a scalar for granted.
+            if actual is None or not hasattr(leaf, "dtype") or actual != tuple(leaf.shape):
+                raise ValueError(
+                    f"{self.path}: {name!r}: expected an array in the folder, got "
+                    f"{type(leaf).__name__} where shape {actual} is stored. Keep what is no "
+                    "array out of the tree, or get the folder again if it was altered."
+                )
+        return tree
+
+    @cached_property
+    def _described(self) -> ArraySource:
+        from .._tree.names import named_leaves
+
+        leaves = named_leaves(self._tree, str(self.path)).leaves
+        return ArraySource({n: leaves[at] for n, at in self.stored.items()}, str(self.path))
+
+    @cached_property
+    def _arrays(self) -> ArraySource:
+        leaves = self.tree.leaves
+        found = ArraySource({n: leaves[at] for n, at in self.stored.items()}, str(self.path))
+        if found.tensors != self.tensors:
+            raise ValueError(
+                f"{self.path}: expected the dtypes and shapes as when it was opened, got others. "
+                "Something changed it meanwhile."
+            )
+        return found
+
+    def _restore(self, **arguments: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self.path.absolute(), **arguments)
+
+
+@contextmanager
+def _orbax(path: Path) -> Iterator[None]:
+    """Says which folder it was: on one that is damaged, Orbax may raise anything."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
 
 
 @contextmanager
@@ -132,9 +258,9 @@ def _nested(leaves: Mapping[str, Any]) -> Any:
 
 def _read_metadata(path: Path) -> dict[str, str] | None:
     file = path / METADATA_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
-    metadata = json_object(file.read_bytes(), str(file))
+    metadata = json_object(read_regular(file, _MAX_JSON), str(file))
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: expected text for every key. It is damaged.")
     return metadata
@@ -189,47 +315,30 @@ def _agreed_on(text: str, problem: OSError | None) -> str:
     return text
 
 
-def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, str]]:
+def load_tree(
+    path: str | os.PathLike[str], like: Any, check: Callable[[OrbaxCheckpoint], object]
+) -> tuple[Any, dict[str, str]]:
     """Reads a pytree and metadata of ours; each process what it is to have.
 
     Args:
         path: of the folder.
         like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+        check: raises an error unless the metadata are right, and the tensors those that they name.
 
     Raises:
         ValueError: no checkpoint of ours, or one of another tree.
         OSError: it cannot be read.
     """
-    import orbax.checkpoint as ocp
-
-    from .._tree.names import listed, named_leaves
-
-    folder = Path(path).absolute()
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         raise FileNotFoundError(
             f"{path}: expected the folder of an Orbax checkpoint, got none. Name "
             "the folder; a safetensors file is opened with open_model."
         )
-    metadata = _read_metadata(folder)
-    if metadata is None:
+    checkpoint = OrbaxCheckpoint(path)
+    if checkpoint.metadata is None:
         raise ValueError(
             f"{path}: expected a protected Orbax checkpoint, got a folder without {METADATA_FILE}. "
             "Protect it, or name the folder that holds that file."
         )
-    tree = named_leaves(like, "like")
-    given = tree.arrays
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            found: Any = checkpointer.metadata(folder)
-            stored = _stored_names(named_leaves(found.item_metadata.tree).leaves)
-            if stored.keys() != given.keys():
-                raise ValueError(
-                    f"expected a tree with {listed(stored)}, got one with {listed(given)}"
-                )
-            item = _nested({stored[name]: leaf for name, leaf in given.items()})
-            arguments = ocp.checkpoint_utils.construct_restore_args(item)
-            restored = checkpointer.restore(folder, item=item, restore_args=arguments)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
-    leaves = named_leaves(restored).leaves
-    return tree.rebuild({name: leaves[stored[name]] for name in given}), metadata
+    check(checkpoint)
+    return checkpoint.load(like), checkpoint.metadata

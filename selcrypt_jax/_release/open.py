@@ -38,9 +38,10 @@ def open_model(
     key, signer = (None, None) if grant is None else grant_key(grant, level)
     arrays: dict[str, Any] = {}
     with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes(signer)  # before anything that a stranger could inflate
         if like is not None:
             _check_like(like, checkpoint.tensors, str(path))
-        for plain in checkpoint.unlocked(checkpoint.envelopes(signer), key).values():
+        for plain in checkpoint.unlocked(envelopes, key).values():
             data: dict[str, bytearray] = {}
             for name, piece in plain.pieces():
                 if name in data:
