@@ -2,22 +2,26 @@
 
 import json
 import os
-import stat
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .arrays import ArraySource, as_array
+from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
-from .safetensors import MAX_HEADER
-from .strict_json import json_object
+from .folders import read_regular, regular_files
+from .strict_json import check_json, json_object
+from .zarr import stored_shapes
 
 METADATA_FILE = "selcrypt.json"
 _INNER = "checkpoint"
 _VALUE = "/value"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
+# What Orbax and TensorStore parse before there is anything that could be checked.
+_JSON = (_TREE, "_CHECKPOINT_METADATA", "_sharding", "_strings.json")
+_MAX_JSON = 100_000_000  # bytes, as of a safetensors header
 
 
 def is_orbax(path: str | os.PathLike[str]) -> bool:
@@ -27,7 +31,7 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
         ValueError: it holds some, as a checkpoint of several items does, but is none.
     """
     path = Path(path)
-    if (path / _TREE).is_file():
+    if os.path.lexists(path / _TREE):  # whether it is a regular file is checked later
         return True
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
     if inside:
@@ -38,114 +42,164 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     return False
 
 
-class OrbaxCheckpoint(ArraySource):
-    """A pytree that Orbax saved; its arrays come into memory when the first of them is read.
+class OrbaxCheckpoint:
+    """A pytree that Orbax saved: a `TensorSource` of NumPy arrays.
 
-    So what its metadata say of shapes can be compared with a signed manifest before. Names are the
-    steps of a path, joined by ``/``.
+    Names are the steps of a path, joined by ``/``. The folder may come from anyone, so it is read
+    in three steps, each of which bounds what the next one may allocate: our metadata, whose
+    signature the caller checks; names, dtypes and shapes (`tensors`), which the caller compares
+    with the manifest; and the arrays, all of them at the first `read`.
 
     Args:
         path: the folder.
 
+    Attributes:
+        path: the folder.
+        metadata: of ours, or None if there are none.
+
     Raises:
-        ValueError: Orbax cannot read it; something in it that is no regular file; a leaf that a
-            safetensors file could not hold; metadata of ours that are malformed.
+        ValueError: metadata of ours that are malformed; here and later, files that are not
+            regular, or would grow in memory beyond the arrays that they hold; a checkpoint that
+            Orbax cannot read; a leaf that a safetensors file could not hold.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        import orbax.checkpoint as ocp
-
-        from .._tree.names import named_leaves
-
         self.path = Path(path)
-        self.size = _check_folder(self.path)
         self.metadata = _read_metadata(self.path)
-        with _orbax_errors(self.path), ocp.PyTreeCheckpointer() as checkpointer:
-            found: Any = checkpointer.metadata(self.path.absolute())
-            self._kinds = found.item_metadata.tree
-            leaves = named_leaves(self._kinds, str(self.path)).leaves
-            self.stored = _stored_names(leaves)
-            described = {name: leaves[stored] for name, stored in self.stored.items()}
-        super().__init__(described, str(self.path))
-        self._lock, self._tree = threading.Lock(), None
+        self._lock = threading.Lock()  # the first one reads, and the others wait for it
+        if self.metadata is None:
+            _ = self.tensors  # there is nothing to check before, so it is refused at once
 
     @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(self._files.values())
+
+    @property
+    def tensors(self) -> Mapping[str, ArrayInfo]:
+        """See `TensorSource`."""
+        return self._described.tensors
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Name → name in the checkpoint."""
+        from .._tree.names import named_leaves
+
+        return _stored_names(named_leaves(self._tree, str(self.path)).leaves)
+
+    @cached_property
     def tree(self) -> Any:
-        """The arrays, as `named_leaves`."""
-        with self._lock:
-            if self._tree is None:
-                self._tree = self._restored()
-                leaves = self._tree.leaves
-                self._arrays = {name: leaves[stored] for name, stored in self.stored.items()}
-            return self._tree
-
-    def _bytes(self, name: str) -> memoryview:
-        _ = self.tree
-        return super()._bytes(name)
-
-    def _restored(self) -> Any:
+        """The named leaves of the pytree, which it reads."""
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
 
         from .._tree.names import named_leaves
 
-        with _orbax_errors(self.path), ocp.PyTreeCheckpointer() as checkpointer:
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._kinds)
-            restored = checkpointer.restore(self.path.absolute(), restore_args=kinds)
-        tree = named_leaves(restored, str(self.path))
-        for name, info in self.tensors.items():
-            shape = tuple(np.shape(tree.leaves[self.stored[name]]))
-            if shape != info.shape:
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
+        return named_leaves(self._restore(restore_args=kinds), str(self.path))
+
+    def read(self, name: str) -> memoryview:
+        """See `TensorSource`. May be called by several threads."""
+        with self._lock:
+            arrays = self._arrays
+        return arrays.read(name)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """See `StoredTensors`. May be called by several threads."""
+        with self._lock:
+            arrays = self._arrays
+        arrays.read_into(name, start, buffer)
+
+    def load(self, like: Any) -> Any:
+        """The pytree, each process what it is to have.
+
+        Args:
+            like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+
+        Raises:
+            ValueError: another tree.
+        """
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import listed, named_leaves
+
+        tree = named_leaves(like, "like")
+        given = tree.arrays
+        if self.stored.keys() != given.keys():
+            raise ValueError(
+                f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
+                f"got one with {listed(given)}"
+            )
+        item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
+        arguments = ocp.checkpoint_utils.construct_restore_args(item)
+        leaves = named_leaves(self._restore(item=item, restore_args=arguments)).leaves
+        return tree.rebuild({name: leaves[self.stored[name]] for name in given})
+
+    @cached_property
+    def _files(self) -> dict[str, int]:
+        return regular_files(self.path)
+
+    @cached_property
+    def _tree(self) -> Any:
+        """What Orbax says of each leaf, once it is safe to ask it."""
+        import orbax.checkpoint as ocp
+
+        from .._tree.names import named_leaves
+
+        folder = self.path.absolute()
+        for name in _JSON:
+            if name in self._files:
+                check_json(read_regular(folder / name, _MAX_JSON), f"{self.path / name}")
+        shapes = stored_shapes(folder, self._files)
+        with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            found: Any = checkpointer.metadata(folder)
+            tree = found.item_metadata.tree
+        for name, leaf in named_leaves(tree, str(self.path)).leaves.items():
+            actual = shapes.get(getattr(leaf, "name", None) or "")
+            # Orbax takes the shape of a scalar for granted.
+            if actual is None or not hasattr(leaf, "dtype") or actual != tuple(leaf.shape):
                 raise ValueError(
-                    f"{self.path}: {name!r}: expected shape {list(info.shape)} as its metadata "
-                    f"say, got {list(shape)}. It is damaged: get it again."
+                    f"{self.path}: {name!r}: expected an array in the folder, got "
+                    f"{type(leaf).__name__} where shape {actual} is stored. Keep what is no "
+                    "array out of the tree, or get the folder again if it was altered."
                 )
         return tree
 
+    @cached_property
+    def _described(self) -> ArraySource:
+        from .._tree.names import named_leaves
+
+        leaves = named_leaves(self._tree, str(self.path)).leaves
+        return ArraySource({n: leaves[at] for n, at in self.stored.items()}, str(self.path))
+
+    @cached_property
+    def _arrays(self) -> ArraySource:
+        leaves = self.tree.leaves
+        found = ArraySource({n: leaves[at] for n, at in self.stored.items()}, str(self.path))
+        if found.tensors != self.tensors:
+            raise ValueError(
+                f"{self.path}: expected the dtypes and shapes as when it was opened, got others. "
+                "Something changed it meanwhile."
+            )
+        return found
+
+    def _restore(self, **arguments: Any) -> Any:
+        import orbax.checkpoint as ocp
+
+        with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(self.path.absolute(), **arguments)
+
 
 @contextmanager
-def _orbax_errors(path: Path) -> Iterator[None]:
-    """What Orbax raises where it cannot read a checkpoint, in one line."""
+def _orbax(path: Path) -> Iterator[None]:
+    """Says which folder it was: on one that is damaged, Orbax may raise anything."""
     try:
         yield
-    except (ValueError, KeyError, FileNotFoundError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
-    except RecursionError:
-        raise ValueError(
-            f"{path}: Orbax cannot read it: its metadata are nested too deep. It is damaged, or "
-            "no checkpoint of a network."
-        ) from None
-
-
-def _check_folder(path: Path) -> int:
-    """Refuses whatever is no plain file in a plain folder, which a checkpoint has no need of.
-
-    A link could name any file of this machine, and a pipe or device would be waited for.
-
-    Returns:
-        The bytes of all files.
-
-    Raises:
-        ValueError: of such a thing.
-    """
-    size = 0
-    folders = [path]
-    while folders:
-        with os.scandir(folders.pop()) as items:
-            for item in items:
-                mode = item.stat(follow_symlinks=False).st_mode
-                if stat.S_ISDIR(mode):
-                    folders.append(Path(item.path))
-                elif stat.S_ISREG(mode):
-                    size += item.stat(follow_symlinks=False).st_size
-                else:
-                    what = "a symbolic link" if stat.S_ISLNK(mode) else "a pipe or device"
-                    raise ValueError(
-                        f"{item.path}: expected regular files in an Orbax checkpoint, got {what}. "
-                        "Copy the files themselves."
-                    )
-    return size
 
 
 @contextmanager
@@ -206,14 +260,9 @@ def _nested(leaves: Mapping[str, Any]) -> Any:
 
 def _read_metadata(path: Path) -> dict[str, str] | None:
     file = path / METADATA_FILE
-    if not file.exists():
+    if not os.path.lexists(file):
         return None
-    if (size := file.stat().st_size) > MAX_HEADER:
-        raise ValueError(
-            f"{file}: expected at most {MAX_HEADER} bytes, as in a safetensors file, got {size}. "
-            "It is damaged: get it again."
-        )
-    metadata = json_object(file.read_bytes(), str(file))
+    metadata = json_object(read_regular(file, _MAX_JSON), str(file))
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: expected text for every key. It is damaged.")
     return metadata
@@ -268,48 +317,30 @@ def _agreed_on(text: str, problem: OSError | None) -> str:
     return text
 
 
-def load_tree(path: str | os.PathLike[str], like: Any) -> tuple[Any, dict[str, str]]:
+def load_tree(
+    path: str | os.PathLike[str], like: Any, check: Callable[[OrbaxCheckpoint], object]
+) -> tuple[Any, dict[str, str]]:
     """Reads a pytree and metadata of ours; each process what it is to have.
 
     Args:
         path: of the folder.
         like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
+        check: raises an error unless the metadata are right, and the tensors those that they name.
 
     Raises:
         ValueError: no checkpoint of ours, or one of another tree.
         OSError: it cannot be read.
     """
-    import orbax.checkpoint as ocp
-
-    from .._tree.names import listed, named_leaves
-
-    folder = Path(path).absolute()
-    if not folder.is_dir():
+    if not Path(path).is_dir():
         raise FileNotFoundError(
             f"{path}: expected the folder of an Orbax checkpoint, got none. Name "
             "the folder; a safetensors file is opened with open_model."
         )
-    _check_folder(folder)
-    metadata = _read_metadata(folder)
-    if metadata is None:
+    checkpoint = OrbaxCheckpoint(path)
+    if checkpoint.metadata is None:
         raise ValueError(
             f"{path}: expected a protected Orbax checkpoint, got a folder without {METADATA_FILE}. "
             "Protect it, or name the folder that holds that file."
         )
-    tree = named_leaves(like, "like")
-    given = tree.arrays
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        try:
-            found: Any = checkpointer.metadata(folder)
-            stored = _stored_names(named_leaves(found.item_metadata.tree).leaves)
-            if stored.keys() != given.keys():
-                raise ValueError(
-                    f"expected a tree with {listed(stored)}, got one with {listed(given)}"
-                )
-            item = _nested({stored[name]: leaf for name, leaf in given.items()})
-            arguments = ocp.checkpoint_utils.construct_restore_args(item)
-            restored = checkpointer.restore(folder, item=item, restore_args=arguments)
-        except (ValueError, KeyError, RecursionError) as error:
-            raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
-    leaves = named_leaves(restored).leaves
-    return tree.rebuild({name: leaves[stored[name]] for name in given}), metadata
+    check(checkpoint)
+    return checkpoint.load(like), checkpoint.metadata

@@ -40,6 +40,21 @@ def json_object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
+def check_json(raw: bytes, what: str) -> None:
+    """Refuses JSON that others cannot parse without harm; which keys it has is theirs to judge.
+
+    Raises:
+        ValueError: not JSON; nested too deeply, or with too many lists and objects.
+    """
+    _check_brackets(raw, what)
+    try:
+        json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{what}: expected JSON, got: {error}. It was damaged or altered: get it again."
+        ) from None
+
+
 def show(value: object) -> str:
     """A value for an error message, cut where it is long."""
     try:

@@ -256,6 +256,11 @@ class Checkpoint:
         }
 
 
+def of_one_file(file: "SafetensorsFile | OrbaxCheckpoint") -> Checkpoint:
+    """A checkpoint without an index."""
+    return Checkpoint(file.path, {file.path.name: file}, None)
+
+
 @contextmanager
 def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     """Opens a safetensors file, an index file, or a folder with one.
@@ -267,7 +272,7 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
         from .._io.orbax import OrbaxCheckpoint, is_orbax
 
         if is_orbax(path):
-            yield Checkpoint(Path(path), {Path(path).name: OrbaxCheckpoint(path)}, None)
+            yield of_one_file(OrbaxCheckpoint(path))
             return
     index = find_shards(path)
     with ExitStack() as stack:

@@ -27,7 +27,7 @@ from .._masks.scores import source_of_tree
 from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
 from .._tree.names import named_leaves
 from .._tree.rings import split_rings
-from .checkpoint import AnyPath, Job, Protection
+from .checkpoint import AnyPath, Job, Protection, of_one_file
 from .choose import Chosen, Plan, check_rest, sealed
 from .use import AnyGrant, grant_key
 
@@ -105,11 +105,13 @@ class Protected:
 
         Raises:
             ValueError: no protected checkpoint, or a `like` that does not fit.
+            IntegrityError: a wrong signature, or other dtypes and shapes than were protected. The
+                bytes of the parameters are checked by `unlock`.
             OSError: it cannot be read.
         """
         from .._io.orbax import load_tree
 
-        return cls(*load_tree(path, like))
+        return cls(*load_tree(path, like, lambda file: of_one_file(file).envelopes()))
 
 
 def protect(

@@ -1,0 +1,118 @@
+"""How Orbax stores an array, Zarr 2 and 3: no chunk may take more memory than the array."""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .folders import read_regular
+from .ocdbt import MANIFEST, check_ocdbt
+from .strict_json import json_object, show
+
+_ZARR2, _ZARR3 = ".zarray", "zarr.json"
+# Deep nesting in larger ones ends the process: TensorStore's parser of JSON is recursive.
+_MAX_BYTES = 10_000
+_CACHE = 100_000_000  # bytes, as Orbax has it
+# These are decompressed as far as the shape of a chunk goes, unlike Blosc.
+_COMPRESSORS = {"zstd", "gzip", "zlib", "bz2"}
+_CODECS = {"bytes", "transpose", "crc32c"} | _COMPRESSORS
+# Types that have a size of their own, such as |V1000000.
+_SIZED = re.compile(r"[<>|=]?[VSUO]|r[0-9]")
+
+
+def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The arrays that are stored in a folder, once none can grow beyond its shape.
+
+    Args:
+        folder: an Orbax checkpoint.
+        files: from `regular_files`.
+
+    Returns:
+        Orbax's name → shape.
+
+    Raises:
+        ValueError: chunks that are larger than their array, a compression that is unbounded, or
+            metadata that are malformed.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, raw in _described(folder, files):
+        what = f"{folder / name}"
+        try:
+            shape = (_zarr3 if name.endswith(_ZARR3) else _zarr2)(json_object(raw, "array"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{what}: expected the metadata of an array as Orbax writes it, got: {error}. It "
+                "was damaged or altered: get it again, or save it again with Orbax."
+            ) from None
+        array = name.rpartition("/")[0]
+        if found.setdefault(array, shape) != shape:
+            raise ValueError(
+                f"{what}: expected shape {show(found[array])} as another file says, got "
+                f"{show(shape)}. It was damaged or altered: get it again."
+            )
+    return found
+
+
+def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
+    """The metadata of all arrays, in files or in a database, by name."""
+    for name in files:
+        if name.rpartition("/")[2] in (_ZARR2, _ZARR3):
+            yield name, read_regular(folder / name, _MAX_BYTES)
+    if MANIFEST not in files:
+        return
+    check_ocdbt(folder, files)
+    import tensorstore as ts
+
+    base = {"driver": "file", "path": f"{folder.absolute()}/"}
+    try:
+        # Without a cache each array reads the database once more.
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
+        for key in store.list().result():
+            name = key.decode()
+            if name.rpartition("/")[2] in (_ZARR2, _ZARR3):
+                raw = store.read(key).result().value
+                if len(raw) > _MAX_BYTES:
+                    raise ValueError(f"{name}: expected {_MAX_BYTES} bytes, got {len(raw)}")
+                yield name, raw
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / MANIFEST}: expected a database of arrays, got: {error}. It was damaged or "
+            "altered: get it again."
+        ) from None
+
+
+def _zarr2(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    compressor = fields["compressor"]
+    if compressor is not None and (name := compressor["id"]) not in _COMPRESSORS:
+        raise ValueError(f"compressor: expected one of {sorted(_COMPRESSORS)}, got {show(name)}")
+    return _shape(fields["shape"], fields["chunks"], fields["dtype"])
+
+
+def _zarr3(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    _check_codecs(fields["codecs"])
+    chunks = fields["chunk_grid"]["configuration"]["chunk_shape"]
+    return _shape(fields["shape"], chunks, fields["data_type"])
+
+
+def _check_codecs(codecs: list[Any]) -> None:
+    for codec in codecs:
+        name = codec["name"]
+        if name == "sharding_indexed":
+            # Its own chunks divide the chunk, or it is refused.
+            for inner in ("codecs", "index_codecs"):
+                _check_codecs(codec["configuration"][inner])
+        elif name not in _CODECS:
+            raise ValueError(f"codecs: expected one of {sorted(_CODECS)}, got {show(name)}")
+
+
+def _shape(shape: Any, chunks: Any, dtype: Any) -> tuple[int, ...]:
+    if not isinstance(dtype, str) or _SIZED.match(dtype):
+        raise ValueError(f"dtype: expected that of a number, got {show(dtype)}")
+    for lengths in (shape, chunks):
+        if not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths):
+            raise ValueError(f"shape: expected whole numbers from 0, got {show(lengths)}")
+    larger = [m > max(n, 1) for n, m in zip(shape, chunks, strict=True)]
+    if any(larger):
+        raise ValueError(f"chunks: expected at most the shape {show(shape)}, got {show(chunks)}")
+    return tuple(shape)
