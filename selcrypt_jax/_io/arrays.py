@@ -100,7 +100,8 @@ class ArraySource:
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
         """See `StoredTensors`."""
-        buffer[:] = self._bytes(name)[start : start + len(buffer)]
+        with self.held(name):
+            buffer[:] = self._bytes(name)[start : start + len(buffer)]
 
     def _bytes(self, name: str) -> memoryview:
         array = np.asarray(self._arrays[name])

@@ -25,6 +25,7 @@ from selcrypt_jax import (
     unlock,
     verify_file,
 )
+from selcrypt_jax._io.arrays import ArraySource
 
 WORKER = Path(__file__).parent.parent / "multihost_worker.py"
 SECRET, SIGNING = Secret(bytes(range(32))), SigningKey(bytes(32))
@@ -128,3 +129,28 @@ def test_orbax_folders_of_one_process(tmp_path):
         Protected.load_orbax(tmp_path / "nothing", tensors)
     with pytest.raises(ValueError, match="Orbax cannot read it"):
         Protected.load_orbax(tmp_path / "public", {"v": np.zeros(3)})
+
+
+def test_parts_of_a_spread_array_are_read_from_all_of_it(monkeypatch):
+    """As a search for equal tensors reads them; gathered once while it is held."""
+
+    class Spread:
+        is_fully_addressable = False
+        dtype, shape = np.dtype("float32"), (4,)
+
+    gathered = []
+
+    def gather(array):
+        gathered.append(array)
+        return np.arange(4, dtype=np.float32)
+
+    monkeypatch.setattr("selcrypt_jax._tree.hosts.gathered", gather)
+    source = ArraySource({"w": Spread()})
+    part = memoryview(bytearray(8))
+    source.read_into("w", 4, part)
+    assert np.frombuffer(part, np.float32).tolist() == [1, 2]
+    with source.held("w"):
+        source.read_into("w", 8, part)
+        assert np.frombuffer(source.read("w"), np.float32).tolist() == [0, 1, 2, 3]
+    assert np.frombuffer(part, np.float32).tolist() == [2, 3]
+    assert len(gathered) == 2
