@@ -6,12 +6,13 @@
 import hashlib
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from .._tree.groups import Places
 from .blocks import BLOCK, INDEX_BITS, LEAF_DOMAIN, MASK, PERMUTATION, Form, block_count
 
+_BLOCK_BYTES = 64  # of the ChaCha20 block function
 _KEY_BYTES = 32
 
 
@@ -97,17 +98,26 @@ def leaf_key(key: bytes, name: str) -> bytes:
     return key
 
 
-def keystream(key: bytes, count: int, dtype: np.dtype, start: int = 0) -> np.ndarray:
-    """Numbers ``start``, ``start + 1``, … of what ``jax.random.bits`` gives for a key."""
-    width = dtype.itemsize
-    block, skipped = divmod(start * width, 64)
-    stream = np.zeros(skipped + count * width, np.uint8)
-    nonce = block.to_bytes(4, "little") + b"random_bits\0"
-    Cipher(ChaCha20(key, nonce), mode=None).encryptor().update_into(stream.data, stream.data)
-    return stream[skipped:].view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+def keystream(key: bytes, count: int, dtype: np.dtype) -> np.ndarray:
+    """The first of the numbers that ``jax.random.bits`` gives for a key."""
+    stream = np.zeros(count * dtype.itemsize, np.uint8)
+    random_bits(key).update_into(stream.data, stream.data)
+    return stream.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+
+
+def random_bits(key: bytes, start: int = 0) -> CipherContext:
+    """XORs with the keystream of ``jax.random.bits``, from its byte number ``start`` on."""
+    block, skipped = divmod(start, _BLOCK_BYTES)
+    stream = _stream(key, b"random_bits", block)
+    stream.update(bytes(skipped))
+    return stream
 
 
 def fold_in(key: bytes, data: int) -> bytes:
     """As ``jax.random.fold_in``."""
-    nonce = data.to_bytes(4, "little") + b"fold_in".ljust(12, b"\0")
-    return Cipher(ChaCha20(key, nonce), mode=None).encryptor().update(bytes(_KEY_BYTES))
+    return _stream(key, b"fold_in", data).update(bytes(_KEY_BYTES))
+
+
+def _stream(key: bytes, domain: bytes, counter: int) -> CipherContext:
+    nonce = counter.to_bytes(4, "little") + domain.ljust(12, b"\0")
+    return Cipher(ChaCha20(key, nonce), mode=None).encryptor()

@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from .._tree.dtypes import DTYPES, Dtype
 from .blocks import SEAL
-from .engine_numpy import fold_in, leaf_key
-from .windows import Window, exponent_bits, offset_and_mask, sealed_words
+from .engine_numpy import fold_in, leaf_key, random_bits
+from .windows import Window, exponent_bits, has_window, offset_and_mask, sealed_words
 
 
 class Windows(Protocol):
@@ -24,12 +22,15 @@ class Windows(Protocol):
 _PIECE = 1 << 18  # bytes that are masked at a time: they stay in a core's cache
 
 
-def find_window(words: np.ndarray, dtype: Dtype) -> Window:
-    """The window of the floats with these bit patterns ``[weights]``."""
+def find_window(data: memoryview, dtype: Dtype) -> Window | None:
+    """The window of the numbers with these bytes; None if they have no exponents."""
+    if not has_window(dtype):
+        return None
     dtype = sealed_words(dtype)
     width = exponent_bits(dtype)
-    if not words.size:
+    if not data:
         return Window(0, width - 1, False)
+    words = np.frombuffer(data, _word(dtype))
     least, most = int(words.min()), int(words.max())
     negative = dtype.signed and most >> (dtype.bits - 1) == 1
     sign = negative and least >> (dtype.bits - 1) == 0
@@ -45,6 +46,10 @@ def find_window(words: np.ndarray, dtype: Dtype) -> Window:
     return Window(lowest, width - 1, sign)
 
 
+def _word(dtype: Dtype) -> np.dtype:
+    return np.dtype(f"<u{sealed_words(dtype).bits // 8}")
+
+
 def mask_words(
     data: memoryview, key: bytes, dtype: Dtype, window: Window | None, start: int = 0
 ) -> None:
@@ -58,11 +63,8 @@ def mask_words(
         start: of ``data``, in bytes from the beginning of the leaf.
     """
     offset, mask = offset_and_mask(dtype, window)
-    word = np.dtype(f"<u{sealed_words(dtype).bits // 8}")
-    block, skipped = divmod(start, 64)
-    nonce = block.to_bytes(4, "little") + b"random_bits\0"
-    stream = Cipher(ChaCha20(key, nonce), mode=None).encryptor()
-    stream.update(bytes(skipped))
+    word = _word(dtype)
+    stream = random_bits(key, start)
     if mask == (1 << 8 * word.itemsize) - 1 and not offset:
         stream.update_into(data, data)
         return
@@ -110,47 +112,26 @@ def _on_host(cipher: Windows, leaf: Any, ring: Any, secret: bytes) -> Any:
     dtype = DTYPES[str(leaf.dtype)]
     key, window = seal_key_of(secret, ring.name), cipher.window(ring.name, dtype)
     bits = copied(leaf)
-    mask = np.broadcast_to(ring.mask, leaf.shape)
+    rows = np.atleast_1d(bits)  # the same memory
+    mask = np.broadcast_to(ring.mask, leaf.shape).reshape(rows.shape)
+
+    def masked(part: np.ndarray, row: int) -> None:
+        data = part.reshape(-1).view(np.uint8).data
+        mask_words(data, key, dtype, window, row * rows[0].nbytes)
+
     for index in parts(leaf):
-        if mask[index].all() and _is_run(index, leaf.shape):
-            part = bits[index]
-            start = index[0].indices(leaf.shape[0])[0] if leaf.ndim else 0
-            row = bits[0].nbytes if leaf.ndim else 0
-            mask_words(part.reshape(-1).view(np.uint8).data, key, dtype, window, start * row)
-        else:
-            _mask_part(bits, index, mask, key, dtype, window)
-    return handed(bits.view(leaf.dtype), leaf)
-
-
-def _is_run(index: tuple[slice, ...], shape: Sequence[int]) -> bool:
-    """Whether a part is whole but for its first axis, so that its weights are neighbours."""
-    return all(s.indices(n) == (0, n, 1) for s, n in zip(index[1:], shape[1:], strict=True))
-
-
-def _mask_part(
-    bits: np.ndarray,
-    index: tuple[slice, ...],
-    mask: np.ndarray,
-    key: bytes,
-    dtype: Dtype,
-    window: Window | None,
-) -> None:
-    """Masks what is selected in a part of a leaf, a row of the leaf's first axis at a time."""
-    first, *rest = index if bits.ndim else (slice(None),)
-    inner = (..., *rest) if rest else ...
-    for row in range(*first.indices(bits.shape[0])) if bits.ndim else (0,):
-        at = (row,) if bits.ndim else ()
-        if not mask[at][inner].any():
+        first, *rest = index or (slice(None),)
+        inner = zip(rest, rows.shape[1:], strict=True)
+        if mask[index].all() and all(part.indices(n) == (0, n, 1) for part, n in inner):
+            masked(rows[first], first.indices(len(rows))[0])  # all of it neighbours
             continue
-        new = bits[at].copy() if bits.ndim else bits.copy()
-        start = row * new.nbytes
-        mask_words(new.reshape(-1).view(np.uint8).data, key, dtype, window, start)
-        here = bits[at][inner] if bits.ndim > 1 else bits[at]
-        picked = np.where(mask[at][inner], np.asarray(new)[inner], here)
-        if bits.ndim > 1:
-            bits[at][inner] = picked
-        else:
-            bits[at] = picked
+        for row in range(*first.indices(len(rows))):
+            here = slice(row, row + 1), *rest
+            if mask[here].any():
+                new = rows[row : row + 1].copy()
+                masked(new, row)
+                np.copyto(rows[here], new[:, *rest], where=mask[here])
+    return handed(bits.view(leaf.dtype), leaf)
 
 
 def _in_xla(cipher: Windows, leaf: Any, ring: Any, key: Any) -> Any:

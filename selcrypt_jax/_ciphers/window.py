@@ -69,10 +69,11 @@ class WindowCipher:
                     f"params {name!r}: expected a concrete array, got a traced one. Find the "
                     "windows before jit, and close over the cipher."
                 )
-            dtype = DTYPES.get(str(leaf.dtype))
-            if dtype is not None and dtype.kind == "float" and dtype.bits >= 8:
+            if (dtype := DTYPES.get(str(leaf.dtype))) is not None and dtype.bits >= 8:
                 array = np.ascontiguousarray(gathered(leaf)).reshape(-1)
-                windows[name] = find_window(array.view(f"u{array.itemsize}"), dtype)
+                window = find_window(array.view(np.uint8).data, dtype)
+                if window is not None:
+                    windows[name] = window
         return cls(windows)
 
     def window(self, name: str, dtype: Dtype) -> Window | None:

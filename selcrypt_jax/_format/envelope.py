@@ -15,6 +15,7 @@ that stands in the file, so there is no canonical form that two programs could d
 import base64
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -211,23 +212,24 @@ class Envelope:
         """
         self.check_key(key)
         result: dict[str, list[tuple[int, SealedRing]]] = {}
+        held: Counter[str] = Counter()
         for lower, box, expected in zip(key.all(), self.boxes, self.manifest.levels, strict=False):
             check = Checker(f"{self.what}: box of level {lower.level}", "ring")
             groups = weights = 0
             for ring in open_box(lower, self.text, box, self.what, owner=owner):
-                weights += self._weights(ring, check)
+                size = self._weights(ring, check)
+                weights += size
                 groups += ring.groups
-                own = result.setdefault(ring.tensor, [])
-                own.append((lower.level, ring))
-                shape = self.manifest.tensors[ring.tensor].shape
+                result.setdefault(ring.tensor, []).append((lower.level, ring))
                 # Before any position is unpacked: rings share no weight.
-                if sum(found.weights(shape) for _, found in own) > math.prod(shape):
+                held[ring.tensor] += size
+                if held[ring.tensor] > math.prod(self.manifest.tensors[ring.tensor].shape):
                     raise check.error(
                         f"the rings of tensor {show(ring.tensor)} hold more weights than it has: "
                         "they overlap"
                     )
-            if (size := LevelSize(groups, weights)) != expected:
-                raise check.error(f"expected {expected} as the manifest says, got {size}")
+            if (actual := LevelSize(groups, weights)) != expected:
+                raise check.error(f"expected {expected} as the manifest says, got {actual}")
         return result
 
     def _weights(self, ring: SealedRing, check: Checker) -> int:

@@ -29,6 +29,13 @@ _DIGEST = hex_of(_DIGEST_BYTES)
 _DIGESTS = Rule(
     lambda value: isinstance(value, list) and all(map(_DIGEST.fits, value)), "a list of digests"
 )
+_DTYPE = one_of(*SAFETENSORS)
+_WINDOW = or_null(
+    Rule(
+        lambda value: COUNTS.fits(value) and len(value) == 3 and value[2] in (0, 1),
+        "[lowest, exponents, 0 or 1]",
+    )
+)
 
 
 class Tensor(NamedTuple):
@@ -45,6 +52,14 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     sha256: tuple[str, ...]
     window: Window | None = None
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> "Tensor":
+        """From what JSON has."""
+        window = entry["window"]
+        if window is not None:
+            window = Window(window[0], window[1], window[2] == 1)
+        return cls(entry["dtype"], tuple(entry["shape"]), tuple(entry["sha256"]), window)
 
     def entry(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -138,20 +153,14 @@ class Manifest:
         tensors = {}
         for name, entry in fields["tensors"].items():
             what = f"tensors {show(name)}"
-            check.fields(
-                entry, what, dtype=one_of(*SAFETENSORS), shape=COUNTS, sha256=_DIGESTS,
-                window=or_null(COUNTS),
-            )  # fmt: skip
-            tensor = _tensor(entry)
+            check.fields(entry, what, dtype=_DTYPE, shape=COUNTS, sha256=_DIGESTS, window=_WINDOW)
+            tensor = tensors[name] = Tensor.of(entry)
             expected = chunk_count(tensor.dtype, tensor.shape)
             check.that(len(tensor.sha256) == expected, f"{what}: sha256", f"{expected} digests")
-            dtype = SAFETENSORS[tensor.dtype]
+            dtype, window = SAFETENSORS[tensor.dtype], tensor.window
             wanted = fields["rest"] == "sealed" and has_window(dtype) and expected > 0
-            good = (tensor.window is not None) == wanted
-            if tensor.window is not None:
-                good = good and fits(tensor.window, dtype)
+            good = wanted and fits(window, dtype) if window is not None else not wanted
             check.that(good, f"{what}: window", "a window of its dtype, or null")
-            tensors[name] = tensor
         return cls(
             model_id=bytes.fromhex(fields["model_id"]),
             cipher=LosslessCipher(cipher["unit"], cipher["permute"], cipher["fine_bits"]),
@@ -162,15 +171,6 @@ class Manifest:
             metadata=fields["metadata"],
             shard=None if shard is None else (shard[0], shard[1]),
         )
-
-
-def _tensor(entry: Mapping[str, Any]) -> Tensor:
-    given = entry["window"]
-    window = None
-    if given is not None:  # a list that is no window fits no dtype
-        good = len(given) == 3 and given[2] in (0, 1)
-        window = Window(given[0], given[1], given[2] == 1) if good else Window(0, 64, False)
-    return Tensor(entry["dtype"], tuple(entry["shape"]), tuple(entry["sha256"]), window)
 
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:

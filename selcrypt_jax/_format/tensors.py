@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -10,6 +10,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._io.buffers import new_buffer
 from .._io.strict_json import show
 from .._keys.keys import LevelKey
+from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
 from .boxes import Rings
 from .checks import Checker
@@ -20,6 +21,7 @@ _BATCH = 1 << 27  # bytes that are held together where tensors pass through
 _AT_ONCE = 4  # chunks that a thread takes
 
 
+@runtime_checkable
 class TensorSource(Protocol):
     """Named tensors as bytes."""
 
@@ -42,10 +44,7 @@ class StoredTensors(TensorSource, Protocol):
         ...
 
 
-class Write(Protocol):
-    """Takes the bytes of a tensor, whole."""
-
-    def __call__(self, name: str, data: memoryview, /) -> object: ...
+Write = Callable[[str, memoryview], object]
 
 
 def encrypt_tensors(
@@ -64,7 +63,8 @@ def encrypt_tensors(
     keys = cipher_keys(key)
     table, done = {}, {}
 
-    def encrypted(name: str, data: memoryview) -> Tensor:
+    def encrypted(given: tuple[str, memoryview]) -> tuple[str, memoryview, Tensor]:
+        name, data = given
         info = source.tensors[name]
         if name in rings:
             from .rings import rewrite_tensor  # the start of NumPy
@@ -77,19 +77,12 @@ def encrypt_tensors(
 
             window = seal_tensor(data, SAFETENSORS[info.dtype], name, keys[1])
         digests = tuple(_digest(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK))
-        return Tensor(info.dtype, tuple(info.shape), digests, window)
+        return name, data, Tensor(info.dtype, tuple(info.shape), digests, window)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sizes = {n: byte_count(info.dtype, info.shape) for n, info in source.tensors.items()}
-        for batch in _batches([_Part(name, 0, size) for name, size in sizes.items()]):
-            jobs = []
-            for part in batch:
-                data = source.read(part.name)  # not in a thread: hosts read in one order
-                jobs.append((part.name, data, pool.submit(encrypted, part.name, data)))
-            while jobs:
-                name, data, job = jobs.pop(0)
-                table[name] = job.result()
-                write(name, data)
+    # Read in this thread: hosts read in one order.
+    read = ((name, source.read(name)) for name in source.tensors)
+    for name, data, table[name] in ahead(encrypted, read, lambda item: len(item[1])):
+        write(name, data)
     return table, {name: done[name] for name in rings if name in done}
 
 
@@ -154,6 +147,8 @@ class Unlocked:
 
     def read_part(self, name: str, start: int, stop: int) -> memoryview:
         """Some bytes of a tensor; all of it is read where the key opens a ring in it."""
+        if start == stop:
+            return new_buffer(0)
         if name in self.rings:
             return self.read(name)[start:stop]
         first, size = start // CHUNK * CHUNK, self._size(name)
@@ -227,7 +222,7 @@ class Unlocked:
             if self._sealed:
                 from .seal import unseal_part
 
-                unseal_part(chunk, SAFETENSORS[tensor.dtype], tensor, name, self._keys[1], at)
+                unseal_part(chunk, tensor, name, self._keys[1], at)
 
     def _open_rings(self, name: str, buffer: memoryview) -> None:
         if name in self.rings:

@@ -12,6 +12,7 @@ from typing import Any
 from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
 from .folders import read_regular, regular_files
+from .safetensors import MAX_HEADER
 from .strict_json import check_json, json_object
 from .zarr import stored_shapes
 
@@ -21,7 +22,6 @@ _VALUE = "/value"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
 # What Orbax and TensorStore parse before there is anything that could be checked.
 _JSON = (_TREE, "_CHECKPOINT_METADATA", "_sharding", "_strings.json")
-_MAX_JSON = 100_000_000  # bytes, as of a safetensors header
 
 
 def is_orbax(path: str | os.PathLike[str]) -> bool:
@@ -150,7 +150,7 @@ class OrbaxCheckpoint:
         folder = self.path.absolute()
         for name in _JSON:
             if name in self._files:
-                check_json(read_regular(folder / name, _MAX_JSON), f"{self.path / name}")
+                check_json(read_regular(folder / name, MAX_HEADER), f"{self.path / name}")
         shapes = stored_shapes(folder, self._files)
         with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
             found: Any = checkpointer.metadata(folder)
@@ -262,7 +262,7 @@ def _read_metadata(path: Path) -> dict[str, str] | None:
     file = path / METADATA_FILE
     if not os.path.lexists(file):
         return None
-    metadata = json_object(read_regular(file, _MAX_JSON), str(file))
+    metadata = json_object(read_regular(file, MAX_HEADER), str(file))
     if not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError(f"{file}: expected text for every key. It is damaged.")
     return metadata

@@ -60,7 +60,8 @@ def _rank_leaves(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
         return name, _rank(score, counts[-1]), counts
 
     # Scores are made in this thread: how JAX is configured is a thread's own.
-    return ahead(rank, ((name, scores.of(name)) for name in scores.shapes))
+    given = ((name, scores.of(name)) for name in scores.shapes)
+    return ahead(rank, given, lambda item: item[1].nbytes)
 
 
 def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:

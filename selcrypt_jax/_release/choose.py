@@ -136,7 +136,7 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     def seal(ring: Ring) -> tuple[int, SealedRing]:
         return ring.level, seal_mask(ring.name, ring.mask)
 
-    for level, ring in ahead(seal, rings):
+    for level, ring in ahead(seal, rings, lambda ring: ring.mask.nbytes):
         found.setdefault(ring.tensor, []).append((level, ring))
     return found
 

@@ -1,6 +1,5 @@
 """The way into a protected file, as arrays. JAX is not needed, unless for a tree of its arrays."""
 
-import math
 import operator
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -141,10 +140,7 @@ class LazyModel(Mapping[str, "np.ndarray"]):
             )
         shape = (stop - start, *info.shape[1:])
         row = byte_count(info.dtype, info.shape[1:])
-        data = (
-            file.read_part(name, start * row, stop * row) if math.prod(shape) else memoryview(b"")
-        )
-        return self._array(data, name, shape)
+        return self._array(file.read_part(name, start * row, stop * row), name, shape)
 
     def _file(self, name: str) -> Unlocked:
         if name not in self._source:

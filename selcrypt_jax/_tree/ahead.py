@@ -6,26 +6,44 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+_HELD = 1 << 27  # bytes
+
 Given = TypeVar("Given")
 Result = TypeVar("Result")
 
 
-def ahead(function: Callable[[Given], Result], items: Iterable[Given]) -> Iterator[Result]:
+def ahead(
+    function: Callable[[Given], Result],
+    items: Iterable[Given],
+    size: Callable[[Given], int],
+) -> Iterator[Result]:
     """``map`` in threads that work on the next items while a result is used.
 
     Args:
         function: that leaves Python's lock to others while it works, as NumPy does.
         items: drawn in the caller's thread.
+        size: bytes of an item. None is drawn while `_HELD` are at work, so that large ones are
+            held one at a time.
     """
     cores = os.cpu_count() or 1
-    waiting: deque[Future[Result]] = deque()
+    waiting: deque[tuple[int, Future[Result]]] = deque()
+    held = 0
     pool = ThreadPoolExecutor(cores)
+
+    def first() -> Result:
+        nonlocal held
+        bytes_, job = waiting.popleft()
+        held -= bytes_
+        return job.result()
+
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > cores:
-                yield waiting.popleft().result()
+            waiting.append((size(item), pool.submit(function, item)))
+            held += waiting[-1][0]
+            del item  # not held any longer than it takes
+            while waiting and (len(waiting) > cores or held > _HELD):
+                yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
     finally:
         pool.shutdown(cancel_futures=True)
