@@ -825,6 +825,7 @@ def test_a_released_denoiser_gives_its_levels_on_other_pictures():
     released = sj.protect(
         subject.params,
         secret=secret,
+        rest="plain",
         levels=sj.Targets(targets, lambda params: of(params, 0), tolerance=0.15),
         selection=sj.Select(importance=scores, small=0),
     )

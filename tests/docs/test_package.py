@@ -135,7 +135,9 @@ def test_a_file_goes_all_the_way(programs, tmp_path):
     assert "protect" in selcrypt("--help")
     selcrypt("keygen -o keys")
     secrets = "--secret keys/secret.key --signing keys/signing.key"
-    selcrypt(f"protect m.safetensors -o p.safetensors {secrets} --budget 0.1 --levels 2")
+    selcrypt(
+        f"protect m.safetensors -o p.safetensors {secrets} --budget 0.1 --levels 2 --rest plain"
+    )
     selcrypt("grant p.safetensors --level 2 --secret keys/secret.key -o top.grant")
     selcrypt("unlock p.safetensors --grant top.grant -o u.safetensors")
     selcrypt("verify p.safetensors --signer keys/signing.pub")
@@ -162,7 +164,8 @@ for module in (sj, audit, importance, models):
 cli.main(["keygen", "-o", "keys"])
 params = {"a": np.linspace(-1, 1, 4096, dtype=np.float32).reshape(64, 64)}
 mask = {"a": np.arange(4096).reshape(64, 64) % 8 == 0}
-protected = sj.protect(params, [mask], secret=sj.Secret.read("keys/secret.key"))
+secret = sj.Secret.read("keys/secret.key")
+protected = sj.protect(params, [mask], secret=secret, rest="plain")
 protected.save("p.safetensors")
 assert not audit.changed(params, protected.params).mask["a"][~mask["a"]].any()
 assert not audit.zero_fill(protected.params, mask)["a"][mask["a"]].any()

@@ -114,9 +114,11 @@ def test_scores_say_what_is_encrypted(capsys):
         secret=secret,
         levels=[0.25, 0.5],
         selection=sj.Select(importance="new/s.safetensors", small=0),
+        rest="plain",
     )
     assert chosen.groups == {"dncnn.0.weight": 8, "dncnn.2.weight": 128, "dncnn.5.weight": 8}
     options = "--secret secret.key --importance new/s.safetensors --budget 0.5 --levels 2 --small 0"
+    options += " --rest plain"
     assert cli.main(f"protect dncnn.safetensors -o cli.safetensors {options}".split()) == 0
     capsys.readouterr()
     for path in ("public.safetensors", "cli.safetensors"):
