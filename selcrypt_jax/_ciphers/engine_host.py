@@ -58,7 +58,8 @@ def run_on_host(
             for mask, _ in own:
                 _exchange(flat, np.flatnonzero(np.broadcast_to(mask, leaf.shape)))
         for mask, secret in own:
-            places = unit_places(leaf.shape, mask.shape, np.flatnonzero(mask), cipher.unit)
+            groups = None if mask.all() else np.flatnonzero(mask)
+            places = unit_places(leaf.shape, mask.shape, groups, cipher.unit)
             key = leaf_key(secret, name)
             rewrite_ring(flat, places, key, cipher=cipher, fine=fine, inverse=inverse)
         return bits

@@ -4,16 +4,20 @@
 """
 
 import hashlib
+import threading
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 
 from .._tree.groups import Places
-from .blocks import BLOCK, INDEX_BITS, LEAF_DOMAIN, MASK, PERMUTATION, Form, block_count
+from .blocks import BLOCK, LEAF_DOMAIN, MASK, PERMUTATION, Form, block_count
 
 _BLOCK_BYTES = 64  # of the ChaCha20 block function
 _KEY_BYTES = 32
+_PIECE = 1 << 16  # weights that are permuted or masked at a time: they stay in a core's cache
+_MOST_KEPT = 1 << 20  # bytes
+_kept = threading.local()
 
 
 def rewrite_ring(
@@ -36,53 +40,87 @@ def rewrite_ring(
         inverse: whether to decrypt.
 
     Returns:
-        The ring's plaintext ``[weights]``, in the order of the cipher.
+        The ring's plaintext ``[weights]``, in the order of the cipher; a view of ``bits`` where it
+        is all of them.
     """
     runs, size, units = places
-    whole = len(runs) * size == len(bits)  # in order, as they lie there
-    rows = bits if whole or size == 1 else bits.reshape(-1, size)
-    ring = (bits.copy() if whole else rows[runs]).reshape(-1)
-    new = ring
-    if not inverse and cipher.permute:
-        new = _permuted(ring, units, key, inverse=False)
+    rows = bits.reshape(-1, size) if size > 1 else bits
+    ring = rows[runs].reshape(-1)  # a copy, unless it is everything
+    plain = ring if inverse else ring.copy()
+    if cipher.permute and not inverse:
+        _permute(ring, units, key, inverse=False)
     if fine:
-        stream = keystream(fold_in(key, MASK), len(ring), bits.dtype)
-        stream &= bits.dtype.type(fine)
-        stream ^= new
-        new = stream
-    if inverse and cipher.permute:
-        new = _permuted(new, units, key, inverse=True)
-    rows[... if whole else runs] = new.reshape(-1, size) if rows.ndim == 2 else new
-    return new if inverse else ring
+        _mask(ring, key, fine)
+    if cipher.permute and inverse:
+        _permute(ring, units, key, inverse=True)
+    if not isinstance(runs, slice):
+        rows[runs] = ring.reshape(-1, size) if size > 1 else ring
+    return plain
 
 
-def _permuted(ring: np.ndarray, units: int, key: bytes, *, inverse: bool) -> np.ndarray:
-    """The units of a ring in the order of the key; or, inverse, back where they were."""
-    blocks = block_count(units)
+def _mask(ring: np.ndarray, key: bytes, fine: int) -> None:
+    """Masks the fine bits of a ring in place."""
+    stream = random_bits(fold_in(key, MASK))
+    for start in range(0, len(ring), _PIECE):
+        piece = ring[start : start + _PIECE]
+        drawn = drawn_words(stream, len(piece), piece.dtype)
+        drawn &= ring.dtype.type(fine)
+        piece ^= drawn
+
+
+def _permute(ring: np.ndarray, units: int, key: bytes, *, inverse: bool) -> None:
+    """Brings the units of a ring into the order of the key; or, inverse, back where they were."""
+    blocks, size = block_count(units), len(ring) // units
     length = -(-units // blocks)  # of the longest block
-    words = keystream(fold_in(key, PERMUTATION), BLOCK * blocks, np.dtype("u4"))
-    packed = words.reshape(blocks, BLOCK)[:, :length] >> INDEX_BITS << INDEX_BITS
-    packed |= np.arange(length, dtype=np.uint32)
-    if length > 1:
-        # Blocks that are one unit short: what lies behind their end sorts last and so stays.
-        packed[units - (length - 1) * blocks :, -1] = 2**32 - BLOCK + length - 1
-    packed.sort(axis=1)
-    packed &= BLOCK - 1
-    packed += np.arange(0, blocks * length, length, dtype=np.uint32)[:, None]
-    order = packed.astype(np.intp)
-    # Block r holds the units r, r + blocks, ...: as rows they stay in the cache while they move.
-    size = len(ring) // units
-    filled = np.zeros((length * blocks, size), ring.dtype)
-    filled[:units] = ring.reshape(units, size)
-    rows = np.ascontiguousarray(filled.reshape(length, blocks, size).swapaxes(0, 1))
-    rows = rows.reshape(-1, size) if size > 1 else rows.reshape(-1)
-    if inverse:
-        moved = np.empty_like(rows)
-        moved[order.reshape(-1)] = rows
-    else:
-        moved = rows[order.reshape(-1)]
-    moved = moved.reshape(blocks, length, size).swapaxes(0, 1)
-    return np.ascontiguousarray(moved).reshape(-1)[: len(ring)]
+    longest = units - (length - 1) * blocks  # so many have it; the others are one unit short
+    stream = random_bits(fold_in(key, PERMUTATION))
+    # Block r holds the units r, r + blocks, ...: a column, and a last unit if it is one of the
+    # longest.
+    columns = ring[: -longest * size].reshape(length - 1, blocks, size)
+    last = ring[-longest * size :].reshape(longest, size)
+    step = max(_PIECE // (BLOCK * size), 1)
+    for first in range(0, blocks, step):
+        here = slice(first, min(first + step, blocks))
+        longer = slice(first, min(here.stop, longest))
+        count, own = here.stop - first, max(longer.stop - first, 0)
+        words = drawn_words(stream, BLOCK * count, np.dtype("u4"))
+        packed = words.reshape(count, BLOCK)[:, :length]
+        packed &= 2**32 - BLOCK
+        packed |= np.arange(length, dtype=np.uint32)
+        packed[own:, length - 1 :] = 2**32 - BLOCK + length - 1  # sorts last, and so stays there
+        packed.sort(axis=1)
+        packed &= BLOCK - 1
+        packed += np.arange(0, count * length, length, dtype=np.uint32)[:, None]
+        order = _room("order", count * length, np.dtype(np.intp))
+        order.reshape(count, length)[...] = packed
+        # As rows they stay in the cache while they move.
+        rows, moved = (
+            _room(name, count * length * size, ring.dtype).reshape(count, length, size)
+            for name in ("rows", "moved")
+        )
+        rows[:, :-1] = columns[:, here].swapaxes(0, 1)
+        rows[:own, -1] = last[longer]
+        flat = (count * length, size) if size > 1 else -1
+        if inverse:
+            moved.reshape(flat)[order] = rows.reshape(flat)
+        else:
+            np.take(rows.reshape(flat), order, axis=0, out=moved.reshape(flat), mode="clip")
+        columns[:, here] = moved[:, :-1].swapaxes(0, 1)
+        last[longer] = moved[:own, -1]
+
+
+def _room(name: str, count: int, dtype: np.dtype) -> np.ndarray:
+    """An array of this thread, with anything in it, until it is asked for again.
+
+    Fresh pages for each ring would take longer than all that is done with them.
+    """
+    size = count * dtype.itemsize
+    memory = vars(_kept).get(name)
+    if memory is None or len(memory) < size:
+        memory = np.empty(size, np.uint8)
+        if size <= _MOST_KEPT:
+            setattr(_kept, name, memory)
+    return memory[:size].view(dtype)
 
 
 def leaf_digest(name: str) -> np.ndarray:
@@ -98,11 +136,13 @@ def leaf_key(key: bytes, name: str) -> bytes:
     return key
 
 
-def keystream(key: bytes, count: int, dtype: np.dtype) -> np.ndarray:
-    """The first of the numbers that ``jax.random.bits`` gives for a key."""
-    stream = np.zeros(count * dtype.itemsize, np.uint8)
-    random_bits(key).update_into(stream.data, stream.data)
-    return stream.view(dtype.newbyteorder("<")).astype(dtype, copy=False)
+def drawn_words(stream: CipherContext, count: int, dtype: np.dtype) -> np.ndarray:
+    """The next numbers of `random_bits`, in memory that the next ones take over."""
+    words = _room("words", count, dtype.newbyteorder("<"))
+    words[:] = 0
+    data = words.view(np.uint8).data
+    stream.update_into(data, data)
+    return words.astype(dtype, copy=False)
 
 
 def random_bits(key: bytes, start: int = 0) -> CipherContext:

@@ -1,13 +1,15 @@
 """The window cipher on bytes, on arrays of this host, and in XLA. `window` defines it."""
 
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 
 from .._tree.dtypes import DTYPES, Dtype
 from .blocks import SEAL
-from .engine_numpy import fold_in, leaf_key, random_bits
+from .engine_numpy import drawn_words, fold_in, leaf_key, random_bits
 from .windows import Window, exponent_bits, has_window, offset_and_mask, sealed_words
 
 
@@ -70,12 +72,9 @@ def mask_words(
         return
     numbers = np.frombuffer(data, word)
     step = _PIECE // word.itemsize
-    zeros = bytes(min(_PIECE, len(data)))
-    scratch = np.empty(min(step, len(numbers)), word)
     for first in range(0, len(numbers), step):
         piece = numbers[first : first + step]
-        drawn = scratch[: len(piece)]
-        stream.update_into(memoryview(zeros)[: piece.nbytes], drawn.view(np.uint8).data)
+        drawn = drawn_words(stream, len(piece), word)
         drawn &= word.type(mask)
         if offset:
             piece -= word.type(offset)
@@ -93,27 +92,41 @@ def run_window(
     cipher: Windows, leaves: Mapping[str, Any], rings: Sequence[Any], keys: Any
 ) -> dict[str, Any]:
     """See `Cipher.run`: by NumPy where keys and weights are known to it, by XLA elsewhere."""
-    from .engine_host import on_host
+    from .engine_host import copied, handed, on_host
 
-    result = dict(leaves)
+    of_leaf: dict[str, list[tuple[Any, int]]] = {}
     for index, ring in enumerate(rings):
-        leaf = result[ring.name]
-        if keys.secrets is not None and on_host(leaf):
-            result[ring.name] = _on_host(cipher, leaf, ring, keys.secrets[index])
-        else:
-            result[ring.name] = _in_xla(cipher, leaf, ring, keys.array[index])
+        of_leaf.setdefault(ring.name, []).append((ring, index))
+    result, here = dict(leaves), []
+    for name, own in of_leaf.items():
+        if keys.secrets is not None and on_host(leaves[name]):
+            here.append(name)
+            continue
+        for ring, index in own:
+            result[name] = _in_xla(cipher, result[name], ring, keys.array[index])
+
+    def masked(name: str) -> np.ndarray:
+        bits = copied(leaves[name])
+        for ring, index in of_leaf[name]:
+            _on_host(cipher, leaves[name], bits, ring, keys.secrets[index])
+        return bits
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for name, bits in zip(here, pool.map(masked, here), strict=True):
+            # In this thread: how JAX is configured is a thread's own.
+            result[name] = handed(bits.view(leaves[name].dtype), leaves[name])
     return result
 
 
-def _on_host(cipher: Windows, leaf: Any, ring: Any, secret: bytes) -> Any:
-    """Each host masks what it has; nothing of the leaf is sent."""
-    from .engine_host import copied, handed, parts
+def _on_host(cipher: Windows, leaf: Any, bits: np.ndarray, ring: Any, secret: bytes) -> None:
+    """Each host masks what it has, in place; nothing of the leaf is sent."""
+    from .engine_host import parts
 
     dtype = DTYPES[str(leaf.dtype)]
     key, window = seal_key_of(secret, ring.name), cipher.window(ring.name, dtype)
-    bits = copied(leaf)
     rows = np.atleast_1d(bits)  # the same memory
     mask = np.broadcast_to(ring.mask, leaf.shape).reshape(rows.shape)
+    everything = bool(ring.mask.all())
 
     def masked(part: np.ndarray, row: int) -> None:
         data = part.reshape(-1).view(np.uint8).data
@@ -122,7 +135,8 @@ def _on_host(cipher: Windows, leaf: Any, ring: Any, secret: bytes) -> Any:
     for index in parts(leaf):
         first, *rest = index or (slice(None),)
         inner = zip(rest, rows.shape[1:], strict=True)
-        if mask[index].all() and all(part.indices(n) == (0, n, 1) for part, n in inner):
+        whole_rows = all(part.indices(n) == (0, n, 1) for part, n in inner)
+        if whole_rows and (everything or mask[index].all()):
             masked(rows[first], first.indices(len(rows))[0])  # all of it neighbours
             continue
         for row in range(*first.indices(len(rows))):
@@ -131,7 +145,6 @@ def _on_host(cipher: Windows, leaf: Any, ring: Any, secret: bytes) -> Any:
                 new = rows[row : row + 1].copy()
                 masked(new, row)
                 np.copyto(rows[here], new[:, *rest], where=mask[here])
-    return handed(bits.view(leaf.dtype), leaf)
 
 
 def _in_xla(cipher: Windows, leaf: Any, ring: Any, key: Any) -> Any:

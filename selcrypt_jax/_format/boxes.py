@@ -42,7 +42,7 @@ class SealedRing(NamedTuple):
     mask_shape: tuple[int, ...]
     groups: int
     coding: str
-    positions: bytes
+    positions: bytes | memoryview
     sha256: str
 
     def weights(self, shape: Sequence[int]) -> int:
@@ -91,7 +91,7 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
         IntegrityError: it does not open, or is malformed.
     """
     what = f"{file}: box of level {key.level}"
-    sealed = Checker(what, "box").base64(box)
+    sealed = memoryview(Checker(what, "box").base64(box))
     nonce, sealed = sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:]
     aead = ChaCha20Poly1305(key.seal_key())
     try:
@@ -119,7 +119,7 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
         check.fields(entry, "rings", **_RULES)
         name, shape, groups, coding, size, digest = (entry[field] for field in _RULES)
         check.that(name not in rings, "tensor", "each tensor once")
-        positions = plain[end : end + size]
+        positions = memoryview(plain)[end : end + size]
         rings[name] = SealedRing(name, tuple(shape), groups, coding, positions, digest)
         end += size
     check.that(end == len(plain), "table", "positions up to the end of the box")

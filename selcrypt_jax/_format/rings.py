@@ -70,7 +70,9 @@ def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
         raw = _unpacked(ring.positions, count + (size - count) // _ESCAPE)
         gaps = np.frombuffer(raw, np.uint8)
         last = gaps != _ESCAPE
-        groups = np.cumsum(gaps + last, dtype=np.intp)[last] - 1
+        groups = np.cumsum(gaps + last, dtype=np.intp)
+        groups = groups if last.all() else groups[last]
+        groups -= 1
         good = len(raw) > 0 and bool(last[-1]) and len(groups) == count and groups[-1] < size
     if not good or len(groups) != count:
         raise Checker(f"{what}: box of level {level}", "ring").error(
@@ -80,7 +82,7 @@ def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
     return groups
 
 
-def _unpacked(data: bytes, most: int) -> bytes:
+def _unpacked(data: bytes | memoryview, most: int) -> bytes:
     """What was packed; nothing if it is damaged, or more than it can be."""
     stream = zlib.decompressobj()
     try:

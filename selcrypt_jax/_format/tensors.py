@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .._ciphers.lossless import LosslessCipher
@@ -103,6 +104,37 @@ class _Part(NamedTuple):
         return self.stop - self.start
 
 
+class _Load:
+    """A part that threads read and decrypt.
+
+    Attributes:
+        part: see `_Part`.
+        buffer: its bytes.
+        starts: of the pieces of it that are jobs.
+        sealed: where chunks start that were read, and are still sealed.
+        jobs: that are at work on it.
+        done: whether it is as the level sees it.
+    """
+
+    def __init__(self, part: _Part) -> None:
+        self.part, self.buffer = part, new_buffer(part.size)
+        self.starts = range(part.start, part.stop, _AT_ONCE * CHUNK)
+        self.sealed: list[int] = []
+        self.jobs: Sequence[Future[None]] = ()
+        self.done = False
+        self._left, self._lock = len(self.starts), Lock()
+
+    def chunk(self, start: int) -> memoryview:
+        """The chunk that starts with a byte of the tensor."""
+        return self.buffer[start - self.part.start :][:CHUNK]
+
+    def count_down(self) -> bool:
+        """Notes that a piece was read; whether it was the last one."""
+        with self._lock:
+            self._left -= 1
+            return not self._left
+
+
 class Unlocked:
     """The tensors of a protected source as a level sees them, each checked before it is given.
 
@@ -135,6 +167,7 @@ class Unlocked:
         self._keys = {} if key is None else cipher_keys(key)
         self.rings: Rings = {} if key is None else envelope.open(key, owner=owner)
         self._sealed = bool(self._keys) and envelope.manifest.rest == "sealed"
+        self._ready = False
 
     def changes(self, name: str) -> bool:
         """Whether the level sees other bytes in a tensor than were shipped."""
@@ -157,8 +190,10 @@ class Unlocked:
         return data[start - first : stop - first]
 
     def load(self, names: Collection[str]) -> Iterator[tuple[str, memoryview]]:
-        """Some tensors, whole, which are all held at once."""
-        return self._filled([[_Part(name, 0, self._size(name)) for name in names]])
+        """Some tensors, whole, which are all held at once; large ones first."""
+        parts = [_Part(name, 0, self._size(name)) for name in names]
+        # Lest a large one is begun last, when there is nothing left for other cores.
+        return self._filled([sorted(parts, key=lambda part: -part.size)])
 
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
         """All tensors, in order, piece by piece: no more is held at once than must be."""
@@ -179,58 +214,67 @@ class Unlocked:
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
             for batch in batches:
-                jobs = list(self._started(pool, batch))
-                while jobs:
-                    name, buffer, job = jobs.pop(0)
-                    job.result()
-                    yield name, buffer
-                    del buffer  # not held any longer than it takes
+                loads = [_Load(part) for part in batch]
+                for load in loads:
+                    load.jobs = [pool.submit(self._fill, load, start) for start in load.starts]
+                self._start_numpy()
+                for load in loads:
+                    for job in load.jobs:
+                        job.result()
+                    if not load.done:  # all of it was read before NumPy was there
+                        load.jobs = [pool.submit(self._finish, load)]
+                while loads:
+                    load = loads.pop(0)
+                    for job in load.jobs:
+                        job.result()
+                    yield load.part.name, load.buffer
+                    del load  # not held any longer than it takes
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _started(
-        self, pool: ThreadPoolExecutor, batch: Sequence[_Part]
-    ) -> Iterator[tuple[str, memoryview, Future[None]]]:
-        """Parts that threads fill; a tensor with rings once all of it has been read."""
-        step = _AT_ONCE * CHUNK
-        loads = []
-        for part in batch:
-            buffer = new_buffer(part.size)
-            starts = range(0, part.size, step)
-            jobs = [
-                pool.submit(self._fill, part.name, part.start + start, buffer[start : start + step])
-                for start in starts
-            ]
-            loads.append((part.name, buffer, jobs))
-        for name, buffer, jobs in loads:
-            for job in jobs:
-                job.result()
-            yield name, buffer, pool.submit(self._open_rings, name, buffer)
+    def _start_numpy(self) -> None:
+        """Here, while threads read, and not in them, where they would all wait for it."""
+        if not self._ready and (self._sealed or self.rings):
+            from . import rings, seal  # noqa: F401
+        self._ready = True
 
-    def _fill(self, name: str, start: int, buffer: memoryview) -> None:
-        """Reads chunks, checks them and takes their seal off, while they are in the cache."""
-        tensor = self.envelope.manifest.tensors[name]
-        for offset in range(0, len(buffer), CHUNK):
-            chunk, at = buffer[offset : offset + CHUNK], start + offset
-            self._source.read_into(name, at, chunk)
-            expected, actual = tensor.sha256[at // CHUNK], _digest(chunk)
-            if actual != expected:
-                raise Checker(f"{self.envelope.what}: tensor {show(name)}", "digest").error(
-                    f"expected SHA-256 {expected[:16]}… from byte {at} on, as the manifest says, "
-                    f"got {actual[:16]}…"
+    def _fill(self, load: "_Load", first: int) -> None:
+        """Reads chunks and checks them; the last one to be read finishes its part."""
+        for start in range(first, min(first + _AT_ONCE * CHUNK, load.part.stop), CHUNK):
+            chunk = load.chunk(start)
+            self._source.read_into(load.part.name, start, chunk)
+            expected = self.envelope.manifest.tensors[load.part.name].sha256[start // CHUNK]
+            if (actual := _digest(chunk)) != expected:
+                what = f"{self.envelope.what}: tensor {show(load.part.name)}"
+                raise Checker(what, "digest").error(
+                    f"expected SHA-256 {expected[:16]}… from byte {start} on, as the manifest "
+                    f"says, got {actual[:16]}…"
                 )
-            if self._sealed:
-                from .seal import unseal_part
+            if self._ready:  # while it is in the cache
+                self._unseal(load, start)
+            else:
+                load.sealed.append(start)
+        if load.count_down() and self._ready:
+            self._finish(load)
 
-                unseal_part(chunk, tensor, name, self._keys[1], at)
+    def _unseal(self, load: "_Load", start: int) -> None:
+        if self._sealed:
+            from .seal import unseal_part
 
-    def _open_rings(self, name: str, buffer: memoryview) -> None:
-        if name in self.rings:
+            name = load.part.name
+            tensor = self.envelope.manifest.tensors[name]
+            unseal_part(load.chunk(start), tensor, name, self._keys[1], start)
+
+    def _finish(self, load: "_Load") -> None:
+        for start in load.sealed:
+            self._unseal(load, start)
+        if (name := load.part.name) in self.rings:
             from .rings import rewrite_tensor
 
             info, rings = self.tensors[name], self.rings[name]
             cipher, what = self.envelope.manifest.cipher, self.envelope.what
-            rewrite_tensor(buffer, info, rings, self._keys, cipher, inverse=True, what=what)
+            rewrite_tensor(load.buffer, info, rings, self._keys, cipher, inverse=True, what=what)
+        load.done = True
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:

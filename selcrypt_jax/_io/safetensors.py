@@ -106,7 +106,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
         try:
             self.size = os.fstat(self._file.fileno()).st_size
             start = self._data_start()
-            raw = bytes(self._read(8, start))
+            raw = self._read(8, start)
             self.tensors, self.metadata = _parse_header(raw, start, self.size)
         except ValueError as error:
             self.close()
@@ -254,7 +254,7 @@ def header(
 
 
 def _parse_header(
-    raw: bytes, start: int, size: int
+    raw: bytes | bytearray, start: int, size: int
 ) -> tuple[dict[str, TensorInfo], dict[str, str] | None]:
     entries = json_object(raw, "header")
     metadata = _check_metadata(entries.pop(_METADATA)) if _METADATA in entries else None
@@ -342,6 +342,7 @@ def _check_metadata(metadata: Any) -> dict[str, str]:
 
 def _check_text(text: str) -> None:
     try:
-        text.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError:
         raise ValueError(f"expected Unicode, got a lone surrogate in {show(text)}.") from None

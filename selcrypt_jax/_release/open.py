@@ -116,11 +116,12 @@ class LazyModel(Mapping[str, "np.ndarray"]):
         wanted: dict[Unlocked, list[str]] = {}
         for name in names:
             wanted.setdefault(self._file(name), []).append(name)
-        return {
+        found = {
             name: self._array(data, name, tuple(self.tensors[name].shape))
             for file, own in wanted.items()
             for name, data in file.load(own)
         }
+        return {name: found[name] for name in names}
 
     def rows(self, name: str, start: int, stop: int) -> "np.ndarray":
         """Rows ``start`` to ``stop`` of the first axis of a tensor.

@@ -117,12 +117,12 @@ class Places(NamedTuple):
 
     Attributes:
         runs: the number of each run: ``leaf.reshape(-1, size)[runs]`` are the weights in the order
-            of `unit_positions`.
+            of `unit_positions`. A slice of all if that is the order of the leaf.
         size: how many weights a run has.
         units: how many units the ring has.
     """
 
-    runs: np.ndarray
+    runs: np.ndarray | slice
     size: int
     units: int
 
@@ -130,15 +130,22 @@ class Places(NamedTuple):
 def unit_places(
     shape: Sequence[int],
     mask_shape: Sequence[int],
-    groups: np.ndarray,
+    groups: np.ndarray | None,
     unit: Literal["weight", "group"],
 ) -> Places:
-    """The positions of `unit_positions`, of which it has the arguments."""
+    """The positions of `unit_positions`, of which it has the arguments; None for all groups."""
     inside = [axis for axis, n in enumerate(mask_shape) if n == 1 and shape[axis] != 1]
     behind = [axis for axis, n in enumerate(shape) if n != 1][-len(inside) :] if inside else []
     size = math.prod(shape[axis] for axis in inside)
-    units = len(groups) * (1 if unit == "group" else size)
-    if inside == behind:  # groups are runs
+    everything = math.prod(mask_shape)
+    count = everything if groups is None else len(groups)
+    units = count * (1 if unit == "group" else size)
+    together = inside == behind  # groups are runs
+    if count == everything and (together or unit == "weight"):
+        return Places(slice(None), 1, units)
+    if groups is None:
+        groups = np.arange(everything)
+    if together:
         return Places(groups, size, units)
     positions = unit_positions(shape, mask_shape, groups, unit)
     return Places(positions.astype(np.intp).reshape(-1), 1, units)
