@@ -10,7 +10,7 @@ import numpy as np
 from .._tree.dtypes import DTYPES, Dtype
 from .blocks import SEAL
 from .engine_numpy import drawn_words, fold_in, leaf_key, random_bits
-from .windows import Window, exponent_bits, has_window, offset_and_mask, sealed_words
+from .windows import FEWEST, Window, exponent_bits, has_window, offset_and_mask, sealed_words
 
 
 class Windows(Protocol):
@@ -31,7 +31,7 @@ def find_window(data: memoryview, dtype: Dtype) -> Window | None:
     dtype = sealed_words(dtype)
     width = exponent_bits(dtype)
     if not data:
-        return Window(0, width - 1, False)
+        return Window(0, min(FEWEST, width - 1), False)
     words = np.frombuffer(data, _word(dtype))
     least, most = int(words.min()), int(words.max())
     negative = dtype.signed and most >> (dtype.bits - 1) == 1
@@ -42,10 +42,10 @@ def find_window(data: memoryview, dtype: Dtype) -> Window | None:
             sizes = words[start : start + _PIECE] & words.dtype.type((1 << (dtype.bits - 1)) - 1)
             least, most = min(least, int(sizes.min())), max(most, int(sizes.max()))
     bottom, top = least >> dtype.mantissa, most >> dtype.mantissa
-    lowest = max(0, top - (1 << (width - 1)) + 1)
-    if bottom < lowest or top == (1 << width) - 1:
+    exponents = max(min(FEWEST, width - 1), (top - bottom).bit_length())
+    if exponents == width or top == (1 << width) - 1:
         return Window(0, width, sign)
-    return Window(lowest, width - 1, sign)
+    return Window(max(0, top - (1 << exponents) + 1), exponents, sign)
 
 
 def _word(dtype: Dtype) -> np.dtype:

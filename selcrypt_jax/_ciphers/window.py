@@ -7,8 +7,8 @@ weight, modulo two to the width of the dtype::
     c = ((b - o) XOR (r AND m)) + o          b = ((c - o) XOR (r AND m)) + o
 
 with ``o = lowest << mantissa bits`` and m the mantissa, k bits of the exponent, and the sign. With
-k one less than the exponent has, and all of a leaf's weights inside, neither Inf nor NaN comes up,
-and all that a leaf tells is its window. A weight outside of the window keeps more of its exponent;
+all of a leaf's weights inside, all that it tells is its window; and if that ends below the
+exponent of Inf and NaN, none comes up. A weight outside of the window keeps more of its exponent;
 nothing is lost, whatever the weights. Integers are masked whole.
 
 No weight moves, so any part of a leaf can be opened alone: number i of the keystream, which is

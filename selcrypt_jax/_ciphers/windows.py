@@ -4,9 +4,17 @@ from typing import NamedTuple
 
 from .._tree.dtypes import DTYPES, Dtype
 
+FEWEST = 3
+"""No window has fewer than 2^3 exponents: a leaf of ones does not tell that it is one."""
+
 
 class Window(NamedTuple):
     """The exponents of a leaf, as coarsely as the cipher tells them.
+
+    It ends with the largest exponent of the leaf and begins at its smallest one or below. A wider
+    one would tell less, but sealed weights are spread over all of it: in one of half of all
+    exponents, some are so much larger than the leaf's own, and some variances so much smaller,
+    that VGG19's outputs overflow.
 
     Attributes:
         lowest: the first biased exponent inside.
@@ -15,8 +23,8 @@ class Window(NamedTuple):
             a variance that turns negative would make a network NaN.
 
     Examples:
-        >>> Window(lowest=0, exponents=7, sign=True)  # any float32 of less than 2
-        Window(lowest=0, exponents=7, sign=True)
+        >>> Window(lowest=120, exponents=3, sign=True)  # any float32 from 2^-7 to less than 2
+        Window(lowest=120, exponents=3, sign=True)
     """
 
     lowest: int

@@ -1,6 +1,7 @@
 """Checks of the parts of a protected file, with errors that name the part and the field."""
 
 import base64
+import binascii
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -90,7 +91,7 @@ class Checker(NamedTuple):
     def base64(self, text: str) -> bytes:
         """Bytes in the one encoding that they have."""
         try:
-            data = base64.b64decode(text, validate=True)
+            data = binascii.a2b_base64(text, strict_mode=True)
         except ValueError:
             raise self.error("expected base64, got something else") from None
         # base64 would let the last character vary.

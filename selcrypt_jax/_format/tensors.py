@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Lock
@@ -120,7 +121,7 @@ class _Load:
         self.part, self.buffer = part, new_buffer(part.size)
         self.starts = range(part.start, part.stop, _AT_ONCE * CHUNK)
         self.sealed: list[int] = []
-        self.jobs: Sequence[Future[None]] = ()
+        self.jobs: list[Future[None]] = []
         self.done = False
         self._left, self._lock = len(self.starts), Lock()
 
@@ -211,13 +212,19 @@ class Unlocked:
 
     def _filled(self, batches: Iterable[Sequence[_Part]]) -> Iterator[tuple[str, memoryview]]:
         """The parts, one after the other, a batch of them at work on all cores."""
-        pool = ThreadPoolExecutor(os.cpu_count())
+        cores = os.cpu_count() or 1
+        pool = ThreadPoolExecutor(cores)
         try:
             for batch in batches:
                 loads = [_Load(part) for part in batch]
-                for load in loads:
-                    load.jobs = [pool.submit(self._fill, load, start) for start in load.starts]
-                self._start_numpy()
+                pieces = deque((load, start) for load in loads for start in load.starts)
+                if not self._ready:
+                    early = [pool.submit(self._read_on, pieces) for _ in range(max(cores - 1, 1))]
+                    self._start_numpy()
+                    for job in early:
+                        job.result()
+                for load, start in pieces:
+                    load.jobs.append(pool.submit(self._fill, load, start))
                 for load in loads:
                     for job in load.jobs:
                         job.result()
@@ -233,10 +240,15 @@ class Unlocked:
             pool.shutdown(cancel_futures=True)
 
     def _start_numpy(self) -> None:
-        """Here, while threads read, and not in them, where they would all wait for it."""
-        if not self._ready and (self._sealed or self.rings):
+        """In the main thread while others read, and not in them, where all would wait for it."""
+        if self._sealed or self.rings:
             from . import rings, seal  # noqa: F401
         self._ready = True
+
+    def _read_on(self, pieces: "deque[tuple[_Load, int]]") -> None:
+        """Reads pieces, without NumPy, until it is there."""
+        while pieces and not self._ready:
+            self._fill(*pieces.popleft())
 
     def _fill(self, load: "_Load", first: int) -> None:
         """Reads chunks and checks them; the last one to be read finishes its part."""

@@ -3,8 +3,6 @@
 import errno
 import io
 import os
-import secrets
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +105,8 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                     raise _appeared(target) from None
                 raise
     except BaseException:
+        import shutil  # with all that it knows to pack, which readers need not wait for
+
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync(target.parent)
@@ -230,7 +230,7 @@ def _rename(temporary: Path, target: Path, force: bool) -> None:
 
 def _sibling(target: Path) -> Path:
     # Cut, since names have a limit of 255 bytes, and a character up to 4.
-    return target.with_name(f".{target.name[:40]}.{secrets.token_hex(4)}{_SUFFIX}")
+    return target.with_name(f".{target.name[:40]}.{os.urandom(4).hex()}{_SUFFIX}")
 
 
 def _sync(path: Path) -> None:

@@ -30,6 +30,19 @@ def _last(size: int) -> np.ndarray:
     return np.full(size, size, np.int64 if size >= 2**31 else np.int32)
 
 
+def _descending(scores: np.ndarray) -> np.ndarray:
+    """As ``np.argsort(-scores, kind="stable")``, which takes ten times as long."""
+    if scores.dtype != np.float32 or len(scores) >= 2**32:
+        return np.argsort(-scores, kind="stable")
+    bits = (scores + np.float32(0)).view(np.uint32)  # of the two zeros, one
+    keys = np.where(bits >> 31, bits, ~bits ^ np.uint32(1 << 31)).astype(np.uint64)
+    keys <<= 32
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    keys.sort()
+    keys &= 2**32 - 1
+    return keys.astype(np.intp)
+
+
 def _rank(scores: np.ndarray, best: int) -> np.ndarray:
     """0 for the most important group, and so on; of equal ones the lower index comes first.
 
@@ -42,7 +55,7 @@ def _rank(scores: np.ndarray, best: int) -> np.ndarray:
         best = min(best, flat.size)
         least = np.partition(flat, -best)[-best] if flat.size else 0
         chosen = np.flatnonzero(flat >= least).astype(ranks.dtype)
-        order = chosen[np.argsort(-flat[chosen], kind="stable")]
+        order = chosen[_descending(flat[chosen])]
         ranks[order] = np.arange(len(order), dtype=ranks.dtype)
     return ranks.reshape(scores.shape)
 
@@ -82,7 +95,7 @@ def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
             least = np.partition(best, -total[-1])[-total[-1]]
             kept = best >= least
             best, leaf, index = best[kept], leaf[kept], index[kept]
-    order = np.argsort(-best, kind="stable")[: total[-1]]
+    order = _descending(best)[: total[-1]]
     for number, name in enumerate(names):
         (places,) = np.nonzero(leaf[order] == number)
         ranks = _last(sizes[name])

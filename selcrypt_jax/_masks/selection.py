@@ -10,11 +10,12 @@ from jaxtyping import PyTree
 
 from .._ciphers.blocks import order_bits
 from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher
+from .._tree.ahead import ahead
 from .._tree.dtypes import DTYPES, SAFETENSORS, Dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, listed
 from .levels import Levels, check_share, exact
-from .ranks import Scope, Scores, ranked
+from .ranks import Ranked, Scope, Scores, ranked
 
 MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
 
@@ -89,48 +90,54 @@ def select_rings(
         for name in whole:
             yield Ring(name, 1, np.ones(leaves[name].shape, bool))
 
-    added: list[int] = []
-    refused: dict[str, str] = {}
-    for name, ranks, counts in ranked(Scores(shapes, scores.of), levels.counts, scope):
+    def cut_leaf(given: Ranked) -> tuple[str, int, int, list[tuple[int, Ring]]]:
+        """Its name and size, the number of levels, and its rings with their numbers of groups."""
+        name, ranks, counts = given
+        size = ranks.size if leaves is None else math.prod(leaves[name].shape)
         if leaves is None:
-            rings, size, weights = _between(counts), ranks.size, 1
+            rings = _between(counts)
         else:
-            size = math.prod(leaves[name].shape)
-            weights = size // max(ranks.size, 1)
-            rings = (cut or merge_upwards)(counts, weights, cipher)
-            if size > MAX_WEIGHTS:
-                refused[name] = (
-                    f"tensor {name!r}: expected at most {MAX_WEIGHTS} weights in a tensor, got "
-                    f"{size}. Split it, or leave it out with `select`."
-                )
-                continue
-        added = added or [0] * len(rings)
-        if not size:
-            continue  # nothing to hide in an empty leaf
+            rings = (cut or merge_upwards)(counts, size // max(ranks.size, 1), cipher)
+        if not size or (leaves is not None and size > MAX_WEIGHTS):
+            return name, size, len(rings), []  # in an empty leaf there is nothing to hide
         ranks = ranks.reshape(-1)
         best = np.flatnonzero(ranks < max(stop for own in rings for _, stop in own))
         ranks = ranks[best]
+        found = []
         for level, own in enumerate(rings, 1):
             inside = np.zeros(len(ranks), bool)
             for start, stop in own:
                 inside |= (ranks >= start) & (ranks < stop)
-            groups = int(np.count_nonzero(inside))
-            if not groups:
-                continue
-            mask = np.zeros(scores.shapes[name], bool)
-            mask.reshape(-1)[best[inside]] = True
+            if groups := int(np.count_nonzero(inside)):
+                mask = np.zeros(scores.shapes[name], bool)
+                mask.reshape(-1)[best[inside]] = True
+                found.append((groups, Ring(name, level, mask)))
+        return name, size, len(rings), found
+
+    added: list[int] = []
+    refused: dict[str, str] = {}
+    in_order = ranked(Scores(shapes, scores.of), levels.counts, scope)
+    for name, size, count, found in ahead(cut_leaf, in_order, lambda given: given[1].nbytes):
+        if leaves is not None and size > MAX_WEIGHTS:
+            refused[name] = (
+                f"tensor {name!r}: expected at most {MAX_WEIGHTS} weights in a tensor, got "
+                f"{size}. Split it, or leave it out with `select`."
+            )
+            continue
+        added = added or [0] * count
+        for groups, ring in found:
             if leaves is not None:
                 try:
                     cipher.check_size(
-                        f"tensor {name!r}, level {level}",
+                        f"tensor {name!r}, level {ring.level}",
                         leaves[name].dtype,
                         groups=groups,
-                        weights=groups * weights,
+                        weights=groups * size // ring.mask.size,
                     )
                 except ValueError as error:
                     refused.setdefault(name, str(error))
-            added[level - 1] += groups
-            yield Ring(name, level, mask)
+            added[ring.level - 1] += groups
+            yield ring
     if refused:
         more = f" The same for {listed(list(refused)[1:])}." if len(refused) > 1 else ""
         raise ValueError(next(iter(refused.values())) + more)

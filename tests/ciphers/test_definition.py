@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import FLOATS, INTEGERS, assert_same, bits, cases, octets, payload, two_rings
 
 from selcrypt_jax import LosslessCipher, chacha20_key, decrypt, encrypt
-from selcrypt_jax._ciphers import engine_host, engine_xla
+from selcrypt_jax._ciphers import engine_host, engine_numpy, engine_xla
 
 
 def weights(*shape: int, seed: int = 0) -> np.ndarray:
@@ -169,7 +169,7 @@ def test_every_width_in_xla(form, dtype):
 # Two leaves of different sizes share the tables that XLA's blocks are drawn into.
 @pytest.mark.parametrize(
     ("size", "xla"),
-    [(size, False) for size in (4095, 4096, 4097, 8193, 9000)]
+    [(size, False) for size in (4095, 4096, 4097, 8193, 9000, 70_000)]
     + [(4097, True), pytest.param(9000, True, marks=SLOW)],
 )
 def test_the_edges_of_blocks(size, xla):
@@ -235,6 +235,15 @@ def test_batch_of_keys_gives_each_its_own_bits(impl):
     batch = jax.vmap(lambda key: encrypt(params, masks, key))(keys)
     for row, key in enumerate(keys):
         assert octets(batch["w"][row]) == octets(encrypt(params, masks, key)["w"])
+
+
+@pytest.mark.parametrize("unit", ["weight", "group"])
+@pytest.mark.parametrize("piece", [1, 1000, 40_000])
+def test_how_much_is_permuted_at_a_time_changes_nothing(monkeypatch, piece, unit):
+    monkeypatch.setattr(engine_numpy, "_PIECE", piece)
+    params = {"a": weights(4500, 2), "b": weights(3, 3, 30, 40)}
+    mask = np.random.default_rng(0).random((1, 1, 30, 40)) < 0.95
+    assert_as_defined(params, ({"a": np.ones((4500, 1), bool), "b": mask},), {"unit": unit})
 
 
 def test_how_many_blocks_are_drawn_together_changes_nothing(monkeypatch):

@@ -99,16 +99,19 @@ def test_scores_of_any_dtype(where, dtype):
 
 
 # Few values, so that ties are the rule.
-SCORES = st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf]), min_size=1, max_size=40)
+SCORES = st.lists(
+    st.sampled_from([-np.inf, -1.0, -0.5, -0.0, 0.0, 0.5, 2.0, np.inf]), min_size=1, max_size=40
+)
 
 
 @given(
     scores=st.dictionaries(st.sampled_from("abcd"), SCORES, min_size=1),
     percents=st.lists(st.integers(1, 100), min_size=1, max_size=4, unique=True).map(sorted),
     scope=st.sampled_from(["leaf", "model"]),
+    dtype=st.sampled_from(["float32", "float64"]),
 )
-def test_nested_and_exact(scores, percents, scope):
-    scores = {name: np.array(values) for name, values in scores.items()}
+def test_nested_and_exact(scores, percents, scope, dtype):
+    scores = {name: np.array(values, dtype) for name, values in scores.items()}
     pooled = {"": [(n, i) for n in sorted(scores) for i in range(scores[n].size)]}
     alone = {n: [(n, i) for i in range(scores[n].size)] for n in scores}
     budgets = {}

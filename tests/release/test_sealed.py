@@ -1,11 +1,13 @@
 """Files of which nothing is plain: level 1 takes the seal off, and the levels go on from there."""
 
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from torch_oracle import dncnn_checkpoint, torch_checkpoint, vgg_layers
 
 from selcrypt_jax import (
     IntegrityError,
@@ -29,6 +31,7 @@ from selcrypt_jax import (
     verify_file,
 )
 from selcrypt_jax._io.safetensors import SafetensorsFile
+from selcrypt_jax.models import model_of
 
 SECRET, SIGNING = Secret(bytes(range(32))), SigningKey(bytes(32))
 LEVELS = [0.1, 0.2, 0.3]
@@ -80,6 +83,39 @@ def test_nothing_is_plain_and_the_top_level_is_the_original(plain, tmp_path, cip
     wrong = [int((found["large"] != TENSORS["large"]).sum()) for found in opened]
     assert wrong[0] == pytest.approx(0.2 * 1_200_000, rel=0.02)
     assert wrong[1] == pytest.approx(0.1 * 1_200_000, rel=0.02)
+
+
+needs_data = pytest.mark.skipif("SELCRYPT_DATA" not in os.environ, reason="no SELCRYPT_DATA")
+NETWORKS = {
+    "VGG19 of 16 channels": lambda: torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, True)),
+    "DnCNN of 6 channels": lambda: dncnn_checkpoint(17, 6, 1, batch_norm=True),
+}
+TRAINED = ("vgg19_cifar10", "dncnn_color_paper/dncnn_color_sigma50", "dncnn_gray/dncnn_s25")
+
+
+@pytest.mark.parametrize(
+    "network",
+    [*NETWORKS, *(pytest.param(name, marks=[needs_data, pytest.mark.slow]) for name in TRAINED)],
+)
+def test_a_sealed_network_runs_without_a_key(tmp_path, network):
+    """To no use, but to finite numbers: a program that expects some does not stop."""
+    if network in NETWORKS:
+        plain, size = tmp_path / "plain", 32 if "VGG" in network else 40
+        safetensors.numpy.save_file(NETWORKS[network](), plain)
+    else:
+        plain = Path(os.environ["SELCRYPT_DATA"]) / f"{network}.safetensors"
+        size = 32 if "vgg" in network else 40
+    options = {"levels": 1 if network in NETWORKS else 5, "selection": Select(layout="OIHW")}
+    for number in range(3):
+        secret = Secret(bytes([number]) * 32)
+        protect_file(plain, tmp_path / "p", secret=secret, force=True, **options)
+        sealed = open_model(tmp_path / "p")
+        wide = {n: a.astype(np.float32) if a.dtype.kind == "f" else a for n, a in sealed.items()}
+        model = model_of(wide)
+        model.eval()
+        channels = next(array for array in wide.values() if array.ndim == 4).shape[1]
+        images = rng.standard_normal((8, size, size, channels)).astype(np.float32)
+        assert np.isfinite(np.asarray(model(images))).all()
 
 
 def test_levels_are_those_of_a_plain_rest(plain, tmp_path):
