@@ -7,6 +7,7 @@ for the leaves that take no part. Higher is more important. They run under ``jit
 
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -44,14 +45,23 @@ def _by_leaf(
     return named_leaves(params).rebuild_only(scores)
 
 
-def _numbers(name: str, leaf: AnyArray) -> Array:
-    """The leaf as floats, wide enough to add up."""
+def _check_numbers(name: str, leaf: AnyArray) -> None:
     if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
         # Packed low-bit weights come as unsigned bytes; their value says nothing.
         raise ValueError(
             f"params {name!r}: expected floats or signed integers, got {leaf.dtype}, whose values "
             "may be packed codes. Use importance.random, or leave the leaf out with `select`."
         )
+
+
+def _numbers(name: str, leaf: AnyArray) -> Array:
+    """The leaf as floats, once it is sure to hold numbers."""
+    _check_numbers(name, leaf)
+    return _wide(leaf)
+
+
+def _wide(leaf: AnyArray) -> Array:
+    """The leaf as floats, wide enough to add up."""
     narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
     array = jnp.asarray(leaf)  # of a float64 JAX may hold 32 bits, which will do for scores
     return array.astype(jnp.float32) if narrow else array
@@ -60,6 +70,12 @@ def _numbers(name: str, leaf: AnyArray) -> Array:
 def _size(name: str, leaf: AnyArray, axes: Axes) -> Array:
     """|mean of the group|."""
     return jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
+
+
+# Compiled, since every step would else take an array of the size of the leaf.
+@partial(jax.jit, static_argnums=1)
+def _norm(leaf: AnyArray, axes: Axes) -> Array:
+    return jnp.sqrt(jnp.square(_wide(leaf)).sum(axes, keepdims=True))
 
 
 def random(
@@ -180,7 +196,8 @@ def l2(
     """
 
     def score(name: str, leaf: AnyArray, axes: Axes) -> Array:
-        return jnp.sqrt(jnp.square(_numbers(name, leaf)).sum(axes, keepdims=True))
+        _check_numbers(name, leaf)
+        return _norm(leaf, axes)
 
     return _by_leaf(score, params, select, granularity, layout)
 
