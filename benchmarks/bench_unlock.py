@@ -1,4 +1,7 @@
-"""Time to open a protected VGG19, as whole processes: ``python benchmarks/bench_unlock.py``.
+"""Time to open a protected file, as whole processes: ``python benchmarks/bench_unlock.py``.
+
+A VGG19 of 80 MB of float32, or with ``--large`` a transformer of 696 MB of bfloat16; ``--protect``
+passes options on to ``selcrypt protect``.
 
 Against CryptoTensors (``pip install cryptotensors``), which encrypts the whole file with AES-GCM,
 and against reading a file that nobody protected. Every row is a process, from its start to its
@@ -15,6 +18,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import statistics
@@ -22,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import ml_dtypes
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 CRYPTOTENSORS = """\
@@ -77,6 +84,13 @@ def python(program: str, *arguments: Path, interpreter: str = sys.executable) ->
     return Contender([interpreter, "-P", "-c", program, *arguments])
 
 
+def reader(program: str, original: Path, *arguments: Path) -> Contender:
+    """One of a library that knows bfloat16 only once NumPy does."""
+    with safe_open(original, framework="np") as file:
+        kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    return python(("import ml_dtypes\n" if "BF16" in kinds else "") + program, *arguments)
+
+
 def vgg19() -> Tensors:
     """Random float32 parameters in the shapes and under the names of PyTorch's VGG19 with BN."""
     rng = np.random.default_rng(0)
@@ -101,6 +115,22 @@ def vgg19() -> Tensors:
         layer += 1  # pooling
     affine("classifier.0", 512, 512)
     affine("classifier.2", 10, 512)
+    return tensors
+
+
+def transformer() -> Tensors:
+    """Random bfloat16 parameters, 348 million, in the shapes of a language model of 22 layers."""
+    drawn = 0.02 * np.random.default_rng(0).standard_normal(1_000_003, np.float32)
+
+    def weights(*shape: int) -> np.ndarray:
+        return np.resize(drawn.astype(ml_dtypes.bfloat16), shape)
+
+    layer = dict.fromkeys("qkvo", (1024, 1024))
+    layer |= {"up": (2816, 1024), "gate": (2816, 1024), "down": (1024, 2816)}
+    tensors = {"embed": weights(32000, 1024), "head": weights(32000, 1024)}
+    for number in range(22):
+        tensors |= {f"{number}.{name}": weights(*shape) for name, shape in layer.items()}
+        tensors |= {f"{number}.norm{place}": weights(1024) for place in (1, 2)}
     return tensors
 
 
@@ -146,32 +176,38 @@ def with_cryptotensors(folder: Path, original: Path) -> tuple[Path, Path]:
     return file, keys
 
 
-def with_selcrypt(folder: Path, original: Path, program: str) -> tuple[Path, Path]:
+def with_selcrypt(
+    folder: Path, original: Path, program: str, options: Sequence[str] = ()
+) -> tuple[Path, Path]:
     """Protects by the command line; the file and the grant of the top level."""
     file, keys = folder / "selcrypt.safetensors", folder / "keys"
     secret, grant = keys / "secret.key", keys / "top.grant"
     run(program, "keygen", "-o", keys)
     protect: list[str | Path] = [program, "protect", original, "-o", file, "--secret", secret]
     protect += ["--signing", keys / "signing.key", "--importance", "l2", "--budget", "0.08"]
-    run(*protect, "--levels", str(LEVELS))
-    run(program, "grant", file, "--level", str(LEVELS), "--secret", secret, "-o", grant)
+    start = time.perf_counter()
+    run(*protect, "--levels", str(LEVELS), *options)
+    print(f"selcrypt protect: {time.perf_counter() - start:.2f} s\n")
+    level = len(importlib.import_module("selcrypt_jax").inspect_file(file).levels)
+    run(program, "grant", file, "--level", str(level), "--secret", secret, "-o", grant)
     return file, grant
 
 
 def contenders(
-    folder: Path, original: Path, only: list[str]
+    folder: Path, original: Path, only: list[str], options: Sequence[str] = ()
 ) -> tuple[dict[str, Contender], dict[str, Path]]:
     """Makes and checks what is asked for; the rows of the table and the files that they read."""
-    rows = {"safetensors": python(SAFETENSORS, original), "python": python("pass")}
+    rows = {"safetensors": reader(SAFETENSORS, original, original), "python": python("pass")}
     files = {"original": original}
     if "cryptotensors" in only:
         file, keys = with_cryptotensors(folder, original)
-        rows["cryptotensors"], files["CryptoTensors"] = python(CRYPTOTENSORS, file, keys), file
+        rows["cryptotensors"] = reader(CRYPTOTENSORS, original, file, keys)
+        files["CryptoTensors"] = file
     if {"unlock", "open_model"} & set(only):
         program = shutil.which("selcrypt", path=str(Path(sys.executable).parent))
         if program is None:
             raise SystemExit("selcrypt is not where this Python is: pip install selcrypt-jax")
-        files["selcrypt"], grant = with_selcrypt(folder, original, program)
+        files["selcrypt"], grant = with_selcrypt(folder, original, program, options)
         output = folder / "unlocked.safetensors"
         unlock: list[str | Path] = [program, "unlock", files["selcrypt"], "--grant", grant]
         rows["unlock"] = Contender([*unlock, "-o", output], output)
@@ -226,6 +262,10 @@ def main() -> None:
     parser.add_argument(
         "--checkpoint", type=Path, help="a .safetensors file; default: random VGG19"
     )
+    parser.add_argument("--large", action="store_true", help="a transformer in place of VGG19")
+    parser.add_argument(
+        "--protect", type=shlex.split, default=[], help="more options of selcrypt protect, as one"
+    )
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lest the folder stays
@@ -233,10 +273,10 @@ def main() -> None:
         folder = Path(name)
         original = folder / "vgg19.safetensors"
         if args.checkpoint is None:
-            save_file(vgg19(), original)
+            save_file(transformer() if args.large else vgg19(), original)
         else:
             original = args.checkpoint.resolve()
-        rows, files = contenders(folder, original, args.only)
+        rows, files = contenders(folder, original, args.only, args.protect)
         packages = ["numpy", "safetensors", "cryptography"]
         packages += ["cryptotensors"] if "cryptotensors" in rows else []
         versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
