@@ -246,6 +246,18 @@ class Checkpoint:
                 )
         return result
 
+    def check_whole(self, manifest: Manifest) -> None:
+        """Refuses one file of several.
+
+        Raises:
+            ValueError: of them.
+        """
+        if manifest.shard is not None and self.index is None:
+            raise ValueError(
+                f"{self.path}: is file {manifest.shard[0]} of {manifest.shard[1]} of a checkpoint, "
+                "expected all of them. Name the index, or the folder."
+            )
+
     def unlocked(
         self, envelopes: Mapping[str, Envelope], key: LevelKey | None, *, owner: bool = False
     ) -> dict[str, Unlocked]:

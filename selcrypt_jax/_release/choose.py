@@ -14,17 +14,20 @@ from .._calibrate.network import Given
 from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
-from .._format.manifest import Rest, byte_count
+from .._format.manifest import NO_DIGEST, Rest, byte_count
 from .._format.rings import seal_mask
 from .._format.tensors import StoredTensors
 from .._io.safetensors import MAX_HEADER
-from .._keys.keys import Secret
+from .._keys.keys import Secret, level_key
+from .._keys.signing import SigningKey
 from .._masks.levels import Levels, LevelsLike, as_levels
 from .._masks.options import Select, check_options
 from .._masks.scores import NamedTensors, scores_for, whole_leaves
 from .._masks.selection import leaves_of_tensors, select_rings
 from .._tree.ahead import ahead
+from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring
+from .checkpoint import AnyPath, open_checkpoint
 
 
 class Chosen(NamedTuple):
@@ -121,12 +124,78 @@ class Plan:
             self.scores, self.levels, scope=scope, leaves=leaves_of_tensors(tensors),
             cipher=self.cipher, whole=self.whole,
         )  # fmt: skip
-        rings = sealed(selected)
-        for names in twins_of(files, rings):
-            first = next(name for name in names if name in rings)
-            rings |= {n: [(m, ring._replace(tensor=n)) for m, ring in rings[first]] for n in names}
+        rings = with_twins(sealed(selected), files)
         levels = max(level for found in rings.values() for level, _ in found)
         return Chosen(rings, levels, self.layout)
+
+
+def choose_like(
+    path: AnyPath,
+    source: NamedTensors,
+    files: Iterable[StoredTensors],
+    *,
+    secret: Secret,
+    signing: SigningKey | None,
+    cipher: LosslessCipher,
+    rest: Rest,
+    what: str,
+) -> Chosen:
+    """The selection of an earlier release.
+
+    Args:
+        path: of the release; its tensors are not read.
+        source: the tensors that are to be protected.
+        files: that have them.
+        secret: the owner's, which protected the earlier release too.
+        signing: the owner's; the release must then be signed with it, since whoever has a grant
+            could have moved its positions.
+        cipher: of the new release.
+        rest: of the new release.
+        what: the checkpoint or tree, for messages.
+
+    Raises:
+        ValueError: a release of another network, or one whose places are not enough.
+        GrantError: another secret.
+        IntegrityError: another signer, or it was altered.
+        OSError: it cannot be read.
+    """
+    with open_checkpoint(path) as old:
+        envelopes = old.envelopes(None if signing is None else signing.public)
+        manifest = next(iter(envelopes.values())).manifest
+        old.check_whole(manifest)
+        if manifest.rest == "sealed" and rest == "plain":
+            raise ValueError(
+                f"like: {path}: has a sealed rest, expected a plain one: what only its level 1 "
+                "opens would be plain in the new file. Seal that too."
+            )
+        key = level_key(secret, manifest.model_id, levels=len(manifest.levels))
+        rings: dict[str, list[tuple[int, SealedRing]]] = {}
+        for file in old.unlocked(envelopes, key, owner=True).values():
+            for name, found in file.rings.items():
+                shape, after = tuple(file.tensors[name].shape), source.tensors.get(name)
+                if after is None or tuple(after.shape) != shape:
+                    got = "no such tensor" if after is None else f"shape {list(after.shape)}"
+                    raise ValueError(
+                        f"{what}: tensor {name!r}: expected shape {list(shape)}, as in "
+                        f"{path}, which encrypts some of it, got {got}. Name an earlier release of "
+                        "this network."
+                    )
+                dtype = SAFETENSORS[after.dtype]
+                for level, ring in found:
+                    where, weights = f"{what}: tensor {name!r}, level {level}", ring.weights(shape)
+                    cipher.check_size(where, dtype, groups=ring.groups, weights=weights)
+                rings[name] = [(m, ring._replace(sha256=NO_DIGEST)) for m, ring in found]
+        return Chosen(with_twins(rings, files), len(manifest.levels))
+
+
+def with_twins(
+    rings: dict[str, list[tuple[int, SealedRing]]], files: Iterable[StoredTensors]
+) -> dict[str, list[tuple[int, SealedRing]]]:
+    """The same, and the same rings in tensors that are bit for bit alike."""
+    for names in twins_of(files, rings):
+        first = next(name for name in names if name in rings)
+        rings |= {n: [(m, ring._replace(tensor=n)) for m, ring in rings[first]] for n in names}
+    return rings
 
 
 def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
@@ -180,6 +249,25 @@ def _start(source: StoredTensors, name: str) -> memoryview:
     buffer = memoryview(bytearray(min(64, byte_count(info.dtype, info.shape))))
     source.read_into(name, 0, buffer)
     return buffer
+
+
+def check_alone(what: str, **others: object) -> None:
+    """Refuses options beside one that decides them.
+
+    Args:
+        what: the option, and "it" or "them" for what it is.
+        others: their values; None where they were not given.
+
+    Raises:
+        ValueError: one of them was given.
+    """
+    option, _, them = what.partition(" ")
+    for name, value in others.items():
+        if value is not None:
+            decides = "which it decides" if them == "it" else "which they decide"
+            raise ValueError(
+                f"{option}: expected {them} alone, got {name} too, {decides}. Leave it out."
+            )
 
 
 def check_rest(rest: object) -> None:

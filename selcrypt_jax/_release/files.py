@@ -24,7 +24,7 @@ from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_header, check_rest
+from .choose import Plan, check_alone, check_header, check_rest, choose_like
 
 
 class Selected(NamedTuple):
@@ -56,8 +56,9 @@ def protect_file(
     output: AnyPath,
     *,
     secret: Secret,
-    levels: LevelsLike | Targets = 5,
-    selection: Select = Select(),
+    levels: LevelsLike | Targets | None = None,
+    selection: Select | None = None,
+    like: AnyPath | None = None,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
@@ -74,12 +75,16 @@ def protect_file(
             the folder of an Orbax checkpoint.
         output: path of the new file, or of the new folder for a checkpoint in a folder.
         secret: the owner's.
-        levels: a number of levels, each of which opens an equal part of ``selection.budget``; or
+        levels: a number of levels, 5 by default, each of which opens an equal part of
+            ``selection.budget``; or
             the share of the groups that each level opens, ascending, the last one being what is
             encrypted; or `Levels`, such as `PaperLevels`; or `Targets`, the quality that levels
             shall give. Rings that are too small to hide in are merged upwards, leaf by leaf. With
             targets the whole checkpoint is in memory, and else one tensor at a time.
-        selection: what is encrypted, see `Select`.
+        selection: what is encrypted, see `Select`; ``Select()`` by default.
+        like: an earlier release of this network, in place of `levels` and `selection`: the same
+            weights are graded, and opened by the same levels. Weights change little from version to
+            version: what is encrypted in one and plain in the next is as good as plain.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         rest: what becomes of the weights that no level grades. ``"sealed"``: every tensor is
@@ -106,8 +111,15 @@ def protect_file(
         >>> done = protect_file(
         ...     "plain.safetensors", "other.safetensors", secret=secret, levels=3, selection=random
         ... )
+        >>> done = protect_file(
+        ...     "plain.safetensors", "next.safetensors", secret=secret, like="other.safetensors"
+        ... )
     """
     cipher = LosslessCipher() if cipher is None else cipher
+    if like is not None:
+        check_alone("like it", levels=levels, selection=selection)
+    levels = 5 if levels is None else levels
+    selection = Select() if selection is None else selection
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
@@ -115,20 +127,29 @@ def protect_file(
         check_options(selection, cipher)
         check_scores(selection, checkpoint, output)
         what = str(checkpoint.path)
-        plan = Plan(
-            checkpoint, levels, selection, cipher, rest,
-            stack=stack, metadata=files[0].metadata or {}, what=what,
-        )  # fmt: skip
-        if plan.levels is not None and selection.scope == "leaf":
+        plan = None
+        if like is None:
+            plan = Plan(
+                checkpoint, levels, selection, cipher, rest,
+                stack=stack, metadata=files[0].metadata or {}, what=what,
+            )  # fmt: skip
+        if plan is not None and plan.levels is not None and selection.scope == "leaf":
             for file in files:
                 here = [s for name, s in plan.scores.shapes.items() if name in file.tensors]
                 check_header(here, plan.levels, str(file.path))
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             try:
-                chosen = plan.choose(lambda: read_params(checkpoint), secret, files)
+                if plan is None:
+                    assert like is not None
+                    chosen = choose_like(
+                        like, checkpoint, files,
+                        secret=secret, signing=signing, cipher=cipher, rest=rest, what=what,
+                    )  # fmt: skip
+                else:
+                    chosen = plan.choose(lambda: read_params(checkpoint), secret, files)
             except ValueError as error:
-                if plan.targets is not None:
+                if plan is None or plan.targets is not None:
                     raise
                 raise ValueError(f"{what}: {error}") from None
             protection = Protection.new(

@@ -28,7 +28,7 @@ from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
 from .._tree.names import named_leaves
 from .._tree.rings import split_rings
 from .checkpoint import AnyPath, Job, Protection, of_one_file
-from .choose import Chosen, Plan, check_rest, sealed
+from .choose import Chosen, Plan, check_alone, check_rest, choose_like, sealed
 from .use import AnyGrant, grant_key
 
 
@@ -121,6 +121,7 @@ def protect(
     secret: Secret,
     levels: LevelsLike | Targets | None = None,
     selection: Select | None = None,
+    like: AnyPath | None = None,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
@@ -138,6 +139,7 @@ def protect(
         levels: as in `protect_file`; 5 by default.
         selection: as in `protect_file`; ``Select()`` by default. ``Select(importance=scores)``
             takes scores as a pytree.
+        like: as in `protect_file`: the file, or the Orbax folder, of an earlier release.
         signing: signs the release; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         rest: as in `protect_file`.
@@ -165,7 +167,13 @@ def protect(
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
     source = source_of_tree(tree)
-    if masks is None:
+    if like is not None:
+        check_alone("like it", masks=masks, levels=levels, selection=selection)
+        chosen = choose_like(
+            like, source, [source],
+            secret=secret, signing=signing, cipher=cipher, rest=rest, what="params",
+        )  # fmt: skip
+    elif masks is None:
         with ExitStack() as stack:
             plan = Plan(
                 source, 5 if levels is None else levels, selection or Select(), cipher, rest,
@@ -173,11 +181,7 @@ def protect(
             )  # fmt: skip
             chosen = plan.choose(lambda: params, secret, [source])
     else:
-        for name, value in {"levels": levels, "selection": selection}.items():
-            if value is not None:
-                raise ValueError(
-                    f"masks: expected them alone, got {name} too, which they decide. Leave it out."
-                )
+        check_alone("masks them", levels=levels, selection=selection)
         rings = split_rings(tree, masks)
         if not rings:
             raise ValueError(

@@ -191,11 +191,7 @@ def rotate_file(
             expected = _verify_key(old_signer) or signing.public
             for envelope in envelopes.values():
                 envelope.check_signature(expected)
-        if manifest.shard is not None and checkpoint.index is None:
-            raise ValueError(
-                f"{checkpoint.path}: is file {manifest.shard[0]} of {manifest.shard[1]} of a "
-                "checkpoint, expected all of them. Name the index, or the folder."
-            )
+        checkpoint.check_whole(manifest)
         key = level_key(secret, manifest.model_id, levels=levels)
         plain = checkpoint.unlocked(envelopes, key, owner=True)
         protection = Protection.new(secret, levels, manifest.cipher, manifest.rest, signing)

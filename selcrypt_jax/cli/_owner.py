@@ -5,7 +5,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, UseAppendAction, arg
 
@@ -65,6 +65,7 @@ def protect(
     selection: Annotated[Selection, Flat] = Selection(),
     levels: Levels = None,
     goal: Annotated[Goal, Flat] = Goal(),
+    like: Path | None = None,
     unit: Unit = "weight",
     rest: Rest = "sealed",
     writing: Annotated[Writing, Flat] = Writing(),
@@ -90,6 +91,9 @@ def protect(
             Or the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
             last one is all that is encrypted. selcrypt calibrate finds such shares.
         goal: What levels shall give.
+        like: Your protected file of an earlier version: the same weights are graded again, and
+            opened by the same levels, in place of a new selection. Weights change little from
+            version to version: what is encrypted in one and plain in the next is as good as plain.
         unit: What the cipher permutes: single weights, or whole groups, which leave less of a
             trace and have fewer orders.
         rest: What becomes of all other weights. Sealed: encrypted too, under the key of level 1.
@@ -99,7 +103,8 @@ def protect(
     """
     from .._release.files import protect_file  # the start of JAX, which other commands don't need
 
-    wanted = levels_of(levels, goal)
+    alone = like is not None and levels is None and not goal.targets
+    wanted: Any = None if alone else levels_of(levels, goal)
     spare(out, *keys.files)
     with goal.named():
         selected = protect_file(
@@ -107,7 +112,8 @@ def protect(
             out,
             secret=keys.read_secret(),
             levels=wanted,
-            selection=selection,
+            selection=None if like is not None and selection == Selection() else selection,
+            like=like,
             signing=keys.read_signing(),
             cipher=LosslessCipher(unit=unit),
             rest=rest,
