@@ -10,8 +10,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from .._ciphers.dprm import Cipher
+from .._ciphers.lossless import LosslessCipher
 from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
+from ._base import fill_from_base, rank_by_base
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
 from ._subject import Subject, is_scale, normalisation_leaves, reset
@@ -26,6 +29,7 @@ class Loot(NamedTuple):
         params: the protected file's.
         mask: what is encrypted. The attacker is assumed to know: it can often be guessed.
         key: for what is drawn at random.
+        cipher: that the file says it was encrypted with; `LosslessCipher()` by default.
 
     Examples:
         >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
@@ -35,6 +39,7 @@ class Loot(NamedTuple):
     params: PyTree
     mask: PyTree
     key: PRNGKeyArray
+    cipher: Cipher | None = None
 
 
 def _parts(loot: Loot) -> tuple[NamedLeaves, dict[str, np.ndarray], dict[str, Array]]:
@@ -97,6 +102,18 @@ def _pruned(loot: Loot) -> PyTree:
     return zero_fill(loot.params, params.rebuild_only(guesses))
 
 
+def _base_filled(loot: Loot) -> PyTree:
+    return fill_from_base(loot.params, loot.subject.base, loot.mask)
+
+
+def _base_ranked(loot: Loot) -> PyTree:
+    """By rank, if the cipher is one whose ranks are known."""
+    cipher = LosslessCipher() if loot.cipher is None else loot.cipher
+    if not isinstance(cipher, LosslessCipher):
+        return _base_filled(loot)
+    return rank_by_base(loot.params, loot.subject.base, loot.mask, cipher)
+
+
 class Attack(NamedTuple):
     """A way to get at the network's worth.
 
@@ -107,6 +124,7 @@ class Attack(NamedTuple):
             encrypted is looked for, with as many gradients.
         statistics: whether the network runs in training mode, so that running statistics are
             re-estimated from data; where the subject has no such mode, as it is.
+        base: whether the attacker needs the subject's base.
 
     Examples:
         >>> halved = Attack(
@@ -118,10 +136,12 @@ class Attack(NamedTuple):
     start: Callable[[Loot], PyTree]
     trains: Literal["nothing", "all", "suspected", "normalisation", "order"]
     statistics: bool = False
+    base: bool = False
 
 
 _FILE = "the file"
 _PLACES = "what is encrypted"
+_BASE = "what is encrypted, and the base"
 
 ATTACKS: Mapping[str, Attack] = {
     "zero-fill": Attack(_PLACES, lambda x: zero_fill(x.params, x.mask), "nothing"),
@@ -145,10 +165,29 @@ ATTACKS: Mapping[str, Attack] = {
         _PLACES, _fresh_where_encrypted, "all", statistics=True
     ),
     "unshuffle": Attack(_PLACES, _as_shipped, "order"),
+    "fill from the base": Attack(_BASE, _base_filled, "nothing", base=True),
+    "fill from the base, re-estimate statistics": Attack(
+        _BASE, _base_filled, "nothing", statistics=True, base=True
+    ),
+    "fill from the base, train all": Attack(_BASE, _base_filled, "all", statistics=True, base=True),
+    "by rank in the base": Attack(_BASE, _base_ranked, "nothing", base=True),
+    "by rank in the base, re-estimate statistics": Attack(
+        _BASE, _base_ranked, "nothing", statistics=True, base=True
+    ),
+    "by rank in the base, train all": Attack(
+        _BASE, _base_ranked, "all", statistics=True, base=True
+    ),
     "from scratch": Attack(
         "the architecture", lambda x: x.subject.fresh(x.key), "all", statistics=True
     ),
+    "the base": Attack("the base", lambda x: x.subject.base, "nothing", base=True),
+    "from the base": Attack(
+        "the base", lambda x: x.subject.base, "all", statistics=True, base=True
+    ),
 }
+
+REFERENCES = ("from scratch", "the base", "from the base")
+"""Attacks that need no file: what they reach is not worth stealing."""
 
 # One for all rates, so that they share a compiled step.
 _ADAM = optax.adam(1.0)
@@ -228,9 +267,10 @@ def _unshuffled(
 
 def applies(attack: Attack, subject: Subject) -> bool:
     """Whether a network has what the attack is about."""
-    norms = normalisation_leaves(subject.params, subject.normalisation)
+    if attack.base and subject.base is None:
+        return False
     if attack.trains == "normalisation":
-        return bool(norms)
+        return bool(normalisation_leaves(subject.params, subject.normalisation))
     if attack.trains == "nothing" and attack.statistics:
         return subject.training_loss_fn is not None
     return True

@@ -144,6 +144,7 @@ def dncnn(
     crop: int | None = None,
     eps: float = 1e-5,
     seed: int = 0,
+    base: str | None = None,
 ) -> Subject:
     """DnCNN from a checkpoint in PyTorch's names.
 
@@ -157,6 +158,7 @@ def dncnn(
         crop: test on the centres of that side, in pixels; whole images by default.
         eps: ε of BatchNorm.
         seed: of the noise on the test images.
+        base: .safetensors file of a network that the attacker has too, see `Subject`.
     """
     tensors = read_tensors(Path(weights))
     model = read_model(Path(weights), DnCNN, eps=eps, tensors=tensors)
@@ -190,6 +192,7 @@ def dncnn(
         worthless=quality(lambda noisy: noisy),
         examples=len(train),
         batch=draw,
+        base=base and Network.of(read_model(Path(base), DnCNN, eps=eps)).params,
     )
 
 
@@ -200,6 +203,7 @@ def vgg19(
     dataset: str = "cifar10",
     batch: int = 64,
     tests: int = 1000,
+    base: str | None = None,
 ) -> Subject:
     """VGG19 on CIFAR from a checkpoint in PyTorch's names.
 
@@ -209,6 +213,7 @@ def vgg19(
         dataset: cifar10 or cifar100.
         batch: images in a step.
         tests: the first test images, so many.
+        base: .safetensors file of a network that the attacker has too, see `Subject`.
     """
     tensors = read_tensors(Path(weights))
     network = Network.of(read_model(Path(weights), VGG19, tensors=tensors))
@@ -233,6 +238,7 @@ def vgg19(
         worthless=100 / (int(labels.max()) + 1),
         examples=len(images),
         batch=draw,
+        base=base and Network.of(read_model(Path(base), VGG19)).params,
     )
 
 

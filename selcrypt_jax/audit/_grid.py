@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 
 from .._masks.ranks import Scope
-from ._attacks import ATTACKS
+from ._attacks import ATTACKS, REFERENCES
 from ._strategies import check_strategy
 
 SCRATCH = "from scratch"
@@ -34,7 +34,7 @@ class Grid:
     data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     steps: tuple[int, ...] = (50, 200, 1000)
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
-    attacks: tuple[str, ...] = tuple(name for name in ATTACKS if name != SCRATCH)
+    attacks: tuple[str, ...] = tuple(name for name in ATTACKS if name not in REFERENCES)
     keys: int = 3
     levels: int = 5
     scope: Scope = "leaf"
@@ -85,4 +85,6 @@ _QUICK = (
     "train all, batch statistics",
     "average and zero-fill, train all",
     "train the normalisation",
+    "by rank in the base, re-estimate statistics",
+    "by rank in the base, train all",
 )

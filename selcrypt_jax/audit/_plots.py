@@ -29,7 +29,6 @@ _WIDTH, _PANEL, _ROW = 4.2, 2.5, 0.2  # inches
 
 
 _Style = dict[str, Any]
-_ALONE = "architecture alone"
 _BASELINE: _Style = {"color": "black", "marker": ".", "linestyle": "--"}
 
 
@@ -40,9 +39,10 @@ def draw_curves(report: SubjectReport) -> Figure:
     One panel for each share of data, the largest first; one curve for each protection: the best
     that is reached, mean over keys, shaded from the worst key to the best.
     """
-    styles = _styles(report) | {_ALONE: _BASELINE}
+    alone = f"{report.alone} alone"
+    styles = _styles(report) | {alone: _BASELINE}
     of = {protection.name: protection.best for protection in report.protections}
-    of[_ALONE] = report.baseline
+    of[alone] = report.baseline
     every = [best for rows in of.values() for best in rows]
     shares = sorted({best.data for best in every}, reverse=True)
     place = _on_log_axis(best.steps for best in every)

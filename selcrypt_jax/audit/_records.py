@@ -47,8 +47,10 @@ class Best:
         steps: at most.
         recovered: metric, one value a key.
         attack: the one that was best for most keys.
-        advantage: over an attacker with the architecture alone; None for the baseline itself, and
-            where that reaches the original, so that there is nothing to steal.
+        advantage: over an attacker without the file, see `SubjectReport.baseline`; None for the
+            baseline itself, and where that reaches the original, so that there is nothing to steal.
+        over_architecture: the same, over an attacker with the architecture alone, where there is a
+            base.
     """
 
     data: float
@@ -56,6 +58,7 @@ class Best:
     recovered: list[float]
     attack: str
     advantage: Advantage | None
+    over_architecture: Advantage | None = None
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,10 @@ class SubjectReport:
         weights: number of parameters, running statistics included.
         examples: in the training data.
         protections: from the smallest share to the largest, strategy by strategy.
-        baseline: the best that is reached from the architecture alone: from a file in which
-            everything is encrypted, or from fresh weights.
+        baseline: the best that is reached without the file: from the architecture alone (a file in
+            which everything is encrypted, or fresh weights), or from the base.
         seconds: that it took.
+        base: whether the attacker has a base, see `Subject`.
     """
 
     name: str
@@ -132,6 +136,12 @@ class SubjectReport:
     protections: list[Protection]
     baseline: list[Best]
     seconds: float
+    base: bool = False
+
+    @property
+    def alone(self) -> str:
+        """What an attacker has without the file."""
+        return "architecture or base" if self.base else "architecture"
 
 
 @dataclass(frozen=True)

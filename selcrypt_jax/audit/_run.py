@@ -16,8 +16,9 @@ from .._ciphers.dprm import Cipher, decrypt, encrypt
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
-from ._advantage import advantage
-from ._attacks import ATTACKS, Loot, applies, needs_data, run_attack
+from ._advantage import Advantage, advantage
+from ._attacks import ATTACKS, REFERENCES, Loot, applies, needs_data, run_attack
+from ._base import check_base
 from ._detection import detect
 from ._fill import resample
 from ._grid import SCRATCH, Grid
@@ -31,7 +32,7 @@ _ON_EVERYTHING = (
     "train all",
     "train all, batch statistics",
     "average the normalisation, train all",
-    SCRATCH,
+    *REFERENCES,
 )
 
 
@@ -93,7 +94,9 @@ class Audit:
 
     def __init__(self, name: str, subject: Subject, grid: Grid, cipher: Cipher | None = None):
         self.name = name
-        self.subject = subject._replace(params=place(subject.params))
+        if subject.base is not None:
+            check_base(subject.params, subject.base, name)
+        self.subject = subject._replace(params=place(subject.params), base=place(subject.base))
         self.grid = grid
         self.cipher = cipher
         self.clean = subject.metric(subject.params)
@@ -219,7 +222,8 @@ class Audit:
         found: dict[str, list[float]] = {str(step): [] for step in stops}
         for number in range(self.grid.keys):
             file = self.protected(plan, number)
-            loot = Loot(self.subject, file.params, file.masks[-1], jax.random.key(number))
+            key = jax.random.key(number)
+            loot = Loot(self.subject, file.params, file.masks[-1], key, self.cipher)
             steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
             reached = {step: self.subject.metric(params) for step, params in steps}
             for step in stops:
@@ -304,9 +308,23 @@ class Audit:
         return found
 
     def best(
-        self, attempts: Sequence[Attempt], shipped: Sequence[float], baseline: Sequence[Best] | None
+        self,
+        attempts: Sequence[Attempt],
+        shipped: Sequence[float],
+        baseline: Sequence[Best] = (),
+        architecture: Sequence[Best] = (),
     ) -> list[Best]:
         """The best for each share of data and budget of steps; an attacker may also do nothing."""
+
+        def gain(best: Best, floors: Sequence[Best]) -> Advantage | None:
+            for floor in floors:
+                same = (floor.data, floor.steps) == (best.data, best.steps)
+                # Where the floor reaches the original there is nothing to steal.
+                if same and self.clean > np.mean(floor.recovered):
+                    seed = self.grid.seed
+                    return advantage(best.recovered, floor.recovered, self.clean, seed=seed)
+            return None
+
         listed = []
         for data in self.grid.data:
             for most in self.grid.steps:
@@ -318,16 +336,14 @@ class Audit:
                             found[attempt.attack] = np.fmax(old, values)
                 names, values = list(found), np.stack(list(found.values()))
                 winner = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
-                recovered = values.max(0).tolist()
-                gain = None
-                if baseline is not None:
-                    (floor,) = (b for b in baseline if (b.data, b.steps) == (data, most))
-                    # Where the architecture alone reaches the original there is nothing to steal.
-                    if self.clean > np.mean(floor.recovered):
-                        gain = advantage(
-                            recovered, floor.recovered, self.clean, seed=self.grid.seed
-                        )
-                listed.append(Best(data, most, recovered, winner, gain))
+                found = Best(data, most, values.max(0).tolist(), winner, None)
+                listed.append(
+                    replace(
+                        found,
+                        advantage=gain(found, baseline),
+                        over_architecture=gain(found, architecture),
+                    )
+                )
         return listed
 
     def report(
@@ -347,12 +363,14 @@ class Audit:
             protections=[self.protection(cells, plan, baseline) for plan in plans],
             baseline=baseline,
             seconds=round(seconds, 1),
+            base=subject.base is not None,
         )
 
-    def baseline(self, cells: Mapping[str, Any]) -> list[Best]:
-        """What the architecture alone is worth."""
+    def baseline(self, cells: Mapping[str, Any], *, base: bool = True) -> list[Best]:
+        """What an attacker reaches without the file; from the base too, if there is one."""
         nothing = [-math.inf] * self.grid.keys
-        return self.best(self.attempts(cells, ARCHITECTURE), nothing, None)
+        tried = self.attempts(cells, ARCHITECTURE)
+        return self.best([a for a in tried if base or not ATTACKS[a.attack].base], nothing)
 
     def protection(
         self, cells: Mapping[str, Any], plan: Plan, baseline: Sequence[Best]
@@ -361,6 +379,8 @@ class Audit:
         at = self._at(plan)
         rows = cells[f"{at}/levels"]
         attempts, shipped = self.attempts(cells, plan), rows[0][1:]
+        has_base = self.subject.base is not None
+        architecture = self.baseline(cells, base=False) if has_base else ()
         climbs = {level: cells[f"{at}/climb/{level}"] for level in self._climbs()}
         return Protection(
             name=str(plan),
@@ -369,7 +389,7 @@ class Audit:
             shipped=shipped,
             levels=[Level(i, row[0], float(np.mean(row[1:]))) for i, row in enumerate(rows)],
             attempts=attempts,
-            best=self.best(attempts, shipped, baseline),
+            best=self.best(attempts, shipped, baseline, architecture),
             detection=cells.get(f"{at}/detection", {}),
             climbing=[Climb(level, *found) for level, found in climbs.items() if found[0]],
         )

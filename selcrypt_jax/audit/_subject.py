@@ -42,6 +42,8 @@ class Subject(NamedTuple):
         layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
             from the shapes, as `protect_file` does.
         normalisation: names of normalisation parameters and statistics, a regular expression.
+        base: parameters that the attacker has too, a tree like `params`: a public network that this
+            one was fine-tuned from, or an earlier release of it.
 
     Examples:
         >>> subject = Subject(
@@ -70,6 +72,7 @@ class Subject(NamedTuple):
     select: str | None = None
     layout: Layout | None = None
     normalisation: str = NORMALISATION
+    base: PyTree = None
 
 
 def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[str, Any]:

@@ -81,10 +81,10 @@ def verdict(subject: SubjectReport) -> str:
     if attacker is None:
         return "No attack was tried on this network, so nothing is known of what an attacker gets."
     baseline = _same(subject.baseline, attacker)
-    alone = "the architecture alone was not tried"
+    alone = f"the {subject.alone} alone was not tried"
     if baseline:
         recovered = quality(baseline.recovered, subject)
-        alone = f"the same attack on the architecture alone gives {recovered}"
+        alone = f"the same attack on the {subject.alone} alone gives {recovered}"
     original = f"the original has {quality([subject.clean], subject)}"
     if baseline and np.mean(baseline.recovered) >= subject.clean:
         return (
@@ -102,11 +102,11 @@ def verdict(subject: SubjectReport) -> str:
         f"The strongest attacker tried ({_named(attacker)}) gets "
         f"{quality(least.best.recovered, subject)} out of the best protection, "
         f"“{least.protection.name}” ({share(least.protection.share)} of all weights encrypted), "
-        f"where {original} and {alone}: {_judgement(least)}"
+        f"where {original} and {alone}: {_judgement(least, subject)}"
     )
 
 
-def _judgement(rated: _Rated) -> str:
+def _judgement(rated: _Rated, subject: SubjectReport) -> str:
     for above, words in _GIVES.items():
         if rated.advantage.mean > above:
             return f"the file {words} ({rated})."
@@ -114,7 +114,7 @@ def _judgement(rated: _Rated) -> str:
         return f"the file holds them back: without it they get further ({rated})."
     doubt = rated.doubt()
     verb, but = ("seems to be", f", but {doubt}") if doubt else ("is", "")
-    return f"the file {verb} worth hardly more to them than its architecture ({rated}){but}."
+    return f"the file {verb} worth hardly more to them than its {subject.alone} ({rated}){but}."
 
 
 def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[str]:

@@ -15,6 +15,7 @@ import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._audit import audit as run_audit
+from selcrypt_jax.audit._base import rank_by_base
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
 from selcrypt_jax.audit._grid import Grid
@@ -112,6 +113,7 @@ def test_rates_share_a_compiled_step(subject):
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
+    subject = subject._replace(base=moved(subject.params, 0.02))
     masks = Audit("toy", subject, SMALL).masks(Plan("l2+normalisation", 0.2))
     keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
@@ -449,3 +451,90 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert all(check["passed"] for check in content["cipher"])
     assert main(["audit", "none.toml", "-o", "out"]) == 1
     assert "expected demo" in capsys.readouterr().err
+
+
+# --- a base -------------------------------------------------------------------------------------
+
+
+def moved(params, by):
+    """Every weight by this share of its leaf's spread; a variance stays one."""
+    rng = np.random.default_rng(5)
+
+    def near(path, leaf):
+        new = leaf + by * leaf.std() * rng.standard_normal(leaf.shape).astype(np.float32)
+        return np.abs(new) if path[-1].key == "var" else new
+
+    return jax.tree_util.tree_map_with_path(near, params)
+
+
+@pytest.mark.parametrize(
+    "cipher", [sj.LosslessCipher(), sj.LosslessCipher("group"), sj.LosslessCipher(permute=False)]
+)
+def test_a_base_gives_back_what_lies_near_to_it(subject, cipher):
+    plan, grid = Plan("l2", 0.5), SMALL
+    near = subject._replace(base=moved(subject.params, 0.02))
+    run = Audit("toy", near, grid, cipher)
+    file = run.protected(plan, 0)
+    loot = audit.Loot(near, file.params, file.masks[-1], jax.random.key(0), cipher)
+    found = {}
+    for name in ("fill from the base", "by rank in the base"):
+        ((_, params),) = audit.run_attack(audit.ATTACKS[name], loot, None, rate=0, stops=[])
+        found[name] = {n: np.asarray(leaf) for n, leaf in named_leaves(params).leaves.items()}
+    true, base = (named_leaves(tree).leaves for tree in (subject.params, near.base))
+    for name, mask in named_leaves(file.masks[-1]).leaves.items():
+        where = np.broadcast_to(mask, true[name].shape)
+        filled, ranked = (found[attack][name] for attack in found)
+        np.testing.assert_array_equal(filled[where], base[name][where])
+        np.testing.assert_array_equal(filled[~where], true[name][~where])
+        if where.any() and cipher.unit == "weight":
+            # No further than the base, but for the few whose ranks are others in it.
+            error, before = (
+                np.abs(x[name][where] - true[name][where])
+                for x in (found["by rank in the base"], base)
+            )
+            assert error.mean() < 1.3 * before.mean()
+    assert subject.metric(named_leaves(subject.params).rebuild(found["by rank in the base"])) > (
+        subject.metric(file.params) + 3
+    )
+
+
+def test_coarse_bits_bound_what_is_taken_from_the_base():
+    """Signs and octaves that a stream leaves are the file's; eighths of octaves of the default."""
+    seen = np.array([1.0, -1.0, 3.0, -0.3], np.float32)
+    known = np.array([1.01, 1.2, 100.0, -0.31], np.float32)
+    default = rank_by_base({"w": seen}, {"w": known}, True, sj.LosslessCipher(fine_bits=20))["w"]
+    ordered = np.sort(seen)[np.argsort(np.argsort(known))]
+    np.testing.assert_array_equal(np.sign(default), np.sign(ordered))
+    stream = rank_by_base({"w": seen}, {"w": known}, True, sj.LosslessCipher(permute=False))["w"]
+    np.testing.assert_allclose(
+        stream, [1.01, 1.2, np.nextafter(np.float32(4), 0), -0.31], rtol=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_a_base_that_is_the_original_and_one_that_is_no_base(subject):
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), detection=False, climbing=False,
+        attacks=("fill from the base", "by rank in the base", "train all, batch statistics"),
+    )  # fmt: skip
+    bases = {
+        "none": None,
+        "original": subject.params,
+        "random": subject.fresh(jax.random.key(9)),
+    }
+    found = {}
+    for name, base in bases.items():
+        report = report_of(subject._replace(base=base), grid)
+        assert report.base == (base is not None)
+        found[name] = report.protections[0].best[-1]
+    assert found["original"].over_architecture.mean == pytest.approx(1, abs=0.02)
+    assert found["original"].advantage is None  # whoever has that needs no file
+    for best in (found["random"].advantage, found["random"].over_architecture):
+        assert best.mean == pytest.approx(found["none"].advantage.mean, abs=0.1)
+    assert found["none"].over_architecture is None
+
+
+def test_a_bad_base_is_refused(subject):
+    base = subject.params | {"last": {"kernel": np.zeros((3, 8), np.float32)}}
+    with pytest.raises(ValueError, match=r"toy: base: 'last/kernel': expected shape \(64, 8\)"):
+        Audit("toy", subject._replace(base=base), SMALL)

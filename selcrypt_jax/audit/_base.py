@@ -1,0 +1,111 @@
+"""Attacks with a public base: a network that the attacker has, and that this one comes from.
+
+Training moves a weight little. So where a weight is, the base has nearly the same one; and of the
+weights that a cipher exchanges among each other, the k-th smallest belongs where the base has its
+k-th smallest.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from .._ciphers.lossless import LosslessCipher
+from .._tree.dtypes import DTYPES
+from .._tree.names import named_leaves
+from .._tree.rings import split_rings
+
+_Value = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def fill_from_base(params: PyTree, base: PyTree, suspected: PyTree) -> PyTree:
+    """The base's weights where the file's seem to be encrypted.
+
+    Args:
+        params: protected parameters; not changed.
+        base: a tree like them.
+        suspected: a mask that fits, see `nested_masks`.
+
+    Returns:
+        A tree of the same structure.
+    """
+    return _replaced(params, base, suspected, lambda seen, known: known)
+
+
+def rank_by_base(params: PyTree, base: PyTree, suspected: PyTree, cipher: LosslessCipher) -> PyTree:
+    """Encrypted weights in the order that the base has, and there as near to the base as they may.
+
+    A cipher that permutes leaves all weights up to their fine bits: they are put in order, leaf by
+    leaf. Without a permutation they are in place. Then each weight is as near to the base's as its
+    coarse bits allow.
+
+    Args:
+        params: protected parameters; not changed.
+        base: a tree like them.
+        suspected: a mask that fits.
+        cipher: the file's.
+
+    Returns:
+        A tree of the same structure; leaves that are no floats are passed through.
+    """
+
+    def value(seen: np.ndarray, known: np.ndarray) -> np.ndarray:
+        if cipher.permute:
+            ordered = np.empty_like(seen)
+            ordered[np.argsort(known.astype(np.float32))] = seen[
+                np.argsort(seen.astype(np.float32))
+            ]
+            seen = ordered
+        return _within_coarse_bits(seen, known, cipher)
+
+    return _replaced(params, base, suspected, value)
+
+
+def _within_coarse_bits(seen: np.ndarray, known: np.ndarray, cipher: LosslessCipher) -> np.ndarray:
+    """The numbers nearest to those known of all that are encrypted to those seen."""
+    dtype = DTYPES[seen.dtype.name]
+    word = np.dtype(f"u{seen.dtype.itemsize}").type
+    fine, sign = cipher.fine_mask(dtype), 1 << (dtype.bits - 1)
+    bits = seen.view(word) & word(~sign & (2 * sign - 1))
+    low = (bits & word(~fine & (2 * sign - 1))).view(seen.dtype).astype(np.float32)
+    high = (bits | word(fine & ~sign)).view(seen.dtype).astype(np.float32)
+    sizes = np.clip(np.abs(known.astype(np.float32)), low, high)
+    signs = np.signbit(known if fine & sign else seen)
+    # On the other side of zero than what is known, the smallest is the nearest.
+    sizes = np.where(signs == np.signbit(known), sizes, low)
+    return np.where(signs, -sizes, sizes).astype(seen.dtype)
+
+
+def _replaced(params: PyTree, base: PyTree, suspected: PyTree, value: _Value) -> PyTree:
+    tree, known = named_leaves(params), named_leaves(base).leaves
+    new = dict(tree.leaves)
+    for ring in split_rings(tree, (suspected,)):
+        leaf = np.array(jax.device_get(tree.leaves[ring.name]))
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            continue
+        where = np.broadcast_to(ring.mask, leaf.shape)
+        other = np.asarray(jax.device_get(known[ring.name])).astype(leaf.dtype)
+        leaf[where] = value(leaf[where], other[where])
+        new[ring.name] = jnp.asarray(leaf)
+    return tree.rebuild(new)
+
+
+def check_base(params: PyTree, base: Any, what: str) -> None:
+    """Refuses a base of another shape.
+
+    Raises:
+        ValueError: of one.
+    """
+    expected, actual = (
+        {n: np.shape(leaf) for n, leaf in named_leaves(tree).arrays.items()}
+        for tree in (params, base)
+    )
+    for name in sorted(expected.keys() | actual.keys()):
+        if expected.get(name) != actual.get(name):
+            raise ValueError(
+                f"{what}: base: {name!r}: expected shape {expected.get(name)} as in params, got "
+                f"{actual.get(name)}. Give the network that this one was fine-tuned from."
+            )
