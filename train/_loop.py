@@ -24,6 +24,7 @@ from rich.progress import Progress
 from safetensors.numpy import save
 
 from selcrypt_jax.models import VGG19, DnCNN, to_torch
+from selcrypt_jax.models._files import read_model
 
 Row = dict[str, float]
 
@@ -222,6 +223,28 @@ def train_model(
         config=config,
         best=config.out,
     )
+
+
+def started(model: Any, path: Path | None) -> Any:
+    """The network with the weights of a checkpoint; as it is without one.
+
+    Raises:
+        ValueError: a checkpoint of another architecture.
+    """
+    if path is None:
+        return model
+    kinds = (nnx.Param, nnx.BatchStat)
+    found = nnx.state(read_model(path, type(model)), kinds)
+    shapes = [
+        jax.tree.map(jnp.shape, nnx.to_pure_dict(s)) for s in (nnx.state(model, kinds), found)
+    ]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"--start: {path}: expected a network as the other options make it, got another one. "
+            "Give the options that it was trained with."
+        )
+    nnx.update(model, found)
+    return model
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 import tyro
 from _images import add_noise, checked_sigma, random_patches
-from _loop import Run, check_numbers, check_output, exits, train_model
+from _loop import Run, check_numbers, check_output, exits, started, train_model
 from _tasks import denoising_of
 from flax import nnx
 
@@ -55,6 +55,10 @@ class Config(Run):
 
     colour: bool = False
     """RGB instead of grey."""
+
+    start: Path | None = None
+    """A checkpoint to go on from, as of a public network, in place of random weights. It must have
+    been trained with the same options."""
 
     steps: int = 20_000
     """Gradient steps."""
@@ -90,8 +94,9 @@ def main(config: Config) -> None:
         rng = np.random.default_rng([config.seed, number])
         return random_patches(images, config.batch, config.patch, rng)
 
+    model = DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights))
     train_model(
-        DnCNN(config.depth, config.width, channels=channels, rngs=nnx.Rngs(weights)),
+        started(model, config.start),
         config,
         optimizer=optax.adam,
         loss=loss,

@@ -23,7 +23,7 @@ import jax
 import optax
 import tyro
 from _cifar import batches
-from _loop import Run, check_numbers, check_output, exits, train_model
+from _loop import Run, check_numbers, check_output, exits, started, train_model
 from _tasks import accuracy_of
 from flax import nnx
 
@@ -47,6 +47,10 @@ class Config(Run):
 
     batch_norm: bool = True
     """Normalise after every convolution. Without it, use a --rate ten times smaller."""
+
+    start: Path | None = None
+    """A checkpoint to go on from, as of a public network, in place of random weights. It must have
+    been trained with the same options."""
 
     steps: int = 40_000
     """Gradient steps."""
@@ -85,8 +89,9 @@ def main(config: Config) -> None:
     def loss(model: VGG19, batch: dict[str, jax.Array], _: jax.Array) -> jax.Array:
         return cross_entropy(model, normalised(batch["image"]), batch["label"])
 
+    options = {"width": config.width, "batch_norm": config.batch_norm}
     train_model(
-        VGG19(classes, width=config.width, batch_norm=config.batch_norm, rngs=nnx.Rngs(weights)),
+        started(VGG19(classes, **options, rngs=nnx.Rngs(weights)), config.start),
         config,
         optimizer=optimizer,
         loss=loss,
