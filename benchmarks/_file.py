@@ -97,7 +97,7 @@ def missing_peers(options: Options) -> dict[str, str]:
     try:
         bench_unlock.run(options.tensorizer_python, "-P", "-c", "import tensorizer")
     except (OSError, subprocess.CalledProcessError):
-        missing[TENSORIZER] = f"{options.tensorizer_python} cannot import it: --tensorizer-python"
+        missing[TENSORIZER] = "cannot be imported: --tensorizer-python"
     return missing
 
 
