@@ -112,7 +112,7 @@ def bits_of(array: np.ndarray) -> np.ndarray:
 
 def skipped(name: str, why: str) -> CipherCheck:
     """A check that could not be made."""
-    return CipherCheck(name, True, math.nan, f"does not apply: {why}")
+    return CipherCheck(name, None, math.nan, f"does not apply: {why}")
 
 
 def pairs(rings: Iterable[Where], shared: int) -> list[tuple[Where, Where]]:

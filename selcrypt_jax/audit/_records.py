@@ -150,13 +150,13 @@ class CipherCheck:
 
     Attributes:
         name: what must hold.
-        passed: whether it did.
+        passed: whether it did; None where it does not apply.
         found: what was measured.
         expected: what a good cipher gives, in words.
     """
 
     name: str
-    passed: bool
+    passed: bool | None
     found: float
     expected: str
 

@@ -64,8 +64,8 @@ def write_report(report: AuditReport, folder: Path) -> None:
     page = _template().render(
         report=report,
         subjects=views,
-        failed=[check for check in report.cipher if not check.passed],
-        skipped=[check for check in report.cipher if check.passed and math.isnan(check.found)],
+        failed=[check for check in report.cipher if check.passed is False],
+        skipped=[check for check in report.cipher if check.passed is None],
         settings=dict(_settings(report.settings)),
     )
     _write(folder / "report.html", page.encode())

@@ -10,11 +10,13 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from .. import importance
+from .._ciphers.lossless import LosslessCipher
 from .._importance.config import PSSConfig
 from .._importance.pss import pss
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
 from .._masks.scores import guess_layout
+from .._masks.selection import leaves_of_tree
 from .._tree.groups import Layout
 from .._tree.names import named_leaves, select_leaves
 from ._finetune import floats
@@ -124,9 +126,14 @@ def strategy_masks(
 
 
 def everything(subject: Subject) -> Sequence[PyTree]:
-    """The mask of a file of which nothing but architecture and statistics is left."""
-    tree = named_leaves(subject.params)
-    return with_whole_leaves(tree, [False], floats(tree))
+    """The mask of a file of which nothing but architecture and statistics is left.
+
+    Leaves that are too small to hide in, such as the bias of two classes, stay plain as in a file.
+    """
+    tree, cipher = named_leaves(subject.params), LosslessCipher()
+    leaves = leaves_of_tree(tree)
+    names = {n: leaf for n, leaf in floats(tree).items() if cipher.hides(*leaves[n])}
+    return with_whole_leaves(tree, [False], names)
 
 
 def _scores_of_file(subject: Subject, path: str) -> PyTree:

@@ -143,7 +143,7 @@ CASES = {
         not_finite(),
         cipher=[
             CipherCheck("rings differ", True, 0.5, "nothing"),
-            CipherCheck("fine bits", True, math.nan, "does not apply: there are none"),
+            CipherCheck("fine bits", None, math.nan, "does not apply: there are none"),
         ],
         keys=[KeySearch("random secret", math.inf, math.nan, math.inf)],
         settings={"limit": math.inf},
@@ -563,9 +563,9 @@ def test_what_is_not_finite_is_said(folder_of):
     assert row[2] == "n/a"
     assert row[3:5] == ["–", "n/a"], "it has no row for few steps"
     assert row[5].startswith("n/a\nn/a to n/a")
-    assert page.tables["cipher-table"][2][1:3] == ["not tried", "–"]
+    assert page.tables["cipher-table"][2][1:3] == ["does not apply", "–"]
     assert "1 of 1 checks passed." in page.text
-    assert "1 could not be tried." in page.text
+    assert "1 does not apply." in page.text
     assert not re.search(r"\b(nan|inf)\b", page.text)
     # It is not the best protection because it failed.
     assert "“pss 8\u00a0%”" in page.text
