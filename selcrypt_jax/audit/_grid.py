@@ -2,7 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
+from .._format.manifest import Rest
 from .._masks.ranks import Scope
 from ._attacks import ATTACKS, REFERENCES
 from ._strategies import check_strategy
@@ -24,6 +26,7 @@ class Grid:
         keys: protections under different keys, each with other data in the attacker's hands.
         levels: permission levels.
         scope: of the budget: in every leaf, or over the model.
+        rest: what becomes of the other weights, "plain" or "sealed", see `protect_file`.
         detection: whether it is tried to find what is encrypted.
         climbing: whether key holders attack the levels above their own.
         seed: of everything. The keys are the audit's own.
@@ -38,6 +41,7 @@ class Grid:
     keys: int = 3
     levels: int = 5
     scope: Scope = "leaf"
+    rest: Rest = "plain"
     detection: bool = True
     climbing: bool = True
     seed: int = 0
@@ -60,6 +64,8 @@ class Grid:
             raise ValueError(f"steps: expected ascending numbers from 1, got {steps}.")
         if not all(rate > 0 and math.isfinite(rate) for rate in self.rates):
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}.")
+        if self.rest not in get_args(Rest):
+            raise ValueError(f"rest: expected one of {get_args(Rest)}, got {self.rest!r}.")
         for name in ("keys", "levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .._ciphers.dprm import Cipher, decrypt, encrypt
+from .._ciphers.window import WindowCipher
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
@@ -27,7 +28,7 @@ from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks,
 from ._subject import Subject, example_batches, place
 from ._twofiles import shared_keystream
 
-# Attacks that need places or plain weights are of no use where everything is encrypted.
+# Attacks that need places or plain weights are of no use where everything is encrypted or sealed.
 _ON_EVERYTHING = (
     "train all",
     "train all, batch statistics",
@@ -66,16 +67,39 @@ class Work(NamedTuple):
 
 
 class Protected(NamedTuple):
-    """A file, with masks and keys, which an attacker does not have."""
+    """A file, with masks and keys, which an attacker does not have.
+
+    Attributes:
+        params: as shipped.
+        masks: of the levels.
+        keys: of the levels.
+        cipher: of the rings.
+        seal: over all of it, under the key of level 1; None for a plain rest.
+    """
 
     params: PyTree
     masks: Sequence[PyTree]
     keys: Any
     cipher: Cipher | None
+    seal: WindowCipher | None = None
+
+    @property
+    def closed(self) -> PyTree:
+        """The mask of what is encrypted to who has no key."""
+        return self.masks[-1] if self.seal is None else True
+
+    def sealed(self) -> "Protected":
+        """The same with a sealed rest."""
+        seal = WindowCipher.fit(self.params)
+        params = encrypt(self.params, [True], self.keys[:1], cipher=seal)
+        return self._replace(params=params, seal=seal)
 
     def opened(self, level: int) -> PyTree:
         """What a key of this level gives."""
-        return decrypt(self.params, self.masks[:level], self.keys[:level], cipher=self.cipher)
+        params = self.params
+        if level and self.seal is not None:
+            params = decrypt(params, [True], self.keys[:1], cipher=self.seal)
+        return decrypt(params, self.masks[:level], self.keys[:level], cipher=self.cipher)
 
 
 class Audit:
@@ -161,7 +185,11 @@ class Audit:
 
     def protected(self, plan: Plan, number: int) -> "Protected":
         """The file under the keys of this number."""
-        return self._encrypted(self.subject.params, self.masks(plan), number)
+        file = self._encrypted(self.subject.params, self.masks(plan), number)
+        return file.sealed() if self._is_sealed(plan) else file
+
+    def _is_sealed(self, plan: Plan) -> bool:
+        return plan != ARCHITECTURE and self.grid.rest == "sealed"
 
     def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> "Protected":
         keys = self.keys(number, len(masks))
@@ -180,7 +208,7 @@ class Audit:
             at = self._at(plan)
             if plan != ARCHITECTURE:
                 yield Work(f"{at}/levels", 1, partial(self._levels, plan))
-                if self.grid.detection:
+                if self.grid.detection and not self._is_sealed(plan):
                     yield Work(f"{at}/detection", steps, partial(self._detection, plan))
                 for level in self._climbs():
                     cost = 2 * keys * steps
@@ -195,7 +223,11 @@ class Audit:
 
     def _attempts(self, plan: Plan) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
-        names = _ON_EVERYTHING if plan == ARCHITECTURE else self.grid.attacks
+        names = self.grid.attacks
+        if plan == ARCHITECTURE:
+            names = _ON_EVERYTHING
+        elif self._is_sealed(plan):
+            names = [n for n in names if n in _ON_EVERYTHING or ATTACKS[n].base]
         return [
             (name, data, rate)
             for name in names
@@ -209,7 +241,10 @@ class Audit:
         masks = self.masks(plan)
         counts = [mask_counts(self.subject.params, mask).values() for mask in masks]
         total = sum(count.total for count in counts[-1])
-        rows = [[0.0], *([sum(count.weights for count in each) / total] for each in counts)]
+        shares = [sum(count.weights for count in each) / total for each in counts]
+        if self._is_sealed(plan):  # level 1 opens all but the rings above it
+            shares = [1 - (shares[-1] - share) for share in shares]
+        rows = [[0.0], *([share] for share in shares)]
         for number in range(self.grid.keys):
             file = self.protected(plan, number)
             for level, row in enumerate(rows):
@@ -223,7 +258,7 @@ class Audit:
         for number in range(self.grid.keys):
             file = self.protected(plan, number)
             key = jax.random.key(number)
-            loot = Loot(self.subject, file.params, file.masks[-1], key, self.cipher)
+            loot = Loot(self.subject, file.params, file.closed, key, self.cipher)
             steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
             reached = {step: self.subject.metric(params) for step, params in steps}
             for step in stops:
@@ -383,7 +418,7 @@ class Audit:
         architecture = self.baseline(cells, base=False) if has_base else ()
         climbs = {level: cells[f"{at}/climb/{level}"] for level in self._climbs()}
         return Protection(
-            name=str(plan),
+            name=str(plan) + (", sealed" if self._is_sealed(plan) else ""),
             strategy=plan.strategy,
             share=rows[-1][0],
             shipped=shipped,

@@ -302,6 +302,7 @@ def test_training_that_blows_up_does_not_count(subject):
     [
         ({"importance": ("best",)}, "importance: expected"),
         ({"attacks": ("magic",)}, "attacks: expected"),
+        ({"rest": "open"}, "rest: expected one of"),
         ({"budget": (0.0,)}, r"budget: expected shares in \(0, 1\]"),
         ({"data": (1.5,)}, "data: expected shares"),
         ({"steps": (10, 5)}, "steps: expected ascending"),
@@ -548,3 +549,31 @@ def test_leaves_that_are_too_small_to_hide_in_stay_plain(subject):
     np.testing.assert_array_equal(file["head"]["bias"], params["head"]["bias"])
     same = np.asarray(file["first"]["kernel"]) == params["first"]["kernel"]
     assert same.mean() < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [False, True])
+def test_a_sealed_file_is_worth_no_more_than_what_is_known_without_it(subject, base):
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), rest="sealed", steps=(40,),
+        attacks=("train all, batch statistics", "by rank in the base, train all", "zero-fill"),
+    )  # fmt: skip
+    report = report_of(subject._replace(base=moved(subject.params, 0.1) if base else None), grid)
+    (found,) = report.protections
+    assert found.name == "l2 20 %, sealed"
+    assert found.detection == {}
+    assert {attempt.attack for attempt in found.attempts} <= set(grid.attacks) - {"zero-fill"}
+    assert max(found.shipped) < subject.worthless
+    assert found.best[-1].advantage.mean <= 0.05
+    shares = [level.share for level in found.levels]
+    assert shares[0] == 0
+    assert 0.85 < shares[1] < shares[2] == 1
+    assert found.levels[2].metric == pytest.approx(report.clean)
+    # Who has a key has what it opens of a plain rest.
+    plain, sealed = (
+        Audit("toy", subject, dataclasses.replace(grid, rest=rest)) for rest in ("plain", "sealed")
+    )
+    for level in (1, 2):
+        files = [run.protected(Plan("l2", 0.2), 0).opened(level) for run in (plain, sealed)]
+        for one, other in zip(*map(jax.tree.leaves, files), strict=True):
+            np.testing.assert_array_equal(one, other)
