@@ -18,6 +18,7 @@ from ._fill import resample as resample
 from ._fill import zero_fill as zero_fill
 from ._finetune import fine_tune as fine_tune
 from ._keysearch import key_search as key_search
+from ._structure import Link as Link
 from ._subject import Subject as Subject
 from ._twofiles import changed as changed
 from ._twofiles import merge as merge

@@ -17,6 +17,7 @@ from .._tree.rings import checked_mask
 from ._base import fill_from_base, rank_by_base
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune
+from ._structure import scale_signs, with_signs
 from ._subject import Subject, is_scale, normalisation_leaves, reset
 from ._unshuffle import unshuffle
 
@@ -57,8 +58,14 @@ def _as_shipped(loot: Loot) -> PyTree:
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
+    """Zeros in place of encrypted kernels; normalisation averaged.
+
+    A leaf that is encrypted as a whole stays as shipped, which is as good as fresh: a network with
+    a layer of zeros learns nothing.
+    """
     params, kernels, _ = _parts(loot)
-    return zero_fill(_normalisation_averaged(loot), params.rebuild_only(kernels))
+    some = {name: mask for name, mask in kernels.items() if not mask.all()}
+    return zero_fill(_normalisation_averaged(loot), params.rebuild_only(some))
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
@@ -102,6 +109,19 @@ def _pruned(loot: Loot) -> PyTree:
     return zero_fill(loot.params, params.rebuild_only(guesses))
 
 
+def _signs_by_structure(loot: Loot) -> PyTree:
+    """Kernels zero, normalisation averaged, but for the signs that plain kernels tell."""
+    tree = named_leaves(_kernels_zero(loot))
+    encrypted = _parts(loot)[2]
+    layout, new = loot.subject.layout or "HWIO", {}
+    for link in loot.subject.chain:
+        if link.scale in encrypted:
+            before, after = (np.asarray(tree.leaves[n]) for n in (link.before, link.after))
+            signs = scale_signs(before, after, layout)
+            new[link.scale] = jnp.asarray(with_signs(np.asarray(encrypted[link.scale]), signs))
+    return tree.rebuild(new)
+
+
 def _base_filled(loot: Loot) -> PyTree:
     return fill_from_base(loot.params, loot.subject.base, loot.mask)
 
@@ -125,6 +145,7 @@ class Attack(NamedTuple):
         statistics: whether the network runs in training mode, so that running statistics are
             re-estimated from data; where the subject has no such mode, as it is.
         base: whether the attacker needs the subject's base.
+        chain: whether the attacker needs the subject's chain.
 
     Examples:
         >>> halved = Attack(
@@ -137,6 +158,7 @@ class Attack(NamedTuple):
     trains: Literal["nothing", "all", "suspected", "normalisation", "order"]
     statistics: bool = False
     base: bool = False
+    chain: bool = False
 
 
 _FILE = "the file"
@@ -161,6 +183,10 @@ ATTACKS: Mapping[str, Attack] = {
         _PLACES, _normalisation_averaged, "all", statistics=True
     ),
     "average and zero-fill, train all": Attack(_PLACES, _kernels_zero, "all", statistics=True),
+    "signs by structure": Attack(_PLACES, _signs_by_structure, "nothing", chain=True),
+    "signs by structure, train all": Attack(
+        _PLACES, _signs_by_structure, "all", statistics=True, chain=True
+    ),
     "fresh weights where encrypted, train all": Attack(
         _PLACES, _fresh_where_encrypted, "all", statistics=True
     ),
@@ -267,7 +293,7 @@ def _unshuffled(
 
 def applies(attack: Attack, subject: Subject) -> bool:
     """Whether a network has what the attack is about."""
-    if attack.base and subject.base is None:
+    if (attack.base and subject.base is None) or (attack.chain and not subject.chain):
         return False
     if attack.trains == "normalisation":
         return bool(normalisation_leaves(subject.params, subject.normalisation))

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
+from .._tree.names import named_leaves
 from ..models import VGG19, DnCNN
 from ..models._files import normalised, read_cifar, read_images, read_model, read_tensors
 from ..models._network import (
@@ -22,6 +23,7 @@ from ..models._network import (
 )
 from ..models._torch import architecture_of
 from ._finetune import TrainingLossFn
+from ._structure import Link
 from ._subject import Subject
 
 CONVOLUTIONS = r"^convs/.*kernel$"
@@ -45,8 +47,19 @@ def subject_of(
         fresh=lambda key: _state(fresh(rngs=nnx.Rngs(params=key, dropout=0))),
         training_loss_fn=_training_loss(network, loss),
         select=CONVOLUTIONS,
+        chain=_chain(network.params),
         **fields,
     )
+
+
+def _chain(params: PyTree) -> list[Link]:
+    """Between each convolution and the next the normalisation of the former."""
+    leaves = named_leaves(params).leaves
+    links = (
+        Link(f"convs/{n}/kernel", f"norms/{n}/scale", f"convs/{n + 1}/kernel")
+        for n in range(len(leaves))
+    )
+    return [link for link in links if all(name in leaves for name in link)]
 
 
 def _state(model: nnx.Module) -> PyTree:

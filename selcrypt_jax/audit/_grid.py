@@ -91,6 +91,7 @@ _QUICK = (
     "train all, batch statistics",
     "average and zero-fill, train all",
     "train the normalisation",
+    "signs by structure, train all",
     "by rank in the base, re-estimate statistics",
     "by rank in the base, train all",
 )

@@ -25,6 +25,7 @@ from ._fill import resample
 from ._grid import SCRATCH, Grid
 from ._records import Attempt, Best, CipherCheck, Climb, Level, Protection, SubjectReport
 from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks, strategy_scores
+from ._structure import check_chain
 from ._subject import Subject, example_batches, place
 from ._twofiles import shared_keystream
 
@@ -118,6 +119,8 @@ class Audit:
 
     def __init__(self, name: str, subject: Subject, grid: Grid, cipher: Cipher | None = None):
         self.name = name
+        shapes = {n: np.shape(leaf) for n, leaf in named_leaves(subject.params).arrays.items()}
+        check_chain(subject.chain, shapes, name)
         if subject.base is not None:
             check_base(subject.params, subject.base, name)
         self.subject = subject._replace(params=place(subject.params), base=place(subject.base))

@@ -1,7 +1,7 @@
 """A trained network with its data, as an attacker would like to have it."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from .._importance.closed import LossFn
 from .._tree.groups import Layout
 from .._tree.names import is_array, named_leaves
 from ._finetune import TrainingLossFn, floats
+from ._structure import Link
 
 # Few weights and worth much: without its scales, biases and statistics a network is further from
 # working than without a tenth of its kernels; see docs/security.md.
@@ -42,6 +43,7 @@ class Subject(NamedTuple):
         layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
             from the shapes, as `protect_file` does.
         normalisation: names of normalisation parameters and statistics, a regular expression.
+        chain: normalisation layers between two convolutions, see `Link`.
         base: parameters that the attacker has too, a tree like `params`: a public network that this
             one was fine-tuned from, or an earlier release of it.
 
@@ -72,6 +74,7 @@ class Subject(NamedTuple):
     select: str | None = None
     layout: Layout | None = None
     normalisation: str = NORMALISATION
+    chain: Sequence[Link] = ()
     base: PyTree = None
 
 

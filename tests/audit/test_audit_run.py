@@ -21,6 +21,7 @@ from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject,
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
+from selcrypt_jax.audit._structure import scale_signs, with_signs
 from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
 from selcrypt_jax.cli import main
 
@@ -113,7 +114,8 @@ def test_rates_share_a_compiled_step(subject):
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
-    subject = subject._replace(base=moved(subject.params, 0.02))
+    chain = [audit.Link("first/kernel", "norm/scale", "last/kernel")]
+    subject = subject._replace(base=moved(subject.params, 0.02), chain=chain)
     masks = Audit("toy", subject, SMALL).masks(Plan("l2+normalisation", 0.2))
     keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
@@ -577,3 +579,53 @@ def test_a_sealed_file_is_worth_no_more_than_what_is_known_without_it(subject, b
         files = [run.protected(Plan("l2", 0.2), 0).opened(level) for run in (plain, sealed)]
         for one, other in zip(*map(jax.tree.leaves, files), strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+# --- structure ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["HWIO", "OIHW"])
+def test_plain_kernels_tell_the_signs_between_them(layout):
+    """Kernels that share a direction, written into each channel with the sign of its scale."""
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 32)
+    before = rng.standard_normal((3, 3, 16, 32))
+    shared = rng.standard_normal((16, 24))
+    own = np.einsum("hwic,io->hwco", before, shared) / 16
+    after = own * signs[:, None] + 0.5 * rng.standard_normal((3, 3, 32, 24))
+    if layout == "OIHW":
+        before, after = (np.transpose(kernel, (3, 2, 0, 1)) for kernel in (before, after))
+    found = scale_signs(before, after, layout)
+    assert abs((found * signs).sum()) == 32
+    scale = (signs * rng.uniform(0.5, 2, 32)).astype(np.float32)
+    rng.shuffle(shuffled := scale.copy())
+    averaged = with_signs(shuffled, found)
+    assert averaged.dtype == np.float32
+    if (signs < 0).sum() != 16:  # else the number does not tell which way round
+        np.testing.assert_array_equal(np.sign(averaged), signs)
+    assert np.square(averaged).mean() == pytest.approx(np.square(scale).mean(), rel=1e-5)
+
+
+def test_noise_tells_no_signs():
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 256)
+    found = scale_signs(rng.standard_normal((16, 256)), rng.standard_normal((256, 16)), "HWIO")
+    assert abs((found * signs).mean()) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("link", "message"),
+    [
+        (
+            ("first/kernel", "norm/size", "last/kernel"),
+            "chain: expected names of parameters, got 'no",
+        ),
+        (
+            ("first/kernel", "last/kernel", "last/kernel"),
+            "chain: expected two kernels with as many",
+        ),
+    ],
+)
+def test_a_bad_chain_is_refused(subject, link, message):
+    with pytest.raises(ValueError, match=message):
+        Audit("toy", subject._replace(chain=[audit.Link(*link)]), SMALL)
