@@ -16,7 +16,7 @@ from .._tree.names import NamedLeaves, named_leaves
 from .._tree.rings import checked_mask
 from ._base import fill_from_base, rank_by_base
 from ._fill import clip_norm, mean_fill, resample, zero_fill
-from ._finetune import fine_tune
+from ._finetune import fine_tune, warm_cosine
 from ._structure import scale_signs, with_signs
 from ._subject import Subject, is_scale, normalisation_leaves, reset
 from ._unshuffle import unshuffle
@@ -238,12 +238,12 @@ def run_attack(
         attack: one of `ATTACKS`, or your own.
         loot: what the attacker has.
         batch: number of the step, from 1 → a batch of the attacker's data.
-        rate: learning rate.
-        stops: numbers of steps after which to stop and look.
+        rate: the highest learning rate: it warms up and falls to zero within the steps.
+        stops: numbers of steps, each of them a training of its own.
 
     Yields:
         Steps and parameters at each stop; step 0 alone where no data is needed. A rate that
-        makes the loss infinite ends early.
+        makes the loss infinite gives none.
 
     Raises:
         ValueError: an attack on normalisation, or on leaves, that the network does not have.
@@ -268,17 +268,19 @@ def run_attack(
     elif attack.trains == "normalisation":
         norms = normalisation_leaves(params, subject.normalisation)
         trainable = named_leaves(params).rebuild_only(dict.fromkeys(norms, True))
-    for checkpoint in fine_tune(
-        params,
-        training or subject.loss_fn,
-        batch,
-        stops=stops,
-        optimizer=_ADAM,
-        rate=0.0 if attack.trains == "nothing" else rate,
-        trainable=trainable,
-        statistics=training is not None,
-    ):
-        yield checkpoint.step, checkpoint.params
+    highest = 0.0 if attack.trains == "nothing" else rate
+    for stop in stops:
+        for checkpoint in fine_tune(
+            params,
+            training or subject.loss_fn,
+            batch,
+            stops=[stop],
+            optimizer=_ADAM,
+            rate=warm_cosine(highest, stop),
+            trainable=trainable,
+            statistics=training is not None,
+        ):
+            yield checkpoint.step, checkpoint.params
 
 
 def _unshuffled(

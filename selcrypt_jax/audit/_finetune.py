@@ -1,5 +1,6 @@
 """Attacks with data: train the protected network, or parts of it, until it works."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +45,7 @@ def fine_tune(
     *,
     stops: Sequence[int],
     optimizer: optax.GradientTransformation,
-    rate: float = 1.0,
+    rate: float | Callable[[int], float] = 1.0,
     trainable: PyTree | bool = True,
     statistics: bool = False,
 ) -> Iterator[Checkpoint]:
@@ -56,8 +57,9 @@ def fine_tune(
         batch: number of the step, from 1 → a batch of the data that the attacker has.
         stops: numbers of steps after which to stop and look, ascending.
         optimizer: any optax transformation.
-        rate: factor on its updates. Calls that differ in the rate alone, or in the values of
-            parameters and masks, share one compiled step: ``optax.adam(1.0)`` and a rate here.
+        rate: factor on its updates, or number of the step → factor. Calls that differ in the rate
+            alone, or in the values of parameters and masks, share one compiled step:
+            ``optax.adam(1.0)`` and a rate here.
         trainable: a mask that fits the parameters; weights that it does not select stay as they
             are. ``True``: all floats.
         statistics: whether `loss_fn` also gives parameters whose running statistics have moved;
@@ -95,13 +97,26 @@ def fine_tune(
         losses = []
         while number < stop:
             number += 1
-            carry, loss = _step(carry, masks, batch(number), np.float32(rate), *static)
+            now = rate(number) if callable(rate) else rate
+            carry, loss = _step(carry, masks, batch(number), np.float32(now), *static)
             losses.append(loss)
         values = np.array(jax.device_get(losses))
         if not np.isfinite(values).all():
             return
         leaves = jax.tree.map(jnp.copy, carry[0] | carry[1])
         yield Checkpoint(number, tree.rebuild(leaves), float(values[-1]))
+
+
+def warm_cosine(rate: float, steps: int) -> Callable[[int], float]:
+    """A rate that warms up over a twentieth of the steps, and then falls to zero along a cosine."""
+    warm = max(steps // 20, 1)
+
+    def at(step: int) -> float:
+        if step <= warm:
+            return rate * step / warm
+        return rate * (1 + math.cos(math.pi * (step - warm) / (steps - warm + 1))) / 2
+
+    return at
 
 
 class Same:

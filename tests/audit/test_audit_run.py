@@ -18,6 +18,7 @@ from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._base import rank_by_base
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
+from selcrypt_jax.audit._finetune import warm_cosine
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
 from selcrypt_jax.audit._strategies import strategy_scores
@@ -629,3 +630,12 @@ def test_noise_tells_no_signs():
 def test_a_bad_chain_is_refused(subject, link, message):
     with pytest.raises(ValueError, match=message):
         Audit("toy", subject._replace(chain=[audit.Link(*link)]), SMALL)
+
+
+def test_the_rate_warms_up_and_falls_to_zero():
+    rate = warm_cosine(0.5, 100)
+    rates = [rate(step) for step in range(1, 101)]
+    assert rates[:5] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    assert [warm_cosine(1.0, 1)(1), warm_cosine(1.0, 2)(2)] == pytest.approx([1.0, 0.5])
