@@ -42,6 +42,9 @@ class Select:
             layer. Level 1 opens them. By default 0.02, unless every tensor that takes part is so
             small: those stay in levels. With targets 0, unless the first is "any" (None), since
             small tensors make level 0 hard to steer.
+        base: A network that this one was fine-tuned from and that an attacker may have: a
+            .safetensors file, or the index or folder of several; in Python also a pytree. Groups
+            are then ranked by how they changed. What did not change is no secret.
 
     Examples:
         >>> protected = protect(params, secret=secret, selection=Select("random", budget=0.3))
@@ -54,6 +57,7 @@ class Select:
     select: Selector = None
     scope: Scope = "leaf"
     small: float | None = None
+    base: Any = None
 
     @property
     def scores_file(self) -> Path | None:

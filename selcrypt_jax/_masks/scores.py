@@ -17,6 +17,7 @@ from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Granularity, Layout, group_shape
 from .._tree.hosts import from_first
 from .._tree.names import NamedLeaves, Selector, listed, named_leaves, select_leaves
+from .change import Base
 from .masks import checked_score
 from .options import STRATEGIES, Select
 from .ranks import Scores
@@ -80,7 +81,9 @@ def scores_for(
         layout = selection.layout or guess_layout(source.tensors, names, metadata, granularity)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-    return _checked(strategy_scores(source, names, importance, granularity, layout)), layout
+    base = None if selection.base is None else Base(selection.base, source.tensors, stack)
+    scores = strategy_scores(source, names, importance, granularity, layout, base)
+    return _checked(scores), layout
 
 
 def _given(source: NamedTensors, selection: Select, stack: ExitStack) -> Scores:
@@ -220,8 +223,9 @@ def strategy_scores(
     strategy: str,
     granularity: Granularity,
     layout: Layout,
+    base: Base | None = None,
 ) -> Scores:
-    """Scores that need no data."""
+    """Scores that need no data; with a base, of what was added to it."""
     options: dict[str, Any] = {
         "select": lambda *_: True,
         "granularity": granularity,
@@ -234,7 +238,11 @@ def strategy_scores(
 
     def scores(name: str) -> np.ndarray:
         info = source.tensors[name]
-        leaf = as_array(source.read(name), info.dtype, info.shape)
+        data = source.read(name)
+        if base is None:
+            leaf = as_array(data, info.dtype, info.shape)
+        else:
+            leaf = base.change(name, info, data)
         return np.asarray(function({name: leaf}, **options)[name])
 
     shapes = {name: group_shape(source.tensors[name].shape, granularity, layout) for name in names}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple, get_args
 
+import numpy as np
 from jaxtyping import PyTree
 
 from .._calibrate.levels import Calibration, release_levels
@@ -15,18 +16,19 @@ from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
 from .._format.manifest import NO_DIGEST, Rest, byte_count
-from .._format.rings import seal_mask
+from .._format.rings import ring_groups, seal_mask
 from .._format.tensors import StoredTensors
 from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret, level_key
 from .._keys.signing import SigningKey
+from .._masks.change import Base, is_counted
 from .._masks.levels import Levels, LevelsLike, as_levels
 from .._masks.options import Select, check_options
 from .._masks.scores import NamedTensors, scores_for, whole_leaves
 from .._masks.selection import leaves_of_tensors, select_rings
 from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
-from .._tree.groups import Layout, Ring
+from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
 
 
@@ -186,6 +188,35 @@ def choose_like(
                     cipher.check_size(where, dtype, groups=ring.groups, weights=weights)
                 rings[name] = [(m, ring._replace(sha256=NO_DIGEST)) for m, ring in found]
         return Chosen(with_twins(rings, files), len(manifest.levels))
+
+
+def plain_change(source: NamedTensors, base: Base, rings: Rings, what: str) -> float:
+    """The share of what changed from a base that a plain rest leaves plain.
+
+    In squares within a tensor, since tensors have units of their own; of tensors the mean, by how
+    many weights they have. Those that did not change do not count.
+
+    Args:
+        source: the tensors before they were encrypted.
+        base: see `Base`.
+        rings: what is encrypted.
+        what: for messages.
+    """
+    weights = plain = 0.0
+    for name, info in source.tensors.items():
+        if not is_counted(info):
+            continue
+        squares = np.square(base.change(name, info, source.read(name)).astype(np.float64))
+        total, hidden = squares.sum(), 0.0
+        if not total:
+            continue
+        for level, ring in rings.get(name, ()):
+            groups = ring_groups(ring, level, what)
+            places = unit_places(squares.shape, ring.mask_shape, groups, "weight")
+            hidden += squares.reshape(-1, places.size)[places.runs].sum()
+        weights += squares.size
+        plain += squares.size * (1 - hidden / total)
+    return float(plain / weights) if weights else 0.0
 
 
 def with_twins(

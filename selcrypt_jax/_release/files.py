@@ -19,12 +19,13 @@ from .._io.atomic import check_output
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
+from .._masks.change import Base
 from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_alone, check_header, check_rest, choose_like
+from .choose import Plan, check_alone, check_header, check_rest, choose_like, plain_change
 
 
 class Selected(NamedTuple):
@@ -37,6 +38,8 @@ class Selected(NamedTuple):
         untouched: dtype → how many weights lie in tensors of which nothing is encrypted; nothing
             with a sealed rest.
         calibration: what the levels of the file give, if `Targets` were asked for.
+        plain_change: share of what changed from `Select.base` that is plain in the file: in squares
+            within a tensor, averaged over the weights; None without a base.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -49,6 +52,7 @@ class Selected(NamedTuple):
     groups: Mapping[str, int]
     untouched: Mapping[str, int]
     calibration: Calibration | None = None
+    plain_change: float | None = None
 
 
 def protect_file(
@@ -152,6 +156,11 @@ def protect_file(
                 if plan is None or plan.targets is not None:
                     raise
                 raise ValueError(f"{what}: {error}") from None
+            change = None
+            if selection.base is not None:
+                base = Base(selection.base, checkpoint.tensors, stack)
+                plain = rest == "plain"
+                change = plain_change(checkpoint, base, chosen.rings, what) if plain else 0.0
             protection = Protection.new(
                 secret, chosen.levels, cipher, rest, signing, chosen.model_id
             )
@@ -169,6 +178,7 @@ def protect_file(
         {name: sum(ring.groups for _, ring in found) for name, found in chosen.rings.items()},
         +untouched,
         chosen.calibration,
+        change,
     )
 
 

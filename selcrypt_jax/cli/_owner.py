@@ -128,6 +128,7 @@ def protect(
             "layout": selected.layout,
             "selected": dict(selected.groups),
             "untouched": dict(selected.untouched),
+            "plain_change": selected.plain_change,
         },
         found
         and calibration_as_dict(
@@ -141,6 +142,12 @@ def protect(
         print(
             f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
             "names their tensors: none of them is encrypted.",
+            file=sys.stderr,
+        )
+    if (change := selected.plain_change) is not None and change > 0.05:
+        print(
+            f"{change:.0%} of what changed from the base stays plain. Whoever has the base gets "
+            "nearly all of your network out of this file: use --rest sealed.",
             file=sys.stderr,
         )
     if keys.signing is None:

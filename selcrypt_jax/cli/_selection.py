@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from tyro.conf import Suppress
@@ -22,6 +23,7 @@ class Selection(Select):
 
     importance: str = "l2"
     select: str | None = None
+    base: Path | None = None
 
     def flags(self) -> list[str]:
         """The options that differ from their defaults, as they are written on a command line."""

@@ -56,6 +56,8 @@ def print_inspection(
         count = len(chosen["selected"])
         tensors = f"{count} tensor{'s' * (count != 1)}"
         lines.add_row("selected", Text(f"groups in {tensors}{layout}: {names}"))
+        if (change := chosen.get("plain_change")) is not None:
+            lines.add_row("change", f"{change:.2%} of what changed from the base stays plain")
         if chosen["untouched"]:
             rest = ", ".join(f"{n:,} {dtype}" for dtype, n in chosen["untouched"].items())
             lines.add_row("untouched", Text(f"in the other tensors: {rest}"))

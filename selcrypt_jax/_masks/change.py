@@ -1,0 +1,72 @@
+"""How far a network has moved from a public base, which an attacker has too."""
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from .._io.arrays import ArraySource, as_array
+from .._io.safetensors import SafetensorsFile
+from .._io.shards import check_shards, find_shards
+from .._tree.dtypes import SAFETENSORS
+from .._tree.names import listed, named_leaves
+
+
+class Base:
+    """The tensors of a base.
+
+    Args:
+        given: a safetensors file, the index or the folder of a checkpoint in several files, or a
+            pytree.
+        tensors: of the network that comes from it, by name, with dtype and shape.
+        stack: closes the files.
+
+    Raises:
+        ValueError: no checkpoint, or none of a network like this one.
+        OSError: a file that cannot be read.
+    """
+
+    def __init__(self, given: Any, tensors: Mapping[str, Any], stack: ExitStack) -> None:
+        if isinstance(given, str | os.PathLike):
+            index = find_shards(given)
+            paths = {"": given} if index is None else index.shards
+            files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
+            if index is not None:
+                check_shards(index, files)
+            sources: list[Any] = list(files.values())
+        else:
+            sources = [ArraySource(named_leaves(given, "base").arrays, "base")]
+        self._source = {name: source for source in sources for name in source.tensors}
+        if not any(self._has(name, info) for name, info in tensors.items()):
+            raise ValueError(
+                f"base: expected tensors as this network has them, such as {listed(tensors)}, got "
+                f"{listed(self._source)}. Give the network that this one was fine-tuned from."
+            )
+
+    def _has(self, name: str, info: Any) -> bool:
+        if name not in self._source:
+            return False
+        return tuple(self._source[name].tensors[name].shape) == tuple(info.shape)
+
+    def change(self, name: str, info: Any, data: memoryview) -> np.ndarray:
+        """What was added to a tensor, float32; all of it if the base has no such tensor.
+
+        Args:
+            name: of the tensor.
+            info: its dtype (safetensors' name) and shape.
+            data: its bytes.
+        """
+        leaf = as_array(data, info.dtype, tuple(info.shape)).astype(np.float32)
+        if self._has(name, info):
+            theirs = self._source[name]
+            dtype = theirs.tensors[name].dtype
+            leaf -= as_array(theirs.read(name), dtype, tuple(info.shape)).astype(np.float32)
+        return leaf
+
+
+def is_counted(info: Any) -> bool:
+    """Whether what changed in a tensor is counted: floats of 8 bits or more."""
+    dtype = SAFETENSORS[info.dtype]
+    return dtype.kind == "float" and dtype.bits >= 8 and dtype.mantissa > 0
