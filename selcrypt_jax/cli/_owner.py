@@ -128,7 +128,7 @@ def protect(
             "layout": selected.layout,
             "selected": dict(selected.groups),
             "untouched": dict(selected.untouched),
-            "plain_change": selected.plain_change,
+            **({} if selected.plain_change is None else {"plain_change": selected.plain_change}),
         },
         found
         and calibration_as_dict(
