@@ -215,6 +215,7 @@ ATTACKS: Mapping[str, Attack] = {
 REFERENCES = ("from scratch", "the base", "from the base")
 """Attacks that need no file: what they reach is not worth stealing."""
 
+_PACE = 3.0  # of normalisation, beside that of kernels; attacks and references gain from it
 # One for all rates, so that they share a compiled step.
 _ADAM = optax.adam(1.0)
 
@@ -238,7 +239,8 @@ def run_attack(
         attack: one of `ATTACKS`, or your own.
         loot: what the attacker has.
         batch: number of the step, from 1 → a batch of the attacker's data.
-        rate: the highest learning rate: it warms up and falls to zero within the steps.
+        rate: the highest learning rate of kernels: it warms up and falls to zero within the steps.
+            Normalisation has three times that.
         stops: numbers of steps, each of them a training of its own.
 
     Yields:
@@ -262,11 +264,11 @@ def run_attack(
         yield from _unshuffled(params, loot, batch, stops)
         return
     training = subject.training_loss_fn if attack.statistics else None
+    norms = normalisation_leaves(params, subject.normalisation)
     trainable: Any = True
     if attack.trains == "suspected":
         trainable = loot.mask
     elif attack.trains == "normalisation":
-        norms = normalisation_leaves(params, subject.normalisation)
         trainable = named_leaves(params).rebuild_only(dict.fromkeys(norms, True))
     highest = 0.0 if attack.trains == "nothing" else rate
     for stop in stops:
@@ -279,6 +281,7 @@ def run_attack(
             rate=warm_cosine(highest, stop),
             trainable=trainable,
             statistics=training is not None,
+            paces=dict.fromkeys(norms, _PACE),
         ):
             yield checkpoint.step, checkpoint.params
 

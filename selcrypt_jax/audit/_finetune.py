@@ -48,6 +48,7 @@ def fine_tune(
     rate: float | Callable[[int], float] = 1.0,
     trainable: PyTree | bool = True,
     statistics: bool = False,
+    paces: Mapping[str, float] | None = None,
 ) -> Iterator[Checkpoint]:
     """Trains what is believed to be encrypted, or everything.
 
@@ -64,6 +65,7 @@ def fine_tune(
             are. ``True``: all floats.
         statistics: whether `loss_fn` also gives parameters whose running statistics have moved;
             those are kept, whatever is trainable.
+        paces: name of a leaf → factor on its updates beside the rate; 1 for those not named.
 
     Yields:
         At each stop a named tuple of the ``step``, ``params`` and the ``loss`` of the last batch.
@@ -90,6 +92,7 @@ def fine_tune(
     if not any(mask.any() for mask in masks.values()):
         raise ValueError("trainable: expected to select floats, got a mask that selects none.")
     chosen = {name: arrays.pop(name) for name in masks}
+    factors = {name: np.float32((paces or {}).get(name, 1.0)) for name in chosen}
     static = (loss_fn, optimizer, statistics, Structure.of(tree))
     carry = jax.tree.map(jnp.copy, (chosen, arrays, optimizer.init(chosen)))
     number = 0
@@ -98,7 +101,7 @@ def fine_tune(
         while number < stop:
             number += 1
             now = rate(number) if callable(rate) else rate
-            carry, loss = _step(carry, masks, batch(number), np.float32(now), *static)
+            carry, loss = _step(carry, masks, factors, batch(number), np.float32(now), *static)
             losses.append(loss)
         values = np.array(jax.device_get(losses))
         if not np.isfinite(values).all():
@@ -151,10 +154,11 @@ class Structure:
         )
 
 
-@partial(jax.jit, donate_argnums=0, static_argnums=(4, 5, 6, 7))
+@partial(jax.jit, donate_argnums=0, static_argnums=(5, 6, 7, 8))
 def _step(
     carry: Any,
     masks: dict[str, Array],
+    factors: dict[str, Array],
     batch: Any,
     rate: Array,
     loss_fn: Any,
@@ -175,7 +179,7 @@ def _step(
         updates, state = optimizer.update(gradients, state, leaves)
     # Once more: decay and momentum of an optimizer must not move what stays.
     moved = {
-        n: leaf + (rate * jnp.where(masks[n], updates[n], 0)).astype(leaf.dtype)
+        n: leaf + (rate * factors[n] * jnp.where(masks[n], updates[n], 0)).astype(leaf.dtype)
         for n, leaf in leaves.items()
     }
     if after is not None:
