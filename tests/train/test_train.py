@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from selcrypt_jax.models import VGG19, DnCNN, from_torch, model_of
+from selcrypt_jax.models import VGG19, DnCNN, from_torch, model_of, to_torch
 
 ROOT = Path(__file__).parent.parent.parent
 DATA = Path(os.environ.get("SELCRYPT_DATA", "")).absolute()
@@ -441,3 +441,23 @@ def test_batches_of_cifar_follow_from_seed_and_number(module):
     plain = batches(0, False)[40_000]
     np.testing.assert_array_equal(plain["label"], first["label"])
     assert (plain["image"] != first["image"]).any()
+
+
+def small_dncnn(seed: int, *, depth: int = 3) -> DnCNN:
+    return DnCNN(depth, 4, channels=1, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")))
+
+
+def test_training_starts_from_a_checkpoint(tmp_path, module):
+    started, public = module("_loop").started, small_dncnn(0)
+    module("_loop").write_tensors(to_torch(public), tmp_path / "public.safetensors", {})
+    untouched = small_dncnn(1)
+    assert started(untouched, None) is untouched
+    found = to_torch(started(small_dncnn(1), tmp_path / "public.safetensors"))
+    for name, tensor in to_torch(public).items():
+        np.testing.assert_array_equal(found[name], tensor)
+    with pytest.raises(ValueError, match=r"--start: .*expected a network as the other options"):
+        started(small_dncnn(1, depth=4), tmp_path / "public.safetensors")
+    with pytest.raises(ValueError, match="expected a checkpoint of VGG19"):
+        started(VGG19(10, width=0.02, rngs=nnx.Rngs(0)), tmp_path / "public.safetensors")
+    with pytest.raises((ValueError, OSError), match="missing"):
+        started(small_dncnn(1), tmp_path / "missing.safetensors")
