@@ -1,5 +1,6 @@
 """The window cipher on bytes, on arrays of this host, and in XLA. `window` defines it."""
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -103,7 +104,7 @@ def run_window(
             here.append(name)
             continue
         for ring, index in own:
-            result[name] = _in_xla(cipher, result[name], ring, keys.array[index])
+            result[name] = _in_xla(cipher, result[name], ring, keys.array, index)
 
     def masked(name: str) -> np.ndarray:
         bits = copied(leaves[name])
@@ -147,26 +148,32 @@ def _on_host(cipher: Windows, leaf: Any, bits: np.ndarray, ring: Any, secret: by
                 np.copyto(rows[here], new[:, *rest], where=mask[here])
 
 
-def _in_xla(cipher: Windows, leaf: Any, ring: Any, key: Any) -> Any:
+def _in_xla(cipher: Windows, leaf: Any, ring: Any, keys: Any, index: int) -> Any:
+    import jax
+
+    dtype = DTYPES[str(leaf.dtype)]
+    window = cipher.window(ring.name, dtype)
+    low, mask = np.array(offset_and_mask(dtype, window), f"u{leaf.dtype.itemsize}")
+    where = None if ring.mask.all() else ring.mask
+    with jax.debug_nans(False), jax.debug_infs(False):
+        return _compiled()(leaf, keys, np.int32(index), where, low, mask)
+
+
+@functools.cache
+def _compiled() -> Any:
+    """`_in_xla` as one program for all leaves of a shape, whatever their windows."""
     import jax
     from jax import lax
 
     from .._tree.names import unsigned, without_explicit_axes
 
-    dtype = DTYPES[str(leaf.dtype)]
-    offset, mask = offset_and_mask(dtype, cipher.window(ring.name, dtype))
-    word = unsigned(leaf)
-    everything = bool(ring.mask.all())
-
-    def masked(leaf: Any, key: Any) -> Any:
+    def masked(leaf: Any, keys: Any, index: Any, where: Any, low: Any, mask: Any) -> Any:
+        word, key = unsigned(leaf), jax.random.fold_in(keys[index], SEAL)
         bits = lax.bitcast_convert_type(leaf, word)
-        drawn = jax.random.bits(jax.random.fold_in(key, SEAL), leaf.shape, word)
-        drawn = drawn & np.array(mask, word)
-        low = np.array(offset, word)
-        new = ((bits - low) ^ drawn) + low
-        if not everything:
-            new = jax.numpy.where(ring.mask, new, bits)
+        drawn = jax.random.bits(key, leaf.shape, word)
+        new = ((bits - low) ^ (drawn & mask)) + low
+        if where is not None:
+            new = jax.numpy.where(where, new, bits)
         return lax.bitcast_convert_type(new, leaf.dtype)
 
-    with jax.debug_nans(False), jax.debug_infs(False):
-        return jax.jit(without_explicit_axes(masked, leaf))(leaf, key)
+    return jax.jit(lambda leaf, *rest: without_explicit_axes(masked, leaf)(leaf, *rest))

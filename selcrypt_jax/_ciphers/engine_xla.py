@@ -23,6 +23,11 @@ from .keys import RingKeys, key_by_key
 
 _AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
 
+# Blocks that are drawn and sorted together. On a CPU the state of a few stays in the cache; an
+# accelerator needs many to be busy, and takes longer for each program that it starts.
+_CPU_BATCH = 16
+_ACCELERATOR_BATCH = 1 << 10
+
 
 def run_in_xla(
     cipher: Form,
@@ -185,8 +190,12 @@ def _map_blocks(
     block: Callable[..., Array], keys: Key[Array, " keys"], ring: Array, *columns: Array
 ) -> Array:
     block = key_by_key(block, keys)
-    # A few blocks at a time: their state stays in the cache, and memory is bounded.
-    return lax.map(lambda row: block(keys[row[0]], *row[1:]), (ring, *columns), batch_size=16)
+
+    def blocks(*columns: Array, at_once: int) -> Array:
+        return lax.map(lambda row: block(keys[row[0]], *row[1:]), columns, batch_size=at_once)
+
+    few, many = (partial(blocks, at_once=n) for n in (_CPU_BATCH, _ACCELERATOR_BATCH))
+    return lax.platform_dependent(ring, *columns, cpu=few, default=many)
 
 
 def _block_of_bits(key: PRNGKeyArray, block: Array, dtype: Any) -> Array:

@@ -106,9 +106,10 @@ def test_long_keystream_equals_openssl(count):
     assert octets(got) == openssl(SECRET, SPLIT, 4 * count)
 
 
+@pytest.mark.parametrize("unroll", [1, 2])
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 19, 20, 1000])
-def test_chunk_size_does_not_change_the_stream(chunk):
-    got = _chacha._blocks(words(SECRET), words(SPLIT), blocks=20, chunk=chunk)
+def test_chunk_size_does_not_change_the_stream(chunk, unroll):
+    got = _chacha._blocks(words(SECRET), words(SPLIT), blocks=20, chunk=chunk, unroll=unroll)
     chex.assert_shape(got, (20, 16))
     assert octets(got) == openssl(SECRET, SPLIT, 20 * 64)
 
