@@ -28,7 +28,8 @@ class Targets:
 
     Attributes:
         targets: what levels 0 to M-1 shall give, from the worst to the best; level M gives the
-            original. The first may be None, "as bad as it gets": all of the budget is encrypted.
+            original. With a sealed rest they are those of levels 1 to M-1, since level 0 is worth
+            nothing. The first may be None, "as bad as it gets": all of the budget is encrypted.
         evaluate: ``params -> number``: the metric, on data that were not used for training. It has
             to give the same number for the same params. For a checkpoint on disk the params are a
             dict from the names of all tensors to arrays.
@@ -88,12 +89,12 @@ def checked_targets(asked: Targets) -> list[float | None]:
     targets, sign = asked.targets, asked.sign
     if isinstance(targets, str) or not hasattr(targets, "__len__"):
         raise TypeError(
-            "targets: expected a number for each level from 0 on, got "
+            "targets: expected a number for each level but the top one, got "
             f"{type(targets).__name__}. Pass a list, such as [20, 24, 28]."
         )
     if not len(targets):
         raise ValueError(
-            "targets: expected a number for each level from 0 on, got none. Pass some."
+            "targets: expected a number for each level but the top one, got none. Pass some."
         )
     wanted: list[float | None] = []
     for level, target in enumerate(targets):
@@ -102,15 +103,15 @@ def checked_targets(asked: Targets) -> list[float | None]:
             continue
         if target is None or isinstance(target, str) or not math.isfinite(target):
             raise ValueError(
-                f"targets[{level}]: expected a finite number, got {target!r}. None, as bad as it "
-                "gets, is for level 0 alone, with levels above it."
+                f"targets[{level}]: expected a finite number, got {target!r}. Only the first may "
+                'be None ("any"), as bad as it gets, with another one behind it.'
             )
         wanted.append(sign * float(target))
         below = wanted[level - 1] if level else None
         if below is not None and sign * target < below:
             order = "ascending" if sign > 0 else "descending (lower is better)"
             raise ValueError(
-                f"targets[{level}]: expected {order} targets, from level 0 on, got {target} after "
-                f"{targets[level - 1]}. Sort them."
+                f"targets[{level}]: expected {order} targets, from the worst to the best, got "
+                f"{target} after {targets[level - 1]}. Sort them."
             )
     return wanted

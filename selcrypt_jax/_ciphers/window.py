@@ -33,7 +33,9 @@ class WindowCipher:
 
     Attributes:
         windows: name of a leaf → its window; see `fit`. Without windows, and for leaves that are
-            not named, the whole exponent is masked: Inf and NaN come up.
+            not named, the whole exponent is masked: Inf and NaN come up. So they do in a leaf that
+            spans more than half of all exponents, as one with both a zero and a 2: what is masked
+            must decrypt exactly, whatever it looks like.
 
     Examples:
         >>> cipher = WindowCipher.fit(params)
@@ -44,6 +46,18 @@ class WindowCipher:
     """
 
     windows: Mapping[str, Window] | None = None
+
+    def __post_init__(self) -> None:
+        windows = {} if self.windows is None else self.windows
+        for name, window in windows.items():
+            if not isinstance(window, Window):
+                raise TypeError(
+                    f"windows {name!r}: expected a Window, got {window!r}. Make windows with "
+                    "WindowCipher.fit."
+                )
+
+    def __hash__(self) -> int:
+        return hash(frozenset((self.windows or {}).items()))
 
     @classmethod
     def fit(cls, params: Any) -> "WindowCipher":

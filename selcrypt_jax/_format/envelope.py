@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .._io.errors import GrantError, IntegrityError
+from .._io.safetensors import PROTECTED
 from .._io.strict_json import show
 from .._keys.keys import LevelKey
 from .._keys.signing import SigningKey, VerifyKey
@@ -28,7 +29,7 @@ from .boxes import Rings, SealedRing, box_length, open_box, seal_box
 from .checks import DAMAGED, Checker
 from .manifest import LevelSize, Manifest, metadata_digest
 
-MANIFEST = "selcrypt"
+MANIFEST = PROTECTED
 _BOX = "selcrypt.box."
 _SIGNATURE = "selcrypt.signature"
 _SIGNATURE_BYTES = 64

@@ -32,6 +32,7 @@ MAX_HEADER = 100_000_000
 """Bytes; the format's own bound."""
 
 _METADATA = "__metadata__"
+PROTECTED = "selcrypt"  # the metadata entry that a protected file has
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 # Only asked for once the file is refused: the length of a header may look like any of them.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .._io.arrays import ArraySource, as_array
-from .._io.safetensors import SafetensorsFile
+from .._io.safetensors import PROTECTED, SafetensorsFile
 from .._io.shards import check_shards, find_shards
 from .._tree.dtypes import SAFETENSORS
 from .._tree.names import listed, named_leaves
@@ -23,8 +23,11 @@ class Base:
         tensors: of the network that comes from it, by name, with dtype and shape.
         stack: closes the files.
 
+    Attributes:
+        lacking: names of the network's tensors that it does not have in their shape.
+
     Raises:
-        ValueError: no checkpoint, or none of a network like this one.
+        ValueError: no checkpoint, a protected one, or none of a network like this one.
         OSError: a file that cannot be read.
     """
 
@@ -35,11 +38,19 @@ class Base:
             files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
             if index is not None:
                 check_shards(index, files)
+            for file in files.values():
+                if PROTECTED in (file.metadata or {}):
+                    raise ValueError(
+                        f"{file.path}: base: is a protected file, expected a plain checkpoint: "
+                        "what changed from ciphertext says nothing. Give the network that this "
+                        "one was fine-tuned from, unlocked at its top level."
+                    )
             sources: list[Any] = list(files.values())
         else:
             sources = [ArraySource(named_leaves(given, "base").arrays, "base")]
         self._source = {name: source for source in sources for name in source.tensors}
-        if not any(self._has(name, info) for name, info in tensors.items()):
+        self.lacking = [name for name, info in tensors.items() if not self._has(name, info)]
+        if len(self.lacking) == len(tensors):
             raise ValueError(
                 f"base: expected tensors as this network has them, such as {listed(tensors)}, got "
                 f"{listed(self._source)}. Give the network that this one was fine-tuned from."
@@ -57,12 +68,22 @@ class Base:
             name: of the tensor.
             info: its dtype (safetensors' name) and shape.
             data: its bytes.
+
+        Raises:
+            ValueError: a base that is not finite where the network is.
         """
         leaf = as_array(data, info.dtype, tuple(info.shape)).astype(np.float32)
         if self._has(name, info):
             theirs = self._source[name]
             dtype = theirs.tensors[name].dtype
-            leaf -= as_array(theirs.read(name), dtype, tuple(info.shape)).astype(np.float32)
+            known = as_array(theirs.read(name), dtype, tuple(info.shape)).astype(np.float32)
+            broken = np.count_nonzero(np.isfinite(leaf) & ~np.isfinite(known))
+            if broken:
+                raise ValueError(
+                    f"base: {name!r}: expected finite weights, as the network has them, got NaN or "
+                    f"Inf in {broken} of {known.size}. Give a base that works."
+                )
+            leaf -= known
         return leaf
 
 

@@ -107,7 +107,8 @@ def checked_score(name: str, leaf: Any) -> np.ndarray | None:
         raise ValueError(
             f"scores {name!r}: expected numbers, got NaN in {int(np.isnan(array).sum())} of "
             f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights are "
-            "not finite, or the loss was not: repair them or leave the leaf out with `select`."
+            "not finite, or the loss was not: repair them, or name the leaves that take part with "
+            "`select`, in place of the default choice."
         )
     return array
 

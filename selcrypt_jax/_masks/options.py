@@ -33,9 +33,10 @@ class Select:
             with scores, whose shapes say it.
         layout: Order of the axes of a kernel: OIHW as in PyTorch, HWIO as in JAX. By default it is
             told from the shapes.
-        select: Which tensors take part: a regular expression, searched in their names; "^(?!fc)"
-            takes all that do not begin with fc. In Python also a function (name, tensor) -> bool.
-            By default all floats with two axes or more, or all that have scores.
+        select: Which tensors take part: a regular expression, searched in their names. In Python
+            also a function (name, tensor) -> bool. By default all floats with two axes or more, or
+            all that have scores; a pattern replaces that: "^(?!fc)" takes all that do not begin
+            with fc, biases and integers too, and "^conv.*weight$" kernels only.
         scope: Whether budget and levels hold in every tensor (leaf), or over all of them (model).
         small: Share of all weights. The smallest tensors that together have no more are encrypted
             as a whole, beside the budget: normalisation, biases, often the first and the last

@@ -11,7 +11,7 @@ import numpy as np
 from .._ciphers.lossless import LosslessCipher
 from .._importance import closed
 from .._io.arrays import ArraySource, as_array
-from .._io.safetensors import SafetensorsFile
+from .._io.safetensors import PROTECTED, SafetensorsFile
 from .._keys.chacha import chacha20_key
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Granularity, Layout, group_shape
@@ -96,7 +96,13 @@ def _given(source: NamedTensors, selection: Select, stack: ExitStack) -> Scores:
                 "file, or in Python as a pytree."
             )
         what = str(path)
-        given: NamedTensors = stack.enter_context(SafetensorsFile(path))
+        file = stack.enter_context(SafetensorsFile(path))
+        if PROTECTED in (file.metadata or {}):
+            raise ValueError(
+                f"{path}: expected scores, got a protected file, whose numbers say nothing. Save "
+                "scores under the names of the checkpoint's tensors."
+            )
+        given: NamedTensors = file
     else:
         what = "importance"
         leaves = named_leaves(importance, what).leaves

@@ -18,9 +18,10 @@ from .._format.boxes import Rings, SealedRing
 from .._format.manifest import NO_DIGEST, Rest, byte_count
 from .._format.rings import ring_groups, seal_mask
 from .._format.tensors import StoredTensors
+from .._io.errors import IntegrityError
 from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret, level_key
-from .._keys.signing import SigningKey
+from .._keys.signing import SigningKey, VerifyKey
 from .._masks.change import Base, is_counted
 from .._masks.levels import Levels, LevelsLike, as_levels
 from .._masks.options import Select, check_options
@@ -30,6 +31,9 @@ from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
+from .use import AnySigner, verify_key
+
+UNSIGNED = "unsigned"  # in place of the signer of an earlier release
 
 
 class Chosen(NamedTuple):
@@ -42,6 +46,7 @@ class Chosen(NamedTuple):
         calibration: what the levels give, if they were searched for.
         model_id: under which they were searched for. It must not be used for anything else, so
             callers of the package never see it before the release is made.
+        unknown: tensors that an earlier release did not have: it says nothing of them.
     """
 
     rings: Rings
@@ -49,6 +54,7 @@ class Chosen(NamedTuple):
     layout: Layout | None = None
     calibration: Calibration | None = None
     model_id: bytes | None = None
+    unknown: tuple[str, ...] = ()
 
 
 class Plan:
@@ -138,6 +144,7 @@ def choose_like(
     *,
     secret: Secret,
     signing: SigningKey | None,
+    old_signer: AnySigner | None,
     cipher: LosslessCipher,
     rest: Rest,
     what: str,
@@ -151,6 +158,7 @@ def choose_like(
         secret: the owner's, which protected the earlier release too.
         signing: the owner's; the release must then be signed with it, since whoever has a grant
             could have moved its positions.
+        old_signer: see `protect_file`.
         cipher: of the new release.
         rest: of the new release.
         what: the checkpoint or tree, for messages.
@@ -162,9 +170,10 @@ def choose_like(
         OSError: it cannot be read.
     """
     with open_checkpoint(path) as old:
-        envelopes = old.envelopes(None if signing is None else signing.public)
+        envelopes = old.envelopes()
         manifest = next(iter(envelopes.values())).manifest
         old.check_whole(manifest)
+        _check_old_signer(manifest.signer, signing, old_signer, str(path))
         if manifest.rest == "sealed" and rest == "plain":
             raise ValueError(
                 f"like: {path}: has a sealed rest, expected a plain one: what only its level 1 "
@@ -187,7 +196,36 @@ def choose_like(
                     where, weights = f"{what}: tensor {name!r}, level {level}", ring.weights(shape)
                     cipher.check_size(where, dtype, groups=ring.groups, weights=weights)
                 rings[name] = [(m, ring._replace(sha256=NO_DIGEST)) for m, ring in found]
-        return Chosen(with_twins(rings, files), len(manifest.levels))
+        found = with_twins(rings, files)
+        known = {*found, *(name for file in old.files.values() for name in file.tensors)}
+        unknown = tuple(name for name in source.tensors if name not in known)
+        return Chosen(found, len(manifest.levels), unknown=unknown)
+
+
+def _check_old_signer(
+    actual: VerifyKey | None, signing: SigningKey | None, given: AnySigner | None, path: str
+) -> None:
+    """Refuses an earlier release of another signer.
+
+    Raises:
+        IntegrityError: of one.
+    """
+    if given == UNSIGNED:
+        expected = None
+    elif given is None and signing is None:
+        return
+    else:
+        expected = verify_key(given) or (signing and signing.public)
+    if actual != expected:
+        wanted = "without a signature" if expected is None else f"signed by {expected.hex()}"
+        got = "none" if actual is None else f"that of {actual.hex()}"
+        raise IntegrityError(
+            f"{path}: like: expected an earlier release {wanted}, got {got}: whoever has a grant "
+            "for a file that you did not sign could have moved what it encrypts. Name the key it "
+            'was signed with (--old-signer signing.pub); or "unsigned", if it never was and this '
+            "is the copy that you wrote.",
+            reason="signer",
+        )
 
 
 def plain_change(source: NamedTensors, base: Base, rings: Rings, what: str) -> float:
@@ -201,6 +239,9 @@ def plain_change(source: NamedTensors, base: Base, rings: Rings, what: str) -> f
         base: see `Base`.
         rings: what is encrypted.
         what: for messages.
+
+    Raises:
+        ValueError: nothing has changed.
     """
     weights = plain = 0.0
     for name, info in source.tensors.items():
@@ -216,7 +257,13 @@ def plain_change(source: NamedTensors, base: Base, rings: Rings, what: str) -> f
             hidden += squares.reshape(-1, places.size)[places.runs].sum()
         weights += squares.size
         plain += squares.size * (1 - hidden / total)
-    return float(plain / weights) if weights else 0.0
+    if not weights:
+        raise ValueError(
+            f"{what}: expected a network that was fine-tuned from the base, got the base itself: "
+            "no weight has changed, so there is nothing to protect. Check the two files, or leave "
+            "the base out."
+        )
+    return float(plain / weights)
 
 
 def with_twins(
@@ -282,22 +329,21 @@ def _start(source: StoredTensors, name: str) -> memoryview:
     return buffer
 
 
-def check_alone(what: str, **others: object) -> None:
+def check_alone(option: str, **others: object) -> None:
     """Refuses options beside one that decides them.
 
     Args:
-        what: the option, and "it" or "them" for what it is.
+        option: its name.
         others: their values; None where they were not given.
 
     Raises:
         ValueError: one of them was given.
     """
-    option, _, them = what.partition(" ")
     for name, value in others.items():
         if value is not None:
-            decides = "which it decides" if them == "it" else "which they decide"
             raise ValueError(
-                f"{option}: expected {them} alone, got {name} too, {decides}. Leave it out."
+                f"{option}: expected no {name} beside it, since {option} decides that too, got "
+                f"some. Leave {name} out, or {option}."
             )
 
 

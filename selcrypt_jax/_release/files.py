@@ -26,6 +26,7 @@ from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from .choose import Plan, check_alone, check_header, check_rest, choose_like, plain_change
+from .use import AnySigner
 
 
 class Selected(NamedTuple):
@@ -40,6 +41,9 @@ class Selected(NamedTuple):
         calibration: what the levels of the file give, if `Targets` were asked for.
         plain_change: share of what changed from `Select.base` that is plain in the file: in squares
             within a tensor, averaged over the weights; None without a base.
+        new: tensors that the base does not have in their shape, so that all of them counts as
+            changed; or that the earlier release of `like` did not have, so that nothing of them is
+            graded.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -53,6 +57,7 @@ class Selected(NamedTuple):
     untouched: Mapping[str, int]
     calibration: Calibration | None = None
     plain_change: float | None = None
+    new: tuple[str, ...] = ()
 
 
 def protect_file(
@@ -63,6 +68,7 @@ def protect_file(
     levels: LevelsLike | Targets | None = None,
     selection: Select | None = None,
     like: AnyPath | None = None,
+    old_signer: AnySigner | None = None,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
@@ -88,7 +94,10 @@ def protect_file(
         selection: what is encrypted, see `Select`; ``Select()`` by default.
         like: an earlier release of this network, in place of `levels` and `selection`: the same
             weights are graded, and opened by the same levels. Weights change little from version to
-            version: what is encrypted in one and plain in the next is as good as plain.
+            version: what is encrypted in one and plain in the next is as good as plain. Tensors
+            that it did not have get the seal, or stay plain with a plain rest; see `Selected.new`.
+        old_signer: public key that the earlier release is signed with, or its file, if it is not
+            that of `signing`; ``"unsigned"`` if it never was signed, and this is your own copy.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         rest: what becomes of the weights that no level grades. ``"sealed"``: every tensor is
@@ -121,7 +130,9 @@ def protect_file(
     """
     cipher = LosslessCipher() if cipher is None else cipher
     if like is not None:
-        check_alone("like it", levels=levels, selection=selection)
+        check_alone("like", levels=levels, selection=selection)
+    elif old_signer is not None:
+        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
     levels = 5 if levels is None else levels
     selection = Select() if selection is None else selection
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
@@ -148,7 +159,8 @@ def protect_file(
                     assert like is not None
                     chosen = choose_like(
                         like, checkpoint, files,
-                        secret=secret, signing=signing, cipher=cipher, rest=rest, what=what,
+                        secret=secret, signing=signing, old_signer=old_signer,
+                        cipher=cipher, rest=rest, what=what,
                     )  # fmt: skip
                 else:
                     chosen = plan.choose(lambda: read_params(checkpoint), secret, files)
@@ -156,11 +168,11 @@ def protect_file(
                 if plan is None or plan.targets is not None:
                     raise
                 raise ValueError(f"{what}: {error}") from None
-            change = None
+            change, new = None, chosen.unknown
             if selection.base is not None:
                 base = Base(selection.base, checkpoint.tensors, stack)
-                plain = rest == "plain"
-                change = plain_change(checkpoint, base, chosen.rings, what) if plain else 0.0
+                left = plain_change(checkpoint, base, chosen.rings, what)
+                change, new = (left if rest == "plain" else 0.0), tuple(base.lacking)
             protection = Protection.new(
                 secret, chosen.levels, cipher, rest, signing, chosen.model_id
             )
@@ -179,6 +191,7 @@ def protect_file(
         +untouched,
         chosen.calibration,
         change,
+        new,
     )
 
 

@@ -48,7 +48,7 @@ def open_model(
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """
     if names is not None and like is not None:
-        raise ValueError("names: expected them alone, got like too. Leave one of them out.")
+        raise ValueError("names: expected none beside like, got some. Leave one of them out.")
     with LazyModel(path, grant, level=level) as model:
         if like is not None:
             _check_like(like, model.tensors, str(path))
@@ -61,7 +61,8 @@ class LazyModel(Mapping[str, "np.ndarray"]):
 
     A mapping from names to arrays, and a context manager. Signature, manifest and boxes are checked
     when it is opened; of a tensor, the digests of what is read, each time before it is given out.
-    So one host of several reads its own part of a large checkpoint.
+    So one host of several reads its own part of a large checkpoint. Of a name that there is not,
+    ``[]`` raises KeyError, as of any mapping.
 
     Args: see `open_model`.
 
@@ -89,7 +90,7 @@ class LazyModel(Mapping[str, "np.ndarray"]):
             checkpoint: Checkpoint = stack.enter_context(open_checkpoint(path))
             plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
             self._source = {name: file for file in plain.values() for name in file.tensors}
-            self._stack = stack.pop_all()
+            self._stack: ExitStack | None = stack.pop_all()
         self.tensors: dict[str, Any] = {n: file.tensors[n] for n, file in self._source.items()}
 
     def __enter__(self) -> "LazyModel":
@@ -100,7 +101,9 @@ class LazyModel(Mapping[str, "np.ndarray"]):
 
     def close(self) -> None:
         """Closes the file; arrays that were read stay."""
-        self._stack.close()
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -108,11 +111,25 @@ class LazyModel(Mapping[str, "np.ndarray"]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
     def __getitem__(self, name: str) -> "np.ndarray":
+        if name not in self.tensors:
+            raise KeyError(name)
         return self.load([name])[name]
 
     def load(self, names: Collection[str]) -> "dict[str, np.ndarray]":
-        """Several tensors together, which takes less time than one after the other."""
+        """Several tensors together, which takes less time than one after the other.
+
+        Raises:
+            ValueError: a name that there is not; and as `open_model`.
+            TypeError: one name in place of several.
+        """
+        if isinstance(names, str):
+            raise TypeError(
+                f"names: expected several names, got the text {names!r}. Write [{names!r}]."
+            )
         wanted: dict[Unlocked, list[str]] = {}
         for name in names:
             wanted.setdefault(self._file(name), []).append(name)
@@ -144,6 +161,11 @@ class LazyModel(Mapping[str, "np.ndarray"]):
         return self._array(file.read_part(name, start * row, stop * row), name, shape)
 
     def _file(self, name: str) -> Unlocked:
+        if self._stack is None:
+            raise ValueError(
+                f"{self._path}: is closed, expected an open model. Read inside of `with`, or open "
+                "it again."
+            )
         if name not in self._source:
             from .._tree.names import listed
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,15 +22,24 @@ from .._io.atomic import new_file
 from .._io.safetensors import header
 from .._keys.keys import Secret, new_model_id
 from .._keys.signing import SigningKey
+from .._masks.change import Base
 from .._masks.levels import LevelsLike
 from .._masks.options import Select
 from .._masks.scores import source_of_tree
 from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
-from .._tree.names import named_leaves
+from .._tree.names import listed, named_leaves
 from .._tree.rings import split_rings
 from .checkpoint import AnyPath, Job, Protection, of_one_file
-from .choose import Chosen, Plan, check_alone, check_rest, choose_like, sealed
-from .use import AnyGrant, grant_key
+from .choose import (
+    Chosen,
+    Plan,
+    check_alone,
+    check_rest,
+    choose_like,
+    plain_change,
+    sealed,
+)
+from .use import AnyGrant, AnySigner, grant_key
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Protected:
             Whatever writes ``params`` to a safetensors file under the names of their leaves, and
             these as its metadata, writes a protected file.
         calibration: what the levels give, if `Targets` were asked for.
+        plain_change: share of what changed from `Select.base` that is plain, see `Selected`.
 
     Examples:
         >>> released = protect(params, masks, secret=secret)
@@ -53,6 +64,7 @@ class Protected:
     params: PyTree
     metadata: Mapping[str, str]
     calibration: Calibration | None = None
+    plain_change: float | None = None
 
     @property
     def model_id(self) -> bytes:
@@ -122,6 +134,7 @@ def protect(
     levels: LevelsLike | Targets | None = None,
     selection: Select | None = None,
     like: AnyPath | None = None,
+    old_signer: AnySigner | None = None,
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
@@ -139,7 +152,9 @@ def protect(
         levels: as in `protect_file`; 5 by default.
         selection: as in `protect_file`; ``Select()`` by default. ``Select(importance=scores)``
             takes scores as a pytree.
-        like: as in `protect_file`: the file, or the Orbax folder, of an earlier release.
+        like: as in `protect_file`: the file, or the Orbax folder, of an earlier release. Leaves
+            that it did not have stay plain with a plain rest, and a warning names them.
+        old_signer: as in `protect_file`.
         signing: signs the release; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
         rest: as in `protect_file`.
@@ -167,12 +182,22 @@ def protect(
     cipher = LosslessCipher() if cipher is None else cipher
     tree = named_leaves(params)
     source = source_of_tree(tree)
+    change = None
     if like is not None:
-        check_alone("like it", masks=masks, levels=levels, selection=selection)
+        check_alone("like", masks=masks, levels=levels, selection=selection)
         chosen = choose_like(
             like, source, [source],
-            secret=secret, signing=signing, cipher=cipher, rest=rest, what="params",
+            secret=secret, signing=signing, old_signer=old_signer,
+            cipher=cipher, rest=rest, what="params",
         )  # fmt: skip
+        if rest == "plain" and chosen.unknown:
+            warnings.warn(
+                f"{like} says nothing of {listed(chosen.unknown)}: left plain. Protect with a "
+                'sealed rest (rest="sealed"), or anew, without like.',
+                stacklevel=2,
+            )
+    elif old_signer is not None:
+        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
     elif masks is None:
         with ExitStack() as stack:
             plan = Plan(
@@ -180,8 +205,12 @@ def protect(
                 stack=stack, metadata={"format": "jax"}, what="params",
             )  # fmt: skip
             chosen = plan.choose(lambda: params, secret, [source])
+            if plan.selection.base is not None:
+                base = Base(plan.selection.base, source.tensors, stack)
+                left = plain_change(source, base, chosen.rings, "params")
+                change = left if rest == "plain" else 0.0
     else:
-        check_alone("masks them", levels=levels, selection=selection)
+        check_alone("masks", levels=levels, selection=selection)
         rings = split_rings(tree, masks)
         if not rings:
             raise ValueError(
@@ -206,7 +235,7 @@ def protect(
     entries = envelope.entries()
     if together:
         entries = _agreed(envelope, entries)
-    return Protected(tree.rebuild(leaves), entries, chosen.calibration)
+    return Protected(tree.rebuild(leaves), entries, chosen.calibration, change)
 
 
 def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:

@@ -47,7 +47,8 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, Veri
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
-def _verify_key(signer: AnySigner | None) -> VerifyKey | None:
+def verify_key(signer: AnySigner | None) -> VerifyKey | None:
+    """The public key of a signer, read if it is a path."""
     if isinstance(signer, str | os.PathLike):
         return VerifyKey.read(signer)
     remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
@@ -83,7 +84,7 @@ def issue_grant(
         >>> grant.write("bob.grant")
     """
     with open_checkpoint(path) as checkpoint:
-        envelopes = checkpoint.envelopes(_verify_key(signer))
+        envelopes = checkpoint.envelopes(verify_key(signer))
         manifest = next(iter(envelopes.values())).manifest
         levels = len(manifest.levels)
         if not 1 <= operator.index(level) <= levels:
@@ -188,7 +189,7 @@ def rotate_file(
             )
         if signing is not None:
             # Signing what somebody else signed would make their changes ours.
-            expected = _verify_key(old_signer) or signing.public
+            expected = verify_key(old_signer) or signing.public
             for envelope in envelopes.values():
                 envelope.check_signature(expected)
         checkpoint.check_whole(manifest)
@@ -343,7 +344,7 @@ def verify_file(
         >>> found = verify_file("model.safetensors", signer="keys/signing.pub")
     """
     key, insisted = (None, None) if grant is None else grant_key(grant)
-    public = _verify_key(signer)
+    public = verify_key(signer)
     with open_checkpoint(path) as checkpoint:
         if public is not None and insisted is not None and public != insisted:
             message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."

@@ -15,7 +15,7 @@ from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
-from ._selection import Goal, Levels, Selection, Unit, levels_of
+from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_of
 from ._tables import calibration_as_dict, print_inspection, print_levels
 
 
@@ -66,6 +66,7 @@ def protect(
     levels: Levels = None,
     goal: Annotated[Goal, Flat] = Goal(),
     like: Path | None = None,
+    old_signer: str | None = None,
     unit: Unit = "weight",
     rest: Rest = "sealed",
     writing: Annotated[Writing, Flat] = Writing(),
@@ -94,6 +95,8 @@ def protect(
         like: Your protected file of an earlier version: the same weights are graded again, and
             opened by the same levels, in place of a new selection. Weights change little from
             version to version: what is encrypted in one and plain in the next is as good as plain.
+        old_signer: With --like: the signing.pub of the earlier version, if it is signed with
+            another key of yours; or "unsigned", if it never was signed and this is your own copy.
         unit: What the cipher permutes: single weights, or whole groups, which leave less of a
             trace and have fewer orders.
         rest: What becomes of all other weights. Sealed: encrypted too, under the key of level 1.
@@ -102,9 +105,13 @@ def protect(
         writing: How it is written.
     """
     from .._release.files import protect_file  # the start of JAX, which other commands don't need
+    from .._tree.names import listed
 
-    alone = like is not None and levels is None and not goal.targets
-    wanted: Any = None if alone else levels_of(levels, goal)
+    wanted: Any = None
+    if like is not None:
+        check_like_alone(levels, goal, selection)
+    else:
+        wanted = levels_of(levels, goal)
     spare(out, *keys.files)
     with goal.named():
         selected = protect_file(
@@ -112,8 +119,9 @@ def protect(
             out,
             secret=keys.read_secret(),
             levels=wanted,
-            selection=None if like is not None and selection == Selection() else selection,
+            selection=selection if like is None else None,
             like=like,
+            old_signer=old_signer,
             signing=keys.read_signing(),
             cipher=LosslessCipher(unit=unit),
             rest=rest,
@@ -129,12 +137,30 @@ def protect(
             "selected": dict(selected.groups),
             "untouched": dict(selected.untouched),
             **({} if selected.plain_change is None else {"plain_change": selected.plain_change}),
+            **({"new": list(selected.new)} if selected.new else {}),
         },
         found
         and calibration_as_dict(
             found, wanted.targets, spreads=False, first=1 if rest == "sealed" else 0
         ),
     )
+    if selected.new and selection.base is not None:
+        print(
+            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed.",
+            file=sys.stderr,
+        )
+    elif selected.new:
+        now = "plain: use --rest sealed" if rest == "plain" else "sealed, and opened by level 1"
+        print(
+            f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.",
+            file=sys.stderr,
+        )
+    if found is not None and rest == "sealed" and wanted.targets[0] is None:
+        print(
+            "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
+            "customer it may be worth nothing. Name what it shall give in place of any.",
+            file=sys.stderr,
+        )
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None

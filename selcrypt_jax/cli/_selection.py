@@ -65,7 +65,7 @@ class Goal(Targets):
                 "targets: expected a metric to measure them by, got none. Add --evaluate "
                 "module:function."
             )
-        numbers = [_number(text, level) for level, text in enumerate(self.targets)]
+        numbers = [_number(text) for text in self.targets]
         return Targets(
             numbers,
             imported("evaluate", self.evaluate),
@@ -86,12 +86,33 @@ class Goal(Targets):
             raise ValueError(f"{self.evaluate}: {error}") from None
 
 
+def check_like_alone(levels: Levels, goal: Goal, selection: Selection) -> None:
+    """Refuses options beside --like, by the names under which they were typed.
+
+    Raises:
+        ValueError: of some.
+    """
+    given = ["levels"] if levels is not None else []
+    for chosen in (goal, selection):
+        default = type(chosen)()
+        given += [
+            o.name for o in fields(chosen) if getattr(chosen, o.name) != getattr(default, o.name)
+        ]
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(
+            f"like: expected no {names} beside it, since the earlier release decides what is "
+            "encrypted and which level opens it. Leave that out, or --like."
+        )
+
+
 def levels_of(levels: Levels, goal: Goal) -> Any:
     """What `protect_file` takes as its levels."""
     if goal.targets:
         if levels is not None:
             raise ValueError(
-                "targets: expected them alone, got levels too, which they decide. Leave those out."
+                "targets: expected no levels beside them, since they decide those, got some. Leave "
+                "one of the two out."
             )
         return goal.read()
     alone = [o.name for o in fields(Goal) if getattr(goal, o.name) != o.default]
@@ -101,15 +122,15 @@ def levels_of(levels: Levels, goal: Goal) -> Any:
     return 5 if levels is None else levels
 
 
-def _number(text: str, level: int) -> float | None:
+def _number(text: str) -> float | None:
     if text == "any":
         return None
     try:
         return float(text)
     except ValueError:
         raise ValueError(
-            f"targets: expected a number for level {level}, got {text!r}. Only level 0 may be "
-            '"any".'
+            f'targets: expected numbers, of which the first may be "any", got {text!r}. Give one '
+            "for each level but the top one."
         ) from None
 
 

@@ -723,12 +723,12 @@ def test_bad_targets_are_refused(files):
     base = "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key"
     goal = "--targets 60 80 --evaluate calibrate_metric:intact"
     for line, message in (
-        (f"{goal} --levels 3", "targets: expected them alone, got levels too"),
-        (f"{goal} --levels 0.1", "got levels too"),
+        (f"{goal} --levels 3", "targets: expected no levels beside them"),
+        (f"{goal} --levels 0.1", "expected no levels"),
         ("--targets 60", "Add --evaluate"),
         ("--evaluate calibrate_metric:intact", "evaluate: is of use with targets only"),
         ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: is of use with"),
-        ("--targets 60 good --evaluate calibrate_metric:intact", "number for level 1, got 'good'"),
+        ("--targets 60 good --evaluate calibrate_metric:intact", "may be \"any\", got 'good'"),
         ("--targets 60 --evaluate nowhere", "expected an import path"),
         ("--targets 60 --evaluate calibrate_metric:wrong", "expected a number"),
         (f"{goal} --tolerance 1e-9 --evaluations 9", "cannot reach"),
@@ -741,7 +741,8 @@ def test_bad_targets_are_refused(files):
 def test_bad_commands_are_refused(files):
     base = "calibrate model.safetensors --evaluate calibrate_metric:intact --targets"
     for line, message in (
-        (f"{base} 60 good", "targets: expected a number for level 1, got 'good'"),
+        (f"{base} 60 good", 'targets: expected numbers, of which the first may be "any"'),
+        (f"{base} any", 'Only the first may be None ("any"), as bad as it gets, with another'),
         (f"{base} 60 --importance scores.safetensors --layout OIHW", "got layout too"),
         (f"{base} 60 101 --tolerance 0.1", "untouched network gives 100"),
         ("calibrate model.safetensors --evaluate nowhere --targets 1", "expected an import path"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from selcrypt_jax import Window, WindowCipher, chacha20_key, decrypt, encrypt
-from selcrypt_jax._ciphers import engine_host
+from selcrypt_jax._ciphers import engine_host, engine_window
 
 EXPONENTS = {"float64": 11, "float32": 8, "bfloat16": 8, "float16": 5, "float8_e5m2": 5}
 MANTISSAS = {"float64": 52, "float32": 23, "bfloat16": 7, "float16": 10, "float8_e5m2": 2}
@@ -161,5 +161,24 @@ def test_refusals():
         )
     with pytest.raises(ValueError, match="expected floats or integers"):
         encrypt({"w": np.ones(9, bool)}, [True], KEYS, cipher=WindowCipher())
+    with pytest.raises(TypeError, match=r"windows 'w': expected a Window, got \(1, 2, 3\)"):
+        WindowCipher({"w": (1, 2, 3)})
     with pytest.raises(TypeError, match="Find the windows before jit"):
         jax.jit(lambda w: WindowCipher.fit({"w": w}) and w)(jnp.ones(9))
+
+
+def test_equal_ciphers_are_one_key():
+    """So that a function can be jitted with a cipher as a static argument."""
+    one, other = (WindowCipher.fit({"w": leaves("float16")}) for _ in range(2))
+    assert len({one, other, WindowCipher()}) == 2
+
+
+def test_xla_compiles_once_for_all_windows(monkeypatch):
+    monkeypatch.setattr(engine_host, "on_host", lambda leaf: False)
+    for scale in (1e-3, 1, 1e3):
+        params = {"w": scale * jnp.arange(1.0, 9.0)}
+        encrypt(params, [True], KEYS, cipher=WindowCipher.fit(params))
+        compiled = engine_window._compiled()._cache_size()
+        if scale == 1e-3:
+            first = compiled
+    assert compiled == first

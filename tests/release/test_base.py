@@ -114,16 +114,54 @@ def test_what_the_base_lacks_has_changed_as_a_whole(files, tmp_path):
         ("missing", OSError, "missing"),
         ("text", ValueError, "text: "),
         ("other", ValueError, "base: expected tensors as this network has them.*got 'x'"),
+        ("protected", ValueError, "protected: base: is a protected file"),
+        ("nan", ValueError, "base: 'out.weight': expected finite weights.*in 1 of 10240"),
+        ("tuned", ValueError, "got the base itself: no weight has changed"),
     ],
 )
 def test_a_bad_base_is_refused(files, tmp_path, base, error, message):
     (tmp_path / "text").write_text("no checkpoint")
     save(tmp_path / "other", {"x": np.ones(3)})
+    protect_file(files[1], tmp_path / "protected", secret=SECRET)
+    broken = BASE["out.weight"].copy()
+    broken[3, 5] = np.nan
+    save(tmp_path / "nan", BASE | {"out.weight": broken})
     with pytest.raises(error, match=message):
         protect_file(
             files[0], tmp_path / "p", secret=SECRET, selection=select(base=tmp_path / base)
         )
     assert not (tmp_path / "p").exists()
+
+
+def test_scores_do_not_come_from_a_protected_file(files, tmp_path):
+    protect_file(files[1], tmp_path / "protected", secret=SECRET)
+    with pytest.raises(ValueError, match="expected scores, got a protected file"):
+        protect_file(
+            files[0], tmp_path / "p", secret=SECRET, selection=Select(tmp_path / "protected")
+        )
+
+
+def test_a_tree_tells_what_stays_plain_too(files, tmp_path):
+    tuned, _ = files
+    options = {"secret": SECRET, "levels": 2, "selection": select(base=BASE)}
+    done = protect_file(tuned, tmp_path / "p", rest="plain", **options)
+    released = protect(TUNED, rest="plain", **options)
+    assert released.plain_change == pytest.approx(done.plain_change, abs=1e-3)
+    assert protect(TUNED, **options).plain_change == 0
+    with pytest.raises(ValueError, match=r"params: .*got the base itself"):
+        protect(TUNED, secret=SECRET, selection=select(base=TUNED))
+
+
+def test_what_the_base_lacks_is_named(files, tmp_path, capsys):
+    SECRET.write(tmp_path / "secret.key")
+    other = {"conv.weight": BASE["conv.weight"], "out.weight": np.ones(3)}
+    base = save(tmp_path / "other", other)
+    done = protect_file(files[0], tmp_path / "p", secret=SECRET, selection=select(base=base))
+    assert set(done.new) == {"out.weight", "norm.weight"}
+    words = ["protect", str(files[0]), "-o", str(tmp_path / "q"), "--base", str(base)]
+    words += ["--layout", "OIHW", "--secret", str(tmp_path / "secret.key")]
+    assert main(words) == 0
+    assert "The base has no such tensors: " in capsys.readouterr().err
 
 
 def test_on_the_command_line(files, tmp_path, capsys):

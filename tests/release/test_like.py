@@ -126,6 +126,54 @@ def test_of_a_tree(first, tmp_path):
     assert all(np.array_equal(leaf, second[n]) for n, leaf in unlock(released, key).items())
 
 
+def test_an_owner_may_have_changed_the_key_or_begun_without_one(first, tmp_path, capsys):
+    second = save(tmp_path / "second", changed(0.01))
+    unsigned, other = tmp_path / "unsigned", SigningKey(bytes(range(32)))
+    protect_file(tmp_path / "first", unsigned, secret=SECRET, levels=3, selection=SELECT)
+    SIGNING.public.write(tmp_path / "old.pub")
+    options = {"secret": SECRET, "signing": other, "force": True}
+    for old, how in (
+        (first, SIGNING.public),
+        (first, tmp_path / "old.pub"),
+        (unsigned, "unsigned"),
+    ):
+        protect_file(second, tmp_path / "v2", like=old, old_signer=how, **options)
+        groups = ([x.groups for x in inspect_file(p).levels[1:]] for p in (tmp_path / "v2", old))
+        assert len({*map(tuple, groups)}) == 1
+        protect(changed(0.01), secret=SECRET, signing=other, like=old, old_signer=how)
+    for old, how in ((unsigned, None), (first, "unsigned"), (unsigned, SIGNING.public)):
+        with pytest.raises(IntegrityError, match=r'--old-signer signing.pub.*or "unsigned"'):
+            protect_file(second, tmp_path / "v2", like=old, old_signer=how, **options)
+    for call in (protect_file, protect):
+        with pytest.raises(ValueError, match="old_signer: is of use with like only"):
+            call(
+                *((second, tmp_path / "v3") if call is protect_file else (changed(0.01),)),
+                secret=SECRET, old_signer="unsigned",
+            )  # fmt: skip
+    SECRET.write(tmp_path / "secret.key")
+    other.write(tmp_path / "signing.key")
+    words = ["protect", str(second), "-o", str(tmp_path / "v4"), "--like", str(unsigned)]
+    words += ["--secret", str(tmp_path / "secret.key"), "--signing", str(tmp_path / "signing.key")]
+    assert main(words) == 1
+    assert main([*words, "--old-signer", "unsigned"]) == 0
+
+
+def test_what_the_earlier_release_did_not_have_is_named(first, tmp_path, capsys):
+    second = changed(0.01) | {"head.weight": np.ones((32, 16), np.float32)}
+    plain = save(tmp_path / "second", second)
+    for rest, said in (("plain", "They are plain: use --rest sealed"), ("sealed", "are sealed")):
+        done = protect_file(plain, tmp_path / rest, secret=SECRET, like=first, rest=rest)
+        assert done.new == ("head.weight",)
+        SECRET.write(tmp_path / "secret.key", force=True)
+        words = ["protect", str(plain), "-o", str(tmp_path / "p"), "--like", str(first), "--force"]
+        assert main([*words, "--secret", str(tmp_path / "secret.key"), "--rest", rest]) == 0
+        err = capsys.readouterr().err
+        assert "'head.weight'" in err
+        assert said in err
+    with pytest.warns(UserWarning, match="says nothing of 'head.weight'"):
+        protect(second, secret=SECRET, like=first, rest="plain")
+
+
 def test_equal_tensors_stay_equal(first, tmp_path):
     """A tensor that the earlier release did not have, with the weights of one that it had."""
     second = changed(0.01)
@@ -149,9 +197,11 @@ def test_on_the_command_line(first, tmp_path, capsys):
     ]
     capsys.readouterr()
     assert main([*words, "--force", "--budget", "0.3"]) == 1
-    assert "like: expected it alone, got selection too" in capsys.readouterr().err
+    assert "like: expected no --budget beside it" in capsys.readouterr().err
     assert main([*words, "--force", "--levels", "2"]) == 1
-    assert "like: expected it alone, got levels too" in capsys.readouterr().err
+    assert "like: expected no --levels beside it" in capsys.readouterr().err
+    assert main([*words, "--force", "--evaluate", "mine:metric", "--small", "0"]) == 1
+    assert "like: expected no --evaluate, --small beside it" in capsys.readouterr().err
 
 
 def refusal(kind, first, tmp_path):
@@ -184,13 +234,13 @@ def refusal(kind, first, tmp_path):
     ("kind", "error", "message"),
     [
         ("another secret", GrantError, "this secret did not protect this file"),
-        ("another signer", IntegrityError, "expected a file signed by"),
+        ("another signer", IntegrityError, "expected an earlier release signed by"),
         ("no such tensor", ValueError, r"tensor 'conv.weight': expected shape \[64, 32, 3, 3\]"),
         ("another shape", ValueError, r"expected shape \[40, 256\].*got shape \[256, 40\]"),
         ("integers", ValueError, "tensor 'out.weight'"),
         ("plain like sealed", ValueError, "like: .*has a sealed rest, expected a plain one"),
         ("not protected", ValueError, "is not a protected file"),
-        ("levels", ValueError, "like: expected it alone, got levels too, which it decides"),
+        ("levels", ValueError, "like: expected no levels beside it, since like decides"),
         ("no file", OSError, "missing"),
     ],
 )

@@ -179,8 +179,35 @@ def test_only_what_is_asked_for_is_checked_and_all_of_it(plain, tmp_path):
         LazyModel(tmp_path / "p", key).rows("large", 0, 1201)
     with pytest.raises(ValueError, match=r"has no tensor 'none'\. There are: .*'conv\.weight'"):
         open_model(tmp_path / "p", key, names=["none"])
-    with pytest.raises(ValueError, match="names: expected them alone"):
+    with pytest.raises(ValueError, match="names: expected none beside like"):
         open_model(tmp_path / "p", key, names=["half"], like=TENSORS)
+
+
+def test_an_open_model_is_a_mapping(plain, tmp_path, monkeypatch):
+    protect_file(plain, tmp_path / "p", secret=SECRET, levels=1)
+    (key,) = keys(tmp_path / "p", 1)
+    with LazyModel(tmp_path / "p", key) as model:
+        with monkeypatch.context() as patch:
+            patch.setattr(LazyModel, "load", None)  # nothing is read to tell what there is
+            assert "half" in model
+            assert "none" not in model
+            assert 3 not in model
+            assert sorted(model) == sorted(TENSORS)
+            assert len(model) == len(TENSORS)
+        assert model.get("none") is None
+        with pytest.raises(KeyError, match="none"):
+            model["none"]
+        assert {name: leaf.tobytes() for name, leaf in model.items()} == {
+            name: leaf.tobytes() for name, leaf in TENSORS.items()
+        }
+        with pytest.raises(TypeError, match=r"got the text 'half'. Write \['half'\]"):
+            model.load("half")
+    for closed in (lambda: model["half"], lambda: model.rows("large", 0, 1), model.values):
+        with pytest.raises(ValueError, match="is closed, expected an open model"):
+            list(closed())
+    model.close()  # again
+    with pytest.raises(TypeError, match="got the text 'half'"):
+        open_model(tmp_path / "p", key, names="half")
 
 
 def test_rotation_keeps_the_seal(plain, tmp_path):
