@@ -94,18 +94,25 @@ def _replaced(params: PyTree, base: PyTree, suspected: PyTree, value: _Value) ->
 
 
 def check_base(params: PyTree, base: Any, what: str) -> None:
-    """Refuses a base of another shape.
+    """Refuses a base of another shape, or one that is broken: attacks with it would just fail.
 
     Raises:
         ValueError: of one.
     """
-    expected, actual = (
-        {n: np.shape(leaf) for n, leaf in named_leaves(tree).arrays.items()}
-        for tree in (params, base)
-    )
+    leaves = [named_leaves(tree).arrays for tree in (params, base)]
+    expected, actual = ({n: np.shape(leaf) for n, leaf in each.items()} for each in leaves)
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
             raise ValueError(
                 f"{what}: base: {name!r}: expected shape {expected.get(name)} as in params, got "
                 f"{actual.get(name)}. Give the network that this one was fine-tuned from."
+            )
+        known = np.asarray(leaves[1][name])
+        if (
+            jnp.issubdtype(known.dtype, jnp.floating)
+            and not np.isfinite(known.astype(np.float32)).all()
+        ):
+            raise ValueError(
+                f"{what}: base: {name!r}: expected finite weights, got NaN or Inf. Give a network "
+                "that works."
             )

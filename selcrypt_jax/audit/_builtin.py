@@ -1,6 +1,6 @@
 """Networks that can be audited by name: those of the demo, VGG19 and DnCNN."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ def _chain(params: PyTree) -> list[Link]:
     """Between each convolution and the next the normalisation of the former."""
     leaves = named_leaves(params).leaves
     links = (
-        Link(f"convs/{n}/kernel", f"norms/{n}/scale", f"convs/{n + 1}/kernel")
+        Link(f"convs/{n}/kernel", f"norms/{n}/scale", f"convs/{n + 1}/kernel", f"norms/{n}/bias")
         for n in range(len(leaves))
     )
     return [link for link in links if all(name in leaves for name in link)]
@@ -158,6 +158,7 @@ def dncnn(
     eps: float = 1e-5,
     seed: int = 0,
     base: str | None = None,
+    siblings: Sequence[str] = (),
 ) -> Subject:
     """DnCNN from a checkpoint in PyTorch's names.
 
@@ -172,6 +173,7 @@ def dncnn(
         eps: ε of BatchNorm.
         seed: of the noise on the test images.
         base: .safetensors file of a network that the attacker has too, see `Subject`.
+        siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """
     tensors = read_tensors(Path(weights))
     model = read_model(Path(weights), DnCNN, eps=eps, tensors=tensors)
@@ -206,6 +208,7 @@ def dncnn(
         examples=len(train),
         batch=draw,
         base=base and Network.of(read_model(Path(base), DnCNN, eps=eps)).params,
+        siblings=[Network.of(read_model(Path(p), DnCNN, eps=eps)).params for p in siblings],
     )
 
 
@@ -217,6 +220,7 @@ def vgg19(
     batch: int = 64,
     tests: int = 1000,
     base: str | None = None,
+    siblings: Sequence[str] = (),
 ) -> Subject:
     """VGG19 on CIFAR from a checkpoint in PyTorch's names.
 
@@ -227,6 +231,7 @@ def vgg19(
         batch: images in a step.
         tests: the first test images, so many.
         base: .safetensors file of a network that the attacker has too, see `Subject`.
+        siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """
     tensors = read_tensors(Path(weights))
     network = Network.of(read_model(Path(weights), VGG19, tensors=tensors))
@@ -252,6 +257,7 @@ def vgg19(
         examples=len(images),
         batch=draw,
         base=base and Network.of(read_model(Path(base), VGG19)).params,
+        siblings=[Network.of(read_model(Path(path), VGG19)).params for path in siblings],
     )
 
 

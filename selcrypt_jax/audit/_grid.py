@@ -36,7 +36,7 @@ class Grid:
     budget: tuple[float, ...] = (0.02, 0.08, 0.3)
     data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     steps: tuple[int, ...] = (50, 200, 1000)
-    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3, 1.2e-2)
     attacks: tuple[str, ...] = tuple(name for name in ATTACKS if name not in REFERENCES)
     keys: int = 3
     levels: int = 5
@@ -77,7 +77,7 @@ class Grid:
             budget=tuple(share for share in self.budget if share <= 0.1)[-1:] or self.budget[:1],
             data=self.data[:1],
             steps=tuple(step for step in self.steps if step <= 200) or self.steps[:1],
-            rates=(1e-3,) if 1e-3 in self.rates else self.rates[:1],
+            rates=(3e-3,) if 3e-3 in self.rates else self.rates[-1:],
             attacks=tuple(name for name in self.attacks if name in _QUICK) or self.attacks,
             keys=1,
         )

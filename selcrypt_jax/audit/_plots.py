@@ -72,7 +72,7 @@ def draw_advantage(report: SubjectReport) -> Figure:
     shares = sorted({best.data for best in every}, reverse=True)
     strategies = _strategies(report)
     place = _on_log_axis(protection.share for protection in report.protections)
-    names = [*strategies, "0: no more than the architecture", "0.1"]
+    names = [*strategies, f"0: no more than the {report.alone}", "0.1"]
     figure, panels = _panels(report, len(shares), names)
     for axis, data in zip(panels, shares, strict=False):
         steps = max(best.steps for best in every if best.data == data)

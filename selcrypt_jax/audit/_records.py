@@ -5,6 +5,9 @@ from typing import Any
 
 from ._advantage import Advantage
 
+NARROW = 0.05
+"""Share of the way from knowing nothing to the original within which nothing is told apart."""
+
 
 @dataclass(frozen=True)
 class Level:
@@ -48,9 +51,13 @@ class Best:
         recovered: metric, one value a key.
         attack: the one that was best for most keys.
         advantage: over an attacker without the file, see `SubjectReport.baseline`; None for the
-            baseline itself, and where that reaches the original, so that there is nothing to steal.
+            baseline itself, and where that comes so near to the original that there is hardly
+            anything to steal.
         over_architecture: the same, over an attacker with the architecture alone, where there is a
             base.
+        rate: learning rate with which it was reached; 0 if nothing was trained.
+        same_recipe: the advantage over an attacker without the file who trains at that rate too,
+            in place of their best.
     """
 
     data: float
@@ -59,24 +66,37 @@ class Best:
     attack: str
     advantage: Advantage | None
     over_architecture: Advantage | None = None
+    rate: float = 0.0
+    same_recipe: Advantage | None = None
 
 
 @dataclass(frozen=True)
-class Climb:
+class Holder:
     """What a key holder reaches who attacks the levels above their own.
 
     Attributes:
         level: that the key opens.
         opened: its metric, one value a key.
-        recovered: the best after training with the strongest attacker's data and steps.
-        without: the same if what stays closed were noise of the same distribution: what the
-            higher rings are worth to the key holder is the difference.
+        best: of all attacks, with the most data and steps; the holder may also train without the
+            file.
+        reference: what an attacker without the file reaches with the same data and steps, mean over
+            keys.
+        above: metric of the next level, mean over keys.
+        gain: how much of the way to the next level it takes them, from the better of their own
+            level and the reference; None where that is as good as the next level.
     """
 
     level: int
     opened: list[float]
-    recovered: list[float]
-    without: list[float]
+    best: Best
+    reference: float
+    above: float
+    gain: float | None
+
+    @property
+    def is_worthless(self) -> bool:
+        """Whether anyone with that data reaches as much without the file."""
+        return sum(self.opened) / len(self.opened) <= self.reference
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,7 @@ class Protection:
         best: for each share of data and number of steps.
         detection: ``{"auc", "baseline"}``: how well encrypted groups are told from others, and
             how well the same groups are before encryption; empty if it was not tried.
-        climbing: from the lowest and from the last level but one; empty if there is none.
+        holders: of levels 1 to M-1; empty if it was not tried.
     """
 
     name: str
@@ -104,7 +124,7 @@ class Protection:
     attempts: list[Attempt]
     best: list[Best]
     detection: dict[str, float] = field(default_factory=dict)
-    climbing: list[Climb] = field(default_factory=list)
+    holders: list[Holder] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,10 +140,11 @@ class SubjectReport:
         weights: number of parameters, running statistics included.
         examples: in the training data.
         protections: from the smallest share to the largest, strategy by strategy.
-        baseline: the best that is reached without the file: from the architecture alone (a file in
-            which everything is encrypted, or fresh weights), or from the base.
+        baseline: the best that is reached without the file: from fresh weights, or from the base.
         seconds: that it took.
         base: whether the attacker has a base, see `Subject`.
+        everything: what is reached with a file in which everything is encrypted by the cipher of
+            the rings, which keeps the histogram of each leaf; empty for a sealed rest.
     """
 
     name: str
@@ -137,6 +158,7 @@ class SubjectReport:
     baseline: list[Best]
     seconds: float
     base: bool = False
+    everything: list[Best] = field(default_factory=list)
 
     @property
     def alone(self) -> str:

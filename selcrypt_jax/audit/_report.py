@@ -129,8 +129,8 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     for name in (
-        "data_name", "detected", "interval", "kept", "measured", "number", "quality", "share",
-        "time",
+        "data_name", "detected", "held", "interval", "kept", "measured", "number", "quality",
+        "share", "time",
     ):  # fmt: skip
         environment.filters[name] = getattr(words, name)
     return environment.from_string(page.read_text("utf-8"))

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .._ciphers.dprm import Cipher, decrypt, encrypt
-from .._ciphers.window import WindowCipher
+from .._ciphers.dprm import Cipher, encrypt
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
@@ -21,9 +20,9 @@ from ._advantage import Advantage, advantage
 from ._attacks import ATTACKS, REFERENCES, Loot, applies, needs_data, run_attack
 from ._base import check_base
 from ._detection import detect
-from ._fill import resample
+from ._file import Protected
 from ._grid import SCRATCH, Grid
-from ._records import Attempt, Best, CipherCheck, Climb, Level, Protection, SubjectReport
+from ._records import NARROW, Attempt, Best, CipherCheck, Holder, Level, Protection, SubjectReport
 from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks, strategy_scores
 from ._structure import check_chain
 from ._subject import Subject, example_batches, place
@@ -34,7 +33,6 @@ _ON_EVERYTHING = (
     "train all",
     "train all, batch statistics",
     "average the normalisation, train all",
-    *REFERENCES,
 )
 
 
@@ -65,42 +63,6 @@ class Work(NamedTuple):
     name: str
     cost: int
     run: Callable[[], Any]
-
-
-class Protected(NamedTuple):
-    """A file, with masks and keys, which an attacker does not have.
-
-    Attributes:
-        params: as shipped.
-        masks: of the levels.
-        keys: of the levels.
-        cipher: of the rings.
-        seal: over all of it, under the key of level 1; None for a plain rest.
-    """
-
-    params: PyTree
-    masks: Sequence[PyTree]
-    keys: Any
-    cipher: Cipher | None
-    seal: WindowCipher | None = None
-
-    @property
-    def closed(self) -> PyTree:
-        """The mask of what is encrypted to who has no key."""
-        return self.masks[-1] if self.seal is None else True
-
-    def sealed(self) -> "Protected":
-        """The same with a sealed rest."""
-        seal = WindowCipher.fit(self.params)
-        params = encrypt(self.params, [True], self.keys[:1], cipher=seal)
-        return self._replace(params=params, seal=seal)
-
-    def opened(self, level: int) -> PyTree:
-        """What a key of this level gives."""
-        params = self.params
-        if level and self.seal is not None:
-            params = decrypt(params, [True], self.keys[:1], cipher=self.seal)
-        return decrypt(params, self.masks[:level], self.keys[:level], cipher=self.cipher)
 
 
 class Audit:
@@ -186,7 +148,7 @@ class Audit:
         digest = hashlib.sha256(text.encode()).digest()
         return ring_keys(level_key(digest, digest[:16], levels=levels))
 
-    def protected(self, plan: Plan, number: int) -> "Protected":
+    def protected(self, plan: Plan, number: int) -> Protected:
         """The file under the keys of this number."""
         file = self._encrypted(self.subject.params, self.masks(plan), number)
         return file.sealed() if self._is_sealed(plan) else file
@@ -194,7 +156,7 @@ class Audit:
     def _is_sealed(self, plan: Plan) -> bool:
         return plan != ARCHITECTURE and self.grid.rest == "sealed"
 
-    def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> "Protected":
+    def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> Protected:
         keys = self.keys(number, len(masks))
         return Protected(encrypt(params, masks, keys, cipher=self.cipher), masks, keys, self.cipher)
 
@@ -213,29 +175,40 @@ class Audit:
                 yield Work(f"{at}/levels", 1, partial(self._levels, plan))
                 if self.grid.detection and not self._is_sealed(plan):
                     yield Work(f"{at}/detection", steps, partial(self._detection, plan))
-                for level in self._climbs():
-                    cost = 2 * keys * steps
-                    yield Work(f"{at}/climb/{level}", cost, partial(self._climb, plan, level))
-            for attack, data, rate in self._attempts(plan):
-                run = partial(self._attempt, plan, attack, data, rate)
-                cost = keys * (steps if data else 1)
-                yield Work(f"{at}/{attack}/{data:g}/{rate:g}", cost, run)
+            for level in (0, *self._holders(plan)):
+                for attack, data, rate in self._attempts(plan, level):
+                    run = partial(self._attempt, plan, level, attack, data, rate)
+                    cost = keys * (steps if data else 1)
+                    yield Work(f"{self._at(plan, level)}/{attack}/{data:g}/{rate:g}", cost, run)
 
-    def _at(self, plan: Plan) -> str:
-        return f"{self.name}/{plan.strategy}/{plan.share:g}"
+    def _at(self, plan: Plan, level: int = 0) -> str:
+        at = f"{self.name}/{plan.strategy}/{plan.share:g}"
+        return f"{at}/holder of {level}" if level else at
 
-    def _attempts(self, plan: Plan) -> list[tuple[str, float, float]]:
+    def _holders(self, plan: Plan) -> range:
+        """Levels whose holders attack the levels above."""
+        return range(1, self.grid.levels if self.grid.climbing and plan != ARCHITECTURE else 1)
+
+    def _attempts(self, plan: Plan, level: int = 0) -> list[tuple[str, float, float]]:
         """Attack, data and rate."""
-        names = self.grid.attacks
+        names, shares = self.grid.attacks, self.grid.data
         if plan == ARCHITECTURE:
-            names = _ON_EVERYTHING
+            names = REFERENCES if self.grid.rest == "sealed" else (*_ON_EVERYTHING, *REFERENCES)
+        elif level:  # kernels alone are closed to them; in earnest, with all data
+            shares = (max(shares),)
+            names = [
+                n
+                for n in names
+                if (ATTACKS[n].trains == "all" or ATTACKS[n].base)
+                and not (ATTACKS[n].chain or "normalisation" in n)
+            ]
         elif self._is_sealed(plan):
             names = [n for n in names if n in _ON_EVERYTHING or ATTACKS[n].base]
         return [
             (name, data, rate)
             for name in names
             if applies(ATTACKS[name], self.subject)
-            for data in (self.grid.data if needs_data(ATTACKS[name]) else (0.0,))
+            for data in (shares if needs_data(ATTACKS[name]) else (0.0,))
             for rate in (self.grid.rates if ATTACKS[name].trains != "nothing" else (0.0,))
         ]
 
@@ -254,43 +227,20 @@ class Audit:
                 row.append(self.subject.metric(file.opened(level)))
         return rows
 
-    def _attempt(self, plan: Plan, attack: str, data: float, rate: float) -> dict[str, list[float]]:
-        """Number of steps → metric by key; NaN where training blew up."""
+    def _attempt(
+        self, plan: Plan, level: int, attack: str, data: float, rate: float
+    ) -> dict[str, list[float]]:
+        """Of the holder of a level: number of steps → metric by key; NaN where training blew up."""
         stops = list(self.grid.steps) if needs_data(ATTACKS[attack]) else [0]
         found: dict[str, list[float]] = {str(step): [] for step in stops}
         for number in range(self.grid.keys):
             file = self.protected(plan, number)
             key = jax.random.key(number)
-            loot = Loot(self.subject, file.params, file.closed, key, self.cipher)
+            loot = Loot(self.subject, file.opened(level), file.closed(level), key, self.cipher)
             steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
             reached = {step: self.subject.metric(params) for step, params in steps}
             for step in stops:
                 found[str(step)].append(reached.get(step, math.nan))
-        return found
-
-    def _climbs(self) -> list[int]:
-        """Levels from which it is tried to climb."""
-        return sorted({1, self.grid.levels - 1} - {0}) if self.grid.climbing else []
-
-    def _climb(self, plan: Plan, level: int) -> list[list[float]]:
-        """By key: metric of the level; the best after training; the same without the rest."""
-        masks, data = self.masks(plan), max(self.grid.data)
-        found: list[list[float]] = [[], [], []]
-        if level >= len(masks):
-            return found
-        above = masks_between(masks[level - 1], masks[-1])
-        for number in range(self.grid.keys):
-            opened = self.protected(plan, number).opened(level)
-            key = jax.random.key(number)
-            starts = (opened, resample(opened, above, key=key))
-            found[0].append(self.subject.metric(opened))
-            for start, row in zip(starts, found[1:], strict=True):
-                loot = Loot(self.subject, start, above, key)
-                steps = self._reached(
-                    "train all, batch statistics", loot, data, number, stops=self.grid.steps
-                )
-                reached = [start, *(params for _, params in steps)]
-                row.append(max(map(self.subject.metric, reached)))
         return found
 
     def _detection(self, plan: Plan) -> dict[str, float]:
@@ -336,11 +286,11 @@ class Audit:
 
     # --- what comes out ---
 
-    def attempts(self, cells: Mapping[str, Any], plan: Plan) -> list[Attempt]:
-        """The attacks of a protection from its cells."""
+    def attempts(self, cells: Mapping[str, Any], plan: Plan, level: int = 0) -> list[Attempt]:
+        """The attacks on a protection, by the holder of a level, from their cells."""
         found = []
-        for attack, data, rate in self._attempts(plan):
-            cell = cells[f"{self._at(plan)}/{attack}/{data:g}/{rate:g}"]
+        for attack, data, rate in self._attempts(plan, level):
+            cell = cells[f"{self._at(plan, level)}/{attack}/{data:g}/{rate:g}"]
             steps = {int(step): values for step, values in cell.items()}
             found.append(Attempt(attack, data, rate, steps))
         return found
@@ -351,35 +301,53 @@ class Audit:
         shipped: Sequence[float],
         baseline: Sequence[Best] = (),
         architecture: Sequence[Best] = (),
+        references: Sequence[Attempt] = (),
     ) -> list[Best]:
-        """The best for each share of data and budget of steps; an attacker may also do nothing."""
+        """The best for each share of data and number of steps; an attacker may also do nothing.
 
-        def gain(best: Best, floors: Sequence[Best]) -> Advantage | None:
+        With no steps at all: by attacks that train nothing.
+
+        Args:
+            attempts: that they make with the file.
+            shipped: what the file gives as it is, one value a key.
+            baseline: what is reached without the file, and with the base if there is one.
+            architecture: what is reached without either.
+            references: the attempts of the baseline: an attacker may also leave the file alone.
+        """
+        seed = self.grid.seed
+
+        def gain(best: Best, floor: np.ndarray) -> Advantage | None:
+            # Where the floor comes so near to the original, chance decides.
+            room = NARROW * (self.clean - self.subject.worthless)
+            if not self.clean - np.mean(floor) > room:
+                return None
+            return advantage(best.recovered, floor.tolist(), self.clean, seed=seed)
+
+        def over(best: Best, floors: Sequence[Best]) -> Advantage | None:
             for floor in floors:
-                same = (floor.data, floor.steps) == (best.data, best.steps)
-                # Where the floor reaches the original there is nothing to steal.
-                if same and self.clean > np.mean(floor.recovered):
-                    seed = self.grid.seed
-                    return advantage(best.recovered, floor.recovered, self.clean, seed=seed)
+                if (floor.data, floor.steps) == (best.data, best.steps):
+                    return gain(best, np.asarray(floor.recovered))
             return None
 
         listed = []
         for data in self.grid.data:
-            for most in self.grid.steps:
-                found = {"as shipped": np.asarray(shipped, float)}
-                for attempt in attempts:
-                    for step, values in attempt.steps.items():
-                        if attempt.data in (0, data) and step <= most:
-                            old = found.get(attempt.attack, -math.inf)
-                            found[attempt.attack] = np.fmax(old, values)
+            for most in (0, *self.grid.steps):
+                found = {("as shipped", 0.0): np.asarray(shipped, float)}
+                for attempt in (*attempts, *references):
+                    _add(found, attempt, data, most)
                 names, values = list(found), np.stack(list(found.values()))
-                winner = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
-                found = Best(data, most, values.max(0).tolist(), winner, None)
+                (winner, rate) = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
+                best = Best(data, most, values.max(0).tolist(), winner, None, None, rate)
+                same: dict[tuple[str, float], np.ndarray] = {}
+                for attempt in references:
+                    if attempt.rate == rate > 0:
+                        _add(same, attempt, data, most)
                 listed.append(
                     replace(
-                        found,
-                        advantage=gain(found, baseline),
-                        over_architecture=gain(found, architecture),
+                        best,
+                        advantage=over(best, baseline),
+                        over_architecture=over(best, architecture),
+                        same_recipe=gain(best, np.max(list(same.values()), 0)) if same else None,
                     )
                 )
         return listed
@@ -402,13 +370,25 @@ class Audit:
             baseline=baseline,
             seconds=round(seconds, 1),
             base=subject.base is not None,
+            everything=self._everything(cells, baseline),
         )
 
     def baseline(self, cells: Mapping[str, Any], *, base: bool = True) -> list[Best]:
         """What an attacker reaches without the file; from the base too, if there is one."""
-        nothing = [-math.inf] * self.grid.keys
-        tried = self.attempts(cells, ARCHITECTURE)
+        nothing = [self.subject.worthless] * self.grid.keys
+        tried = self._references(cells)
         return self.best([a for a in tried if base or not ATTACKS[a.attack].base], nothing)
+
+    def _references(self, cells: Mapping[str, Any]) -> list[Attempt]:
+        return [a for a in self.attempts(cells, ARCHITECTURE) if a.attack in REFERENCES]
+
+    def _everything(self, cells: Mapping[str, Any], baseline: Sequence[Best]) -> list[Best]:
+        """Of a file in which everything is encrypted, and the histogram of each leaf is kept."""
+        if self.grid.rest == "sealed":
+            return []
+        nothing = [self.subject.worthless] * self.grid.keys
+        attempts = self.attempts(cells, ARCHITECTURE)
+        return self.best(attempts, nothing, baseline)
 
     def protection(
         self, cells: Mapping[str, Any], plan: Plan, baseline: Sequence[Best]
@@ -419,7 +399,23 @@ class Audit:
         attempts, shipped = self.attempts(cells, plan), rows[0][1:]
         has_base = self.subject.base is not None
         architecture = self.baseline(cells, base=False) if has_base else ()
-        climbs = {level: cells[f"{at}/climb/{level}"] for level in self._climbs()}
+        references = self._references(cells)
+
+        def best(attempts: Sequence[Attempt], opened: Sequence[float]) -> list[Best]:
+            return self.best(attempts, opened, baseline, architecture, references)
+
+        def holder(level: int) -> Holder:
+            strongest = best(self.attempts(cells, plan, level), rows[level][1:])[-1]
+            reference, above = np.mean(baseline[-1].recovered), np.mean(rows[level + 1][1:])
+            floor = max(np.mean(rows[level][1:]), reference)
+            gain = (
+                (np.mean(strongest.recovered) - floor) / (above - floor) if above > floor else None
+            )
+            return Holder(
+                level, rows[level][1:], strongest, float(reference), float(above),
+                None if gain is None else float(gain),
+            )  # fmt: skip
+
         return Protection(
             name=str(plan) + (", sealed" if self._is_sealed(plan) else ""),
             strategy=plan.strategy,
@@ -427,16 +423,17 @@ class Audit:
             shipped=shipped,
             levels=[Level(i, row[0], float(np.mean(row[1:]))) for i, row in enumerate(rows)],
             attempts=attempts,
-            best=self.best(attempts, shipped, baseline, architecture),
+            best=best(attempts, shipped),
             detection=cells.get(f"{at}/detection", {}),
-            climbing=[Climb(level, *found) for level, found in climbs.items() if found[0]],
+            holders=[holder(level) for level in self._holders(plan) if level + 1 < len(rows)],
         )
 
 
-def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
-    """What the upper one of two nested masks adds."""
-    below = named_leaves(lower).leaves
-    tree = named_leaves(upper)
-    return tree.rebuild(
-        {n: mask & np.logical_not(below[n]) for n, mask in tree.leaves.items() if is_array(mask)}
-    )
+def _add(
+    found: dict[tuple[str, float], np.ndarray], attempt: Attempt, data: float, most: int
+) -> None:
+    """The best of an attempt within a number of steps, by its name and rate."""
+    for step, values in attempt.steps.items():
+        if attempt.data in (0, data) and (step <= most or not attempt.rate):
+            name = attempt.attack, attempt.rate
+            found[name] = np.fmax(found.get(name, -math.inf), values)

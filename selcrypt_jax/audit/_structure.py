@@ -1,12 +1,14 @@
-"""An attack on encrypted normalisation: what the plain kernels around it tell.
+"""Attacks on encrypted normalisation: what the plain kernels around it tell.
 
 Backpropagation writes the same correlations into the kernels before and after a normalisation
 layer, with the sign of its scale between them. So for each channel the product of the two kernels
-has a direction that all channels share, up to that sign.
+has a direction that all channels share, up to that sign. How large scales and biases are goes with
+the sizes and shapes of these kernels in much the same way in all networks of one architecture: a
+regression learns it on siblings.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,14 +22,16 @@ class Link(NamedTuple):
         before: kernel whose outputs are normalised.
         scale: of the normalisation.
         after: kernel that gets them, without anything between that moves channels.
+        bias: of the normalisation, if it has one.
 
     Examples:
-        >>> link = Link("conv1/kernel", "norm1/scale", "conv2/kernel")
+        >>> link = Link("conv1/kernel", "norm1/scale", "conv2/kernel", "norm1/bias")
     """
 
     before: str
     scale: str
     after: str
+    bias: str | None = None
 
 
 def scale_signs(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.ndarray:
@@ -44,28 +48,143 @@ def scale_signs(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.nda
     Returns:
         1 or -1 for each channel.
     """
-    if layout == "OIHW":
-        before, after = (np.moveaxis(kernel, (1, 0), (-2, -1)) for kernel in (before, after))
-    one, other = (
-        kernel.reshape(-1, *kernel.shape[-2:]).astype(np.float64) for kernel in (before, after)
-    )
-    products = np.einsum("tic,tco->cio", one, other)
-    flat = products.reshape(len(products), -1)
-    flat /= np.linalg.norm(flat, axis=1, keepdims=True) + np.finfo(float).tiny
-    first = np.linalg.eigh(flat @ flat.T)[1][:, -1]
+    first = _shared(_by_tap(before, layout), _by_tap(after, layout))[1]
     return np.where(first < 0, -1, 1)
 
 
-def with_signs(scale: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Scales of their average size with these signs.
+def _by_tap(kernel: np.ndarray, layout: Layout) -> np.ndarray:
+    """``[taps, inputs, outputs]``, float64."""
+    if layout == "OIHW":
+        kernel = np.moveaxis(kernel, (1, 0), (-2, -1))
+    return kernel.reshape(-1, *kernel.shape[-2:]).astype(np.float64)
+
+
+def _shared(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each channel's product of kernels: its size, share in the first eigenvector, likeness."""
+    products = np.einsum("tic,tco->cio", before, after)
+    flat = products.reshape(len(products), -1)
+    sizes = np.linalg.norm(flat, axis=1)
+    flat /= sizes[:, None] + np.finfo(float).tiny
+    gram = flat @ flat.T
+    return sizes, np.linalg.eigh(gram)[1][:, -1], np.abs(gram).mean(1)
+
+
+def _statistics(before: np.ndarray, after: np.ndarray, depth: float) -> np.ndarray:
+    """What tells of a channel between two kernels: ``[channels, statistics]``.
+
+    Args:
+        before: ``[taps, inputs, channels]``, what is encrypted in it zero.
+        after: ``[taps, channels, outputs]``.
+        depth: of the layer, in 0..1.
+    """
+    # Of a channel none of whose kernel is plain there is nothing to say.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        product, first, like = _shared(before, after)
+        size, next_size = np.linalg.norm(before, axis=(0, 1)), np.linalg.norm(after, axis=(0, 2))
+        total, next_total = before.sum((0, 1)), after.sum((0, 2))
+        columns = [
+            size,
+            next_size,
+            product,
+            np.abs(first),
+            like,
+            product / (size * next_size),
+            np.linalg.norm(before.sum(0), axis=0) / size,  # of what does not vary in space
+            np.linalg.norm(after.sum(0), axis=1) / next_size,
+            np.sign(first) * total / size,
+            np.abs(total) / size,
+            next_total / next_size,
+            np.abs(next_total) / next_size,
+            (before**4).sum((0, 1)) / size**4,  # few large weights or many small ones
+            (after**4).sum((0, 2)) / next_size**4,
+            (before != 0).mean((0, 1)),
+            (after != 0).mean((0, 2)),
+        ]
+    table = np.nan_to_num(np.stack(columns, 1), posinf=0.0, neginf=0.0)
+    spread = table.std(0)
+    scaled = (table - table.mean(0)) / np.where(spread > 0, spread, 1)
+    return np.concatenate([_ranks(table), scaled, np.full((len(table), 1), depth)], 1)
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Along the first axis, in 0..1."""
+    return values.argsort(0).argsort(0) / len(values)
+
+
+def ranked_by_siblings(
+    params: Mapping[str, Any],
+    siblings: Sequence[Mapping[str, Any]],
+    chain: Sequence[Link],
+    hidden: Mapping[str, np.ndarray],
+    layout: Layout,
+) -> dict[str, np.ndarray]:
+    """Where scales (by their sizes) and biases of a network stand among each other.
+
+    Args:
+        params: of a protected file, by name.
+        siblings: other networks of the architecture, which the attacker has or has trained.
+        chain: links whose normalisation is encrypted.
+        hidden: mask of what is encrypted in each kernel; none where nothing is.
+        layout: of the kernels.
+
+    Returns:
+        Name of a scale or bias → a number for each channel: the higher, the larger it is likely to
+        be.
+    """
+    from sklearn.ensemble import ExtraTreesRegressor  # of the extra "audit"
+
+    def seen(network: Mapping[str, Any]) -> Iterator[np.ndarray]:
+        """The statistics of each link, with the kernels as far as the file shows them."""
+        for number, link in enumerate(chain):
+            kernels = (np.asarray(network[name]) for name in (link.before, link.after))
+            masks = (hidden.get(name, False) for name in (link.before, link.after))
+            taps = [
+                _by_tap(np.where(mask, 0, kernel), layout)
+                for kernel, mask in zip(kernels, masks, strict=True)
+            ]
+            yield _statistics(*taps, depth=number / len(chain))
+
+    def learn(names: Sequence[str | None]) -> dict[str, np.ndarray]:
+        rows, ranks = [], []
+        for network in siblings:
+            for name, table in zip(names, seen(network), strict=True):
+                if name is not None:
+                    values = np.asarray(network[name], np.float64)
+                    rows.append(table)
+                    ranks.append(_ranks(np.abs(values) if name in scales else values))
+        if not rows:
+            return {}
+        trees = ExtraTreesRegressor(300, min_samples_leaf=3, random_state=0)
+        trees.fit(np.concatenate(rows), np.concatenate(ranks))
+        pairs = zip(names, seen(params), strict=True)
+        return {name: trees.predict(table) for name, table in pairs if name is not None}
+
+    scales = [link.scale for link in chain]
+    return learn(scales) | learn([link.bias for link in chain])
+
+
+def in_order(values: np.ndarray, ranking: np.ndarray) -> np.ndarray:
+    """The same values, the larger where the ranking is higher."""
+    ordered = np.empty_like(values)
+    ordered[np.argsort(ranking, kind="stable")] = np.sort(values)
+    return ordered
+
+
+def with_signs(
+    scale: np.ndarray, signs: np.ndarray, ranking: np.ndarray | None = None
+) -> np.ndarray:
+    """Scales with these signs.
 
     Args:
         scale: as shipped: in another order, but how many are negative can be seen.
         signs: by `scale_signs`; turned over where that fits the number better.
+        ranking: of their sizes; of the average size without one.
     """
     negative = np.count_nonzero(scale < 0)
     if abs(np.count_nonzero(signs > 0) - negative) < abs(np.count_nonzero(signs < 0) - negative):
         signs = -signs
+    if ranking is not None:
+        return (in_order(np.abs(scale), ranking) * signs).astype(scale.dtype)
     size = np.sqrt(np.square(scale.astype(np.float64)).mean())
     return (size * signs).astype(scale.dtype)
 
@@ -77,13 +196,18 @@ def check_chain(chain: Sequence[Link], shapes: dict[str, tuple[int, ...]], what:
         ValueError: of one.
     """
     for link in chain:
-        missing = [name for name in link if name not in shapes]
+        missing = [name for name in link if name is not None and name not in shapes]
         if missing:
             raise ValueError(
                 f"{what}: chain: expected names of parameters, got {missing[0]!r}. They are "
                 f"{list(shapes)[:3]} and so on."
             )
-        before, scale, after = (shapes[name] for name in link)
+        before, scale, after = (shapes[name] for name in link[:3])
+        if link.bias is not None and shapes[link.bias] != scale:
+            raise ValueError(
+                f"{what}: chain: expected a bias of shape {scale}, as {link.scale!r} has, got "
+                f"{shapes[link.bias]} of {link.bias!r}."
+            )
         if len(scale) != 1 or len(before) != len(after) or before[:-2] != after[:-2]:
             raise ValueError(
                 f"{what}: chain: expected two kernels with as many taps and a scale between them, "

@@ -46,6 +46,8 @@ class Subject(NamedTuple):
         chain: normalisation layers between two convolutions, see `Link`.
         base: parameters that the attacker has too, a tree like `params`: a public network that this
             one was fine-tuned from, or an earlier release of it.
+        siblings: parameters of other networks of this architecture that the attacker has or has
+            trained, trees like `params`: from them it is learned what plain kernels tell.
 
     Examples:
         >>> subject = Subject(
@@ -76,6 +78,7 @@ class Subject(NamedTuple):
     normalisation: str = NORMALISATION
     chain: Sequence[Link] = ()
     base: PyTree = None
+    siblings: Sequence[PyTree] = ()
 
 
 def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[str, Any]:

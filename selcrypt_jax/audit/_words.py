@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
-from ._records import Advantage, Best, KeySearch, Protection, SubjectReport
+from ._records import NARROW, Advantage, Best, Holder, KeySearch, Protection, SubjectReport
 
 _TARGET = 0.1  # the advantage that counts as "hardly more than the architecture"
 _TRACE = 0.05  # AUC that a cipher may add
@@ -86,7 +86,14 @@ def verdict(subject: SubjectReport) -> str:
         recovered = quality(baseline.recovered, subject)
         alone = f"the same attack on the {subject.alone} alone gives {recovered}"
     original = f"the original has {quality([subject.clean], subject)}"
-    if baseline and np.mean(baseline.recovered) >= subject.clean:
+    room = subject.clean - np.mean(baseline.recovered) if baseline else math.inf
+    if 0 < room <= NARROW * (subject.clean - subject.worthless):
+        return (
+            f"There is hardly anything to steal: {original}, and {alone}. Anyone with as much data "
+            f"({_named(attacker)}) comes so near to it that a protection cannot be judged by what "
+            "is left. Look at an attacker with less data or fewer steps."
+        )
+    if room <= 0:
         return (
             f"There is nothing to steal: {original}, and {alone}. Anyone with as much data "
             f"({_named(attacker)}) trains as good a network, whatever is encrypted."
@@ -110,8 +117,6 @@ def _judgement(rated: _Rated, subject: SubjectReport) -> str:
     for above, words in _GIVES.items():
         if rated.advantage.mean > above:
             return f"the file {words} ({rated})."
-    if rated.advantage.mean < -_TARGET:
-        return f"the file holds them back: without it they get further ({rated})."
     doubt = rated.doubt()
     verb, but = ("seems to be", f", but {doubt}") if doubt else ("is", "")
     return f"the file {verb} worth hardly more to them than its {subject.alone} ({rated}){but}."
@@ -173,6 +178,20 @@ def detected(detection: dict[str, float]) -> str:
     if more < -_TRACE:
         return f"{found}; encryption hides some of what the selection shows."
     return f"{found}; encryption itself adds next to nothing."
+
+
+def held(holder: Holder) -> str:
+    """What a key holder makes of their level, in words."""
+    if holder.is_worthless:
+        return "Worth nothing to who has that data: anyone reaches as much without the file"
+    if holder.gain is None:
+        return "Nothing to gain: the next level is no better"
+    if holder.gain <= 0.05:
+        return "Hardly gets above their level"
+    part = (
+        "Gets" if holder.gain >= 0.95 else f"Gets {100 * min(holder.gain, 1):.0f} % of the way to"
+    )
+    return f"{part} the next level"
 
 
 def description(kind: str, subject: SubjectReport) -> str:

@@ -19,6 +19,7 @@ from selcrypt_jax.audit._records import (
     AuditReport,
     Best,
     CipherCheck,
+    Holder,
     KeySearch,
     Level,
     Protection,
@@ -579,7 +580,6 @@ JUDGEMENTS = {
     0.2: "still gives them a part of what was to be protected",
     0.05: "is worth hardly more to them than its architecture (advantage 0.05, interval "
     "0.01 to 0.09).",
-    -0.5: "holds them back: without it they get further (advantage −0.50,",
     0.08: "seems to be worth hardly more to them than its architecture (advantage 0.08, interval "
     "0.04 to 0.12), but the interval is too wide to be sure.",
 }
@@ -599,6 +599,46 @@ def test_verdict(mean):
     )
     assert JUDGEMENTS[mean] in words
     assert sum(each in words for each in JUDGEMENTS.values()) == 1
+
+
+def test_where_the_original_is_hardly_better_nothing_is_judged():
+    rows = [dataclasses.replace(best(0.2, 2000, [28.9, 28.95]), advantage=None)]
+    near = subject(protection(best=rows), baseline=[best(0.2, 2000, [28.7, 28.8])])
+    assert _words.verdict(near).startswith("There is hardly anything to steal: the original has")
+    assert "too close" in _report_page(near)
+
+
+def _report_page(made):
+    return _report._template().render(
+        report=report(made), failed=[], skipped=[], settings={},
+        subjects=[
+            {
+                "anchor": "s1", "report": made,
+                "figures": dict.fromkeys(("levels", "curves", "advantage"), ""),
+                "verdict": "", "advice": [], "stops": _report._stops(made),
+            }
+        ],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("opened", "gain", "words"),
+    [
+        (19.0, 0.0, "Worth nothing to who has that data"),
+        (25.0, None, "Nothing to gain"),
+        (25.0, 0.01, "Hardly gets above their level"),
+        (25.0, 0.4, "Gets 40 % of the way to the next level"),
+        (25.0, 0.99, "Gets the next level"),
+        (25.0, 1.2, "Gets the next level"),
+    ],
+)
+def test_a_key_holder_is_judged(opened, gain, words):
+    row = best(0.2, 2000, [26.0])
+    holder = Holder(2, [opened, opened], row, reference=23.0, above=27.0, gain=gain)
+    assert words in _words.held(holder).replace("\u00a0", " ")
+    page = _report_page(subject(protection(holders=[holder])))
+    assert words in page.replace("\u00a0", " ")
+    assert "Without the file\nthe same effort gives 23.00" in page
 
 
 def test_how_much_to_encrypt():

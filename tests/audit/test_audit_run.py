@@ -1,6 +1,7 @@
 """The runner of attacks on a toy network, its settings, and the command."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -18,11 +19,12 @@ from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._base import rank_by_base
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject, read_config
+from selcrypt_jax.audit._file import masks_between
 from selcrypt_jax.audit._finetune import warm_cosine
 from selcrypt_jax.audit._grid import Grid
-from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan, masks_between
+from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._structure import scale_signs, with_signs
+from selcrypt_jax.audit._structure import in_order, ranked_by_siblings, scale_signs, with_signs
 from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
 from selcrypt_jax.cli import main
 
@@ -115,8 +117,9 @@ def test_rates_share_a_compiled_step(subject):
 @pytest.mark.parametrize("name", audit.ATTACKS)
 def test_every_attack_runs_and_leaves_the_file_alone(subject, name):
     attack = audit.ATTACKS[name]
-    chain = [audit.Link("first/kernel", "norm/scale", "last/kernel")]
-    subject = subject._replace(base=moved(subject.params, 0.02), chain=chain)
+    chain = [audit.Link("first/kernel", "norm/scale", "last/kernel", "norm/bias")]
+    siblings = [moved(subject.params, 0.5)]
+    subject = subject._replace(base=moved(subject.params, 0.02), chain=chain, siblings=siblings)
     masks = Audit("toy", subject, SMALL).masks(Plan("l2+normalisation", 0.2))
     keys = sj.ring_keys(sj.level_key(bytes(32), bytes(16), levels=2))
     file = sj.encrypt(subject.params, masks, keys)
@@ -205,28 +208,38 @@ def test_a_report_of_a_toy(subject):
         assert metrics[-1] == pytest.approx(report.clean)
         assert metrics[0] == pytest.approx(np.mean(protection.shipped))
         assert metrics[0] < report.clean - 10
-        assert [(best.data, best.steps) for best in protection.best] == [(0.2, 5), (0.2, 40)]
+        assert [best.steps for best in protection.best] == [0, 5, 40]
         for best in protection.best:
-            every = [
-                values
-                for attempt in protection.attempts
-                for step, values in attempt.steps.items()
-                if step <= best.steps
-            ]
-            np.testing.assert_allclose(best.recovered, np.max([*every, protection.shipped], axis=0))
             (floor,) = (b for b in report.baseline if (b.data, b.steps) == (best.data, best.steps))
             expected = (np.mean(best.recovered) - np.mean(floor.recovered)) / (
                 report.clean - np.mean(floor.recovered)
             )
             assert best.advantage.mean == pytest.approx(expected)
+            # An attacker may leave the file alone.
+            every = [
+                values
+                for attempt in protection.attempts
+                for step, values in attempt.steps.items()
+                if step <= best.steps or not attempt.rate
+            ]
+            every += [protection.shipped, floor.recovered] if best.steps else [protection.shipped]
+            np.testing.assert_allclose(best.recovered, np.max(every, axis=0))
+            assert best.same_recipe is None or best.same_recipe.mean >= best.advantage.mean
         # More steps give no less.
-        assert protection.best[1].recovered >= protection.best[0].recovered
+        for less, more in itertools.pairwise(protection.best):
+            assert more.recovered >= less.recovered
         assert 0 <= protection.detection["auc"] <= 1
-        (climb,) = protection.climbing  # of two levels, from the first
-        assert climb.level == 1
-        np.testing.assert_allclose(np.mean(climb.opened), metrics[1])
-        assert all(a >= b for a, b in zip(climb.recovered, climb.opened, strict=True))
-        assert len(climb.without) == 2
+        (holder,) = protection.holders  # of two levels, the first
+        assert holder.level == 1
+        assert np.mean(holder.opened) == pytest.approx(metrics[1])
+        assert holder.above == pytest.approx(metrics[2])
+        assert holder.reference == pytest.approx(np.mean(report.baseline[-1].recovered))
+        assert holder.is_worthless == (metrics[1] <= holder.reference)
+        floor = max(metrics[1], holder.reference)
+        gain = (np.mean(holder.best.recovered) - floor) / (metrics[2] - floor)
+        assert holder.gain == pytest.approx(gain)
+        assert gain >= 0
+    assert [best.steps for best in report.everything] == [0, 5, 40]
 
 
 @pytest.mark.parametrize(
@@ -544,6 +557,13 @@ def test_a_bad_base_is_refused(subject):
         Audit("toy", subject._replace(base=base), SMALL)
 
 
+def test_a_broken_base_is_refused(subject):
+    base = jax.tree.map(np.copy, subject.params)
+    base["last"]["kernel"][3, 3] = np.nan
+    with pytest.raises(ValueError, match="toy: base: 'last/kernel': expected finite weights"):
+        Audit("toy", subject._replace(base=base), SMALL)
+
+
 def test_leaves_that_are_too_small_to_hide_in_stay_plain(subject):
     """The bias of a head of two classes."""
     params = subject.params | {"head": {"bias": np.array([0.5, -0.5], np.float32)}}
@@ -567,7 +587,8 @@ def test_a_sealed_file_is_worth_no_more_than_what_is_known_without_it(subject, b
     assert found.detection == {}
     assert {attempt.attack for attempt in found.attempts} <= set(grid.attacks) - {"zero-fill"}
     assert max(found.shipped) < subject.worthless
-    assert found.best[-1].advantage.mean <= 0.05
+    assert 0 <= found.best[-1].advantage.mean <= 0.05
+    assert report.everything == []
     shares = [level.share for level in found.levels]
     assert shares[0] == 0
     assert 0.85 < shares[1] < shares[2] == 1
@@ -607,6 +628,39 @@ def test_plain_kernels_tell_the_signs_between_them(layout):
     assert np.square(averaged).mean() == pytest.approx(np.square(scale).mean(), rel=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["HWIO", "OIHW"])
+def test_siblings_tell_sizes(layout):
+    """Scales that go with the sizes of kernels, of which a tenth is hidden."""
+    link = audit.Link("one", "scale", "two", "bias")
+
+    def network(seed):
+        rng = np.random.default_rng(seed)
+        scale, bias = rng.uniform(0.2, 2, 64), rng.standard_normal(64)
+        one = rng.standard_normal((3, 3, 16, 64)) * scale
+        two = rng.standard_normal((3, 3, 64, 24)) * np.exp(bias)[:, None]
+        scale *= rng.choice([-1, 1], 64)
+        if layout == "OIHW":
+            one, two = (np.transpose(kernel, (3, 2, 0, 1)) for kernel in (one, two))
+        return {"one": one, "scale": scale, "two": two, "bias": bias}
+
+    own, *others = map(network, range(3))
+    hidden = {"one": np.random.default_rng(9).random(own["one"].shape) < 0.1}
+    # What is hidden is not looked at, and neither is the order of scales and biases.
+    seen = own | {"one": np.where(hidden["one"], np.nan, own["one"]), "scale": None, "bias": None}
+    found = ranked_by_siblings(seen, others, [link], hidden, layout)
+    assert np.corrcoef(found["scale"], np.abs(own["scale"]))[0, 1] > 0.9
+    assert np.corrcoef(found["bias"], own["bias"])[0, 1] > 0.9
+    assert ranked_by_siblings(seen, others, [link._replace(bias=None)], hidden, layout).keys() == {
+        "scale"
+    }
+    noise = np.random.default_rng(5).standard_normal(64)
+    np.testing.assert_array_equal(np.sort(in_order(noise, found["bias"])), np.sort(noise))
+    ranked = in_order(noise, found["bias"])
+    assert (np.argsort(ranked) == np.argsort(found["bias"], kind="stable")).all()
+    with_sizes = with_signs(noise, np.sign(own["scale"]), found["scale"])
+    np.testing.assert_allclose(np.sort(np.abs(with_sizes)), np.sort(np.abs(noise)))
+
+
 def test_noise_tells_no_signs():
     rng = np.random.default_rng(0)
     signs = rng.choice([-1, 1], 256)
@@ -624,6 +678,10 @@ def test_noise_tells_no_signs():
         (
             ("first/kernel", "last/kernel", "last/kernel"),
             "chain: expected two kernels with as many",
+        ),
+        (
+            ("first/kernel", "norm/scale", "last/kernel", "last/kernel"),
+            r"chain: expected a bias of shape \(64,\)",
         ),
     ],
 )

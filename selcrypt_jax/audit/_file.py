@@ -1,0 +1,59 @@
+"""The file that is attacked, with the keys and masks of its owner."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import PyTree
+
+from .._ciphers.dprm import Cipher, decrypt, encrypt
+from .._ciphers.window import WindowCipher
+from .._tree.names import is_array, named_leaves
+
+
+class Protected(NamedTuple):
+    """A file, with masks and keys, which an attacker does not have.
+
+    Attributes:
+        params: as shipped.
+        masks: of the levels.
+        keys: of the levels.
+        cipher: of the rings.
+        seal: over all of it, under the key of level 1; None for a plain rest.
+    """
+
+    params: PyTree
+    masks: Sequence[PyTree]
+    keys: Any
+    cipher: Cipher | None
+    seal: WindowCipher | None = None
+
+    def closed(self, level: int) -> PyTree:
+        """The mask of what is encrypted to the holder of a level."""
+        if level:
+            return masks_between(self.masks[level - 1], self.masks[-1])
+        return self.masks[-1] if self.seal is None else True
+
+    def sealed(self) -> "Protected":
+        """The same with a sealed rest."""
+        seal = WindowCipher.fit(self.params)
+        params = encrypt(self.params, [True], self.keys[:1], cipher=seal)
+        return self._replace(params=params, seal=seal)
+
+    def opened(self, level: int) -> PyTree:
+        """What a key of this level gives; the file as it is without one."""
+        params = self.params
+        if not level:
+            return params
+        if self.seal is not None:
+            params = decrypt(params, [True], self.keys[:1], cipher=self.seal)
+        return decrypt(params, self.masks[:level], self.keys[:level], cipher=self.cipher)
+
+
+def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
+    """What the upper one of two nested masks adds."""
+    below = named_leaves(lower).leaves
+    tree = named_leaves(upper)
+    return tree.rebuild(
+        {n: mask & np.logical_not(below[n]) for n, mask in tree.leaves.items() if is_array(mask)}
+    )
