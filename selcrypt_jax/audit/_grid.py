@@ -27,6 +27,9 @@ class Grid:
         levels: permission levels.
         scope: of the budget: in every leaf, or over the model.
         rest: what becomes of the other weights, "plain" or "sealed", see `protect_file`.
+        select: leaves whose groups are selected, a regular expression, in place of the subject's
+            own; empty for that.
+        small: share of all weights that "+small" encrypts as a whole, see `Select`.
         detection: whether it is tried to find what is encrypted.
         climbing: whether key holders attack the levels above their own.
         seed: of everything. The keys are the audit's own.
@@ -42,6 +45,8 @@ class Grid:
     levels: int = 5
     scope: Scope = "leaf"
     rest: Rest = "plain"
+    select: str = ""
+    small: float = 0.02
     detection: bool = True
     climbing: bool = True
     seed: int = 0
@@ -55,6 +60,8 @@ class Grid:
         for name in ("importance", "budget", "data", "steps", "rates", "attacks"):
             if not getattr(self, name):
                 raise ValueError(f"{name}: expected at least one, got none.")
+        if not 0 < self.small < 1:
+            raise ValueError(f"small: expected a share in (0, 1), got {self.small}.")
         for name in ("budget", "data"):
             for value in getattr(self, name):
                 if not 0 < value <= 1:

@@ -85,7 +85,11 @@ class Audit:
         check_chain(subject.chain, shapes, name)
         if subject.base is not None:
             check_base(subject.params, subject.base, name)
-        self.subject = subject._replace(params=place(subject.params), base=place(subject.base))
+        self.subject = subject._replace(
+            params=place(subject.params),
+            base=place(subject.base),
+            select=grid.select or subject.select,
+        )
         self.grid = grid
         self.cipher = cipher
         self.clean = subject.metric(subject.params)
@@ -110,8 +114,10 @@ class Audit:
         if place not in self.scores:
             seed = self.grid.seed + network
             self.scores[place] = strategy_scores(subject, plan.strategy, seed)
-        scores, levels, scope = self.scores[place], self.grid.levels, self.grid.scope
-        return strategy_masks(subject, plan.strategy, scores, plan.share, levels, scope)
+        scores, grid = self.scores[place], self.grid
+        return strategy_masks(
+            subject, plan.strategy, scores, plan.share, grid.levels, grid.scope, grid.small
+        )
 
     def _network(self, number: int) -> Subject:
         """The owner's, or one that an attacker trained."""

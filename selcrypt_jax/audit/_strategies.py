@@ -97,7 +97,13 @@ def owner_batches(subject: Subject, seed: int) -> PyTree:
 
 
 def strategy_masks(
-    subject: Subject, name: str, scores: PyTree, share: float, levels: int, scope: Scope
+    subject: Subject,
+    name: str,
+    scores: PyTree,
+    share: float,
+    levels: int,
+    scope: Scope,
+    small: float = 0.02,
 ) -> Sequence[PyTree]:
     """Nested masks of the best groups, with more where the strategy says so.
 
@@ -109,11 +115,12 @@ def strategy_masks(
         levels: M. Level m may decrypt 0.6 + 0.4·m/M of the groups, as in the paper; what stands
             behind the + opens with level 1.
         scope: of the share.
+        small: share of all weights that "+small" takes.
     """
     shares = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
     masks = nested_masks(scores, shares, scope=scope, params=subject.params)
     if name.endswith(SMALL):
-        return with_small_leaves(subject.params, masks)
+        return with_small_leaves(subject.params, masks, small=small)
     if not name.endswith(NORMALISATION):
         return masks
     norms = normalisation_leaves(subject.params, subject.normalisation)

@@ -557,6 +557,19 @@ def test_a_bad_base_is_refused(subject):
         Audit("toy", subject._replace(base=base), SMALL)
 
 
+def test_what_takes_part_and_what_is_small_can_be_said(subject):
+    grid = dataclasses.replace(SMALL, select="^first", small=0.04)
+    run = Audit("toy", subject, grid)
+    chosen = named_leaves(run.masks(Plan("l2", 0.2))[-1]).leaves
+    assert np.any(chosen["first/kernel"])
+    assert not np.any(chosen["last/kernel"])
+    small = named_leaves(run.masks(Plan("l2+small", 0.2))[-1]).leaves
+    whole = {name for name, each in small.items() if np.all(each)}
+    assert whole == {"norm/bias"}  # 64 weights of 2,304, and no more fit
+    with pytest.raises(ValueError, match="small: expected a share"):
+        dataclasses.replace(SMALL, small=0.0)
+
+
 def test_a_broken_base_is_refused(subject):
     base = jax.tree.map(np.copy, subject.params)
     base["last"]["kernel"][3, 3] = np.nan
