@@ -14,7 +14,7 @@ from .atomic import new_folder
 from .folders import read_regular, regular_files
 from .ocdbt import MANIFEST
 from .safetensors import MAX_HEADER
-from .strict_json import DAMAGED, check_json, json_object, show
+from .strict_json import DAMAGED, check_json, json_object, listing, show
 from .zarr import stored_shapes
 
 METADATA_FILE = "selcrypt.json"
@@ -39,8 +39,8 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
     if inside:
         raise ValueError(
-            f"{path}: expected the Orbax checkpoint of one pytree, got a folder of {inside}. Name "
-            f"one of them, such as {path / inside[0]}."
+            f"{path}: expected the Orbax checkpoint of one pytree, got a folder of "
+            f"{listing(inside)}. Name one of them, such as {path / inside[0]}."
         )
     if os.path.lexists(path / MANIFEST) or os.path.lexists(path / METADATA_FILE):
         raise _without_tree(path)

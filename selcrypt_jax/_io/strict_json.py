@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 DAMAGED = "It was damaged or altered: get it again."
@@ -68,6 +69,12 @@ def show(value: object) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} that is nested too deeply to show"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def listing(names: Sequence[str], most: int = 6) -> str:
+    """Names for an error message: whole ones, and how many more there are."""
+    text = f"[{', '.join(map(show, names[:most]))}]"
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_brackets(raw: bytes | bytearray, what: str) -> None:

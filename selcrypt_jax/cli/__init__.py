@@ -116,6 +116,10 @@ _REASONS = {
     errno.ENOTDIR: "expected a folder on the way, got a file. Check the path.",
     errno.EISDIR: "expected a file, got a folder. Name a file in it.",
     errno.EACCES: "permission denied. Check who may read and write it, or name another.",
+    errno.ELOOP: "expected a file, got links that lead round in a circle. Name the file itself.",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one.",
+    errno.EROFS: "the file system is read-only. Name another place.",
+    errno.EIO: "the disk failed to read or write it. Check the disk, or take another copy.",
 }
 
 
