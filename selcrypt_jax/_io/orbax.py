@@ -108,7 +108,10 @@ class OrbaxCheckpoint:
         from .._tree.names import named_leaves
 
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
-        handlers = ocp.type_handlers.create_type_handler_registry((np.ndarray, _reading_all()))
+        handlers = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, _reading_all()),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it Orbax warns
+        )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
         found = self._restore(ocp.Checkpointer(handler), restore_args=kinds)
         return named_leaves(found, str(self.path))
@@ -162,7 +165,7 @@ class OrbaxCheckpoint:
 
         from .._tree.names import named_leaves
 
-        folder = self.path.absolute()
+        folder = self.path.resolve()  # TensorStore takes no ".."
         if _TREE not in self._files:
             raise _without_tree(self.path)
         for name in _JSON:
@@ -210,7 +213,7 @@ class OrbaxCheckpoint:
         remedy = "Pass the tree that was saved, or get the whole folder again."
         remedy = remedy if "item" in arguments else _REMEDY
         with _orbax(self.path, remedy), checkpointer:
-            return checkpointer.restore(self.path.absolute(), **arguments)
+            return checkpointer.restore(self.path.resolve(), **arguments)
 
 
 def _reading_all() -> Any:
@@ -275,7 +278,7 @@ def orbax_output(
             for name, info in like.tensors.items()
         }
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute() / _INNER, like.tree.rebuild(leaves))
+            checkpointer.save(folder.resolve() / _INNER, like.tree.rebuild(leaves))
         _put_together(folder, metadata)
 
 
@@ -346,7 +349,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
                 folder = stack.enter_context(new_folder(path))
             except OSError as error:
                 problem = error
-        name = _agreed_on("" if folder is None else str(folder), problem)
+        name = _agreed_on("" if folder is None else str(folder.resolve()), problem)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(Path(name) / _INNER, nested)
         if folder is not None:

@@ -71,7 +71,7 @@ def show(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def listing(names: Sequence[str], most: int = 6) -> str:
+def listing(names: Sequence[object], most: int = 6) -> str:
     """Names for an error message: whole ones, and how many more there are."""
     text = f"[{', '.join(map(show, names[:most]))}]"
     return text + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -406,6 +406,14 @@ def test_the_folder_itself_may_be_a_link(public, tmp_path):
     assert verify_file(tmp_path / "link").tensors == 2
 
 
+def test_a_path_may_go_up(public, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    key = level_key(SECRET, bytes.fromhex(inspect_file(public).model_id), levels=2)
+    unlock_file("../public", "../out", key)
+    assert OrbaxCheckpoint("../out").tensors.keys() == {"a", "steps"}
+
+
 @pytest.mark.parametrize("zarr3", [False, True], ids=["zarr", "zarr3"])
 @pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
@@ -456,6 +464,7 @@ def test_one_damaged_array_leaves_no_read_behind(tmp_path):
     ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr, ran.stderr
+    assert "WARNING" not in ran.stderr, ran.stderr
 
 
 # --- the parts ------------------------------------------------------------------------------------
