@@ -231,7 +231,7 @@ def _reading_all() -> Any:
             one = super().deserialize
             args = args or [ocp.RestoreArgs()] * len(infos)
             reads = (one([info], [arg]) for info, arg in zip(infos, args, strict=True))
-            found = await asyncio.gather(*reads, return_exceptions=True)
+            found: list[Any] = await asyncio.gather(*reads, return_exceptions=True)
             for result in found:
                 if isinstance(result, BaseException):
                     raise result

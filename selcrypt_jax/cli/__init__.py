@@ -36,8 +36,10 @@ def command(name: str) -> Any:
 _DESCRIPTION = """\
 Selective encryption of neural network weights, in levels.
 
-A protected model is an ordinary safetensors file that anyone may download. Without a key it runs
-badly; each grant opens a level of quality; the top level is the original, bit for bit.
+A protected model is an ordinary safetensors file that anyone may download. By default it is
+sealed: without a key it is worthless, and gives nothing but names, shapes, dtypes and the range of
+exponents. With --rest plain it runs without a key, badly. Each grant opens a level of quality; the
+top level is the original, bit for bit.
 
   selcrypt keygen -o keys
   selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key
