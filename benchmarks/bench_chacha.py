@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from _options import count
 from jax import Array, lax
 
 from selcrypt_jax import chacha20_key
@@ -52,8 +53,8 @@ def medians(functions: list[Callable[[], Array]], repeats: int) -> list[float]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--scale", type=int, default=1, help="divide the large sizes by this")
+    parser.add_argument("--repeats", type=count, default=9, help="timed runs of each (default: 9)")
+    parser.add_argument("--scale", type=count, default=1, help="divide the large sizes by this")
     args = parser.parse_args()
     keys = [chacha20_key(secrets.token_bytes(32)), jax.random.key(0, impl="threefry2x32")]
     device = jax.devices()[0]

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _options import count
 
 # Nothing of the package: every process is to load what its own command needs, and no more.
 
@@ -120,9 +121,9 @@ def main() -> None:
     """Prints the table; exit status 1 if something is above the bar."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=float, default=2.0, help="GiB")
-    parser.add_argument("--tensors", type=int, default=40)
+    parser.add_argument("--tensors", type=count, default=40, help="how many (default: 40)")
     parser.add_argument("--ratio", type=float, default=0.08, help="share that is encrypted")
-    parser.add_argument("--levels", type=int, default=5)
+    parser.add_argument("--levels", type=count, default=5, help="how many (default: 5)")
     parser.add_argument("--dir", type=Path, help="for the files; default: that of TMPDIR")
     args = parser.parse_args()
     fractions = [args.ratio * (m + 1) / args.levels for m in range(args.levels)]

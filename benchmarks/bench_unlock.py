@@ -32,8 +32,9 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from _options import count
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
 CRYPTOTENSORS = """\
@@ -107,8 +108,8 @@ def vgg19() -> Tensors:
             tensors[f"{name}.{part}"] = np.float32(low) + rng.random(width, np.float32)
 
     layer, width_before = 0, 3
-    for width, count in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
-        for _ in range(count):
+    for width, depth in ((64, 2), (128, 2), (256, 4), (512, 4), (512, 4)):
+        for _ in range(depth):
             affine(f"features.{layer}", width, width_before, 3, 3)
             batch_norm(f"features.{layer + 1}", width)
             layer, width_before = layer + 3, width  # convolution, normalisation, ReLU
@@ -255,18 +256,41 @@ def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) ->
         print(f"{name:<16} {size:13,}  {100 * (size / sizes['original'] - 1):+13.4f} %")
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise argparse.ArgumentTypeError(f"{text}: expected a .safetensors file, got {found}")
+    try:
+        with safe_open(path, framework="np"):
+            return path.resolve()
+    except (OSError, SafetensorError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected a .safetensors file, got another or a damaged one ({error})"
+        ) from None
+
+
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
-        "--checkpoint", type=Path, help="a .safetensors file; default: random VGG19"
+        "--repeats", type=count, default=15, metavar="N", help="timed runs of a row (default: 15)"
+    )
+    parser.add_argument(
+        "--checkpoint", type=_file, metavar="PATH", help="a .safetensors file (default: a VGG19)"
     )
     parser.add_argument("--large", action="store_true", help="a transformer in place of VGG19")
     parser.add_argument(
         "--protect", type=shlex.split, default=[], help="more options of selcrypt protect, as one"
     )
-    parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), metavar="NAME")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=NAMES,
+        default=list(NAMES),
+        metavar="NAME",
+        help=f"the rows to measure, of {', '.join(NAMES)} (default: all)",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lest the folder stays
     with tempfile.TemporaryDirectory(prefix="bench_unlock") as name:
@@ -275,7 +299,7 @@ def main() -> None:
         if args.checkpoint is None:
             save_file(transformer() if args.large else vgg19(), original)
         else:
-            original = args.checkpoint.resolve()
+            original = args.checkpoint
         rows, files = contenders(folder, original, args.only, args.protect)
         packages = ["numpy", "safetensors", "cryptography"]
         packages += ["cryptotensors"] if "cryptotensors" in rows else []

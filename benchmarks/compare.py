@@ -30,6 +30,7 @@ import sys
 from pathlib import Path
 
 from _measure import in_process
+from _options import count
 from _rows import Options, Row, write
 
 MODULES = {
@@ -115,8 +116,13 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--large", action="store_true", help="also a billion weights")
-    parser.add_argument("--repeats", type=int, help="runs; default: 7, with --quick 3")
-    parser.add_argument("--tensorizer-python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--repeats", type=count, help="runs; default: 7, with --quick 3")
+    parser.add_argument(
+        "--tensorizer-python",
+        default=sys.executable,
+        metavar="PATH",
+        help="a Python that has tensorizer (default: this one)",
+    )
     args = parser.parse_args()
     sections = args.sections.split(",")
     unknown = [section for section in sections if section not in MODULES]

@@ -74,9 +74,9 @@ class Checker(NamedTuple):
     def json(self, raw: bytes) -> dict[str, Any]:
         """Parses an object."""
         try:
-            return json_object(raw, self.what)
+            return json_object(raw, self.what, DAMAGED)
         except ValueError as error:
-            raise IntegrityError(f"{error} {DAMAGED}", reason=self.reason) from None
+            raise IntegrityError(str(error), reason=self.reason) from None
 
     def fields(self, value: Any, field: str, /, **rules: Rule) -> dict[str, Any]:
         """Refuses anything but an object with exactly these fields."""

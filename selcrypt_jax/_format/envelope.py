@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .._io.errors import GrantError, IntegrityError
 from .._io.safetensors import PROTECTED
-from .._io.strict_json import show
+from .._io.strict_json import listing, show
 from .._keys.keys import LevelKey
 from .._keys.signing import SigningKey, VerifyKey
 from .._tree.dtypes import SAFETENSORS
@@ -132,15 +132,20 @@ class Envelope:
         check = Checker(f"{what}: metadata", "metadata")
         names = [f"{_BOX}{level}" for level in range(1, len(manifest.levels) + 1)]
         expected = {MANIFEST, *names} | ({_SIGNATURE} if manifest.signer else set())
-        if wrong := sorted({*filter(_is_ours, metadata)} ^ expected):
+        found = {*filter(_is_ours, metadata)}
+        if found != expected:
+            missing, unknown = sorted(expected - found), sorted(found - expected)
+            parts = [f"{listing(missing)} missing"] * bool(missing)
+            parts += [f"{listing(unknown)}, unknown here"] * bool(unknown)
             raise check.error(
-                f"expected the entries {show(sorted(expected))}, got {show(wrong)} too much or too "
-                "little"
+                f"expected the entries {listing(sorted(expected))}, got {' and '.join(parts)}"
             )
         own = {key: value for key, value in metadata.items() if not _is_ours(key)}
         digest = None if manifest.metadata is None and not own else metadata_digest(own)
         if digest != manifest.metadata:
-            raise check.error(f"the entries {show(sorted(own))} are not those that were protected")
+            raise check.error(
+                f"expected the entries that were protected, got others: {listing(sorted(own))}"
+            )
         signature = None
         if manifest.signer:
             signature = Checker(f"{what}: signature", "signature").base64(metadata[_SIGNATURE])
@@ -230,7 +235,10 @@ class Envelope:
                         "they overlap"
                     )
             if (actual := LevelSize(groups, weights)) != expected:
-                raise check.error(f"expected {expected} as the manifest says, got {actual}")
+                raise check.error(
+                    f"expected {expected.groups} groups of {expected.weights} weights, as in the "
+                    f"manifest, got {actual.groups} of {actual.weights}"
+                )
         return result
 
     def _weights(self, ring: SealedRing, check: Checker) -> int:

@@ -317,7 +317,14 @@ def check_table(source: TensorSource, envelope: Envelope) -> None:
     actual = {n: (t.dtype, tuple(t.shape)) for n, t in source.tensors.items()}
     for name in sorted(expected.keys() | actual.keys()):
         if expected.get(name) != actual.get(name):
+            wanted = "no such tensor, since the manifest has none"
+            if name in expected:
+                wanted = f"{_kind(*expected[name])}, as the manifest says"
+            found = _kind(*actual[name]) if name in actual else "no such tensor"
             raise Checker(f"{envelope.what}: tensor {show(name)}", "table").error(
-                f"expected {show(expected.get(name))} as the manifest says, got "
-                f"{show(actual.get(name))}"
+                f"expected {wanted}, got {found}"
             )
+
+
+def _kind(dtype: str, shape: Sequence[int]) -> str:
+    return f"{dtype} of shape {show(tuple(shape))}"

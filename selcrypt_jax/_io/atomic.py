@@ -148,6 +148,8 @@ def _blame(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         text = f"{error.strerror}; nothing was written"
+        if error.errno == errno.ENOSPC:
+            text += ". Free some space, or write elsewhere"
         raise OSError(error.errno, text, str(target)) from error
 
 

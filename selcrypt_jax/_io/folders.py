@@ -73,10 +73,11 @@ def read_regular(
 
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        actual = "a symbolic link" if stat.S_ISLNK(mode) else "a pipe, socket or device"
+        actual = "a pipe, socket or device"
+        remedy = "No checkpoint holds one: remove it, or get the folder again."
         if stat.S_ISDIR(mode):
-            actual = "a folder"
-        raise ValueError(
-            f"{path}: expected a regular file, got {actual}. Copy the folder with the files "
-            "themselves (cp -rL), if you trust where they come from."
-        )
+            actual, remedy = "a folder", "Get the folder around it again."
+        if stat.S_ISLNK(mode):
+            actual, remedy = "a symbolic link", "If you trust the folder, copy what its links "
+            remedy += "point to (cp -rL), and name the copy."
+        raise ValueError(f"{path}: expected a regular file, got {actual}. {remedy}")

@@ -12,15 +12,18 @@ References:
     https://google.github.io/tensorstore/kvstore/ocdbt, "Storage format"; RFC 8878, Zstandard.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 from .folders import read_regular
-from .strict_json import show
+from .strict_json import DAMAGED, show
 
 MANIFEST = "manifest.ocdbt"
+
+_REMEDY = f"{DAMAGED[:-1]}, or save it again with Orbax."
 
 _MAX_BYTES = 100_000_000  # of all nodes together; the format's bound of one, in Orbax
 # All nodes together may have so many bytes, and so many more for each byte of the folder. For each
@@ -29,13 +32,18 @@ _MAX_BYTES = 100_000_000  # of all nodes together; the format's bound of one, in
 _FREE = 1 << 20
 _RATIO = 16
 _MAX_INNER = 1 << 16  # bytes of a node above the leaves, of which Orbax needs none
+_MAX_LEAF = 1 << 18  # bytes of a leaf whose entries are looked at: Python takes far more for them
 _HEAD, _TAIL = 14, 4
 _ZSTD, _SKIPPABLE = 0xFD2FB528, 0x184D2A50
 _BLOCK = 1 << 17
 
 
 def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
-    """Refuses a database that takes far more memory than the file.
+    """Refuses a database that takes far more memory than the file, or that lacks a piece.
+
+    A piece that is missing or cut off is found here and not by Orbax, which reads many at once and
+    says neither which file it is nor what to do; and the reads that still run when it gives up
+    print errors of their own.
 
     Args:
         folder: that holds the manifest.
@@ -48,40 +56,68 @@ def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
 
     budget = _Budget(folder, sum(files.values()))
     budget.spend(MANIFEST, read_regular(folder / MANIFEST, _MAX_BYTES))
-    try:
+    with _database(folder):
         base = ts.KvStore.open({"driver": "file", "path": f"{folder.absolute()}/"}).result()
         manifest: Any = ts.ocdbt.dump(base).result()
         if manifest["config"].get("manifest_kind", "single") != "single":
             raise ValueError("manifest_kind: expected 'single', as Orbax writes it")
         newest = manifest["versions"][-1]
         todo = [(newest["root"].get("location"), int(newest["root_height"]))]
-        seen = {None}
-        while todo:
-            location, height = todo.pop()
-            if location in seen:
-                continue
-            seen.add(location)
-            name, start, stop = _place(location)
-            if name not in files:
-                raise ValueError(f"expected a file of the folder, got {show(name)}")
-            size = budget.spend(name, read_regular(folder / name, _MAX_BYTES, start, stop))
+    seen = {None}
+    while todo:
+        location, height = todo.pop()
+        if location in seen:
+            continue
+        seen.add(location)
+        with _database(folder):
+            name, start, stop = _place(location, "btreenode")
+        _check_piece(folder, files, name, stop)
+        size = budget.spend(name, read_regular(folder / name, _MAX_BYTES, start, stop))
+        if not height and size > _MAX_LEAF:
+            continue
+        with _database(folder):
+            if height and size > _MAX_INNER:
+                raise ValueError(f"{size} bytes in an inner node, expected {_MAX_INNER} at most")
+            node: Any = ts.ocdbt.dump(base, location).result()
             if height:
-                if size > _MAX_INNER:
-                    raise ValueError(f"expected {_MAX_INNER} bytes in an inner node, got {size}")
-                node: Any = ts.ocdbt.dump(base, location).result()
                 todo += [(entry.get("location"), height - 1) for entry in node["entries"]]
+                continue
+            found = filter(None, (entry.get("indirect_value") for entry in node["entries"]))
+            pieces = [_place(piece, "value") for piece in found]
+        for name, _, stop in pieces:
+            _check_piece(folder, files, name, stop)
+
+
+@contextmanager
+def _database(folder: Path) -> Iterator[None]:
+    """Says which file it is: on one that is damaged, TensorStore may raise anything."""
+    try:
+        yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {error}. It was "
-            "damaged or altered: get it again, or save it again with Orbax."
+            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {error}. {_REMEDY}"
         ) from None
 
 
-def _place(location: str) -> tuple[str, int, int]:
-    """File, and first and last byte of ``btreenode:BASE:PATH:OFFSET:LENGTH``."""
+def _check_piece(folder: Path, files: Mapping[str, int], name: str, stop: int) -> None:
+    """Refuses a database of which a file is missing or cut off."""
+    if name not in files:
+        raise ValueError(
+            f"{folder / MANIFEST}: expected the file {show(name)} in the folder, got none. "
+            "Get the whole folder again, or save it again with Orbax."
+        )
+    if stop > files[name]:
+        raise ValueError(
+            f"{folder / name}: expected at least {stop} bytes, got {files[name]}. It is cut off: "
+            "get the whole folder again, or save it again with Orbax."
+        )
+
+
+def _place(location: str, expected: str) -> tuple[str, int, int]:
+    """File, and first and last byte of ``KIND:BASE:PATH:OFFSET:LENGTH``."""
     kind, base, path, start, length = location.split(":")
-    if kind != "btreenode":
-        raise ValueError(f"expected a node, got {show(location)}")
+    if kind != expected:
+        raise ValueError(f"expected a {expected}, got {show(location)}")
     return unquote(base) + unquote(path), int(start), int(start) + int(length)
 
 
@@ -101,11 +137,17 @@ class _Budget:
         """
         if len(node) <= _HEAD + _TAIL or node[12]:
             raise ValueError(
-                f"{self._folder / name}: expected version 0 of a node, got another or none. It "
-                "was damaged or altered: get it again."
+                f"{self._folder / name}: expected a node of OCDBT, version 0, got something else. "
+                f"{_REMEDY}"
             )
         content = memoryview(node)[_HEAD:-_TAIL]
-        size = zstd_bound(content) if node[13] else len(content)
+        try:
+            size = zstd_bound(content) if node[13] else len(content)
+        except ValueError as error:
+            raise ValueError(
+                f"{self._folder / name}: expected a node of OCDBT, compressed with {error}. It is "
+                "cut off or damaged: get the whole folder again, or save it again with Orbax."
+            ) from None
         self._spent += size
         if self._spent > self._most:
             raise ValueError(
@@ -120,13 +162,13 @@ def zstd_bound(data: bytes | memoryview) -> int:
     """At most how many bytes come out of Zstandard frames, from the headers of their blocks.
 
     Raises:
-        ValueError: they are cut off or malformed.
+        ValueError: they are cut off or malformed; for the caller, who knows the file.
     """
 
     def number(start: int, size: int) -> int:
         piece = data[start : start + size]
         if len(piece) != size:
-            raise ValueError("Zstandard: expected whole frames, got one that is cut off")
+            raise ValueError("Zstandard, got a frame that is cut off")
         return int.from_bytes(piece, "little")
 
     position = size = 0
@@ -136,7 +178,7 @@ def zstd_bound(data: bytes | memoryview) -> int:
             position += 8 + number(position + 4, 4)
             continue
         if magic != _ZSTD:
-            raise ValueError(f"Zstandard: expected the start of a frame, got {magic:#x}")
+            raise ValueError(f"Zstandard, got {magic:#x} where a frame should start")
         flags = number(position + 4, 1)
         single = flags >> 5 & 1
         position += 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
@@ -150,10 +192,10 @@ def zstd_bound(data: bytes | memoryview) -> int:
             head = number(position, 3)
             last, kind, count = bool(head & 1), head >> 1 & 3, head >> 3
             if kind == 3:
-                raise ValueError("Zstandard: expected a block, got one of a reserved type")
+                raise ValueError("Zstandard, got a block of a reserved type")
             size += block if kind == 2 else count
             position += 3 + (1 if kind == 1 else count)
         position += 4 if flags >> 2 & 1 else 0
     if position > len(data):
-        raise ValueError("Zstandard: expected whole frames, got one that is cut off")
+        raise ValueError("Zstandard, got a frame that is cut off")
     return size

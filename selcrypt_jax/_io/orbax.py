@@ -12,11 +12,13 @@ from typing import Any
 from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
 from .folders import read_regular, regular_files
+from .ocdbt import MANIFEST
 from .safetensors import MAX_HEADER
-from .strict_json import check_json, json_object
+from .strict_json import DAMAGED, check_json, json_object, listing, show
 from .zarr import stored_shapes
 
 METADATA_FILE = "selcrypt.json"
+_REMEDY = "Get the whole folder again, or save it again with Orbax."
 _INNER = "checkpoint"
 _VALUE = "/value"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
@@ -28,7 +30,8 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is an Orbax checkpoint.
 
     Raises:
-        ValueError: it holds some, as a checkpoint of several items does, but is none.
+        ValueError: it holds some, as a checkpoint of several items does, but is none; or lacks
+            what describes the pytree.
     """
     path = Path(path)
     if os.path.lexists(path / _TREE):  # whether it is a regular file is checked later
@@ -36,10 +39,18 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
     if inside:
         raise ValueError(
-            f"{path}: expected the Orbax checkpoint of one pytree, got a folder of {inside}. Name "
-            f"one of them, such as {path / inside[0]}."
+            f"{path}: expected the Orbax checkpoint of one pytree, got a folder of "
+            f"{listing(inside)}. Name one of them, such as {path / inside[0]}."
         )
+    if os.path.lexists(path / MANIFEST) or os.path.lexists(path / METADATA_FILE):
+        raise _without_tree(path)
     return False
+
+
+def _without_tree(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: expected {_TREE} in this folder of an Orbax checkpoint, got none. {_REMEDY}"
+    )
 
 
 class OrbaxCheckpoint:
@@ -97,7 +108,13 @@ class OrbaxCheckpoint:
         from .._tree.names import named_leaves
 
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
-        return named_leaves(self._restore(restore_args=kinds), str(self.path))
+        handlers = ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, _reading_all()),
+            (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it Orbax warns
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+        found = self._restore(ocp.Checkpointer(handler), restore_args=kinds)
+        return named_leaves(found, str(self.path))
 
     def read(self, name: str) -> memoryview:
         """See `TensorSource`. May be called by several threads."""
@@ -129,11 +146,12 @@ class OrbaxCheckpoint:
         if self.stored.keys() != given.keys():
             raise ValueError(
                 f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
-                f"got one with {listed(given)}"
+                f"got one with {listed(given)}. Pass one of the same paths."
             )
         item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
-        leaves = named_leaves(self._restore(item=item, restore_args=arguments)).leaves
+        found = self._restore(ocp.PyTreeCheckpointer(), item=item, restore_args=arguments)
+        leaves = named_leaves(found).leaves
         return tree.rebuild({name: leaves[self.stored[name]] for name in given})
 
     @cached_property
@@ -147,11 +165,18 @@ class OrbaxCheckpoint:
 
         from .._tree.names import named_leaves
 
-        folder = self.path.absolute()
+        folder = self.path.resolve()  # TensorStore takes no ".."
+        if _TREE not in self._files:
+            raise _without_tree(self.path)
         for name in _JSON:
             if name in self._files:
                 check_json(read_regular(folder / name, MAX_HEADER), f"{self.path / name}")
         shapes = stored_shapes(folder, self._files)
+        if not shapes:
+            raise ValueError(
+                f"{self.path}: expected arrays, in {MANIFEST} or in folders of their own, got "
+                f"none. {_REMEDY}"
+            )
         with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
             found: Any = checkpointer.metadata(folder)
             tree = found.item_metadata.tree
@@ -184,22 +209,49 @@ class OrbaxCheckpoint:
             )
         return found
 
-    def _restore(self, **arguments: Any) -> Any:
-        import orbax.checkpoint as ocp
+    def _restore(self, checkpointer: Any, **arguments: Any) -> Any:
+        remedy = "Pass the tree that was saved, or get the whole folder again."
+        remedy = remedy if "item" in arguments else _REMEDY
+        with _orbax(self.path, remedy), checkpointer:
+            return checkpointer.restore(self.path.resolve(), **arguments)
 
-        with _orbax(self.path), ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(self.path.absolute(), **arguments)
+
+def _reading_all() -> Any:
+    """Orbax's reader of arrays, which ends when all of its reads have ended, also after an error.
+
+    Its own gives up at the first error and closes its event loop, while TensorStore still reads the
+    others; each of those then prints a traceback, since it finds the loop closed.
+    """
+    import asyncio
+
+    import orbax.checkpoint as ocp
+
+    class ReadingAll(ocp.type_handlers.NumpyHandler):
+        async def deserialize(self, infos: Any, args: Any = None) -> Any:
+            one = super().deserialize
+            args = args or [ocp.RestoreArgs()] * len(infos)
+            reads = (one([info], [arg]) for info, arg in zip(infos, args, strict=True))
+            found: list[Any] = await asyncio.gather(*reads, return_exceptions=True)
+            for result in found:
+                if isinstance(result, BaseException):
+                    raise result
+            return [array for arrays in found for array in arrays]
+
+    return ReadingAll()
 
 
 @contextmanager
-def _orbax(path: Path) -> Iterator[None]:
+def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     """Says which folder it was: on one that is damaged, Orbax may raise anything."""
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"{path}: Orbax cannot read it: {error}") from error
+        text = str(error).strip().rstrip(".")
+        raise ValueError(
+            f"{path}: Orbax cannot read it: expected a whole checkpoint, got: {text}. {remedy}"
+        ) from error
 
 
 @contextmanager
@@ -226,7 +278,7 @@ def orbax_output(
             for name, info in like.tensors.items()
         }
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder.absolute() / _INNER, like.tree.rebuild(leaves))
+            checkpointer.save(folder.resolve() / _INNER, like.tree.rebuild(leaves))
         _put_together(folder, metadata)
 
 
@@ -263,8 +315,11 @@ def _read_metadata(path: Path) -> dict[str, str] | None:
     if not os.path.lexists(file):
         return None
     metadata = json_object(read_regular(file, MAX_HEADER), str(file))
-    if not all(isinstance(value, str) for value in metadata.values()):
-        raise ValueError(f"{file}: expected text for every key. It is damaged.")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(
+                f"{file}: expected text for every key, got {show(value)} for {show(key)}. {DAMAGED}"
+            )
     return metadata
 
 
@@ -294,7 +349,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
                 folder = stack.enter_context(new_folder(path))
             except OSError as error:
                 problem = error
-        name = _agreed_on("" if folder is None else str(folder), problem)
+        name = _agreed_on("" if folder is None else str(folder.resolve()), problem)
         with ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(Path(name) / _INNER, nested)
         if folder is not None:

@@ -33,6 +33,7 @@ MAX_HEADER = 100_000_000
 
 _METADATA = "__metadata__"
 PROTECTED = "selcrypt"  # the metadata entry that a protected file has
+_DAMAGED = "The header is damaged: get the file again, or save it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 # Only asked for once the file is refused: the length of a header may look like any of them.
@@ -96,7 +97,9 @@ class SafetensorsFile(AbstractContextManager[Any]):
         self.path = Path(path)
         mode = self.path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise ValueError(f"{self.path}: expected a safetensors file, got a folder.")
+            raise ValueError(
+                f"{self.path}: expected a safetensors file, got a folder. Name a file in it."
+            )
         # Before opening it, since opening a pipe waits for its other end.
         if not stat.S_ISREG(mode):
             raise ValueError(
@@ -153,7 +156,8 @@ class SafetensorsFile(AbstractContextManager[Any]):
             if not count:
                 raise ValueError(
                     f"{self.path}: expected {self.size} bytes as when it was opened, got "
-                    f"{stop - len(buffer)}. Something changed it meanwhile."
+                    f"{stop - len(buffer)}. Something changed it meanwhile: start again when "
+                    "nothing writes to it."
                 )
             buffer, start = buffer[count:], start + count
 
@@ -201,7 +205,10 @@ class SafetensorsFile(AbstractContextManager[Any]):
             with safetensors.safe_open(self.path, framework="numpy"):
                 pass
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{self.path}: the safetensors library refuses it: {error}.") from None
+            raise ValueError(
+                f"{self.path}: the safetensors library refuses it: {error}. Get the file again, "
+                "or save it again."
+            ) from None
         except MemoryError:
             # It maps the whole file, which a limit on address space forbids, and has no opinion
             # then. The checks above let nothing through that it refuses (a test compares them).
@@ -230,14 +237,14 @@ def header(
     """
     entries: dict[str, Any] = {}
     if metadata is not None:
-        entries[_METADATA] = _check_metadata(dict(metadata))
+        entries[_METADATA] = _check_metadata(dict(metadata), "Pass text for both.")
     stop = 0
     for name, dtype, shape in tensors:
         if name == _METADATA:
             raise ValueError(f"a tensor can't be called {_METADATA!r}: the format reserves it.")
         if name in entries:
             raise ValueError(f"tensor {show(name)}: expected each name once, got it twice.")
-        _check_text(name)
+        _check_text(name, "Rename it.")
         try:
             start, stop = stop, stop + _byte_count(dtype, shape)
         except ValueError as error:
@@ -257,14 +264,21 @@ def header(
 def _parse_header(
     raw: bytes | bytearray, start: int, size: int
 ) -> tuple[dict[str, TensorInfo], dict[str, str] | None]:
-    entries = json_object(raw, "header")
-    metadata = _check_metadata(entries.pop(_METADATA)) if _METADATA in entries else None
+    entries = json_object(raw, "header", _DAMAGED)
+    metadata = None
+    if _METADATA in entries:
+        metadata = _check_metadata(entries.pop(_METADATA), _DAMAGED)
     tensors = {}
     for name, entry in entries.items():
         try:
-            begin, end = _parse_entry(entry, size - start)
+            begin, end = _parse_entry(entry)
         except ValueError as error:
-            raise ValueError(f"tensor {show(name)}: {error}") from None
+            raise ValueError(f"tensor {show(name)}: {error} {_DAMAGED}") from None
+        if end > size - start:
+            raise ValueError(
+                f"tensor {show(name)}: data_offsets: expected at most the {size - start} bytes of "
+                f"data that the file has, got {show([begin, end])}. It is cut off; get it again."
+            )
         shape = tuple(entry["shape"])
         tensors[name] = TensorInfo(name, entry["dtype"], shape, start + begin, start + end)
     position = start
@@ -273,19 +287,19 @@ def _parse_header(
             what = "a hole before it" if info.start > position else "an overlap with another tensor"
             raise ValueError(
                 f"tensor {show(info.name)}: expected its data to start at byte "
-                f"{position - start}, got {info.start - start}: {what}. The header is damaged."
+                f"{position - start}, got {info.start - start}: {what}. {_DAMAGED}"
             )
         position = info.stop
     if position != size:
         raise ValueError(
             f"expected {position} bytes, got {size}: {size - position} bytes behind the last "
-            "tensor that belong to nothing. The file is damaged."
+            "tensor that belong to nothing. The file is damaged: get it again, or save it again."
         )
     return tensors, metadata
 
 
-def _parse_entry(entry: Any, data_size: int) -> tuple[int, int]:
-    """The offsets in the data of one tensor, checked."""
+def _parse_entry(entry: Any) -> tuple[int, int]:
+    """The offsets in the data of one tensor, checked but for the end of the data."""
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise ValueError(f"expected an object of dtype, shape and data_offsets, got {show(entry)}.")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -301,11 +315,6 @@ def _parse_entry(entry: Any, data_size: int) -> tuple[int, int]:
         raise ValueError(
             f"data_offsets: expected {expected} bytes for {entry['dtype']}{show(shape)}, "
             f"got {end - begin}."
-        )
-    if end > data_size:
-        raise ValueError(
-            f"data_offsets: expected at most the {data_size} bytes of data that the file has, "
-            f"got {show(offsets)}. It is cut off; get it again."
         )
     return begin, end
 
@@ -328,22 +337,26 @@ def _byte_count(dtype: Any, shape: Iterable[Any]) -> int:
     return bits // 8
 
 
-def _check_metadata(metadata: Any) -> dict[str, str]:
+def _check_metadata(metadata: Any, remedy: str) -> dict[str, str]:
     if not isinstance(metadata, dict):
-        raise ValueError(f"{_METADATA}: expected an object, or no entry, got {show(metadata)}.")
+        raise ValueError(
+            f"{_METADATA}: expected an object, or no entry, got {show(metadata)}. {remedy}"
+        )
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str):
             raise ValueError(
-                f"{_METADATA}: expected text, got {show(value)} for {show(key)}. Put it in quotes."
+                f"{_METADATA}: expected text, got {show(value)} for {show(key)}. {remedy}"
             )
-        _check_text(key)
-        _check_text(value)
+        _check_text(key, remedy)
+        _check_text(value, remedy)
     return metadata
 
 
-def _check_text(text: str) -> None:
+def _check_text(text: str, remedy: str) -> None:
     try:
         if not text.isascii():
             text.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"expected Unicode, got a lone surrogate in {show(text)}.") from None
+        raise ValueError(
+            f"expected Unicode, got a lone surrogate in {show(text)}. {remedy}"
+        ) from None

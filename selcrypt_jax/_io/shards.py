@@ -6,7 +6,7 @@ from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from .safetensors import MAX_HEADER, SafetensorsFile
-from .strict_json import json_object, show
+from .strict_json import DAMAGED, json_object, listing, show
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -46,8 +46,8 @@ def find_shards(path: str | os.PathLike[str]) -> ShardIndex | None:
             files = [name for name in names if name.endswith(".safetensors")]
             raise ValueError(
                 f"{path}: expected one *{_INDEX_SUFFIX} in this folder, got "
-                f"{show(found) if found else 'none'}; safetensors files there: "
-                f"{show(files) if files else 'none'}. Name the file that you mean."
+                f"{listing(found) if found else 'none'}; safetensors files there: "
+                f"{listing(files) if files else 'none'}. Name the file that you mean."
             )
         path = path / found[0]
     elif not path.name.endswith(_INDEX_SUFFIX):
@@ -74,19 +74,27 @@ def check_shards(index: ShardIndex, files: Mapping[str, SafetensorsFile]) -> Non
     if listed != held:
         raise ValueError(
             f"{index.path}: expected the shards to hold the tensors that it lists. Only listed: "
-            f"{show(sorted(listed - held))}. Only held: {show(sorted(held - listed))}. "
-            "A shard is damaged or of another model."
+            f"{listing(sorted(listed - held))}. Only held: {listing(sorted(held - listed))}. "
+            "A shard is damaged or of another model: get all of them again, with their index."
         )
 
 
 def _parse_index(path: Path) -> ShardIndex:
     size = path.stat().st_size
-    if not path.is_file() or size > MAX_HEADER:
-        raise ValueError(f"index: expected a file of at most {MAX_HEADER} bytes, got {size}.")
+    if not path.is_file():
+        raise ValueError(
+            "index: expected a regular file, got a folder, pipe or device. Save it to a file."
+        )
+    if size > MAX_HEADER:
+        raise ValueError(
+            f"index: expected a file of at most {MAX_HEADER} bytes, got {size}. {DAMAGED}"
+        )
     text = path.read_bytes()
     weight_map = json_object(text, "index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"weight_map: expected an object of tensors, got {show(weight_map)}.")
+        raise ValueError(
+            f"weight_map: expected an object of tensors, got {show(weight_map)}. {DAMAGED}"
+        )
     for name, file_name in weight_map.items():
         # Also what another system would take for a path: an index must work everywhere or nowhere.
         if (
@@ -97,13 +105,19 @@ def _parse_index(path: Path) -> ShardIndex:
         ):
             raise ValueError(
                 f"weight_map: tensor {show(name)}: expected the name of a file beside the index, "
-                f"got {show(file_name)}."
+                f"got {show(file_name)}. {DAMAGED}"
             )
     shards = {name: path.parent / name for name in sorted(set(weight_map.values()))}
-    missing = [name for name, shard in shards.items() if not shard.is_file()]
+    missing = [name for name, shard in shards.items() if not os.path.lexists(shard)]
     if missing:
         raise ValueError(
             f"expected {len(shards)} shards beside the index, got {len(shards) - len(missing)}; "
-            f"missing: {show(missing)}. Get them first."
+            f"missing: {listing(missing)}. Get them first."
+        )
+    others = [name for name, shard in shards.items() if not shard.is_file()]
+    if others:
+        raise ValueError(
+            f"expected shards that are regular files, got {listing(others)}: folders, pipes, "
+            "devices, or links that lead nowhere. Put the files themselves there."
         )
     return ShardIndex(path, shards, weight_map, text)

@@ -2,7 +2,11 @@
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
+
+DAMAGED = "It was damaged or altered: get it again."
+"""What to do about JSON that nobody wrote like that."""
 
 # An empty list takes three bytes, and 72 in memory. A tensor has three lists and objects in the 51
 # bytes or more of its entry, so this bound refuses no header. It keeps JSON at about twelve times
@@ -13,12 +17,13 @@ _SURROGATE = re.compile(r"\\u[dD]")
 _NO_BRACKETS = bytes(set(range(256)) - set(b'"[{'))
 
 
-def json_object(raw: bytes | bytearray, what: str) -> dict[str, Any]:
+def json_object(raw: bytes | bytearray, what: str, remedy: str = DAMAGED) -> dict[str, Any]:
     """Parses an object in JSON.
 
     Args:
         raw: UTF-8.
         what: for messages.
+        remedy: what to do about JSON that is refused, for messages.
 
     Raises:
         ValueError: not JSON, or no object; a key twice in an object (parsers do not agree which
@@ -34,11 +39,13 @@ def json_object(raw: bytes | bytearray, what: str) -> dict[str, Any]:
         if _SURROGATE.search(text):  # only an escape can smuggle one in
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{what}: expected Unicode, got a lone surrogate.") from None
+        raise ValueError(f"{what}: expected Unicode, got a lone surrogate. {remedy}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: expected UTF-8 JSON, each key once, got: {error}.") from None
+        raise ValueError(
+            f"{what}: expected UTF-8 JSON, each key once, got: {error}. {remedy}"
+        ) from None
     if not isinstance(value, dict):
-        raise ValueError(f"{what}: expected a JSON object, got {show(value)}.")
+        raise ValueError(f"{what}: expected a JSON object, got {show(value)}. {remedy}")
     return value
 
 
@@ -52,9 +59,7 @@ def check_json(raw: bytes | bytearray, what: str) -> None:
     try:
         json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{what}: expected JSON, got: {error}. It was damaged or altered: get it again."
-        ) from None
+        raise ValueError(f"{what}: expected JSON, got: {error}. {DAMAGED}") from None
 
 
 def show(value: object) -> str:
@@ -64,6 +69,12 @@ def show(value: object) -> str:
     except RecursionError:
         text = f"a {type(value).__name__} that is nested too deeply to show"
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def listing(names: Sequence[object], most: int = 6) -> str:
+    """Names for an error message: whole ones, and how many more there are."""
+    text = f"[{', '.join(map(show, names[:most]))}]"
+    return text + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_brackets(raw: bytes | bytearray, what: str) -> None:

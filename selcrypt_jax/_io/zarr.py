@@ -7,8 +7,9 @@ from typing import Any
 
 from .folders import read_regular
 from .ocdbt import MANIFEST, check_ocdbt
-from .strict_json import json_object, show
+from .strict_json import DAMAGED, json_object, show
 
+_REMEDY = f"{DAMAGED[:-1]}, or save it again with Orbax."
 _ZARR2, _ZARR3 = ".zarray", "zarr.json"
 # Deep nesting in larger ones ends the process: TensorStore's parser of JSON is recursive.
 _MAX_BYTES = 10_000
@@ -37,18 +38,19 @@ def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int
     found: dict[str, tuple[int, ...]] = {}
     for name, raw in _described(folder, files):
         what = f"{folder / name}"
+        fields = json_object(raw, what, _REMEDY)
         try:
-            shape = (_zarr3 if name.endswith(_ZARR3) else _zarr2)(json_object(raw, "array"))
+            shape = (_zarr3 if name.endswith(_ZARR3) else _zarr2)(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{what}: expected the metadata of an array as Orbax writes it, got: {error}. It "
-                "was damaged or altered: get it again, or save it again with Orbax."
+                f"{what}: expected the metadata of an array as Orbax writes it, got: {error}. "
+                f"{_REMEDY}"
             ) from None
         array = name.rpartition("/")[0]
         if found.setdefault(array, shape) != shape:
             raise ValueError(
                 f"{what}: expected shape {show(found[array])} as another file says, got "
-                f"{show(shape)}. It was damaged or altered: get it again."
+                f"{show(shape)}. {_REMEDY}"
             )
     return found
 
@@ -73,12 +75,13 @@ def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, by
             if name.rpartition("/")[2] in (_ZARR2, _ZARR3):
                 raw = store.read(key).result().value
                 if len(raw) > _MAX_BYTES:
-                    raise ValueError(f"{name}: expected {_MAX_BYTES} bytes, got {len(raw)}")
+                    raise ValueError(
+                        f"{name} of {len(raw)} bytes, expected {_MAX_BYTES} bytes at most"
+                    )
                 yield name, raw
     except ValueError as error:
         raise ValueError(
-            f"{folder / MANIFEST}: expected a database of arrays, got: {error}. It was damaged or "
-            "altered: get it again."
+            f"{folder / MANIFEST}: expected a database of arrays, got: {error}. {_REMEDY}"
         ) from None
 
 

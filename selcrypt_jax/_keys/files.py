@@ -39,6 +39,7 @@ class Kind(NamedTuple):
         private: whether it holds a secret.
         fields: the ones in the clear; ``key`` comes after them.
         optional: those of them that may be missing.
+        lost: what is gone when a file of this kind is replaced, for messages.
     """
 
     name: str
@@ -48,16 +49,19 @@ class Kind(NamedTuple):
     private: bool = True
     fields: tuple[str, ...] = ()
     optional: frozenset[str] = frozenset()
+    lost: str = ""
 
 
 SECRET = Kind(
     "selcrypt-secret", "a secret", "the secret.key that selcrypt keygen made",
     "All grants of your models come from this. Keep it secret, and keep a copy of it.",
+    lost=", and without a copy of the old one no model that it protected can be granted again",
 )  # fmt: skip
 SIGNING = Kind(
     "selcrypt-signing-key", "a signing key (private)",
     "the signing.key that selcrypt keygen made",
     "This signs models in your name: keep it secret.",
+    lost=", and without a copy of the old one its models cannot be rotated or signed again",
 )  # fmt: skip
 VERIFY = Kind(
     "selcrypt-verify-key", "a verify key (public)",
@@ -91,7 +95,7 @@ class StoredKey(KeyMaterial):
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works.
+            path: of the file; a pipe works, and is waited for.
             passphrase: or a function that asks for it, called only if the file is locked.
 
         Raises:
@@ -106,7 +110,7 @@ class StoredKey(KeyMaterial):
         Args:
             path: of the file, in a folder that exists.
             passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
-            force: replace an existing file; what needs the key in it is then lost.
+            force: replace an existing file; without a copy, what needs the key in it is then lost.
 
         Raises:
             FileExistsError: there is such a file, and no `force`.
@@ -156,7 +160,7 @@ def write_key_file(
     except FileExistsError:
         raise FileExistsError(
             f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
-            "with force=True (--force) it is replaced, and what only it could open is lost."
+            f"with force=True (--force) it is replaced{kind.lost}."
         ) from None
 
 
@@ -257,7 +261,7 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     needed = sorted({*known} - kind.optional)
     missing = [name for name in needed if name not in fields]
     if missing or not fields.keys() <= {*known} or len(fields) < len(pairs):
-        got = f"no {', '.join(missing)}" if missing else "others too, or one of them twice"
+        got = f"no {', '.join(missing)}" if missing else "unknown ones too, or one of them twice"
         raise damaged(what, f"expected the fields {', '.join(needed)}, got {got}")
     order = [name for name in known if name in fields and name != "checksum"]
     canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]

@@ -44,7 +44,7 @@ class Grant:
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works.
+            path: of the file; a pipe works, and is waited for.
             passphrase: or a function that asks for it, called only if the file is locked.
             identities: files with age or SSH private keys, for a grant that is sealed to one of
                 them.

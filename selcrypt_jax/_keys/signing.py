@@ -38,7 +38,7 @@ class VerifyKey:
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works.
+            path: of the file; a pipe works, and is waited for.
 
         Raises:
             GrantError: a file of another kind, or a damaged one.

@@ -144,8 +144,9 @@ def rotate_file(
 
     With new keys, levels below the top give another quality, by as much as keys matter.
 
-    The old file can still be opened by anyone who kept it and has a grant. Both files together
-    show which weights are encrypted.
+    The old file can still be opened by anyone who kept it and has a grant. To whoever can see what
+    is not graded (anyone with a plain rest, level 1 of a sealed file) both files together show
+    where the graded weights are, and many of them also which level opens what.
 
     Args:
         path: protected file, or checkpoint in several files.

@@ -36,8 +36,10 @@ def command(name: str) -> Any:
 _DESCRIPTION = """\
 Selective encryption of neural network weights, in levels.
 
-A protected model is an ordinary safetensors file that anyone may download. Without a key it runs
-badly; each grant opens a level of quality; the top level is the original, bit for bit.
+A protected model is an ordinary safetensors file that anyone may download. By default it is
+sealed: without a key it is worthless, and gives nothing but names, shapes, dtypes and the range of
+exponents. With --rest plain it runs without a key, badly. Each grant opens a level of quality; the
+top level is the original, bit for bit.
 
   selcrypt keygen -o keys
   selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key
@@ -116,6 +118,10 @@ _REASONS = {
     errno.ENOTDIR: "expected a folder on the way, got a file. Check the path.",
     errno.EISDIR: "expected a file, got a folder. Name a file in it.",
     errno.EACCES: "permission denied. Check who may read and write it, or name another.",
+    errno.ELOOP: "expected a file, got links that lead round in a circle. Name the file itself.",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one.",
+    errno.EROFS: "the file system is read-only. Name another place.",
+    errno.EIO: "the disk failed to read or write it. Check the disk, or take another copy.",
 }
 
 

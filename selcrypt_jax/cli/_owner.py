@@ -299,8 +299,9 @@ def rotate(
     With new keys, levels below the top give another quality, by as much as keys matter: measure it
     again.
 
-    An old copy of the file can still be opened with an old grant; and both files together show
-    which weights are encrypted, since these alone differ.
+    An old copy of the file can still be opened with an old grant. To whoever can see what is not
+    graded (anyone with a plain rest, level 1 of a sealed file) both files together show where the
+    graded weights are, and many of them also which level opens what.
 
     Args:
         file: The protected file; or the index or folder of one in several files, or of Orbax.

@@ -163,6 +163,16 @@ def chunks(change: Callable[[str], Callable[[Path], None]]) -> Callable[[Path], 
     return tamper
 
 
+def array_file(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Something done to the file with the numbers, which is the largest."""
+
+    def tamper(folder: Path) -> None:
+        files = [f for f in folder.glob("*/d/*") if f.is_file()]
+        change(max(files, key=lambda file: file.stat().st_size))
+
+    return tamper
+
+
 def sparse(name: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, 10 * GIGABYTE)
 
@@ -201,8 +211,16 @@ ANY: dict[str, tuple[Callable[[Path], None], str]] = {
     ".zarray without chunks": (zarray_text(b'{"compressor":null,"shape":[1]}'), "'chunks'"),
     "manifest.ocdbt of zeros": (manifest_of_zeros, "made to fill the memory"),
     "node of zeros": (node_of_zeros, "made to fill the memory"),
-    "empty manifest.ocdbt": (text("manifest.ocdbt", b"\0"), "version 0 of a node"),
+    "empty manifest.ocdbt": (text("manifest.ocdbt", b"\0"), "a node of OCDBT, version 0"),
     "large manifest.ocdbt": (sparse("manifest.ocdbt"), "expected at most 100000000 bytes"),
+    "cut numbers": (array_file(lambda file: os.truncate(file, 5)), "bytes, got 5. It is cut off"),
+    "no numbers": (array_file(Path.unlink), "in the folder, got none. Get the whole folder again"),
+    "cut manifest.ocdbt": (lambda folder: os.truncate(folder / "manifest.ocdbt", 60),
+                           "a frame that is cut off. It is cut off or damaged: get the whole"),
+    "no manifest.ocdbt": (lambda folder: (folder / "manifest.ocdbt").unlink(),
+                          "expected arrays, in manifest.ocdbt or in folders of their own, got"),
+    "no _METADATA": (lambda folder: (folder / "_METADATA").unlink(),
+                     "expected _METADATA in this folder of an Orbax checkpoint, got none. Get"),
     "pipe for _METADATA": (pipe("_METADATA"), PIPE),
     "pipe for a chunk": (chunks(pipe), PIPE),
     "pipe beside": (pipe("more/pipe"), PIPE),
@@ -315,6 +333,7 @@ def opened(folder, request) -> dict[str, dict[str, tuple[str | None, int, bool]]
     command = [sys.executable, "-W", "error", __file__, str(folder), *request.param]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert ran.returncode == 0, f"{ran.stdout[-500:]}\n{ran.stderr[-3000:]}"
+    assert "Traceback" not in ran.stderr, ran.stderr[-3000:]  # of reads that went on
     found: dict[str, dict[str, tuple[str | None, int, bool]]] = {}
     for line in ran.stdout.splitlines():
         name, way, *rest = json.loads(line)
@@ -336,6 +355,8 @@ def test_a_hostile_folder_is_refused_and_named_and_costs_no_memory(name, words, 
         assert said is not None, way
         assert words in said, f"{way}: {said}"
         assert str(folder / name) in said
+        assert said.endswith(".")
+        assert ".." not in said.replace("...", "")
         assert took < MOST, f"{way}: {took}"
         assert not left
 
@@ -385,6 +406,14 @@ def test_the_folder_itself_may_be_a_link(public, tmp_path):
     assert verify_file(tmp_path / "link").tensors == 2
 
 
+def test_a_path_may_go_up(public, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    key = level_key(SECRET, bytes.fromhex(inspect_file(public).model_id), levels=2)
+    unlock_file("../public", "../out", key)
+    assert OrbaxCheckpoint("../out").tensors.keys() == {"a", "steps"}
+
+
 @pytest.mark.parametrize("zarr3", [False, True], ids=["zarr", "zarr3"])
 @pytest.mark.parametrize("ocdbt", [False, True], ids=["files", "ocdbt"])
 @pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
@@ -408,6 +437,34 @@ def test_whatever_orbax_writes_is_read(zarr3, ocdbt, compressed, tmp_path):
     leaves = named_leaves(tree).leaves
     assert found.tensors.keys() == leaves.keys()
     assert all(found.read(name) == np.asarray(leaf).tobytes() for name, leaf in leaves.items())
+
+
+READ = """
+import sys
+from selcrypt_jax._io.orbax import OrbaxCheckpoint
+for _ in range(5):
+    try:
+        OrbaxCheckpoint(sys.argv[1]).tree
+    except ValueError as error:
+        assert "Orbax cannot read it" in str(error)
+    else:
+        raise AssertionError
+"""
+
+
+def test_one_damaged_array_leaves_no_read_behind(tmp_path):
+    # The others are read meanwhile, and printed a traceback each once nobody waited for them.
+    rng = np.random.default_rng(0)
+    tree = {str(n): rng.standard_normal((300, 300 if n else 3), np.float32) for n in range(9)}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(tmp_path / "a", args=ocp.args.PyTreeSave(tree))
+    (tmp_path / "a" / "0" / "0.0").write_bytes(b"damaged")
+    command = [sys.executable, "-c", READ, str(tmp_path / "a")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert "Traceback" not in ran.stderr, ran.stderr
+    assert "WARNING" not in ran.stderr, ran.stderr
 
 
 # --- the parts ------------------------------------------------------------------------------------

@@ -135,6 +135,8 @@ def test_a_hostile_file_is_refused_and_named_and_costs_no_memory(name, tmp_path)
         tracemalloc.stop()
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
+    remedy = r"\b(get|use|load|unpack|save|download|is called)\b"
+    assert re.search(remedy, str(caught.value).removeprefix(f"{path}: "))
     assert peak < 1 << 22
 
 
@@ -461,6 +463,23 @@ def test_indexes_that_are_refused(content, words, tmp_path):
         find_shards(tmp_path)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith(("get it again.", "Get them first."))
+
+
+def test_shards_that_are_no_files(sharded):
+    (sharded / "model-1.safetensors").unlink()
+    os.mkfifo(sharded / "model-1.safetensors")
+    (sharded / "model-2.safetensors").unlink()
+    (sharded / "model-2.safetensors").symlink_to("model-2.safetensors")
+    with pytest.raises(ValueError, match=r"got \['model-1.*', 'model-2.*'\]: folders, .* Put the"):
+        find_shards(sharded)
+
+
+def test_many_names_are_shown_whole(tmp_path):
+    for number in range(30):
+        (tmp_path / f"model-{number:05d}-of-00030.safetensors").touch()
+    with pytest.raises(ValueError, match=r"'model-00005-of-00030.safetensors'\] and 24 more. Name"):
+        find_shards(tmp_path)
 
 
 def test_folders_that_say_too_little(sharded):
@@ -478,7 +497,7 @@ def test_folders_that_say_too_little(sharded):
     with pytest.raises(FileNotFoundError):
         find_shards(sharded / "gone.safetensors.index.json")
     (sharded / "a.safetensors.index.json").mkdir()
-    with pytest.raises(ValueError, match="expected a file of at most"):
+    with pytest.raises(ValueError, match=r"expected a regular file, got a folder, .* Save it to"):
         find_shards(sharded)
 
 

@@ -124,7 +124,7 @@ BAD: dict[str, tuple[Callable[[str], bytes], str, str]] = {
     "cut off": (lambda t: t[: t.index("key:")].encode(), "damaged", "got no checksum, key"),
     "cut in the key": (lambda t: t[: t.index("key:") + 20].encode(), "damaged", "got no checksum"),
     "unknown field": (lambda t: t.replace("key:", "kez:").encode(), "damaged", "got no key"),
-    "a lock's field": (lambda t: (t + "kdf: x").encode(), "damaged", "got others too"),
+    "a lock's field": (lambda t: (t + "kdf: x").encode(), "damaged", "got unknown ones too"),
     "no colon": (lambda t: t.replace("key:", "key").encode(), "damaged", "got no key"),
     "twice": (lambda t: (t + t.split("\n")[-2]).encode(), "damaged", "or one of them twice"),
     "checksum": (lambda t: t.replace("level: 2", "level: 3").encode(), "damaged", "checksum"),
