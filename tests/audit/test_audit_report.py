@@ -608,6 +608,15 @@ def test_where_the_original_is_hardly_better_nothing_is_judged():
     assert "too close" in _report_page(near)
 
 
+def test_a_file_in_which_everything_is_encrypted_has_a_row():
+    row = "Everything encrypted, with the same cipher"
+    rows = [best(d, s, [24.0, 24.5], 0.2) for d in (0.05, 0.2) for s in (50, 2000)]
+    assert row in _report_page(subject(protection(), everything=rows))
+    assert row not in _report_page(subject(protection()))
+    untrained = protection(best=[best(0.2, 0, [21.0]), best(0.2, 2000, [26.0])])
+    assert "Without training" in _report_page(subject(untrained))
+
+
 def _report_page(made):
     return _report._template().render(
         report=report(made), failed=[], skipped=[], settings={},
