@@ -34,7 +34,8 @@ def as_array(
     known = SAFETENSORS[dtype]
     if known.bits < 8:
         raise ValueError(
-            f"expected a dtype of 8 bits or more, got {dtype}, of which NumPy has no packed arrays"
+            f"expected a dtype of 8 bits or more, got {dtype}, of which NumPy has no packed "
+            "arrays. Unlock it into a file, for a program that has them"
         )
     return np.frombuffer(data, _numpy_dtype(known.name)).reshape(shape)
 

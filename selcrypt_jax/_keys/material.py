@@ -65,11 +65,13 @@ def stretched(
 ) -> bytes:
     """32 bytes of Argon2id (RFC 9106); see `Secret.from_passphrase`."""
     if not isinstance(passphrase, str):
-        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}.")
+        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
     if not passphrase.strip():
-        raise ValueError("passphrase: expected some text, got an empty one.")
+        raise ValueError("passphrase: expected some text, got an empty one. Choose one.")
     if not isinstance(salt, bytes):
-        raise TypeError(f"salt: expected random bytes, got {type(salt).__name__}.")
+        raise TypeError(
+            f"salt: expected random bytes, got {type(salt).__name__}. Use os.urandom(16)."
+        )
     if len(salt) < SALT_BYTES:
         raise ValueError(
             f"salt: expected at least {SALT_BYTES} random bytes, got {len(salt)}. "

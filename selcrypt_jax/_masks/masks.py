@@ -67,7 +67,8 @@ def nested_masks(
     }
     if not any(array.size for array in arrays.values()):
         raise ValueError(
-            f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}."
+            f"scores: expected at least one leaf with groups, got {listed(tree.leaves)}. Score "
+            "a tree that has arrays."
         )
     leaves = None
     if params is not None:

@@ -148,10 +148,10 @@ class _SafetensorsOutput(NamedTuple):
         try:
             length = len(header(tensors, protection.blank(job).entries()))
         except ValueError as error:
+            text = str(error).partition(". ")[0]  # without advice that is for other headers
             raise ValueError(
-                f"{job.what}: the positions of what is encrypted do not fit into the file: "
-                f"{error} Select larger groups (granularity 'filter'), a smaller share or fewer "
-                "tensors."
+                f"{job.what}: the positions of what is encrypted do not fit into the file: {text}. "
+                "Select larger groups (granularity 'filter'), a smaller share or fewer tensors."
             ) from None
         self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))

@@ -103,7 +103,8 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
     if not is_array(mask) and not isinstance(mask, bool):
         if is_array(leaf):
             raise TypeError(
-                f"{what}: expected a boolean array or a plain bool, got {type(mask).__name__}."
+                f"{what}: expected a boolean array or a plain bool, got {type(mask).__name__}. "
+                "Make masks with nested_masks."
             )
         return np.asarray(False)  # the params' own leaf (a function, a string) copied over
     array = concrete(mask, what) if is_array(mask) else np.asarray(mask)
@@ -117,7 +118,7 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
         if array.any():
             raise ValueError(
                 f"{what}: expected False, since the leaf of params is no array but "
-                f"{type(leaf).__name__}, got a mask that selects it."
+                f"{type(leaf).__name__}, got a mask that selects it. Pass False there."
             )
         return array
     if array.ndim == 0:

@@ -142,10 +142,12 @@ class Locking:
         first = getpass.getpass("New passphrase: ")
         if not first.strip():
             raise ValueError(
-                "passphrase: expected some text, got an empty one; nothing was written."
+                "passphrase: expected some text, got an empty one; nothing was written. Try again."
             )
         if getpass.getpass("Once more: ") != first:
-            raise ValueError("passphrase: the two are not the same; nothing was written.")
+            raise ValueError(
+                "passphrase: expected it twice alike, got two; nothing was written. Try again."
+            )
         return first
 
 

@@ -36,7 +36,9 @@ def is_protected(path: Path) -> bool:
         with safetensors.safe_open(path, framework="np") as file:
             return "selcrypt" in (file.metadata() or {})
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: expected a .safetensors file: {error}") from None
+        raise ValueError(
+            f"{path}: expected a .safetensors file: {str(error).rstrip('.')}. Name one."
+        ) from None
 
 
 def read_tensors(path: Path) -> dict[str, Array]:
@@ -46,7 +48,9 @@ def read_tensors(path: Path) -> dict[str, Array]:
         ValueError: it is none, or a protected one, whose weights are not those of the network.
     """
     if path.is_dir():
-        raise ValueError(f"{path}: expected one .safetensors file, got a folder.")
+        raise ValueError(
+            f"{path}: expected one .safetensors file, got a folder. Name a file in it."
+        )
     if is_protected(path):
         raise ValueError(
             f"{path}: expected a trained network, got a protected file. Unlock it first: selcrypt "
@@ -80,7 +84,8 @@ def read_model(
         raise ValueError(f"{path}: {error}") from None
     if not isinstance(model, kind):
         raise ValueError(
-            f"{path}: expected a checkpoint of {kind.__name__}, got one of {type(model).__name__}."
+            f"{path}: expected a checkpoint of {kind.__name__}, got one of {type(model).__name__}. "
+            "Name another."
         )
     model.eval()
     return model
@@ -228,7 +233,7 @@ def read_images(
     if not paths:
         raise ValueError(
             f"{folder}: expected images ({', '.join(sorted(_SUFFIXES))}) or a data set that TFDS "
-            "prepared, got none."
+            "prepared, got none. Name another folder."
         )
     images = []
     for path in paths[: _at_most(most, len(paths))]:

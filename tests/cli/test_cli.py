@@ -341,6 +341,19 @@ def test_as_a_process(public):
     assert failed.stderr.startswith("selcrypt: ")
 
 
+def test_help_is_for_the_command_line():
+    """What it says is true of the default, and it does not speak of Python."""
+    start = run("--help").stdout
+    assert "sealed: without a key it is worthless" in " ".join(start.split())
+    for command in COMMANDS:
+        text = " ".join(run(command, "--help").stdout.replace("│", " ").split())
+        assert "Python" not in text, command
+        assert "pytree" not in text, command
+    assert "sealed with everything else" in " ".join(
+        run("protect", "--help").stdout.replace("│", " ").split()
+    )
+
+
 def test_odd_surroundings(selcrypt, public):
     version = run("--version")
     assert version.returncode == 0

@@ -78,6 +78,15 @@ COMMANDS = {
     "no such file": (
         PROTECT.replace("model", "modle"),
         r"modle.safetensors: there is no such file. Check its name"),
+    "links in a circle": (
+        PROTECT.replace("model.safetensors", "circle"),
+        r"circle: expected a file, got links that lead round in a circle. Name the file itself"),
+    "header that is no JSON": (
+        PROTECT.replace("model.safetensors", "header.safetensors"),
+        r"header.safetensors: header: expected UTF-8 JSON, .* damaged: get the file again"),
+    "index of nothing": (
+        PROTECT.replace("model.safetensors", "nothing.safetensors.index.json"),
+        r"nothing.*json: weight_map: expected an object of tensors, got \{\}. .*: get it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
         r"folder: expected one \*.safetensors.index.json .* \['a.safetensors'\]. Name the file"),
@@ -375,6 +384,9 @@ def fill() -> list[str]:
     save({"a": kernel}, "sharded/1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     Path("sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    Path("circle").symlink_to("circle")
+    Path("header.safetensors").write_bytes((7).to_bytes(8, "little") + b'{"\xff":1}')
+    Path("nothing.safetensors.index.json").write_text('{"weight_map": {}}')
     Path("closed").mkdir(0o555)
     Path("mistaken.py").write_text(METRICS)
 
