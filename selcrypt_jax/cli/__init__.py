@@ -12,6 +12,8 @@ from typing import Any
 
 import tyro
 
+from ._types import plain_types
+
 COMMANDS = {
     "keygen": "_owner",
     "protect": "_owner",
@@ -79,12 +81,13 @@ def _run(args: list[str]) -> int:
     # One command's parser is made, not ten.
     names = args[:1] if args and args[0] in COMMANDS else COMMANDS
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            {name: command(name) for name in names},
-            prog="selcrypt",
-            description=_DESCRIPTION,
-            args=args,
-        )
+        with plain_types():
+            tyro.extras.subcommand_cli_from_dict(
+                {name: command(name) for name in names},
+                prog="selcrypt",
+                description=_DESCRIPTION,
+                args=args,
+            )
         if sys.stdout is not None:  # it may have been closed
             sys.stdout.flush()
     except BrokenPipeError:

@@ -63,7 +63,9 @@ def protect(
     out: Output,
     keys: Annotated[OwnerKeys, Flat],
     selection: Annotated[Selection, Flat] = Selection(),
-    levels: Levels = None,
+    levels: Annotated[
+        Levels, arg(metavar="INT|SHARE [SHARE ...]", help_behavior_hint="(default: 5)")
+    ] = None,
     goal: Annotated[Goal, Flat] = Goal(),
     like: Path | None = None,
     old_signer: str | None = None,
@@ -87,9 +89,9 @@ def protect(
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.
-        levels: How many levels of quality, 5 by default. Each opens an equal part of the budget; in
-            small tensors, where a part would be too little to hide, the next higher level opens it.
-            Or the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
+        levels: How many levels of quality. Each opens an equal part of the budget; in small
+            tensors, where a part would be too little to hide, the next higher level opens it. Or
+            the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
             last one is all that is encrypted. selcrypt calibrate finds such shares.
         goal: What levels shall give.
         like: Your protected file of an earlier version: the same weights are graded again, and

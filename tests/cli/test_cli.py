@@ -349,6 +349,8 @@ def test_help_is_for_the_command_line():
         text = " ".join(run(command, "--help").stdout.replace("│", " ").split())
         assert "Python" not in text, command
         assert "pytree" not in text, command
+        assert "None" not in text, command
+        assert "(default: )" not in text, command
     assert "sealed with everything else" in " ".join(
         run("protect", "--help").stdout.replace("│", " ").split()
     )
