@@ -165,7 +165,7 @@ def protect_file(
                 else:
                     chosen = plan.choose(lambda: read_params(checkpoint), secret, files)
             except ValueError as error:
-                if plan is None or plan.targets is not None:
+                if plan is None or plan.targets is not None or str(error).startswith(what):
                     raise
                 raise ValueError(f"{what}: {error}") from None
             change, new = None, chosen.unknown
