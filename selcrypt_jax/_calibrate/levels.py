@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import NamedTuple
 
 from jaxtyping import PRNGKeyArray, PyTree
@@ -140,7 +141,10 @@ def release_levels(
     """
     wanted = checked_targets(given.targets)
     network = Release(given, secret=secret, twins=twins, first=2 if sealed else 1)
-    search = Search(network, wanted, given.targets, given.selection.budget)
+    targets, progress = given.targets, given.targets.progress
+    if sealed and progress is not None:  # as the owner counts levels
+        targets = replace(targets, progress=lambda e: progress(e._replace(level=e.level + 1)))
+    search = Search(network, wanted, targets, given.selection.budget)
     found = _found(search, network)
     rings = [r._replace(level=r.level + sealed) for r in network.rings(search.bounds)]
     return rings, found, network.model_id

@@ -12,7 +12,7 @@ class Evaluation(NamedTuple):
     Attributes:
         number: 1, 2, and so on.
         level: that was tried; M for the untouched network.
-        share: of the groups, that the level opens, or for level 0 that is encrypted.
+        share: of the groups, that the level opens, or for the lowest that is encrypted.
         value: what it gives, mean over keys; or in the release that is sought.
     """
 

@@ -468,6 +468,18 @@ def levels_of(released, levels, metric, secret=SECRET):
     )
 
 
+def test_progress_counts_levels_as_the_owner_does():
+    found = {}
+    for rest in ("plain", "sealed"):
+        steps = []
+        targets = sj.Targets([60, 80], intact, tolerance=5, progress=steps.append)
+        select = sj.Select(importance=FINE, small=0)
+        sj.protect(PARAMS, rest=rest, secret=SECRET, levels=targets, selection=select)
+        found[rest] = {step.level for step in steps}
+    assert min(found["plain"]) == 0
+    assert found["sealed"] == {level + 1 for level in found["plain"]}
+
+
 @pytest.mark.parametrize("scope", ["leaf", "model"])
 @pytest.mark.parametrize("metric", [intact, jumpy])
 def test_a_release_gives_what_was_measured(scope, metric):
