@@ -84,7 +84,7 @@ class Grid:
             budget=tuple(share for share in self.budget if share <= 0.1)[-1:] or self.budget[:1],
             data=self.data[:1],
             steps=tuple(step for step in self.steps if step <= 200) or self.steps[:1],
-            rates=(3e-3,) if 3e-3 in self.rates else self.rates[-1:],
+            rates=(1e-3,) if 1e-3 in self.rates else self.rates[:1],
             attacks=tuple(name for name in self.attacks if name in _QUICK) or self.attacks,
             keys=1,
         )
