@@ -183,7 +183,14 @@ def detected(detection: dict[str, float]) -> str:
 def held(holder: Holder) -> str:
     """What a key holder makes of their level, in words."""
     if holder.is_worthless:
-        return "Worth nothing to who has that data: anyone reaches as much without the file"
+        text = (
+            "As it is, worth nothing to who has that data: anyone reaches as much without the file"
+        )
+        found = holder.best.advantage
+        if found is None or not found.mean > _TARGET:
+            return text
+        part = f"{100 * min(found.mean, 1):.0f}\u00a0%"
+        return f"{text}. Attacked, it takes them {part} of the way from there to the original"
     if holder.gain is None:
         return "Nothing to gain: the next level is no better"
     if holder.gain <= 0.05:

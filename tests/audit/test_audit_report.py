@@ -633,7 +633,8 @@ def _report_page(made):
 @pytest.mark.parametrize(
     ("opened", "gain", "words"),
     [
-        (19.0, 0.0, "Worth nothing to who has that data"),
+        (19.0, 0.0, "As it is, worth nothing to who has that data"),
+        (19.0, None, "takes them 30 % of the way from there to the original"),
         (25.0, None, "Nothing to gain"),
         (25.0, 0.01, "Hardly gets above their level"),
         (25.0, 0.4, "Gets 40 % of the way to the next level"),
@@ -642,7 +643,7 @@ def _report_page(made):
     ],
 )
 def test_a_key_holder_is_judged(opened, gain, words):
-    row = best(0.2, 2000, [26.0])
+    row = best(0.2, 2000, [26.0], 0.3)
     holder = Holder(2, [opened, opened], row, reference=23.0, above=27.0, gain=gain)
     assert words in _words.held(holder).replace("\u00a0", " ")
     page = _report_page(subject(protection(holders=[holder])))
