@@ -112,12 +112,12 @@ def strategy_masks(
         name: of the strategy.
         scores: by `strategy_scores`.
         share: of the groups.
-        levels: M. Level m may decrypt 0.6 + 0.4·m/M of the groups, as in the paper; what stands
-            behind the + opens with level 1.
+        levels: M. Each opens an equal part of the groups, as `protect` does it; what stands behind
+            the + opens with level 1.
         scope: of the share.
         small: share of all weights that "+small" takes.
     """
-    shares = [share * (0.6 + 0.4 * level / levels) for level in range(1, levels + 1)]
+    shares = [share * level / levels for level in range(1, levels + 1)]
     masks = nested_masks(scores, shares, scope=scope, params=subject.params)
     if name.endswith(SMALL):
         return with_small_leaves(subject.params, masks, small=small)
