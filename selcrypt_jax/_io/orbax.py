@@ -108,12 +108,7 @@ class OrbaxCheckpoint:
         from .._tree.names import named_leaves
 
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
-        handlers = ocp.type_handlers.create_type_handler_registry(
-            (np.ndarray, _reading_all()),
-            (jax.Array, ocp.type_handlers.ArrayHandler()),  # without it Orbax warns
-        )
-        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
-        found = self._restore(ocp.Checkpointer(handler), restore_args=kinds)
+        found = self._restore(restore_args=kinds)
         return named_leaves(found, str(self.path))
 
     def read(self, name: str) -> memoryview:
@@ -150,7 +145,7 @@ class OrbaxCheckpoint:
             )
         item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
-        found = self._restore(ocp.PyTreeCheckpointer(), item=item, restore_args=arguments)
+        found = self._restore(item=item, restore_args=arguments)
         leaves = named_leaves(found).leaves
         return tree.rebuild({name: leaves[self.stored[name]] for name in given})
 
@@ -209,15 +204,26 @@ class OrbaxCheckpoint:
             )
         return found
 
-    def _restore(self, checkpointer: Any, **arguments: Any) -> Any:
+    def _restore(self, **arguments: Any) -> Any:
+        import jax
+        import numpy as np
+        import orbax.checkpoint as ocp
+
+        kinds = ocp.type_handlers
+        handlers = kinds.create_type_handler_registry(
+            (np.ndarray, _reading_all(kinds.NumpyHandler)),
+            (np.number, _reading_all(kinds.ScalarHandler)),
+            (jax.Array, _reading_all(kinds.ArrayHandler)),
+        )
+        handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
         remedy = "Pass the tree that was saved, or get the whole folder again."
         remedy = remedy if "item" in arguments else _REMEDY
-        with _orbax(self.path, remedy), checkpointer:
+        with _orbax(self.path, remedy), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(self.path.resolve(), **arguments)
 
 
-def _reading_all() -> Any:
-    """Orbax's reader of arrays, which ends when all of its reads have ended, also after an error.
+def _reading_all(kind: Any) -> Any:
+    """A reader of Orbax's, which ends when all of its reads have ended, also after an error.
 
     Its own gives up at the first error and closes its event loop, while TensorStore still reads the
     others; each of those then prints a traceback, since it finds the loop closed.
@@ -226,7 +232,7 @@ def _reading_all() -> Any:
 
     import orbax.checkpoint as ocp
 
-    class ReadingAll(ocp.type_handlers.NumpyHandler):
+    class ReadingAll(kind):
         async def deserialize(self, infos: Any, args: Any = None) -> Any:
             one = super().deserialize
             args = args or [ocp.RestoreArgs()] * len(infos)
