@@ -108,8 +108,7 @@ class OrbaxCheckpoint:
         from .._tree.names import named_leaves
 
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
-        found = self._restore(restore_args=kinds)
-        return named_leaves(found, str(self.path))
+        return named_leaves(self._restore(restore_args=kinds), str(self.path))
 
     def read(self, name: str) -> memoryview:
         """See `TensorSource`. May be called by several threads."""
@@ -145,8 +144,7 @@ class OrbaxCheckpoint:
             )
         item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
-        found = self._restore(item=item, restore_args=arguments)
-        leaves = named_leaves(found).leaves
+        leaves = named_leaves(self._restore(item=item, restore_args=arguments)).leaves
         return tree.rebuild({name: leaves[self.stored[name]] for name in given})
 
     @cached_property

@@ -228,42 +228,49 @@ def _check_old_signer(
         )
 
 
-def plain_change(source: NamedTensors, base: Base, rings: Rings, what: str) -> float:
-    """The share of what changed from a base that a plain rest leaves plain.
+def plain_change(
+    source: NamedTensors, selection: Select, rings: Rings, rest: Rest, what: str
+) -> tuple[float | None, tuple[str, ...]]:
+    """The share of what changed from `Select.base` that is plain, and what the base lacks.
 
     In squares within a tensor, since tensors have units of their own; of tensors the mean, by how
     many weights they have. Those that did not change do not count.
 
     Args:
         source: the tensors before they were encrypted.
-        base: see `Base`.
+        selection: with the base, if there is one; None and nothing without.
         rings: what is encrypted.
+        rest: of the release; nothing of a sealed one is plain.
         what: for messages.
 
     Raises:
         ValueError: nothing has changed.
     """
+    if selection.base is None:
+        return None, ()
     weights = plain = 0.0
-    for name, info in source.tensors.items():
-        if not is_counted(info):
-            continue
-        squares = np.square(base.change(name, info, source.read(name)).astype(np.float64))
-        total, hidden = squares.sum(), 0.0
-        if not total:
-            continue
-        for level, ring in rings.get(name, ()):
-            groups = ring_groups(ring, level, what)
-            places = unit_places(squares.shape, ring.mask_shape, groups, "weight")
-            hidden += squares.reshape(-1, places.size)[places.runs].sum()
-        weights += squares.size
-        plain += squares.size * (1 - hidden / total)
+    with ExitStack() as stack:
+        base = Base(selection.base, source.tensors, stack)
+        for name, info in source.tensors.items():
+            if not is_counted(info):
+                continue
+            squares = np.square(base.change(name, info, source.read(name)).astype(np.float64))
+            total, hidden = squares.sum(), 0.0
+            if not total:
+                continue
+            for level, ring in rings.get(name, ()):
+                groups = ring_groups(ring, level, what)
+                places = unit_places(squares.shape, ring.mask_shape, groups, "weight")
+                hidden += squares.reshape(-1, places.size)[places.runs].sum()
+            weights += squares.size
+            plain += squares.size * (1 - hidden / total)
     if not weights:
         raise ValueError(
             f"{what}: expected a network that was fine-tuned from the base, got the base itself: "
             "no weight has changed, so there is nothing to protect. Check the two files, or leave "
             "the base out."
         )
-    return float(plain / weights)
+    return (float(plain / weights) if rest == "plain" else 0.0), tuple(base.lacking)
 
 
 def with_twins(
@@ -345,6 +352,18 @@ def check_alone(option: str, **others: object) -> None:
                 f"{option}: expected no {name} beside it, since {option} decides that too, got "
                 f"some. Leave {name} out, or {option}."
             )
+
+
+def check_like(like: AnyPath | None, old_signer: AnySigner | None, **others: object) -> None:
+    """Refuses what `like` decides beside it, and what is of use with it alone without it.
+
+    Raises:
+        ValueError: of one.
+    """
+    if like is not None:
+        check_alone("like", **others)
+    elif old_signer is not None:
+        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
 
 
 def check_rest(rest: object) -> None:

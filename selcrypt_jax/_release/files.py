@@ -19,13 +19,12 @@ from .._io.atomic import check_output
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
-from .._masks.change import Base
 from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_alone, check_header, check_rest, choose_like, plain_change
+from .choose import Plan, check_header, check_like, check_rest, choose_like, plain_change
 from .use import AnySigner
 
 
@@ -129,10 +128,7 @@ def protect_file(
         ... )
     """
     cipher = LosslessCipher() if cipher is None else cipher
-    if like is not None:
-        check_alone("like", levels=levels, selection=selection)
-    elif old_signer is not None:
-        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
+    check_like(like, old_signer, levels=levels, selection=selection)
     levels = 5 if levels is None else levels
     selection = Select() if selection is None else selection
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
@@ -168,11 +164,7 @@ def protect_file(
                 if plan is None or plan.targets is not None or str(error).startswith(what):
                     raise
                 raise ValueError(f"{what}: {error}") from None
-            change, new = None, chosen.unknown
-            if selection.base is not None:
-                base = Base(selection.base, checkpoint.tensors, stack)
-                left = plain_change(checkpoint, base, chosen.rings, what)
-                change, new = (left if rest == "plain" else 0.0), tuple(base.lacking)
+            change, lacking = plain_change(checkpoint, selection, chosen.rings, rest, what)
             protection = Protection.new(
                 secret, chosen.levels, cipher, rest, signing, chosen.model_id
             )
@@ -191,7 +183,7 @@ def protect_file(
         +untouched,
         chosen.calibration,
         change,
-        new,
+        lacking or chosen.unknown,
     )
 
 

@@ -22,7 +22,6 @@ from .._io.atomic import new_file
 from .._io.safetensors import header
 from .._keys.keys import Secret, new_model_id
 from .._keys.signing import SigningKey
-from .._masks.change import Base
 from .._masks.levels import LevelsLike
 from .._masks.options import Select
 from .._masks.scores import source_of_tree
@@ -34,6 +33,7 @@ from .choose import (
     Chosen,
     Plan,
     check_alone,
+    check_like,
     check_rest,
     choose_like,
     plain_change,
@@ -183,8 +183,8 @@ def protect(
     tree = named_leaves(params)
     source = source_of_tree(tree)
     change = None
+    check_like(like, old_signer, masks=masks, levels=levels, selection=selection)
     if like is not None:
-        check_alone("like", masks=masks, levels=levels, selection=selection)
         chosen = choose_like(
             like, source, [source],
             secret=secret, signing=signing, old_signer=old_signer,
@@ -196,8 +196,6 @@ def protect(
                 'sealed rest (rest="sealed"), or anew, without like.',
                 stacklevel=2,
             )
-    elif old_signer is not None:
-        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
     elif masks is None:
         with ExitStack() as stack:
             plan = Plan(
@@ -205,10 +203,7 @@ def protect(
                 stack=stack, metadata={"format": "jax"}, what="params",
             )  # fmt: skip
             chosen = plan.choose(lambda: params, secret, [source])
-            if plan.selection.base is not None:
-                base = Base(plan.selection.base, source.tensors, stack)
-                left = plain_change(source, base, chosen.rings, "params")
-                change = left if rest == "plain" else 0.0
+        change, _ = plain_change(source, plan.selection, chosen.rings, rest, "params")
     else:
         check_alone("masks", levels=levels, selection=selection)
         rings = split_rings(tree, masks)
