@@ -18,8 +18,8 @@ from .._tree.rings import checked_mask
 from ._base import fill_from_base, rank_by_base
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune, warm_cosine
-from ._structure import in_order, ranked_by_siblings, scale_signs, with_signs
-from ._subject import Subject, is_scale, normalisation_leaves, reset
+from ._structure import in_order, ranked_by_siblings, sign_leanings, with_signs
+from ._subject import Subject, is_scale, layout_of, normalisation_leaves, reset
 from ._unshuffle import unshuffle
 
 
@@ -121,21 +121,21 @@ def _sizes_by_siblings(loot: Loot) -> PyTree:
     chain = [link for link in loot.subject.chain if link.scale in encrypted]
     hidden = {n: np.broadcast_to(m, np.shape(params.leaves[n])) for n, m in kernels.items()}
     others = [named_leaves(network).leaves for network in loot.subject.siblings]
-    layout = loot.subject.layout or "HWIO"
-    return _by_structure(
-        loot, ranked_by_siblings(params.leaves, others, chain, hidden, layout) if chain else {}
-    )
+    if not chain:
+        return _by_structure(loot, {})
+    layout = layout_of(loot.subject)
+    return _by_structure(loot, ranked_by_siblings(params.leaves, others, chain, hidden, layout))
 
 
 def _by_structure(loot: Loot, rankings: Mapping[str, np.ndarray]) -> PyTree:
-    tree = named_leaves(_kernels_zero(loot))
-    encrypted = _parts(loot)[2]
-    layout, new = loot.subject.layout or "HWIO", {}
+    tree, encrypted = named_leaves(_kernels_zero(loot)), _parts(loot)[2]
+    layout, new = layout_of(loot.subject), {}
     for link in loot.subject.chain:
         if link.scale in encrypted:
             before, after = (np.asarray(tree.leaves[n]) for n in (link.before, link.after))
-            signs, scale = scale_signs(before, after, layout), np.asarray(encrypted[link.scale])
-            new[link.scale] = jnp.asarray(with_signs(scale, signs, rankings.get(link.scale)))
+            leanings, scale = sign_leanings(before, after, layout), encrypted[link.scale]
+            signed = with_signs(np.asarray(scale), leanings, rankings.get(link.scale))
+            new[link.scale] = jnp.asarray(signed)
         if link.bias in encrypted and link.bias in rankings:
             biases = in_order(np.asarray(encrypted[link.bias]), rankings[link.bias])
             new[link.bias] = jnp.asarray(biases)

@@ -22,6 +22,7 @@ from ._grid import Grid
 from ._keysearch import key_search
 from ._records import Advantage, AuditReport, Best, CipherCheck, SubjectReport
 from ._report import write_report
+from ._results import Results
 from ._run import ARCHITECTURE, Audit, Plan
 
 # Shares that advice is sought among, ascending.
@@ -135,7 +136,8 @@ def _audit_subject(
             advice.append({"subject": described.name, **found})
             plans += sorted(tried)
     two_files = audit.two_files()
-    return audit.report(cells.found, plans, time.perf_counter() - start), advice, two_files
+    report = Results(audit, cells.found).report(plans, time.perf_counter() - start)
+    return report, advice, two_files
 
 
 def advise(
@@ -154,7 +156,8 @@ def advise(
         The advice: ``strategy``, ``target``, ``protection``, ``share`` of the groups, and
         ``advantage``, the last three None if none of them meets it; and what was tried.
     """
-    baseline = audit.baseline(cells.found)
+    results = Results(audit, cells.found)
+    baseline = results.baseline()
     tried: dict[Plan, Best] = {}
 
     def gain(share: float) -> Advantage | None:
@@ -164,7 +167,7 @@ def advise(
         except ValueError:  # too few weights to hide among each other
             return None
         carry_out([plan], str(plan))
-        rows = audit.protection(cells.found, plan, baseline).best
+        rows = results.protection(plan, baseline).best
         tried[plan] = max(rows, key=lambda row: (row.data, row.steps))
         return tried[plan].advantage
 

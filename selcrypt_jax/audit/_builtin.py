@@ -55,11 +55,13 @@ def subject_of(
 def _chain(params: PyTree) -> list[Link]:
     """Between each convolution and the next the normalisation of the former."""
     leaves = named_leaves(params).leaves
-    links = (
-        Link(f"convs/{n}/kernel", f"norms/{n}/scale", f"convs/{n + 1}/kernel", f"norms/{n}/bias")
-        for n in range(len(leaves))
-    )
-    return [link for link in links if all(name in leaves for name in link)]
+
+    def link(n: int) -> Link:
+        before, after = f"convs/{n}/kernel", f"convs/{n + 1}/kernel"
+        bias = f"norms/{n}/bias"
+        return Link(before, f"norms/{n}/scale", after, bias if bias in leaves else None)
+
+    return [found for found in map(link, range(len(leaves))) if leaves.keys() >= set(found[:3])]
 
 
 def _state(model: nnx.Module) -> PyTree:

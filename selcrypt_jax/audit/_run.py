@@ -1,9 +1,8 @@
-"""The runner: protections × keys × data × attacks × rates, and what the best of them reach."""
+"""The runner: protections × keys × data × attacks × rates."""
 
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,13 +15,12 @@ from .._ciphers.dprm import Cipher, encrypt
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
-from ._advantage import Advantage, advantage
 from ._attacks import ATTACKS, REFERENCES, Loot, applies, needs_data, run_attack
 from ._base import check_base
 from ._detection import detect
 from ._file import Protected
 from ._grid import SCRATCH, Grid
-from ._records import NARROW, Attempt, Best, CipherCheck, Holder, Level, Protection, SubjectReport
+from ._records import CipherCheck
 from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks, strategy_scores
 from ._structure import check_chain
 from ._subject import Subject, example_batches, place
@@ -157,9 +155,10 @@ class Audit:
     def protected(self, plan: Plan, number: int) -> Protected:
         """The file under the keys of this number."""
         file = self._encrypted(self.subject.params, self.masks(plan), number)
-        return file.sealed() if self._is_sealed(plan) else file
+        return file.sealed() if self.is_sealed(plan) else file
 
-    def _is_sealed(self, plan: Plan) -> bool:
+    def is_sealed(self, plan: Plan) -> bool:
+        """Whether a seal lies over the rest of the file."""
         return plan != ARCHITECTURE and self.grid.rest == "sealed"
 
     def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> Protected:
@@ -176,27 +175,28 @@ class Audit:
         """The cells of protections."""
         keys, steps = self.grid.keys, self.grid.steps[-1]
         for plan in plans:
-            at = self._at(plan)
+            at = self.at(plan)
             if plan != ARCHITECTURE:
                 yield Work(f"{at}/levels", 1, partial(self._levels, plan))
-                if self.grid.detection and not self._is_sealed(plan):
+                if self.grid.detection and not self.is_sealed(plan):
                     yield Work(f"{at}/detection", steps, partial(self._detection, plan))
-            for level in (0, *self._holders(plan)):
-                for attack, data, rate in self._attempts(plan, level):
+            for level in (0, *self.holders(plan)):
+                for attack, data, rate in self.attempts(plan, level):
                     run = partial(self._attempt, plan, level, attack, data, rate)
                     cost = keys * (steps if data else 1)
-                    yield Work(f"{self._at(plan, level)}/{attack}/{data:g}/{rate:g}", cost, run)
+                    yield Work(f"{self.at(plan, level)}/{attack}/{data:g}/{rate:g}", cost, run)
 
-    def _at(self, plan: Plan, level: int = 0) -> str:
+    def at(self, plan: Plan, level: int = 0) -> str:
+        """How the names of cells begin."""
         at = f"{self.name}/{plan.strategy}/{plan.share:g}"
         return f"{at}/holder of {level}" if level else at
 
-    def _holders(self, plan: Plan) -> range:
+    def holders(self, plan: Plan) -> range:
         """Levels whose holders attack the levels above."""
         return range(1, self.grid.levels if self.grid.climbing and plan != ARCHITECTURE else 1)
 
-    def _attempts(self, plan: Plan, level: int = 0) -> list[tuple[str, float, float]]:
-        """Attack, data and rate."""
+    def attempts(self, plan: Plan, level: int = 0) -> list[tuple[str, float, float]]:
+        """Attack, share of data and rate, of all that the holder of a level tries."""
         names, shares = self.grid.attacks, self.grid.data
         if plan == ARCHITECTURE:
             names = REFERENCES if self.grid.rest == "sealed" else (*_ON_EVERYTHING, *REFERENCES)
@@ -208,7 +208,7 @@ class Audit:
                 if (ATTACKS[n].trains == "all" or ATTACKS[n].base)
                 and not (ATTACKS[n].chain or "normalisation" in n)
             ]
-        elif self._is_sealed(plan):
+        elif self.is_sealed(plan):
             names = [n for n in names if n in _ON_EVERYTHING or ATTACKS[n].base]
         return [
             (name, data, rate)
@@ -224,7 +224,7 @@ class Audit:
         counts = [mask_counts(self.subject.params, mask).values() for mask in masks]
         total = sum(count.total for count in counts[-1])
         shares = [sum(count.weights for count in each) / total for each in counts]
-        if self._is_sealed(plan):  # level 1 opens all but the rings above it
+        if self.is_sealed(plan):  # level 1 opens all but the rings above it
             shares = [1 - (shares[-1] - share) for share in shares]
         rows = [[0.0], *([share] for share in shares)]
         for number in range(self.grid.keys):
@@ -289,157 +289,3 @@ class Audit:
             )
             for other, name in zip(others, names, strict=True)
         ]
-
-    # --- what comes out ---
-
-    def attempts(self, cells: Mapping[str, Any], plan: Plan, level: int = 0) -> list[Attempt]:
-        """The attacks on a protection, by the holder of a level, from their cells."""
-        found = []
-        for attack, data, rate in self._attempts(plan, level):
-            cell = cells[f"{self._at(plan, level)}/{attack}/{data:g}/{rate:g}"]
-            steps = {int(step): values for step, values in cell.items()}
-            found.append(Attempt(attack, data, rate, steps))
-        return found
-
-    def best(
-        self,
-        attempts: Sequence[Attempt],
-        shipped: Sequence[float],
-        baseline: Sequence[Best] = (),
-        architecture: Sequence[Best] = (),
-        references: Sequence[Attempt] = (),
-    ) -> list[Best]:
-        """The best for each share of data and number of steps; an attacker may also do nothing.
-
-        With no steps at all: by attacks that train nothing.
-
-        Args:
-            attempts: that they make with the file.
-            shipped: what the file gives as it is, one value a key.
-            baseline: what is reached without the file, and with the base if there is one.
-            architecture: what is reached without either.
-            references: the attempts of the baseline: an attacker may also leave the file alone.
-        """
-        seed = self.grid.seed
-
-        def gain(best: Best, floor: np.ndarray) -> Advantage | None:
-            # Where the floor comes so near to the original, chance decides.
-            room = NARROW * (self.clean - self.subject.worthless)
-            if not self.clean - np.mean(floor) > room:
-                return None
-            return advantage(best.recovered, floor.tolist(), self.clean, seed=seed)
-
-        def over(best: Best, floors: Sequence[Best]) -> Advantage | None:
-            for floor in floors:
-                if (floor.data, floor.steps) == (best.data, best.steps):
-                    return gain(best, np.asarray(floor.recovered))
-            return None
-
-        listed = []
-        for data in self.grid.data:
-            for most in (0, *self.grid.steps):
-                found = {("as shipped", 0.0): np.asarray(shipped, float)}
-                for attempt in (*attempts, *references):
-                    _add(found, attempt, data, most)
-                names, values = list(found), np.stack(list(found.values()))
-                (winner, rate) = Counter(names[i] for i in values.argmax(0)).most_common(1)[0][0]
-                best = Best(data, most, values.max(0).tolist(), winner, None, None, rate)
-                same: dict[tuple[str, float], np.ndarray] = {}
-                for attempt in references:
-                    if attempt.rate == rate > 0:
-                        _add(same, attempt, data, most)
-                listed.append(
-                    replace(
-                        best,
-                        advantage=over(best, baseline),
-                        over_architecture=over(best, architecture),
-                        same_recipe=gain(best, np.max(list(same.values()), 0)) if same else None,
-                    )
-                )
-        return listed
-
-    def report(
-        self, cells: Mapping[str, Any], plans: Iterable[Plan], seconds: float
-    ) -> SubjectReport:
-        """All that was found out of these protections."""
-        baseline = self.baseline(cells)
-        subject = self.subject
-        return SubjectReport(
-            name=self.name,
-            title=subject.title,
-            unit=subject.unit,
-            clean=self.clean,
-            worthless=subject.worthless,
-            weights=sum(count.total for count in mask_counts(subject.params, False).values()),
-            examples=subject.examples,
-            protections=[self.protection(cells, plan, baseline) for plan in plans],
-            baseline=baseline,
-            seconds=round(seconds, 1),
-            base=subject.base is not None,
-            everything=self._everything(cells, baseline),
-        )
-
-    def baseline(self, cells: Mapping[str, Any], *, base: bool = True) -> list[Best]:
-        """What an attacker reaches without the file; from the base too, if there is one."""
-        nothing = [self.subject.worthless] * self.grid.keys
-        tried = self._references(cells)
-        return self.best([a for a in tried if base or not ATTACKS[a.attack].base], nothing)
-
-    def _references(self, cells: Mapping[str, Any]) -> list[Attempt]:
-        return [a for a in self.attempts(cells, ARCHITECTURE) if a.attack in REFERENCES]
-
-    def _everything(self, cells: Mapping[str, Any], baseline: Sequence[Best]) -> list[Best]:
-        """Of a file in which everything is encrypted, and the histogram of each leaf is kept."""
-        if self.grid.rest == "sealed":
-            return []
-        nothing = [self.subject.worthless] * self.grid.keys
-        attempts = self.attempts(cells, ARCHITECTURE)
-        return self.best(attempts, nothing, baseline)
-
-    def protection(
-        self, cells: Mapping[str, Any], plan: Plan, baseline: Sequence[Best]
-    ) -> Protection:
-        """One protection from its cells."""
-        at = self._at(plan)
-        rows = cells[f"{at}/levels"]
-        attempts, shipped = self.attempts(cells, plan), rows[0][1:]
-        has_base = self.subject.base is not None
-        architecture = self.baseline(cells, base=False) if has_base else ()
-        references = self._references(cells)
-
-        def best(attempts: Sequence[Attempt], opened: Sequence[float]) -> list[Best]:
-            return self.best(attempts, opened, baseline, architecture, references)
-
-        def holder(level: int) -> Holder:
-            strongest = best(self.attempts(cells, plan, level), rows[level][1:])[-1]
-            reference, above = np.mean(baseline[-1].recovered), np.mean(rows[level + 1][1:])
-            floor = max(np.mean(rows[level][1:]), reference)
-            gain = (
-                (np.mean(strongest.recovered) - floor) / (above - floor) if above > floor else None
-            )
-            return Holder(
-                level, rows[level][1:], strongest, float(reference), float(above),
-                None if gain is None else float(gain),
-            )  # fmt: skip
-
-        return Protection(
-            name=str(plan) + (", sealed" if self._is_sealed(plan) else ""),
-            strategy=plan.strategy,
-            share=rows[-1][0],
-            shipped=shipped,
-            levels=[Level(i, row[0], float(np.mean(row[1:]))) for i, row in enumerate(rows)],
-            attempts=attempts,
-            best=best(attempts, shipped),
-            detection=cells.get(f"{at}/detection", {}),
-            holders=[holder(level) for level in self._holders(plan) if level + 1 < len(rows)],
-        )
-
-
-def _add(
-    found: dict[tuple[str, float], np.ndarray], attempt: Attempt, data: float, most: int
-) -> None:
-    """The best of an attempt within a number of steps, by its name and rate."""
-    for step, values in attempt.steps.items():
-        if attempt.data in (0, data) and (step <= most or not attempt.rate):
-            name = attempt.attack, attempt.rate
-            found[name] = np.fmax(found.get(name, -math.inf), values)

@@ -15,12 +15,10 @@ from .._importance.config import PSSConfig
 from .._importance.pss import pss
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
-from .._masks.scores import guess_layout
 from .._masks.selection import leaves_of_tree
-from .._tree.groups import Layout
-from .._tree.names import named_leaves, select_leaves
+from .._tree.names import named_leaves
 from ._finetune import floats
-from ._subject import Subject, normalisation_leaves
+from ._subject import Subject, layout_of, normalisation_leaves
 
 CLOSED_FORM = ("random", "l2", "descend", "ascend", "mean", "taylor", "fisher")
 LEARNED = {
@@ -63,7 +61,7 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
     plain = plain_strategy(name)
     if plain.startswith("scores:"):
         return _scores_of_file(subject, plain.removeprefix("scores:"))
-    options: dict[str, Any] = {"select": subject.select, "layout": _layout(subject)}
+    options: dict[str, Any] = {"select": subject.select, "layout": layout_of(subject)}
     key = jax.random.key(seed)
     if plain == "random":
         return importance.random(subject.params, key=key, **options)
@@ -73,20 +71,6 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
     if plain in LEARNED:
         return pss(*with_data, key=key, config=LEARNED[plain], **options)
     return getattr(importance, plain)(*with_data, **options)
-
-
-def _layout(subject: Subject) -> Layout:
-    """As it is given, or told from the shapes of what is selected."""
-    if subject.layout is not None:
-        return subject.layout
-    leaves = select_leaves(subject.params, subject.select)
-    try:
-        return guess_layout(leaves, list(leaves), {}, "kernel")
-    except ValueError:
-        raise ValueError(
-            f"{subject.title}: cannot tell where the output and input axes of its kernels are. "
-            "Set the subject's layout: OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
-        ) from None
 
 
 def owner_batches(subject: Subject, seed: int) -> PyTree:

@@ -34,11 +34,11 @@ class Link(NamedTuple):
     bias: str | None = None
 
 
-def scale_signs(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.ndarray:
-    """The signs of the scales between two convolutions, all of them right or all of them wrong.
+def sign_leanings(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.ndarray:
+    """How far the scales between two convolutions lean to one sign or the other.
 
     For each channel c between them ``C[c] = Σ_t after[t, c, :] ⊗ before[t, :, c]``, normalised; the
-    signs are those of the first eigenvector of all their scalar products.
+    first eigenvector of all their scalar products has the signs of the scales, or all the others.
 
     Args:
         before: ``[h, w, inputs, channels]``, or as the layout says; what is encrypted in it zero.
@@ -46,10 +46,9 @@ def scale_signs(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.nda
         layout: of both.
 
     Returns:
-        1 or -1 for each channel.
+        A number for each channel, about zero.
     """
-    first = _shared(_by_tap(before, layout), _by_tap(after, layout))[1]
-    return np.where(first < 0, -1, 1)
+    return _shared(_by_tap(before, layout), _by_tap(after, layout))[1]
 
 
 def _by_tap(kernel: np.ndarray, layout: Layout) -> np.ndarray:
@@ -171,18 +170,22 @@ def in_order(values: np.ndarray, ranking: np.ndarray) -> np.ndarray:
 
 
 def with_signs(
-    scale: np.ndarray, signs: np.ndarray, ranking: np.ndarray | None = None
+    scale: np.ndarray, leanings: np.ndarray, ranking: np.ndarray | None = None
 ) -> np.ndarray:
-    """Scales with these signs.
+    """Scales with the signs that their channels lean to.
 
     Args:
         scale: as shipped: in another order, but how many are negative can be seen.
-        signs: by `scale_signs`; turned over where that fits the number better.
+        leanings: by `sign_leanings`; turned over where that fits the number better.
         ranking: of their sizes; of the average size without one.
     """
     negative = np.count_nonzero(scale < 0)
-    if abs(np.count_nonzero(signs > 0) - negative) < abs(np.count_nonzero(signs < 0) - negative):
-        signs = -signs
+    if abs(np.count_nonzero(leanings > 0) - negative) < abs(
+        np.count_nonzero(leanings < 0) - negative
+    ):
+        leanings = -leanings
+    # So many are negative and no more: often all are positive.
+    signs = np.where(leanings.argsort(kind="stable").argsort() < negative, -1, 1)
     if ranking is not None:
         return (in_order(np.abs(scale), ranking) * signs).astype(scale.dtype)
     size = np.sqrt(np.square(scale.astype(np.float64)).mean())

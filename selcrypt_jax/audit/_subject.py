@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from .._importance.closed import LossFn
+from .._masks.scores import guess_layout
 from .._tree.groups import Layout
-from .._tree.names import is_array, named_leaves
+from .._tree.names import is_array, named_leaves, select_leaves
 from ._finetune import TrainingLossFn, floats
 from ._structure import Link
 
@@ -79,6 +80,24 @@ class Subject(NamedTuple):
     chain: Sequence[Link] = ()
     base: PyTree = None
     siblings: Sequence[PyTree] = ()
+
+
+def layout_of(subject: Subject) -> Layout:
+    """Order of the axes of its kernels: as it is given, or told from the shapes.
+
+    Raises:
+        ValueError: they do not tell.
+    """
+    if subject.layout is not None:
+        return subject.layout
+    leaves = select_leaves(subject.params, subject.select)
+    try:
+        return guess_layout(leaves, list(leaves), {}, "kernel")
+    except ValueError:
+        raise ValueError(
+            f"{subject.title}: cannot tell where the output and input axes of its kernels are. "
+            "Set the subject's layout: OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
+        ) from None
 
 
 def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from selcrypt_jax.audit._finetune import warm_cosine
 from selcrypt_jax.audit._grid import Grid
 from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._structure import in_order, ranked_by_siblings, scale_signs, with_signs
+from selcrypt_jax.audit._structure import in_order, ranked_by_siblings, sign_leanings, with_signs
 from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
 from selcrypt_jax.cli import main
 
@@ -631,8 +631,8 @@ def test_plain_kernels_tell_the_signs_between_them(layout):
     after = own * signs[:, None] + 0.5 * rng.standard_normal((3, 3, 32, 24))
     if layout == "OIHW":
         before, after = (np.transpose(kernel, (3, 2, 0, 1)) for kernel in (before, after))
-    found = scale_signs(before, after, layout)
-    assert abs((found * signs).sum()) == 32
+    found = sign_leanings(before, after, layout)
+    assert abs((np.sign(found) * signs).sum()) == 32
     scale = (signs * rng.uniform(0.5, 2, 32)).astype(np.float32)
     rng.shuffle(shuffled := scale.copy())
     averaged = with_signs(shuffled, found)
@@ -640,6 +640,27 @@ def test_plain_kernels_tell_the_signs_between_them(layout):
     if (signs < 0).sum() != 16:  # else the number does not tell which way round
         np.testing.assert_array_equal(np.sign(averaged), signs)
     assert np.square(averaged).mean() == pytest.approx(np.square(scale).mean(), rel=1e-5)
+
+
+def test_structure_is_read_in_the_layout_that_shapes_tell(subject):
+    rng = np.random.default_rng(0)
+    signs = np.where(np.arange(32) < 12, -1, 1)
+    rng.shuffle(signs)
+    params = {
+        "one/kernel": np.repeat(rng.standard_normal((1, 20, 3, 3)), 32, 0),
+        "norm/scale": signs.astype(np.float32),
+        "two/kernel": rng.standard_normal((24, 1, 3, 3)) * signs[:, None, None],
+    }
+    torch = subject._replace(
+        params=params, chain=[audit.Link("one/kernel", "norm/scale", "two/kernel")], select=None
+    )
+    masks = {"one/kernel": False, "norm/scale": True, "two/kernel": False}
+    file = params | {"norm/scale": np.sort(params["norm/scale"])}
+    loot = audit.Loot(torch, file, masks, jax.random.key(0))
+    ((_, found),) = audit.run_attack(
+        audit.ATTACKS["signs by structure"], loot, lambda _: None, rate=0, stops=[]
+    )
+    np.testing.assert_array_equal(np.sign(found["norm/scale"]), signs)
 
 
 @pytest.mark.parametrize("layout", ["HWIO", "OIHW"])
@@ -678,8 +699,16 @@ def test_siblings_tell_sizes(layout):
 def test_noise_tells_no_signs():
     rng = np.random.default_rng(0)
     signs = rng.choice([-1, 1], 256)
-    found = scale_signs(rng.standard_normal((16, 256)), rng.standard_normal((256, 16)), "HWIO")
-    assert abs((found * signs).mean()) < 0.25
+    found = sign_leanings(rng.standard_normal((16, 256)), rng.standard_normal((256, 16)), "HWIO")
+    assert abs((np.sign(found) * signs).mean()) < 0.25
+
+
+def test_as_many_scales_are_negative_as_the_file_shows():
+    leanings = np.array([0.3, -0.1, 0.5, -0.4])
+    positive = np.array([1, 2, 3, 4], np.float32)
+    assert (with_signs(positive, leanings) > 0).all()
+    one = np.array([1, -2, 3, 4], np.float32)
+    np.testing.assert_array_equal(np.sign(with_signs(one, leanings)), [1, 1, 1, -1])
 
 
 @pytest.mark.parametrize(
