@@ -24,6 +24,8 @@ from ._records import Advantage, AuditReport, Best, CipherCheck, SubjectReport
 from ._report import write_report
 from ._results import Results
 from ._run import ARCHITECTURE, Audit, Plan
+from ._ways import ways_to_publish
+from ._words import TARGET
 
 # Shares that advice is sought among, ascending.
 BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7)
@@ -137,7 +139,8 @@ def _audit_subject(
             plans += sorted(tried)
     two_files = audit.two_files()
     report = Results(audit, cells.found).report(plans, time.perf_counter() - start)
-    return report, advice, two_files
+    ways = ways_to_publish(report, target or TARGET, rest=grid.rest)
+    return dataclasses.replace(report, ways=ways), advice, two_files
 
 
 def advise(

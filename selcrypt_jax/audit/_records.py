@@ -128,6 +128,22 @@ class Protection:
 
 
 @dataclass(frozen=True)
+class Way:
+    """A way to publish a network.
+
+    Attributes:
+        name: of it.
+        holds: whether it does, against the attacks that were tried; None where that was not tried
+            or is in doubt.
+        why: in words.
+    """
+
+    name: str
+    holds: bool | None
+    why: str
+
+
+@dataclass(frozen=True)
 class SubjectReport:
     """A network and all that was tried on it.
 
@@ -145,6 +161,7 @@ class SubjectReport:
         base: whether the attacker has a base, see `Subject`.
         everything: what is reached with a file in which everything is encrypted by the cipher of
             the rings, which keeps the histogram of each leaf; empty for a sealed rest.
+        ways: to publish it, the most useful first.
     """
 
     name: str
@@ -159,6 +176,7 @@ class SubjectReport:
     seconds: float
     base: bool = False
     everything: list[Best] = field(default_factory=list)
+    ways: list[Way] = field(default_factory=list)
 
     @property
     def alone(self) -> str:

@@ -18,6 +18,7 @@ from .._io.atomic import new_file
 from . import _words as words
 from ._plots import draw_advantage, draw_curves, draw_levels, inline_svg
 from ._records import Advantage, AuditReport, SubjectReport
+from ._ways import recommended
 
 _DRAW = {"curves": draw_curves, "advantage": draw_advantage, "levels": draw_levels}
 
@@ -59,6 +60,7 @@ def write_report(report: AuditReport, folder: Path) -> None:
                 "verdict": words.verdict(subject),
                 "advice": words.how_much(subject, report.advice),
                 "stops": _stops(subject),
+                "recommended": recommended(subject.ways),
             }
         )
     page = _template().render(

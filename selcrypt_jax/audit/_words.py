@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from ._records import NARROW, Advantage, Best, Holder, KeySearch, Protection, SubjectReport
 
-_TARGET = 0.1  # the advantage that counts as "hardly more than the architecture"
+TARGET = 0.1
+"""The advantage that counts as "hardly more than the architecture"."""
 _TRACE = 0.05  # AUC that a cipher may add
 _MISSING = "–"
 _SECONDS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
@@ -18,7 +19,7 @@ _SECONDS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
 _GIVES = {
     0.9: "gives them nearly all of what was to be protected",
     0.5: "gives them most of what was to be protected",
-    _TARGET: "still gives them a part of what was to be protected",
+    TARGET: "still gives them a part of what was to be protected",
 }
 # By AUC, up to which it is said.
 _FOUND = {
@@ -41,7 +42,7 @@ class _Rated(NamedTuple):
         spread = "one key only" if one else f"interval {interval(self.advantage)}"
         return f"advantage {number(self.advantage.mean)}, {spread}"
 
-    def doubt(self, target: float = _TARGET) -> str:
+    def doubt(self, target: float = TARGET) -> str:
         """Why a low advantage need not be one; "" if nothing speaks against it."""
         if len(self.best.recovered) == 1:
             return "one key is too few to be sure"  # its interval has no width
@@ -63,7 +64,7 @@ def _named(attacker: Best) -> str:
     return f"{data_name(attacker.data)}, {attacker.steps:,} steps"
 
 
-def _rated(subject: SubjectReport) -> list[_Rated]:
+def by_advantage(subject: SubjectReport) -> list[_Rated]:
     """Protections with a finite advantage, the least first, then the least share."""
     attacker, found = _attacker(subject), []
     if attacker is None:
@@ -98,7 +99,7 @@ def verdict(subject: SubjectReport) -> str:
             f"There is nothing to steal: {original}, and {alone}. Anyone with as much data "
             f"({_named(attacker)}) trains as good a network, whatever is encrypted."
         )
-    rated = _rated(subject)
+    rated = by_advantage(subject)
     if not rated:
         return (
             "No advantage could be computed for the strongest attacker tried "
@@ -124,14 +125,14 @@ def _judgement(rated: _Rated, subject: SubjectReport) -> str:
 
 def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[str]:
     """Sentences: the advice that was asked for, or what those that were tried show."""
-    rated, attacker = _rated(subject), _attacker(subject)
+    rated, attacker = by_advantage(subject), _attacker(subject)
     asked = [row for row in advice if row["subject"] == subject.name]
     if asked:
         return [_advised(row, rated) for row in asked]
     if not rated or attacker is None:
         return ["No advantage was measured, so this audit cannot say."]
-    keeps = f"the advantage of the strongest attacker ({_named(attacker)}) at or below {_TARGET:g}"
-    reached = [each for each in rated if each.advantage.mean <= _TARGET]
+    keeps = f"the advantage of the strongest attacker ({_named(attacker)}) at or below {TARGET:g}"
+    reached = [each for each in rated if each.advantage.mean <= TARGET]
     if not reached:
         shares = sorted(each.protection.share for each in rated)
         tried = " to ".join(share(each) for each in sorted({shares[0], shares[-1]}))
@@ -187,7 +188,7 @@ def held(holder: Holder) -> str:
             "As it is, worth nothing to who has that data: anyone reaches as much without the file"
         )
         found = holder.best.advantage
-        if found is None or not found.mean > _TARGET:
+        if found is None or not found.mean > TARGET:
             return text
         part = f"{100 * min(found.mean, 1):.0f}\u00a0%"
         return f"{text}. Attacked, it takes them {part} of the way from there to the original"

@@ -25,6 +25,7 @@ from selcrypt_jax.audit._records import (
     Protection,
     SubjectReport,
 )
+from selcrypt_jax.audit._ways import recommended, ways_to_publish
 
 NASTY = '<b>&"$x_1$'
 KINDS = ("curves", "advantage", "levels")
@@ -624,7 +625,7 @@ def _report_page(made):
             {
                 "anchor": "s1", "report": made,
                 "figures": dict.fromkeys(("levels", "curves", "advantage"), ""),
-                "verdict": "", "advice": [], "stops": _report._stops(made),
+                "verdict": "", "advice": [], "stops": _report._stops(made), "recommended": None,
             }
         ],
     )  # fmt: skip
@@ -682,6 +683,54 @@ def test_how_much_to_encrypt():
     assert said(*several, advice=[missing, found]).startswith(
         "With “l2”, no share that was tried keeps the advantage at or below 0.1. For an advantage"
     )
+
+
+def holder(level, opened, gain):
+    row = best(0.2, 2000, [27.0], 0.3)
+    return Holder(level, [opened, opened], row, reference=23.0, above=28.0, gain=gain)
+
+
+LOW, HIGH = [best(0.2, 2000, [25.0, 26.0], 0.02)], [best(0.2, 2000, [28.0, 28.5], 0.6)]
+APART, ALIKE = (
+    [holder(1, 19.0, 0.9), holder(2, 26.0, 0.2)],
+    [holder(1, 25.0, 0.2), holder(2, 26.0, 0.9)],
+)
+WAYS = [
+    # no key, key holders, rest → which of the first three hold, and what is recommended
+    (LOW, APART, "plain", [True, True, True], "plain rest, graded"),
+    (HIGH, APART, "plain", [False, True, True], "sealed rest, graded"),
+    (LOW, APART, "sealed", [None, True, True], "sealed rest, graded"),
+    (LOW, ALIKE, "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, [], "plain", [None, None, True], "sealed rest, one level"),
+    (LOW, [holder(1, 19.0, None)], "plain", [False, False, True], "sealed rest, one level"),
+    ([best(0.2, 2000, [26.0], 0.02)], APART, "plain", [None, True, True], "sealed rest, graded"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "holders", "rest", "holds", "name"), WAYS)
+def test_ways_to_publish(rows, holders, rest, holds, name):
+    made = subject(protection(best=rows, holders=holders))
+    ways = ways_to_publish(made, 0.1, rest=rest)
+    assert [way.holds for way in ways[:3]] == holds
+    assert recommended(ways).name == name
+    assert [
+        way.name for way in ways_to_publish(dataclasses.replace(made, base=True), 0.1, rest=rest)
+    ][3] == "sealed adapters beside the public base"
+
+
+def test_ways_are_on_the_page(tmp_path):
+    made = subject(protection(best=HIGH, holders=APART))
+    ways = ways_to_publish(made, 0.1, rest="plain")
+    _report.write_report(report(dataclasses.replace(made, ways=ways)), tmp_path)
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    rows = page.tables["s1-ways"]
+    assert [row[1] for row in rows[1:]] == ["no", "yes", "yes", "yes"]
+    assert (
+        "In “pss 8\u00a0%” a holder of level 2 gets 20\u00a0% of the way to level 3." in rows[2][2]
+    )
+    assert "the most useful is: sealed rest, graded" in page.text
+    written = json.loads((tmp_path / "audit.json").read_text("utf-8"))
+    assert [way["holds"] for way in written["subjects"][0]["ways"]] == [False, True, True, True]
 
 
 @pytest.mark.parametrize(
