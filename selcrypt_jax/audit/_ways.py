@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from .._format.manifest import Rest
 from ._records import Protection, SubjectReport, Way
 from ._words import by_advantage
@@ -75,13 +77,27 @@ def _graded(protections: Sequence[Protection]) -> tuple[bool | None, str]:
     if not judged:
         return False, "No level is worth more than what the same data gives without the file"
     name = min(judged, key=lambda each: judged[each][0])
-    gain, level = judged[name]
-    part = f"{100 * min(max(gain, 0), 1):.0f} %"
-    why = f"In “{name}” a holder of level {level} gets {part} of the way to level {level + 1}"
+    gain, level, above = judged[name]
+    part = "all" if gain >= 1 else f"{100 * max(gain, 0):.0f} %"
+    why = f"In “{name}” a holder of level {level} gets {part} of the way to level {above}"
     return gain <= CLIMB, why
 
 
-def _climb(protection: Protection) -> tuple[float, int] | None:
-    """How far the holder gets who gets furthest, and their level; of levels worth something."""
-    worth = [holder for holder in protection.holders if not holder.is_worthless]
-    return max(((holder.gain or 0.0, holder.level) for holder in worth), default=None)
+def _climb(protection: Protection) -> tuple[float, int, int] | None:
+    """How far the holder gets who gets furthest, their level, and the one that they climb to.
+
+    That is the next level that is worth more than what the same data gives without the file; None
+    if there is none but the top.
+    """
+    quality = {level.level: level.metric for level in protection.levels}
+    reference = protection.holders[0].reference
+    worth = [level for level, metric in quality.items() if metric > reference]
+    if len(worth) < 2:
+        return None
+    found = []
+    for holder in protection.holders:
+        above = min(level for level in worth if level > holder.level)
+        floor = max(quality[holder.level], reference)
+        gain = (float(np.mean(holder.best.recovered)) - floor) / (quality[above] - floor)
+        found.append((gain, holder.level, above))
+    return max(found)

@@ -685,48 +685,55 @@ def test_how_much_to_encrypt():
     )
 
 
-def holder(level, opened, gain):
-    row = best(0.2, 2000, [27.0], 0.3)
-    return Holder(level, [opened, opened], row, reference=23.0, above=28.0, gain=gain)
-
-
 LOW, HIGH = [best(0.2, 2000, [25.0, 26.0], 0.02)], [best(0.2, 2000, [28.0, 28.5], 0.6)]
-APART, ALIKE = (
-    [holder(1, 19.0, 0.9), holder(2, 26.0, 0.2)],
-    [holder(1, 25.0, 0.2), holder(2, 26.0, 0.9)],
-)
+# Quality of levels 1 to 3 and what holders of 1 and 2 reach; 23 without the file.
+APART = (19, 26, 29), (23.5, 27)
+ALIKE = (24, 25, 29), (24.9, 26)
+CLIMBING = (19, 24, 29), (25, 25)  # level 1 is worthless, and brings as much as level 2
+BELOW = (19, 22, 29), (25, 25)
 WAYS = [
     # no key, key holders, rest → which of the first three hold, and what is recommended
     (LOW, APART, "plain", [True, True, True], "plain rest, graded"),
     (HIGH, APART, "plain", [False, True, True], "sealed rest, graded"),
     (LOW, APART, "sealed", [None, True, True], "sealed rest, graded"),
     (LOW, ALIKE, "plain", [False, False, True], "sealed rest, one level"),
-    (LOW, [], "plain", [None, None, True], "sealed rest, one level"),
-    (LOW, [holder(1, 19.0, None)], "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, CLIMBING, "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, BELOW, "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, ((19, 26, 29), ()), "plain", [None, None, True], "sealed rest, one level"),
     ([best(0.2, 2000, [26.0], 0.02)], APART, "plain", [None, True, True], "sealed rest, graded"),
-]  # fmt: skip
+]
+
+
+def held(rows, qualities, reached):
+    holders = [
+        Holder(level, [opened], best(0.2, 2000, [found]), reference=23.0, above=above, gain=None)
+        for level, (opened, found, above) in enumerate(
+            zip(qualities, reached, qualities[1:], strict=False), 1
+        )
+    ]
+    levels = [Level(level, 0.1, quality) for level, quality in enumerate((11.0, *qualities))]
+    return subject(protection(best=rows, holders=holders, levels=levels))
 
 
 @pytest.mark.parametrize(("rows", "holders", "rest", "holds", "name"), WAYS)
 def test_ways_to_publish(rows, holders, rest, holds, name):
-    made = subject(protection(best=rows, holders=holders))
+    made = held(rows, *holders)
     ways = ways_to_publish(made, 0.1, rest=rest)
     assert [way.holds for way in ways[:3]] == holds
     assert recommended(ways).name == name
-    assert [
-        way.name for way in ways_to_publish(dataclasses.replace(made, base=True), 0.1, rest=rest)
-    ][3] == "sealed adapters beside the public base"
+    with_base = ways_to_publish(dataclasses.replace(made, base=True), 0.1, rest=rest)
+    assert with_base[3].name == "sealed adapters beside the public base"
 
 
 def test_ways_are_on_the_page(tmp_path):
-    made = subject(protection(best=HIGH, holders=APART))
+    made = held(HIGH, *APART)
     ways = ways_to_publish(made, 0.1, rest="plain")
     _report.write_report(report(dataclasses.replace(made, ways=ways)), tmp_path)
     page = Page((tmp_path / "report.html").read_text("utf-8"))
     rows = page.tables["s1-ways"]
     assert [row[1] for row in rows[1:]] == ["no", "yes", "yes", "yes"]
     assert (
-        "In “pss 8\u00a0%” a holder of level 2 gets 20\u00a0% of the way to level 3." in rows[2][2]
+        "In “pss 8\u00a0%” a holder of level 2 gets 33\u00a0% of the way to level 3." in rows[2][2]
     )
     assert "the most useful is: sealed rest, graded" in page.text
     written = json.loads((tmp_path / "audit.json").read_text("utf-8"))
