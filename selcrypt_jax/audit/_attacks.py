@@ -86,16 +86,18 @@ def _normalisation_reset(loot: Loot) -> PyTree:
 def _normalisation_averaged(loot: Loot) -> PyTree:
     """Means in the normalisation leaves in which something is encrypted; of scales, of their size.
 
-    The lossless cipher keeps the values up to their fine bits: only their order is lost.
+    In biases that are encrypted as a whole too. The lossless cipher keeps the values up to their
+    fine bits: only their order is lost.
     """
-    params, _, norms = _parts(loot)
+    params, others, norms = _parts(loot)
+    biases = {n: params.leaves[n] for n, m in others.items() if m.ndim == 1 and m.all()}
 
     def average(name: str, leaf: Array) -> Array:
         # Scales of both signs would cancel out.
         mean = jnp.sqrt(jnp.square(leaf).mean()) if is_scale(name) else leaf.mean()
         return jnp.full_like(leaf, mean)
 
-    return params.rebuild({n: average(n, leaf) for n, leaf in norms.items()})
+    return params.rebuild({n: average(n, leaf) for n, leaf in (norms | biases).items()})
 
 
 def _pruned(loot: Loot) -> PyTree:
@@ -213,6 +215,10 @@ ATTACKS: Mapping[str, Attack] = {
     ),
     "average the normalisation, train all": Attack(
         _PLACES, _normalisation_averaged, "all", statistics=True
+    ),
+    "average and zero-fill": Attack(_PLACES, _kernels_zero, "nothing"),
+    "average and zero-fill, re-estimate statistics": Attack(
+        _PLACES, _kernels_zero, "nothing", statistics=True
     ),
     "average and zero-fill, train all": Attack(_PLACES, _kernels_zero, "all", statistics=True),
     "signs by structure": Attack(_PLACES, _signs_by_structure, "nothing", chain=True),

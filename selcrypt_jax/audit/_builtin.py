@@ -1,5 +1,6 @@
 """Networks that can be audited by name: those of the demo, VGG19 and DnCNN."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,27 @@ def demo_vgg19(*, width: float = 0.25, steps: int = 250, seed: int = 0) -> Subje
 
     trained = train_vgg19(width=width, steps=steps, seed=seed)
     return _of_demo(trained, "VGG19, handwritten digits", batch=32)
+
+
+def demo_transformer(*, steps: int = 1000, seed: int = 0) -> Subject:
+    """A vision transformer on the digits of scikit-learn, trained in a minute."""
+    from ..demo._train import train_transformer
+
+    trained = train_transformer(steps=steps, seed=seed)
+    subject = _of_demo(trained, "vision transformer, handwritten digits", batch=32)
+    # It has no running statistics, and each normalisation lies between what writes into the
+    # residual stream last and what reads it next.
+    blocks = [f"blocks/{n}" for n in range(4)]
+    inner = [(f"{block}/out", f"{block}/norm2", f"{block}/up") for block in blocks]
+    outer = [
+        (f"{last}/down", f"{block}/norm1", f"{block}/qkv")
+        for last, block in itertools.pairwise(blocks)
+    ]
+    chain = [
+        Link(f"{before}/kernel", f"{norm}/scale", f"{after}/kernel", f"{norm}/bias")
+        for before, norm, after in (*inner, *outer, (f"{blocks[-1]}/down", "norm", "head"))
+    ]
+    return subject._replace(training_loss_fn=None, select=None, layout="HWIO", chain=chain)
 
 
 def demo_dncnn(
@@ -266,6 +288,7 @@ def vgg19(
 BUILT_IN: Mapping[str, Callable[..., Subject]] = {
     "demo-vgg19": demo_vgg19,
     "demo-dncnn": demo_dncnn,
+    "demo-transformer": demo_transformer,
     "vgg19": vgg19,
     "dncnn": dncnn,
 }
