@@ -39,8 +39,8 @@ class AuditConfig:
     grid: Grid
 
 
-_DEMO = ("demo-vgg19", "demo-dncnn")
-# The demo's networks are trained for some hundred steps: with much more data or time than this a
+_DEMO = ("demo-vgg19", "demo-dncnn", "demo-transformer")
+# The demo's networks are trained for some hundred steps: with much more data or time than this an
 # attacker needs no file.
 _DEMO_GRID = Grid(
     importance=("pss", "pss+small"),
@@ -56,9 +56,9 @@ def read_config(config: str) -> AuditConfig:
     """Reads a configuration.
 
     Args:
-        config: ``demo``, ``demo-vgg19``, ``demo-dncnn``, or the path of a TOML file: a table
-            ``[subjects.NAME]`` for each network, with ``make`` and the function's arguments, and a
-            table ``[grid]``, see `Grid`.
+        config: ``demo``, ``demo-vgg19``, ``demo-dncnn``, ``demo-transformer``, or the path of a
+            TOML file: a table ``[subjects.NAME]`` for each network, with ``make`` and the
+            function's arguments, and a table ``[grid]``, see `Grid`.
 
     Raises:
         ValueError: something in it that means nothing.

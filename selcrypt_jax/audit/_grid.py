@@ -96,6 +96,7 @@ _QUICK = (
     "prune the largest",
     "re-estimate statistics",
     "train all, batch statistics",
+    "average and zero-fill",
     "average and zero-fill, train all",
     "train the normalisation",
     "signs by structure, train all",

@@ -28,7 +28,7 @@ def audit(
     killed goes on.
 
     Args:
-        config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn.
+        config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn, demo-transformer.
         out: Folder for the results; made if it does not exist.
         quick: A reduced grid: the strongest attacks, one key, few steps.
         advise: Look for the smallest share that meets the target, instead of trying given ones.

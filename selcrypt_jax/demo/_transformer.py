@@ -57,7 +57,7 @@ class VisionTransformer(nnx.Module):
 
     def __call__(self, images: Float[Array, "n h w 1"]) -> Float[Array, "n classes"]:
         patches = self.patches(images)
-        x = patches.reshape(len(images), -1, patches.shape[-1]) + self.positions
+        x = patches.reshape(len(images), -1, patches.shape[-1]) + self.positions[None]
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))

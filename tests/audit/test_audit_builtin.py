@@ -13,6 +13,7 @@ from PIL import Image
 
 from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._config import SubjectConfig, make_subject
+from selcrypt_jax.audit._structure import check_chain
 from selcrypt_jax.audit._subject import example_batches, normalisation_leaves
 from selcrypt_jax.models import VGG19, DnCNN, to_torch
 
@@ -27,6 +28,8 @@ def checked(subject):
     np.testing.assert_allclose(subject.loss_fn(subject.params, batch(1)) >= 0, True)
     for a, b in zip(jax.tree.leaves(batch(2)), jax.tree.leaves(batch(2)), strict=True):
         np.testing.assert_array_equal(a, b)  # a step has its batch
+    if subject.training_loss_fn is None:
+        return subject
     loss, after = subject.training_loss_fn(subject.params, batch(1))
     assert np.isfinite(loss)
     before, after = named_leaves(subject.params).leaves, named_leaves(after).leaves
@@ -92,19 +95,31 @@ def test_what_is_wrong_with_files_is_named(tmp_path, images, monkeypatch, change
         make_subject(SubjectConfig("a", "dncnn", options | change))
 
 
+UNLINKED = {  # with no convolution behind, or no matrix before
+    "demo-vgg19": {"norms/15/scale"},
+    "demo-dncnn": set(),
+    "demo-transformer": {"blocks/0/norm1/scale"},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "options"),
     [
         ("demo-vgg19", {"width": 0.0625, "steps": 2}),
         ("demo-dncnn", {"depth": 4, "width": 8, "steps": 2, "crop": 48, "batch": 3}),
+        ("demo-transformer", {"steps": 2}),
     ],
 )
 def test_those_of_the_demo(make, options):
     with jax.numpy_dtype_promotion("standard"):  # of its training, optax mixes dtypes
         subject = make_subject(SubjectConfig("a", make, options))
     subject = checked(subject)
-    assert subject.unit == {"demo-vgg19": "%", "demo-dncnn": "dB"}[make]
+    assert subject.unit == ("dB" if make == "demo-dncnn" else "%")
+    shapes = {n: leaf.shape for n, leaf in named_leaves(subject.params).arrays.items()}
+    norms = {n for n in normalisation_leaves(subject.params) if n.endswith("scale")}
+    check_chain(subject.chain, shapes, make)
+    assert norms - {link.scale for link in subject.chain} == UNLINKED[make]
     leaves = jax.tree.leaves(example_batches(subject, 0.01, 0)[1](1))
     assert len(leaves[0]) == options.get("batch", 32)
 

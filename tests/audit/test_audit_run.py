@@ -379,7 +379,11 @@ def test_a_bad_subject(make, arguments, message):
 
 def test_the_demo_is_built_in():
     config = read_config("demo")
-    assert [subject.make for subject in config.subjects] == ["demo-vgg19", "demo-dncnn"]
+    assert [subject.make for subject in config.subjects] == [
+        "demo-vgg19",
+        "demo-dncnn",
+        "demo-transformer",
+    ]
     quick = config.grid.quick()
     assert quick.budget == (0.08,)
     assert quick.keys == 1
