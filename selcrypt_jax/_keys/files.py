@@ -20,11 +20,12 @@ AnyPath = str | os.PathLike[str]
 Passphrase = str | Callable[[], str] | None
 """A passphrase, or a function that asks for it."""
 
-_MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 _COSTS = {"iterations": 3, "lanes": 4, "memory_kib": 65536}
 _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
+_MOST_WORK = 1 << 21  # KiB times iterations: some three seconds
 _SPACES = " \t\r"
 
 
@@ -201,7 +202,7 @@ def read_key_file(
     check_path(path)
     with open(path, "rb") as file:  # once, since it may be a pipe
         mode = os.fstat(file.fileno()).st_mode
-        data = file.read(_MAX_BYTES + 1)
+        data = file.read(MAX_BYTES + 1)
     inner = unsealed(data)
     fields, canonical = _parse(data if inner is None else inner, str(path), kind)
     if "sealed" in fields:
@@ -230,8 +231,8 @@ def check_path(path: AnyPath) -> None:
 def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
     """The lines of a key file that say something."""
     actual, text = "", ""
-    if len(data) > _MAX_BYTES:
-        actual = f"more than {_MAX_BYTES} bytes"
+    if len(data) > MAX_BYTES:
+        actual = f"more than {MAX_BYTES} bytes"
     elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
         actual, remedy = "UTF-16", "Save it as UTF-8."
     else:
@@ -296,8 +297,9 @@ def _unlocked(
         not costs
         or not all(1 <= costs[name] <= limit for name, limit in _LIMITS.items())
         or costs["memory_kib"] < 8 * costs["lanes"]
+        or costs["memory_kib"] * costs["iterations"] > _MOST_WORK
     ):
-        limits = _KDF.format(**_LIMITS)
+        limits = f"{_KDF.format(**_LIMITS)}, and iterations times memory-kib {_MOST_WORK}"
         raise damaged(what, f"field 'kdf': expected at most {limits}, got something else")
     salt = _decoded(fields["salt"], what, "salt", SALT_BYTES)
     sealed = _decoded(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + _TAG_BYTES)

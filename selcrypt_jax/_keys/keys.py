@@ -64,8 +64,8 @@ class Secret(StoredKey):
         """Stretches a passphrase with Argon2id.
 
         Args:
-            passphrase: any text, read in Unicode normal form C, so that the keyboard does not
-                matter.
+            passphrase: one line of at most 1,000 bytes in UTF-8, without control characters. It is
+                read in Unicode normal form C, so that the keyboard does not matter; spaces count.
             salt: at least 16 random bytes, new for each secret (`os.urandom`). It is not secret,
                 but the secret cannot be made again without it.
             iterations: passes over the memory.
@@ -74,7 +74,8 @@ class Secret(StoredKey):
 
         Raises:
             TypeError: a passphrase that is not text.
-            ValueError: an empty passphrase, or a salt that is too short.
+            ValueError: a passphrase that is empty, too long or could not be typed; or a salt that
+                is too short.
 
         References:
             RFC 9106, section 4: the second recommended option is the default.

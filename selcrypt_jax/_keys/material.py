@@ -10,6 +10,12 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 KEY_BYTES = 32
 SALT_BYTES = 16
+MAX_PASSPHRASE = 1000
+"""Bytes of UTF-8: some terminals cut a line after 1,023."""
+
+# Controls (ends of lines among them), lone surrogates, separators of lines and paragraphs, and what
+# this Python's Unicode does not know, whose normal form may change.
+_UNTYPED = frozenset({"Cc", "Cs", "Zl", "Zp", "Cn"})
 
 
 def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
@@ -64,10 +70,7 @@ def stretched(
     passphrase: str, salt: bytes, *, iterations: int, lanes: int, memory_kib: int
 ) -> bytes:
     """32 bytes of Argon2id (RFC 9106); see `Secret.from_passphrase`."""
-    if not isinstance(passphrase, str):
-        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
-    if not passphrase.strip():
-        raise ValueError("passphrase: expected some text, got an empty one. Choose one.")
+    words = passphrase_bytes(passphrase)
     if not isinstance(salt, bytes):
         raise TypeError(
             f"salt: expected random bytes, got {type(salt).__name__}. Use os.urandom(16)."
@@ -80,4 +83,29 @@ def stretched(
     kdf = Argon2id(
         salt=salt, length=KEY_BYTES, iterations=iterations, lanes=lanes, memory_cost=memory_kib
     )
-    return kdf.derive(unicodedata.normalize("NFC", passphrase).encode())
+    return kdf.derive(words)
+
+
+def passphrase_bytes(passphrase: str) -> bytes:
+    """A passphrase in normal form C and UTF-8: one line that any terminal or file can hold.
+
+    Raises:
+        TypeError: not text.
+        ValueError: empty or only spaces, too long, or with characters that are not typed.
+    """
+    if not isinstance(passphrase, str):
+        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
+    text = unicodedata.normalize("NFC", passphrase)
+    actual = ""
+    if not text.strip():
+        actual = "an empty one"
+    elif _UNTYPED & {unicodedata.category(character) for character in text}:
+        actual = "a control character, an end of a line, or something that is no character"
+    elif (size := len(text.encode())) > MAX_PASSPHRASE:
+        actual = f"{size} bytes"
+    if actual:  # without any of its characters
+        raise ValueError(
+            f"passphrase: expected one line of at most {MAX_PASSPHRASE} bytes of text, got "
+            f"{actual}. Choose one that can be typed."
+        )
+    return text.encode()

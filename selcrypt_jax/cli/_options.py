@@ -13,7 +13,10 @@ from tyro.conf import UseAppendAction, arg
 from .._io.atomic import check_output
 from .._keys.grant import Grant
 from .._keys.keys import Secret
+from .._keys.material import MAX_PASSPHRASE, passphrase_bytes
 from .._keys.signing import SigningKey
+
+_MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
 
 Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
@@ -134,17 +137,14 @@ class Locking:
             return _passphrase_in(self.new_passphrase_file)
         if not self.passphrase:
             return None
-        if not sys.stdin.isatty():
+        if not _somebody():
             raise ValueError(
                 "passphrase: there is nobody to ask for it. Put it into a file, and name that "
                 "(--new-passphrase-file)."
             )
-        first = getpass.getpass("New passphrase: ")
-        if not first.strip():
-            raise ValueError(
-                "passphrase: expected some text, got an empty one; nothing was written. Try again."
-            )
-        if getpass.getpass("Once more: ") != first:
+        first = _typed("New passphrase: ")
+        passphrase_bytes(first)  # before it is typed again
+        if _typed("Once more: ") != first:
             raise ValueError(
                 "passphrase: expected it twice alike, got two; nothing was written. Try again."
             )
@@ -157,29 +157,57 @@ def ask(file: Path | None, what: Path) -> Callable[[], str]:
     def words() -> str:
         if file is not None:
             return _passphrase_in(file)
-        if not sys.stdin.isatty():
+        if not _somebody():
             raise ValueError(
                 f"{what}: is locked with a passphrase, and there is nobody to ask for it. Use "
                 "--passphrase-file."
             )
-        return getpass.getpass(f"Passphrase of {what}: ")
+        return _typed(f"Passphrase of {what}: ")
 
     return words
 
 
-def _passphrase_in(file: Path) -> str:
+def _somebody() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+def _typed(prompt: str) -> str:
     try:
-        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        return getpass.getpass(prompt)
+    except UnicodeDecodeError:  # whose message shows some of it
+        raise ValueError(
+            "passphrase: expected text as this terminal encodes it, got other bytes. Set the "
+            "locale that the terminal has (LANG), or put the passphrase into a file in UTF-8."
+        ) from None
+
+
+def _passphrase_in(file: Path) -> str:
+    with file.open("rb") as opened:
+        data = opened.read(_MOST + 1)  # it may be /dev/zero
+    if len(data) > _MOST:
+        raise ValueError(
+            f"{file}: expected one line with a passphrase, got more than {_MOST} bytes. Put "
+            "nothing else into the file."
+        )
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(
             f"{file}: expected a passphrase in UTF-8, got something else. Save it as UTF-8 text."
         ) from None
-    if len(lines) != 1 or not lines[0].strip():
+    # Not splitlines(), to which more characters end a line than to other programs.
+    lines = text.removesuffix("\n").split("\n")
+    if len(lines) > 1:
         raise ValueError(
             f"{file}: expected one line with a passphrase, got {len(lines)} lines. Put nothing "
             "else into the file."
         )
-    return lines[0]
+    words = lines[0].removesuffix("\r")
+    try:
+        passphrase_bytes(words)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return words
 
 
 def spare(out: Path, *inputs: Path | None) -> None:

@@ -11,6 +11,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
+from .._keys.files import MAX_BYTES
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._release.use import inspect_file, issue_grant, rotate_file
@@ -341,13 +342,14 @@ def _recipient(text: str) -> str:
             "yourself, and name the public one."
         )
     try:
-        lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
+        with Path(text).open("rb") as file:
+            lines = file.read(MAX_BYTES).decode("utf-8-sig", "replace").splitlines()
     except FileNotFoundError:
         raise ValueError(
             f"--to: expected a public key (age1... or ssh-...) or a file with one, got {text!r}, "
             "which is neither. Ask the customer for their public key."
         ) from None
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
         raise ValueError(
             f"{text}: expected a file with one public key (age1... or ssh-...), got another. Ask "

@@ -1,11 +1,13 @@
 """The commands, as a vendor and a customer run them."""
 
 import base64
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +43,10 @@ def selcrypt(capsys):
             assert fails in out.err
             assert out.err.startswith("selcrypt: ")
             assert "Traceback" not in out.err
+        run.error = out.err
         return out.out
 
+    run: Any
     return run
 
 
@@ -147,11 +151,51 @@ def test_passphrases_from_a_file(selcrypt):
     assert "locked with a passphrase" in told
     selcrypt("unlock public.safetensors -g g -o out --passphrase-file other")
     selcrypt("unlock public.safetensors -g g -o out2 --passphrase-file words", fails="g: wrong")
-    for content in (b"", b"one\ntwo\n", b"\xff"):
+    for content, got in {
+        b"": "got an empty one", b"\n": "got an empty one", b"one\ntwo\n": "got 2 lines",
+        b"one\n\n": "got 2 lines", b"a\x0cb\n": "got a control", b"a\xc2\x85b": "got a control",
+        b"\xff": "in UTF-8, got something else", b"x" * 1001: "got 1001 bytes",
+        b"x" * 10000: "got more than 4000 bytes",
+    }.items():  # fmt: skip
         Path("bad").write_bytes(content)
-        selcrypt("keygen -o more --new-passphrase-file bad", fails="bad: expected")
+        selcrypt("keygen -o more --new-passphrase-file bad", fails="bad: ")
+        assert got in selcrypt.error
         assert not Path("more").exists()
     assert "correct horse" not in Path("keys/secret.key").read_text()
+    for content in (b"battery staple\r\n", b"\xef\xbb\xbfbattery staple\n"):
+        Path("same").write_bytes(content)
+        selcrypt("unlock public.safetensors -g g -o out --passphrase-file same --force")
+
+
+def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
+    typed: list[str | Exception] = []
+
+    def answer(prompt: str) -> str:
+        if isinstance(word := typed.pop(0), Exception):
+            raise word
+        return word
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", answer)
+    for words, fails in {
+        ("a", "b"): "expected it twice alike",
+        ("",): "got an empty one",
+        ("a\x1b[A",): "got a control character",
+        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set the locale",
+    }.items():
+        typed[:] = words
+        selcrypt("keygen -o keys --passphrase", fails=fails)
+        assert "secret" not in selcrypt.error
+        assert not Path("keys").exists()
+        assert not typed
+    typed[:] = [" two  spaces ", " two  spaces "]
+    selcrypt("keygen -o keys --passphrase")
+    Path("words").write_text(" two  spaces \n")
+    selcrypt(PROTECT + " --passphrase-file words")
+    monkeypatch.setattr("sys.stdin", None)  # closed, as in some services
+    selcrypt(PROTECT + " --force", fails="there is nobody to ask")
+    selcrypt("keygen -o more --passphrase", fails="there is nobody to ask")
 
 
 def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):
