@@ -144,6 +144,25 @@ def write_key_file(
         sealed: seals its text to a recipient.
         force: replace an existing file.
     """
+    data = sealed(key_text(kind, value, fields, passphrase=passphrase))
+    try:
+        with new_file(path, force=force, private=kind.private, keep=False) as file:
+            file.write(data)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
+            f"with force=True (--force) it is replaced{kind.lost}."
+        ) from None
+
+
+def key_text(
+    kind: Kind,
+    value: bytes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    passphrase: str | None = None,
+) -> bytes:
+    """The text of a key file; see `write_key_file`."""
     lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in (fields or {}).items())]
     if passphrase is None:
         lines.append(f"key: {_encoded(value)}")
@@ -154,15 +173,7 @@ def write_key_file(
         locked = nonce + lock.encrypt(nonce, value, "\n".join(lines).encode())
         lines.append(f"sealed: {_encoded(locked)}")
     lines.append(f"checksum: {checksum(lines)}")
-    data = sealed("\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode())
-    try:
-        with new_file(path, force=force, private=kind.private) as file:
-            file.write(data)
-    except FileExistsError:
-        raise FileExistsError(
-            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
-            f"with force=True (--force) it is replaced{kind.lost}."
-        ) from None
+    return "\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode()
 
 
 def checksum(lines: Sequence[str]) -> str:

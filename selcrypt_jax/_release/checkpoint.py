@@ -21,7 +21,7 @@ from .._format.manifest import (
     metadata_digest,
 )
 from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
-from .._io.atomic import check_output, new_file, new_folder
+from .._io.atomic import check_output, new_file, new_files, new_folder
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_shards, find_shards
@@ -297,7 +297,7 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 @contextmanager
 def checkpoint_outputs(
-    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool
+    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool, private: bool = False
 ) -> Iterator[Callable[[str], Output]]:
     """Opens outputs by file name; all of them appear together, or none.
 
@@ -305,6 +305,7 @@ def checkpoint_outputs(
         checkpoint: the input; the outputs are of its kind, with its file names.
         output: path of the file, or of the folder; None to take the place of the input, a file.
         force: replace an existing file.
+        private: only its owner may read a new output.
 
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
@@ -319,16 +320,16 @@ def checkpoint_outputs(
     if not isinstance(first, SafetensorsFile):
         from .._io.orbax import orbax_output
 
-        with orbax_output(output, first) as new:
+        with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
     elif checkpoint.index is None:
         # Opened now, so that what is wrong with it is told before the work.
-        with new_file(output, force=force) as file:
+        with new_file(output, force=force, private=private) as file:
             yield lambda _: _SafetensorsOutput(file)
     else:
-        with new_folder(output) as folder:
+        with new_folder(output, private=private) as folder:
             # All files get their names together, when the last one is written: until then a
             # process that is killed leaves nothing of them behind.
-            with ExitStack() as stack:
-                yield lambda name: _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
+            with new_files() as new_one:
+                yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

@@ -107,6 +107,9 @@ def unlock_file(
 ) -> None:
     """Writes the checkpoint that a grant opens; at the top level it is the original.
 
+    Only its owner may read a new file or folder, as a grant: it is worth what the grant is. A file
+    that is replaced keeps its permissions.
+
     Args:
         path: protected file, or the index or folder of a protected checkpoint in several files.
         output: path of the new file, or of the new folder for a checkpoint in several files.
@@ -126,7 +129,7 @@ def unlock_file(
     key, signer = grant_key(grant, level)
     with open_checkpoint(path) as checkpoint:
         plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
-        with checkpoint_outputs(checkpoint, output, force=force) as create:
+        with checkpoint_outputs(checkpoint, output, force=force, private=True) as create:
             for name, source in plain.items():
                 create(name).plain(source)
 

@@ -12,8 +12,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
 from .._keys.files import MAX_BYTES
-from .._keys.keys import Secret
-from .._keys.signing import SigningKey
+from .._keys.owner import PUBLIC_FILE, SECRET_FILE, SIGNING_FILE, write_owner_keys
 from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
 from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_of
@@ -37,21 +36,9 @@ def keygen(
         lock: How the private keys are locked.
         writing: How they are written.
     """
-    words = lock.read()
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths = {name: out / name for name in ("secret.key", "signing.key", "signing.pub")}
-    if not writing.force:  # all or nothing
-        for path in paths.values():
-            if path.exists():
-                raise FileExistsError(
-                    f"{path}: exists already. Name another folder; --force would replace it, and "
-                    "what was protected with it could never be opened again."
-                )
-    signing, force = SigningKey.generate(), writing.force
-    Secret.generate().write(paths["secret.key"], passphrase=words, force=force)
-    signing.write(paths["signing.key"], passphrase=words, force=force)
-    signing.public.write(paths["signing.pub"], force=force)
-    signer = signing.public.hex()
+    public = write_owner_keys(out, passphrase=lock.read(), force=writing.force)
+    paths = {name: out / name for name in (SECRET_FILE, SIGNING_FILE, PUBLIC_FILE)}
+    signer = public.hex()
     writing.say(
         {name: str(path) for name, path in paths.items()} | {"signer": signer},
         f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "

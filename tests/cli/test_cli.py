@@ -1,6 +1,7 @@
 """The commands, as a vendor and a customer run them."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -220,6 +221,36 @@ def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):
         assert "expected a" in error
         assert str(identity) not in error
     assert not Path("c.grant").exists()
+
+
+@pytest.mark.parametrize("force", ["", " --force"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_keys_are_made_together_or_not_at_all(selcrypt, monkeypatch, step, force):
+    if force:
+        selcrypt("keygen -o keys")
+    before = {path.name: path.read_bytes() for path in Path().glob("keys/*")}
+    real, calls = os.fsync, []
+
+    def fails(descriptor):
+        calls.append(descriptor)
+        if len(calls) == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    selcrypt("keygen -o keys" + force, fails="nothing was written. Free some space")
+    assert {path.name: path.read_bytes() for path in Path().glob("keys/*")} == before
+    assert Path("keys").exists() == bool(force)
+
+
+def test_unlocked_weights_are_for_their_owner_alone(selcrypt, public):
+    selcrypt(f"grant {public} --level 3 --secret keys/secret.key -o g")
+    selcrypt(f"unlock {public} -g g -o out")
+    assert Path("out").stat().st_mode & 0o777 == 0o600
+    Path("out").chmod(0o640)
+    selcrypt(f"unlock {public} -g g -o out --force")
+    assert Path("out").stat().st_mode & 0o777 == 0o640
+    assert public.stat().st_mode & 0o044 == 0o044
 
 
 def test_nothing_is_overwritten(selcrypt, public):
