@@ -25,7 +25,7 @@ from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from .choose import Plan, check_header, check_like, check_rest, choose_like, plain_change
-from .use import AnySigner
+from .signers import AnySigner
 
 
 class Selected(NamedTuple):

@@ -44,7 +44,8 @@ exponents. With --rest plain it runs without a key, badly. Each grant opens a le
 top level is the original, bit for bit.
 
   selcrypt keygen -o keys
-  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key
+  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key \\
+    --signing keys/signing.key
   selcrypt grant public.safetensors --level 2 --secret keys/secret.key -o alice.grant
   selcrypt unlock public.safetensors --grant alice.grant -o alice.safetensors
 """

@@ -236,30 +236,34 @@ def grant(
     level: int,
     owner: Annotated[OwnerSecret, Flat],
     out: Output,
-    signer: Path | None = None,
+    signer: str | None = None,
     to: UseAppendAction[tuple[str, ...]] = (),
     lock: Annotated[Locking, Flat] = Locking(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
     """Issues a level: writes the key that opens levels 1 to this one of one protected file.
 
+    The file must be signed by you, since a customer could have altered it, and the grant would then
+    vouch for that.
+
     Args:
         file: The protected file.
         level: The highest level that the grant opens.
         owner: Your secret.
         out: The grant file.
-        signer: Your signing.pub: refuse a file that you did not sign. Use it where the file comes
-            from others' hands.
+        signer: Your signing.pub; by default the one beside your secret. Or "unsigned", if the file
+            never was signed and this is your own copy.
         to: Seal the grant to this recipient, so that it can travel in the open: an age public key
             (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
             given several times.
         lock: How the grant is locked.
         writing: How it is written.
     """
-    spare(out, file, signer, lock.new_passphrase_file, *owner.files)
+    spare(out, file, Path(signer) if signer else None, lock.new_passphrase_file, *owner.files)
     recipients = [_recipient(text) for text in to]
     words = lock.read()
-    made = issue_grant(file, level=level, secret=owner.read_secret(), signer=signer)
+    secret, own = owner.read_secret(), signer or _own_public(owner.secret)
+    made = issue_grant(file, level=level, secret=secret, signer=own)
     made.write(out, recipients=recipients, passphrase=words, force=writing.force)
     model, signer_hex = made.key.model_id.hex(), made.signer and made.signer.hex()
     whose = f"signed by {signer_hex}" if signer_hex else "not signed"
@@ -317,6 +321,17 @@ def rotate(
         f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. Below the top "
         "level, new keys give another quality: measure it.",
     )
+
+
+def _own_public(secret: Path) -> Path:
+    """The owner's public key, where keygen puts it."""
+    public = secret.parent / PUBLIC_FILE
+    if not public.exists():
+        raise ValueError(
+            f"--signer: expected your {PUBLIC_FILE} beside {secret}, got no such file. Name it, or "
+            "say --signer unsigned if the file never was signed and this is your own copy."
+        )
+    return public
 
 
 def _recipient(text: str) -> str:
