@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+from ._text import note
 from ._types import plain_types
 
 COMMANDS = {
@@ -67,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, _end)
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=".*others may read this file")
+        warnings.filterwarnings("always", message="(?s).*others may read this")
         warnings.showwarning = _show_warning
         return _run(sys.argv[1:] if args is None else list(args))
 
@@ -136,9 +137,9 @@ def _reason(error: OSError) -> str:
 
 
 def _complain(text: str) -> None:
-    """One line, also where a file's name or a library's message has several."""
-    print("selcrypt:", *(line.strip() for line in text.splitlines()), file=sys.stderr)
+    """One line, also where a library's message has several."""
+    note(" ".join(["selcrypt:", *map(str.strip, text.split("\n"))]))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"selcrypt: warning: {message}", file=sys.stderr)
+    note(f"selcrypt: warning: {message}")

@@ -15,6 +15,7 @@ from .._keys.grant import Grant
 from .._keys.keys import Secret
 from .._keys.material import MAX_PASSPHRASE, passphrase_bytes
 from .._keys.signing import SigningKey
+from ._text import printable
 
 _MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
 
@@ -37,9 +38,9 @@ class Writing:
     force: bool = False
     as_json: Annotated[bool, arg(name="json")] = False
 
-    def say(self, result: dict[str, Any], text: str) -> None:
-        """Prints the result as JSON, or the text."""
-        print(json.dumps(result, indent=2) if self.as_json else text)
+    def say(self, result: dict[str, Any], *lines: str) -> None:
+        """Prints the result as JSON, or the lines."""
+        print(json.dumps(result, indent=2) if self.as_json else "\n".join(map(printable, lines)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def ask(file: Path | None, what: Path) -> Callable[[], str]:
                 f"{what}: is locked with a passphrase, and there is nobody to ask for it. Use "
                 "--passphrase-file."
             )
-        return _typed(f"Passphrase of {what}: ")
+        return _typed(printable(f"Passphrase of {what}: "))
 
     return words
 

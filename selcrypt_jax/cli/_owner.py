@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +16,7 @@ from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
 from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_of
 from ._tables import calibration_as_dict, print_inspection, print_levels
+from ._text import note, printable
 
 
 def keygen(
@@ -42,7 +42,8 @@ def keygen(
     writing.say(
         {name: str(path) for name, path in paths.items()} | {"signer": signer},
         f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "
-        f"them safe.\nWrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
+        "them safe.",
+        f"Wrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
     )
 
 
@@ -135,42 +136,32 @@ def protect(
         ),
     )
     if selected.new and selection.base is not None:
-        print(
-            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed.",
-            file=sys.stderr,
+        note(
+            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed."
         )
     elif selected.new:
         now = "plain: use --rest sealed" if rest == "plain" else "sealed, and opened by level 1"
-        print(
-            f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.",
-            file=sys.stderr,
-        )
+        note(f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.")
     if found is not None and rest == "sealed" and wanted.targets[0] is None:
-        print(
+        note(
             "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
-            "customer it may be worth nothing. Name what it shall give in place of any.",
-            file=sys.stderr,
+            "customer it may be worth nothing. Name what it shall give in place of any."
         )
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None
     if not given and sum(integers.values()) > made.weights / 2:
-        print(
+        note(
             f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
-            "names their tensors: none of them is encrypted.",
-            file=sys.stderr,
+            "names their tensors: none of them is encrypted."
         )
     if (change := selected.plain_change) is not None and change > 0.05:
-        print(
+        note(
             f"{change:.0%} of what changed from the base stays plain. Whoever has the base gets "
-            "nearly all of your network out of this file: use --rest sealed.",
-            file=sys.stderr,
+            "nearly all of your network out of this file: use --rest sealed."
         )
     if keys.signing is None:
-        print(
-            "Not signed: only the holder of a grant will notice if it is altered. Use --signing.",
-            file=sys.stderr,
-        )
+        note("Not signed: only the holder of a grant will notice if it is altered. Use --signing.")
 
 
 def calibrate(
@@ -224,11 +215,10 @@ def calibrate(
         print(json.dumps(result | {"shares": list(found.levels), "protect": flags}, indent=2))
         return
     print_levels(result)
-    print(
-        f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n\n"
-        f"  selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
-        f"--secret keys/secret.key {shlex.join(flags)}"
-    )
+    command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
+    command += f"--secret keys/secret.key {shlex.join(flags)}"
+    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n")
+    print(f"  {printable(command)}")
 
 
 def grant(

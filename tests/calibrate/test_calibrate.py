@@ -653,7 +653,8 @@ def test_calibrate_protect_and_open_each_level(files, options):
     measured = [intact(safetensors.numpy.load_file("p.safetensors"))]
     for level in (1, 2, 3):
         files(
-            f"grant p.safetensors --level {level} --secret keys/secret.key --signer unsigned -o {level}.grant"
+            f"grant p.safetensors --level {level} --secret keys/secret.key"
+            f" --signer unsigned -o {level}.grant"
         )
         files(f"unlock p.safetensors -g {level}.grant -o {level}.safetensors")
         measured.append(intact(safetensors.numpy.load_file(f"{level}.safetensors")))
@@ -685,7 +686,8 @@ def test_a_file_gives_what_was_printed(files, options):
     measured = [intact(safetensors.numpy.load_file("p.safetensors"))]
     for level in range(1, len(table["levels"])):
         files(
-            f"grant p.safetensors --level {level} --secret keys/secret.key --signer unsigned -o {level}.grant"
+            f"grant p.safetensors --level {level} --secret keys/secret.key"
+            f" --signer unsigned -o {level}.grant"
         )
         files(f"unlock p.safetensors -g {level}.grant -o {level}.safetensors")
         measured.append(intact(safetensors.numpy.load_file(f"{level}.safetensors")))
