@@ -10,10 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
+from ._memory import check_memory
 from ._text import note
-from ._types import plain_types
 
 COMMANDS = {
     "keygen": "_owner",
@@ -83,6 +81,11 @@ def _run(args: list[str]) -> int:
     # One command's parser is made, not ten.
     names = args[:1] if args and args[0] in COMMANDS else COMMANDS
     try:
+        check_memory(args[0] if args else "")
+        import tyro  # what fails to start is answered too
+
+        from ._types import plain_types
+
         with plain_types():
             tyro.extras.subcommand_cli_from_dict(
                 {name: command(name) for name in names},
@@ -102,18 +105,43 @@ def _run(args: list[str]) -> int:
         known = error.strerror is not None and error.filename is not None
         _complain(f"{error.filename}: {_reason(error)}" if known else str(error))
         return 1
-    except (ModuleNotFoundError, ValueError) as error:
+    except ValueError as error:
         _complain(str(error))
         return 1
-    except MemoryError:
+    except ImportError as error:
+        _complain(_missing(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_short(error):
+            raise
         _complain(
-            "not enough memory. A tensor at a time is held, a few times over; nothing was written."
+            str(error)
+            if str(error).startswith("memory: ")
+            else "not enough memory, or too few threads allowed. A tensor at a time is held, a few "
+            "times over; nothing was written. Free some, or raise the limit."
         )
         return 1
     except (KeyboardInterrupt, EOFError):
         _complain("interrupted; nothing was written")
         return 130
     return 0
+
+
+def _is_short(error: MemoryError | RuntimeError) -> bool:
+    """Whether there was too little memory, or no thread to be had."""
+    words = ("RESOURCE_EXHAUSTED", "can't start new thread")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+def _missing(error: ImportError) -> str:
+    text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and not text.startswith("No module named"):
+        return text  # one of ours, which names the extra
+    return (
+        f"a library does not start: {text.splitlines()[-1] if text else type(error).__name__}. The "
+        "installation is broken, or memory is short: install again (pip install "
+        "--force-reinstall), or raise the limit (ulimit -v)."
+    )
 
 
 # For the system's own texts, which say what is wrong, and not what to do.

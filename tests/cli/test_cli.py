@@ -445,6 +445,59 @@ def test_odd_surroundings(selcrypt, public):
     assert "[red]x[bold].safetensors" in selcrypt("inspect [red]x[bold].safetensors")
 
 
+@pytest.mark.parametrize("limit", [250_000, 500_000, 1_000_000, 1_400_000])
+def test_too_little_address_space_is_one_line(public, limit):
+    """JAX aborts with a trace of C++ if it cannot start its threads."""
+    line = f"{sys.executable} -m selcrypt_jax {PROTECT} --force"
+    before = public.read_bytes()
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -v {limit}; {line}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("selcrypt: memory: expected at least"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert public.read_bytes() == before
+
+
+BROKEN = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')",
+    "a library of the system": "raise ImportError('libx.so: cannot open shared object file')",
+    "an essay": "raise ImportError('\\n\\nIMPORTANT: READ\\n\\nOriginal error was: no libx\\n')",
+    "nothing": "raise ImportError",
+}
+
+
+@pytest.mark.parametrize("module", ["numpy", "tyro", "cryptography", "jax"])
+@pytest.mark.parametrize("fault", BROKEN.values(), ids=BROKEN)
+def test_a_broken_installation_is_one_line(here, fault, module):
+    Path(f"{module}.py").write_text(fault)
+    env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    line = [sys.executable, "-m", "selcrypt_jax", *PROTECT.split()]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("selcrypt: a library does not start: "), done.stderr
+    assert "pip install --force-reinstall" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), RuntimeError("RESOURCE_EXHAUSTED: x")],
+)
+def test_memory_that_runs_out_is_one_line(public, monkeypatch, capsys, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("selcrypt_jax.cli._customer.inspect_file", fails)
+    capsys.readouterr()
+    assert main(["inspect", str(public)]) == 1
+    assert capsys.readouterr().err.startswith("selcrypt: not enough memory")
+    error.args = ("a fault of ours",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            main(["inspect", str(public)])
+
+
 def test_every_command_teaches():
     for name, command in COMMANDS.items():
         assert command.__doc__, name
