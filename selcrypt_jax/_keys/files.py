@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.atomic import new_file
 from .._io.errors import GrantError
-from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, hkdf, stretched
+from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, forgetting, hkdf, stretched
 
 AnyPath = str | os.PathLike[str]
 Passphrase = str | Callable[[], str] | None
@@ -92,6 +92,7 @@ class StoredKey(KeyMaterial):
     _kind: ClassVar[Kind]
 
     @classmethod
+    @forgetting
     def read(cls, path: AnyPath, *, passphrase: Passphrase = None) -> Self:
         """Reads what `write` wrote.
 
@@ -105,12 +106,13 @@ class StoredKey(KeyMaterial):
         """
         return cls(read_key_file(path, cls._kind, passphrase)[1])
 
-    def write(self, path: AnyPath, *, passphrase: str | None = None, force: bool = False) -> None:
+    @forgetting
+    def write(self, path: AnyPath, *, passphrase: Passphrase = None, force: bool = False) -> None:
         """Writes a file that only its owner may read.
 
         Args:
             path: of the file, in a folder that exists.
-            passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that gives it.
             force: replace an existing file; without a copy, what needs the key in it is then lost.
 
         Raises:
@@ -129,7 +131,7 @@ def write_key_file(
     value: bytes,
     fields: Mapping[str, str] | None = None,
     *,
-    passphrase: str | None = None,
+    passphrase: Passphrase = None,
     sealed: Callable[[bytes], bytes] = bytes,
     force: bool,
 ) -> None:
@@ -160,7 +162,7 @@ def key_text(
     value: bytes,
     fields: Mapping[str, str] | None = None,
     *,
-    passphrase: str | None = None,
+    passphrase: Passphrase = None,
 ) -> bytes:
     """The text of a key file; see `write_key_file`."""
     lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in (fields or {}).items())]
@@ -181,7 +183,10 @@ def checksum(lines: Sequence[str]) -> str:
     return hashlib.sha256(b"selcrypt/v1/file\0" + "\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _lock(passphrase: str, salt: bytes, costs: Mapping[str, int]) -> ChaCha20Poly1305:
+def _lock(
+    passphrase: str | Callable[[], str], salt: bytes, costs: Mapping[str, int]
+) -> ChaCha20Poly1305:
+    passphrase = passphrase() if callable(passphrase) else passphrase
     return ChaCha20Poly1305(hkdf(stretched(passphrase, salt, **costs), b"file"))
 
 
@@ -224,7 +229,7 @@ def read_key_file(
     if kind.private and inner is None and exposed:
         warnings.warn(
             f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
-            stacklevel=3,
+            stacklevel=4,  # past `forgetting`
         )
     return fields, value
 
@@ -320,8 +325,7 @@ def _unlocked(
             "read(path, passphrase=...).",
             reason="passphrase",
         )
-    words = passphrase if isinstance(passphrase, str) else passphrase()
-    lock = _lock(words, salt, costs)
+    lock = _lock(passphrase, salt, costs)
     nonce, text = sealed[:_NONCE_BYTES], "\n".join(canonical[:-1])
     try:
         return lock.decrypt(nonce, sealed[_NONCE_BYTES:], text.encode())

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._io.errors import GrantError, check_type
 from .files import SECRET, StoredKey
-from .material import KEY_BYTES, KeyMaterial, checked_bytes, hkdf, stretched
+from .material import KEY_BYTES, KeyMaterial, checked_bytes, forgetting, hkdf, stretched
 
 if TYPE_CHECKING:  # keys alone must not cost the start of JAX
     from jaxtyping import PRNGKeyArray
@@ -52,6 +52,7 @@ class Secret(StoredKey):
         return cls(os.urandom(KEY_BYTES))
 
     @classmethod
+    @forgetting
     def from_passphrase(
         cls,
         passphrase: str,
@@ -112,6 +113,7 @@ class LevelKey(KeyMaterial):
     __slots__ = ("level", "model_id")
     _remedy = "Use level_key(...) or Grant.read(path).key."
 
+    @forgetting
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
         self.level = operator.index(level)
@@ -168,6 +170,7 @@ class LevelKey(KeyMaterial):
         return f"LevelKey(<{KEY_BYTES} bytes>, level={self.level}, model_id={self.model_id.hex()})"
 
 
+@forgetting
 def level_key(
     secret: Secret | bytes, model_id: bytes, *, level: int | None = None, levels: int
 ) -> LevelKey:

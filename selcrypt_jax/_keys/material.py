@@ -1,12 +1,17 @@
 """Key material: secret bytes that are never shown, and the functions that derive keys."""
 
+import functools
 import hmac
 import unicodedata
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 KEY_BYTES = 32
 SALT_BYTES = 16
@@ -33,12 +38,44 @@ def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
     return bytes(value)
 
 
+def forgetting(function: Callable[P, R]) -> Callable[P, R]:
+    """What the function raises has no traceback below it, where secrets are local variables.
+
+    Crash reporters and verbose tracebacks print those. Its own arguments are gone too.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as raised:
+            error = raised
+        del args, kwargs
+        raise _without_frames(error)
+
+    return called
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error, and those that led to it, without their tracebacks."""
+    todo: list[BaseException | None] = [error]
+    while todo:
+        if (each := todo.pop()) is None:
+            continue
+        each.__traceback__ = None
+        if each.__suppress_context__:
+            each.__context__ = None  # it may hold what it could not read
+        todo += [each.__cause__, each.__context__]
+    return error
+
+
 class KeyMaterial:
     """32 secret bytes, which are never printed, pickled or hashed."""
 
     __slots__ = ("_value",)
     _remedy = ""  # for messages
 
+    @forgetting
     def __init__(self, value: bytes) -> None:
         self._value = checked_bytes(value, KEY_BYTES, type(self).__name__, self._remedy)
 
@@ -58,6 +95,12 @@ class KeyMaterial:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"
+
+
+class DerivedKey(KeyMaterial):
+    """A key that a level key gives, for one purpose."""
+
+    __slots__ = ()
 
 
 def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:

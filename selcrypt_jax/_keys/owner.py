@@ -4,19 +4,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from .._io.atomic import new_files
-from .files import SECRET, SIGNING, VERIFY, key_text
+from .files import SECRET, SIGNING, VERIFY, Passphrase, key_text
 from .keys import Secret
+from .material import forgetting
 from .signing import SigningKey, VerifyKey
 
 SECRET_FILE, SIGNING_FILE, PUBLIC_FILE = "secret.key", "signing.key", "signing.pub"
 
 
-def write_owner_keys(folder: Path, *, passphrase: str | None, force: bool) -> VerifyKey:
+@forgetting
+def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> VerifyKey:
     """Makes a secret and a signing pair, and writes all three files or none.
 
     Args:
         folder: for the files; made if it does not exist.
-        passphrase: locks the private ones.
+        passphrase: locks the private ones; or a function that gives it.
         force: replace existing files.
 
     Returns:

@@ -13,7 +13,7 @@ from tyro.conf import UseAppendAction, arg
 from .._io.atomic import check_output
 from .._keys.grant import Grant
 from .._keys.keys import Secret
-from .._keys.material import MAX_PASSPHRASE, passphrase_bytes
+from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
 from .._keys.signing import SigningKey
 from ._text import printable
 
@@ -132,12 +132,20 @@ class Locking:
     passphrase: bool = False
     new_passphrase_file: Path | None = None
 
-    def read(self) -> str | None:
-        """The new passphrase, or None."""
+    def read(self) -> Callable[[], str] | None:
+        """Asks for the new passphrase; a function that gives it, or None.
+
+        Not the text: where something fails, crash reporters print local variables.
+        """
+        if self.new_passphrase_file is None and not self.passphrase:
+            return None
+        words = self._words()
+        return lambda: words
+
+    @forgetting
+    def _words(self) -> str:
         if self.new_passphrase_file is not None:
             return _passphrase_in(self.new_passphrase_file)
-        if not self.passphrase:
-            return None
         if not _somebody():
             raise ValueError(
                 "passphrase: there is nobody to ask for it. Put it into a file, and name that "
@@ -172,6 +180,7 @@ def _somebody() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+@forgetting
 def _typed(prompt: str) -> str:
     try:
         return getpass.getpass(prompt)
@@ -182,6 +191,7 @@ def _typed(prompt: str) -> str:
         ) from None
 
 
+@forgetting
 def _passphrase_in(file: Path) -> str:
     with file.open("rb") as opened:
         data = opened.read(_MOST + 1)  # it may be /dev/zero
