@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from .._ciphers.lossless import LosslessCipher
 from .._ciphers.windows import Window
 from .._format.boxes import Rings, SealedRing
-from .._format.envelope import Envelope
+from .._format.envelope import MANIFEST, Envelope, Own
 from .._format.manifest import (
     NO_DIGEST,
     LevelSize,
@@ -21,6 +21,7 @@ from .._format.manifest import (
     metadata_digest,
 )
 from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
+from .._format.unlocked import unlocked_level
 from .._io.atomic import check_output, new_file, new_files, new_folder
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
@@ -159,9 +160,9 @@ class _SafetensorsOutput(NamedTuple):
         self.file.seek(0)
         self.file.write(head)
 
-    def plain(self, source: Unlocked) -> None:
-        """Writes the tensors as a level sees them."""
-        self.file.write(header(layout(source), source.envelope.own))
+    def plain(self, source: Unlocked, metadata: Own) -> None:
+        """Writes the tensors as a level sees them, and entries of the metadata."""
+        self.file.write(header(layout(source), metadata))
         for _, piece in source.pieces():
             self.file.write(piece)
 
@@ -175,9 +176,9 @@ class _OrbaxOutput(NamedTuple):
     def protected(self, job: Job, protection: Protection) -> None:
         self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
 
-    def plain(self, source: Unlocked) -> None:
+    def plain(self, source: Unlocked, metadata: Own) -> None:
         self.data.update((name, source.read(name)) for name in source.tensors)
-        self.metadata.update(source.envelope.own or {})
+        self.metadata.update(metadata or {})
 
 
 def layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -221,6 +222,12 @@ class Checkpoint:
         Raises:
             IntegrityError: a wrong signature, or files of different protections.
         """
+        for file in self.files.values():
+            if MANIFEST not in (file.metadata or {}) and (level := unlocked_level(file.metadata)):
+                raise ValueError(
+                    f"{file.path}: is not a protected file: it is {level}. Expected what selcrypt "
+                    "protect wrote: name that."
+                )
         result = {
             name: Envelope.from_metadata(file.metadata, str(file.path))
             for name, file in self.files.items()

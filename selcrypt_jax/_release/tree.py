@@ -17,6 +17,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope, check_unprotected
 from .._format.manifest import Rest
 from .._format.tensors import Unlocked, check_table
+from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import new_file
 from .._io.safetensors import header
@@ -248,6 +249,7 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
             "into text with str or json.dumps."
         )
     check_unprotected(metadata, "metadata")
+    warn_if_unlocked(metadata, "params")
     for name, leaf in named_leaves(params).leaves.items():
         if isinstance(leaf, Tracer):
             raise TypeError(

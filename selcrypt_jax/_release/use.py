@@ -14,6 +14,7 @@ from typing import NamedTuple
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
 from .._format.manifest import Rest
+from .._format.unlocked import unlocked_entries
 from .._io.errors import IntegrityError, check_type
 from .._io.safetensors import SafetensorsFile
 from .._io.strict_json import show
@@ -98,6 +99,7 @@ def unlock_file(
     *,
     level: int | None = None,
     signer: AnySigner | None = None,
+    exact_bytes: bool = False,
     force: bool = False,
 ) -> None:
     """Writes the checkpoint that a grant opens; at the top level it is the original.
@@ -112,6 +114,8 @@ def unlock_file(
         level: a lower level than that of the grant.
         signer: public key of the owner, or its file: refuse what anybody else signed, or nobody. A
             grant of a signed file insists on that by itself; a level key does not.
+        exact_bytes: leave out the entry ``selcrypt-unlocked`` of the metadata, by which a file
+            below the top level says which level of which model it is.
         force: replace an existing file.
 
     Raises:
@@ -129,7 +133,10 @@ def unlock_file(
         plain = checkpoint.unlocked(checkpoint.envelopes(expected), key)
         with checkpoint_outputs(checkpoint, output, force=force, private=True) as create:
             for name, source in plain.items():
-                create(name).plain(source)
+                own = source.envelope.own
+                if not exact_bytes:
+                    own = unlocked_entries(own, source.envelope.manifest, key.level)
+                create(name).plain(source, own)
 
 
 def rotate_file(

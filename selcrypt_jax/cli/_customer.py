@@ -16,6 +16,7 @@ def unlock(
     out: Output,
     level: int | None = None,
     signer: Path | None = None,
+    exact_bytes: bool = False,
     opening: Annotated[Opening, Flat] = Opening(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
@@ -30,13 +31,16 @@ def unlock(
         level: A lower level than the grant's.
         signer: The owner's signing.pub: refuse a file that anybody else signed, or nobody. Grants
             of signed files insist on that by themselves.
+        exact_bytes: Leave out the entry selcrypt-unlocked of the metadata, by which a file below
+            the top level says which level of which model it is.
         opening: How the grant is opened.
         writing: How it is written.
     """
     spare(out, grant, signer, opening.passphrase_file, *opening.identity)
     opened = opening.read(grant)
     assert opened is not None
-    unlock_file(file, out, opened, level=level, signer=signer, force=writing.force)
+    options = {"signer": signer, "exact_bytes": exact_bytes, "force": writing.force}
+    unlock_file(file, out, opened, level=level, **options)
     level = opened.key.level if level is None else level
     model_id = opened.key.model_id.hex()
     writing.say(
