@@ -142,6 +142,11 @@ def protect(
     elif selected.new:
         now = "plain: use --rest sealed" if rest == "plain" else "sealed, and opened by level 1"
         note(f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.")
+    if found is not None and wanted.targets[0] is None and selection.budget is None:
+        note(
+            "any: all groups are graded, since no budget was given. To grade less, add a share of "
+            "them, such as --budget 0.3."
+        )
     if found is not None and rest == "sealed" and wanted.targets[0] is None:
         note(
             "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
