@@ -169,7 +169,7 @@ def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
     if select is None:
         chosen = [name for name in tensors if _by_default(tensors[name])]
         if not chosen:
-            kinds = [f"{name!r} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
+            kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
             raise ValueError(
                 "select: expected floats of 8 bits or more with two axes or more, got "
                 f"{listed(kinds)}. Say with `select` which tensors to protect."

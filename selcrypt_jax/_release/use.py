@@ -85,8 +85,8 @@ def issue_grant(
                 "one of these; level 0, the file as it is, needs no key."
             )
         key = level_key(secret, manifest.model_id, levels=levels)
-        # Another secret's would open nothing. And who altered the manifest, to which all boxes are
-        # bound, could seal again but the boxes of their own levels.
+        # Another secret's would open nothing. And a customer who altered the manifest, to which all
+        # boxes are bound, can seal only the boxes of their own levels again.
         checkpoint.unlocked(envelopes, key, owner=True)
         check_owner(envelopes.values(), signer, checkpoint.path)
     return Grant(key.lower(level), manifest.signer)
