@@ -552,11 +552,16 @@ function decryptRing(ring, at, cipher, cipherKey, bytes) {
 
 // --- § Unlocking ---------------------------------------------------------------------------------
 
-function write(path, manifest, tensors, contents) {
+function write(path, manifest, level, tensors, contents) {
+  const caller = new Map(manifest.caller);
+  const levels = manifest.levels.length;
+  if (level < levels) {
+    caller.set('selcrypt-unlocked', JSON.stringify({ model_id: manifest.modelId, level, levels }));
+  }
   const json = (pairs) => // not of an object, which would put keys like "7" first
     `{${pairs.map(([key, text]) => `${JSON.stringify(key)}:${text}`).join()}}`;
-  const caller = json(manifest.caller.map(([key, text]) => [key, JSON.stringify(text)]));
-  const entries = manifest.metadata === null ? [] : [['__metadata__', caller]];
+  const own = json([...caller].map(([key, text]) => [key, JSON.stringify(text)]));
+  const entries = manifest.metadata === null && !caller.size ? [] : [['__metadata__', own]];
   let start = 0;
   for (const { name, dtype, shape, start: from, stop } of tensors) {
     const offsets = [start, start += stop - from];
@@ -632,14 +637,14 @@ function main() {
     }
     return bytes;
   });
-  write(output, manifest, tensors, contents);
+  write(output, manifest, grant.level, tensors, contents);
 }
 
 try {
   main();
 } catch (error) {
   // One line; a name from a file must not write to the terminal.
-  const message = error.message.slice(0, 300).replace(/\p{Cc}+/gu, ' ');
+  const message = error.message.slice(0, 300).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+/gu, ' ');
   console.error(`reader.mjs: ${error.reason ? `${error.reason}: ` : ''}${message}`);
   process.exitCode = 1;
 }

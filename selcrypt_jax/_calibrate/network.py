@@ -3,7 +3,7 @@
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -161,9 +161,13 @@ class Network(ABC):
 
     def draw(self, level: int, counts: Sequence[int]) -> float:
         """What a level gives, once."""
+        # Keys are in no frame while the metric runs, which may raise: their repr shows them.
+        return self.measure(self._drawn(level, counts))
+
+    def _drawn(self, level: int, counts: Sequence[int]) -> PyTree:
         masks = self.masks(counts, level)
         keys = self.ring_keys(len(masks))
-        return self.measure(encrypt(self.params, masks, keys, cipher=self.cipher))
+        return encrypt(self.params, masks, keys, cipher=self.cipher)
 
     def sample(
         self, level: int, counts: Sequence[int], target: float | None, tolerance: float
@@ -189,14 +193,15 @@ class Network(ABC):
         masks = self.masks(counts)
         rows: list[list[float]] = []
         while len(rows) < self.keys and not is_precise(np.array(rows), precision):
-            keys = self.ring_keys(len(masks))
-            protected = encrypt(self.params, masks, keys, cipher=self.cipher)
-            opened = (
-                decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
-                for level in range(len(masks))
-            )
-            rows.append(list(map(self.measure, opened)))
+            rows.append(list(map(self.measure, self._opened(masks))))
         return np.array(rows)
+
+    def _opened(self, masks: Sequence[PyTree]) -> Iterator[PyTree]:
+        """What levels 0 to M-1 see, one after the other."""
+        keys = self.ring_keys(len(masks))
+        protected = encrypt(self.params, masks, keys, cipher=self.cipher)
+        for level in range(len(masks)):
+            yield decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
 
     def is_exact(self, counts: Sequence[int]) -> bool:
         """Whether the top level gives back every bit."""

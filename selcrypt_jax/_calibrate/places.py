@@ -11,7 +11,8 @@ class Places:
     The *place* of a level is how many groups it opens of those that all levels take from the
     beginning of the order. Below `_floor` it is no more than a number: as many groups as are
     missing there, ring m + 1 of a release takes from behind the end. The place of level 0, which
-    opens nothing, is where all that is encrypted ends.
+    opens nothing, is where all that is encrypted ends. Where nothing is left behind the end, a
+    place below `_floor` opens less than the floor instead.
 
     Args:
         network: that is encrypted.
@@ -42,7 +43,7 @@ class Places:
         self._ends, self.steered = [], steered
 
     def floor(self, level: int) -> int:
-        """What is left to the rings below in any case."""
+        """What is left to the rings below, while there is something behind the end to take."""
         least = self.counts[level] * level // (2 * self._levels) if self._network.steady else 0
         return max(level, least)
 
@@ -50,8 +51,12 @@ class Places:
         """The first and last place of a level."""
         if not level:
             return self.end if self.steered else self._levels, self._most
-        behind = self._most - self.end if self._network.steady else 0
-        return self.floor(level) - behind, self.counts[level] - 1
+        return level - self.behind, self.counts[level] - 1
+
+    @property
+    def behind(self) -> int:
+        """How many groups may be taken from behind the end."""
+        return self._most - self.end if self._network.steady else 0
 
     def put(self, level: int, place: int) -> None:
         """Moves a level."""
@@ -62,8 +67,8 @@ class Places:
     def rings(self, level: int, place: int) -> list[int]:
         """All counts with a level at a place; lower levels keep their parts of what is below."""
         if level:
-            floor = self.floor(level)
-            end, count = self.end + max(floor - place, 0), max(place, floor)
+            taken = min(max(self.floor(level) - place, 0), self.behind)
+            end, count = self.end + taken, place + taken
             lower = enumerate(self.counts[: level - 1], 1)
             parts = [max(round(n * count / self.counts[level - 1]), i) for i, n in lower]
             bounds = [*parts, count, *self.counts[level:], *self._ends, *[end] * (level + 1)]

@@ -47,6 +47,11 @@ class Search:
             self._limit -= self._levels  # which the check takes
         elif asked.evaluations is not None:
             self._limit = asked.evaluations
+        # By default it goes on while a level gives values on both sides of its target: one between
+        # them is likely to come.
+        on = self._steady and asked.evaluations is None
+        self._most_evaluations = 4 * self._limit if on else self._limit
+        self._bracketed = False
         self.evaluations, self._given = 0, [[] for _ in range(self._levels + 1)]
         budget = 1.0 if budget is None else budget
         check_share("budget", budget)
@@ -110,7 +115,8 @@ class Search:
                 missing = self._missed(int(np.argmax(errors)))
                 # Levels that may be off by chance stay where they are.
                 slack = self._tolerance + np.nan_to_num(spreads) / math.sqrt(len(drawn))
-            if self.evaluations >= self._limit or self.evaluations == before:
+            limit = self._most_evaluations if self._bracketed else self._limit
+            if self.evaluations >= limit or self.evaluations == before:
                 raise ValueError(missing)
             self._network.renew()
             again = True
@@ -195,7 +201,7 @@ class Search:
         values: dict[int, float] = {}
         known = {high + 1: above} if level else {}
         out: set[int] = set()
-        while self.evaluations < self._limit:
+        while self._goes_on(aim, values):
             if first is not None and not values:
                 wanted = first
             else:
@@ -208,7 +214,7 @@ class Search:
                 if not values:
                     return str(error)
                 break
-            if aim is not None and self._is_hopeless(aim, values, wanted, place):
+            if aim is not None and self._is_hopeless(aim, values, wanted, place, (low, high)):
                 break
             if given is not None:
                 curve.add(place, given, self._network.keys)
@@ -223,6 +229,9 @@ class Search:
             # Of a release, no level is better than a higher one.
             if abs(error) <= near and (value <= above or not strict):
                 places.put(level, place)
+                # What a level took beyond the limit is not missing to those below it.
+                more = min(self.evaluations + 8, self._most_evaluations)
+                self._limit = max(self._limit, more)
                 return value
             # The mean does not change faster than this, and nearer by is often the same draw.
             wide = max(place, places.end) if level or places.steered else place
@@ -242,6 +251,15 @@ class Search:
                 if index != level and target is not None:
                     self._aims[index] = target - lean
         return values[place]
+
+    def _goes_on(self, aim: float | None, values: Mapping[int, float]) -> bool:
+        """Whether another evaluation may be taken for a level that gave these values."""
+        if aim is None and not values:
+            return True  # all that is to be known is what it gives
+        sides = {value > aim for value in values.values()} if aim is not None else set()
+        both = self._bracketed or len(sides) == 2  # of an earlier release too
+        limit = self._most_evaluations if both else self._limit
+        return self.evaluations < limit
 
     def _next(
         self,
@@ -266,14 +284,22 @@ class Search:
         return min(found)[1] if found else curve.crossing(aim, low, high)
 
     def _is_hopeless(
-        self, aim: float, values: Mapping[int, float], wanted: int, place: int
+        self,
+        aim: float,
+        values: Mapping[int, float],
+        wanted: int,
+        place: int,
+        room: tuple[int, int],
     ) -> bool:
         """Whether values stay on one side, or there is no place left where the curve is near."""
         if len(values) < 4:
             return False
         errors = np.array(list(values.values())) - aim
         if errors.min() > 0 or errors.max() < 0:
-            return len(errors) >= 10 or abs(errors.mean()) > 3 * errors.std(ddof=1)
+            gap = min(min(values) - room[0], room[1] - max(values))
+            at_end = gap <= (room[1] - room[0]) / 100
+            far = abs(errors.mean()) > 3 * errors.std(ddof=1)
+            return len(errors) >= 10 or (bool(far) and at_end)
         noise = np.std([value - self._curve.at(n) for n, value in values.items()], ddof=1)
         far = abs(self._curve.at(place) - aim) > 2 * self._tolerance + 3 * noise
         return place != wanted and bool(far)
@@ -295,7 +321,7 @@ class Search:
         assert target is not None
         low, floor = places.room(level)[0], places.floor(level)
         curve.expect(low, self._worst, 0.1)
-        if low < floor or not self._steady:
+        if places.behind or not self._steady:
             curve.expect(floor, min(closed, target), 0.1)
         curve.expect(places.counts[level], above, 1)
         return curve
@@ -354,22 +380,42 @@ class Search:
 
     def _missed(self, level: int) -> str:
         """What to say of a level that does not meet its target: what came closest, on each side."""
-        target, given = self._targets[level], sorted(self._given[level])
+        target = self._targets[level]
         assert target is not None
+        # Without what was near enough, in a release of which another level failed.
+        given = sorted(e for e in self._given[level] if abs(e[0] - target) > self._near)
         ends = [end for end in given if end[0] <= target][-1:]
         ends += [end for end in given if end[0] > target][:1]
         shown = [f"{self._show(value)} at {self._network.fraction(n)}" for value, n in ends]
-        more, other = "evaluations", "."
-        if not self._steady:
-            more = "keys"
-            other = "; or calibrate a release under its own keys (selcrypt protect --targets)."
+        self._bracketed = len({value > target for value, _ in given}) == 2
         return (
             f"targets[{level}]: cannot reach {self._show(target)} within {self._tolerance:.3g} in "
             f"{self.evaluations} evaluations: it gave {' and '.join(shown) or 'nothing yet'}. "
-            f"Allow more {more} or a larger tolerance, or use an order with smaller steps (smaller "
-            "groups, scope='leaf', scores that spread the damage, such as random ones, without "
-            f"small first layers){other}"
+            + self._remedy(given)
         )
+
+    def _remedy(self, given: Sequence[tuple[float, int]]) -> str:
+        """What would help a level that does not meet its target."""
+        groups = self._network.groups
+        steps = (
+            "an order with smaller steps (smaller groups, scope='leaf', scores that spread the "
+            "damage, such as random ones, without small first layers)"
+        )
+        if not self._steady:
+            return (
+                f"Allow more keys or a larger tolerance, or use {steps}; or calibrate a release "
+                "under its own keys (selcrypt protect --targets)."
+            )
+        if self._bracketed:
+            # Other rings have other steps.
+            other = 0.3 if self._most > groups / 2 else min(round(3 * self._most / groups, 2), 1)
+            return (
+                f"It jumps over the target: try a budget such as {other:g}, another strategy, a "
+                f"larger tolerance, or {steps}."
+            )
+        if not given:
+            return "Allow more evaluations."
+        return "Allow more evaluations, or try another budget, other scores or another strategy."
 
     def _said(self, level: int, count: int, value: float) -> None:
         self.evaluations += 1

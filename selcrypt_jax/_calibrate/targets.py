@@ -29,14 +29,16 @@ class Targets:
     Attributes:
         targets: what levels 0 to M-1 shall give, from the worst to the best; level M gives the
             original. With a sealed rest they are those of levels 1 to M-1, since level 0 is worth
-            nothing. The first may be None, "as bad as it gets": all of the budget is encrypted.
+            nothing. The first may be None, "as bad as it gets": all of the budget is encrypted,
+            which is all groups unless `Select.budget` says less.
         evaluate: ``params -> number``: the metric, on data that were not used for training. It has
             to give the same number for the same params. For a checkpoint on disk the params are a
             dict from the names of all tensors to arrays.
         tolerance: how far a level may be from its target. By default 2 % of the way from the
             first target to the untouched network.
-        evaluations: how often `evaluate` may be called for a release: 8 times a target and 8 more
-            by default. Four targets need about 20 where keys make a difference of three tolerances
+        evaluations: how often `evaluate` may be called for a release. By default 8 times a target
+            and 8 more, and up to four times as often while a level gives values on both sides of
+            its target. Four targets need about 20 where keys make a difference of three tolerances
             (standard deviation), 25 where it is five, and 40 where it is eight; some networks need
             twice as many.
         lower_is_better: True for a loss: the targets then descend.

@@ -11,6 +11,7 @@ import numpy as np
 from .._ciphers.engine_numpy import leaf_key, rewrite_ring
 from .._ciphers.lossless import LosslessCipher
 from .._io.errors import IntegrityError
+from .._keys.material import DerivedKey
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import unit_places
 from .boxes import SealedRing
@@ -96,7 +97,7 @@ def rewrite_tensor(
     data: memoryview | bytearray,
     info: Any,
     rings: Sequence[tuple[int, SealedRing]],
-    keys: Mapping[int, bytes],
+    keys: Mapping[int, DerivedKey],
     cipher: LosslessCipher,
     *,
     inverse: bool,
@@ -134,8 +135,11 @@ def rewrite_tensor(
                     f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
                 )
             rows[places.runs] = True
-        key = leaf_key(keys[level], ring.tensor)
-        plain = rewrite_ring(bits, places, key, cipher=cipher, fine=fine, inverse=inverse)
+        # No local variable: crash reporters print those.
+        plain = rewrite_ring(
+            bits, places, leaf_key(bytes(keys[level]), ring.tensor),
+            cipher=cipher, fine=fine, inverse=inverse,
+        )  # fmt: skip
         digest = hashlib.sha256(b"selcrypt/v1/ring\0")
         digest.update(plain.data)
         if inverse and digest.hexdigest() != ring.sha256:

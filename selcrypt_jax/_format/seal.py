@@ -2,11 +2,12 @@
 
 from .._ciphers.engine_window import find_window, mask_words, seal_key_of
 from .._ciphers.windows import Window
+from .._keys.material import DerivedKey
 from .._tree.dtypes import SAFETENSORS, Dtype
 from .manifest import Tensor
 
 
-def seal_tensor(data: memoryview, dtype: Dtype, name: str, secret: bytes) -> Window | None:
+def seal_tensor(data: memoryview, dtype: Dtype, name: str, secret: DerivedKey) -> Window | None:
     """Seals a tensor in place.
 
     Args:
@@ -19,11 +20,13 @@ def seal_tensor(data: memoryview, dtype: Dtype, name: str, secret: bytes) -> Win
         Its window, if its numbers have exponents.
     """
     window = find_window(data, dtype)
-    mask_words(data, seal_key_of(secret, name), dtype, window)
+    mask_words(data, seal_key_of(bytes(secret), name), dtype, window)
     return window
 
 
-def unseal_part(data: memoryview, tensor: Tensor, name: str, secret: bytes, start: int) -> None:
+def unseal_part(
+    data: memoryview, tensor: Tensor, name: str, secret: DerivedKey, start: int
+) -> None:
     """Takes the seal off a part of a tensor, from byte number ``start`` on, in place."""
-    key, dtype = seal_key_of(secret, name), SAFETENSORS[tensor.dtype]
-    mask_words(data, key, dtype, tensor.window, start)
+    dtype = SAFETENSORS[tensor.dtype]
+    mask_words(data, seal_key_of(bytes(secret), name), dtype, tensor.window, start)

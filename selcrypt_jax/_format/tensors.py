@@ -12,6 +12,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._io.buffers import new_buffer
 from .._io.strict_json import show
 from .._keys.keys import LevelKey
+from .._keys.material import DerivedKey
 from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
 from .boxes import Rings
@@ -88,9 +89,9 @@ def encrypt_tensors(
     return table, {name: done[name] for name in rings if name in done}
 
 
-def cipher_keys(key: LevelKey) -> dict[int, bytes]:
+def cipher_keys(key: LevelKey) -> dict[int, DerivedKey]:
     """Level → the key of its ring's cipher, for levels 1 to that of the key."""
-    return {lower.level: lower.cipher_key() for lower in key.all()}
+    return {lower.level: DerivedKey(lower.cipher_key()) for lower in key.all()}
 
 
 class _Part(NamedTuple):

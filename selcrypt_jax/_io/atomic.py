@@ -4,17 +4,20 @@ import errno
 import io
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 _SUFFIX = ".selcrypt-tmp"
+# How file systems say that they do not know a call at all (those of a network, of containers).
+_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
 
 
 @contextmanager
 def new_file(
-    path: str | os.PathLike[str], *, force: bool = False, private: bool = False
+    path: str | os.PathLike[str], *, force: bool = False, private: bool = False, keep: bool = True
 ) -> Iterator[BinaryIO]:
     """A file to write, which appears under its name when the block ends, and only then.
 
@@ -26,9 +29,11 @@ def new_file(
 
     Args:
         path: of the file. With `force`, a link is followed, and stays a link.
-        force: replace an existing file, whose permissions are kept (not its hard links). A new
-            file has the permissions that the umask gives it.
-        private: only its owner may read and write the file, from the first byte on.
+        force: replace an existing file.
+        private: only its owner may read and write a new file, from the first byte on; else it has
+            the permissions that the umask gives it.
+        keep: a file that is replaced keeps its permissions and, where the system allows it, its
+            owner and group (not its hard links).
 
     Yields:
         A buffered binary file, to write and to seek.
@@ -38,40 +43,114 @@ def new_file(
         OSError: the folder is missing or closed to us; or the disk is full, and so on, while
             writing.
         ValueError: a pipe or device.
+
+    Warns:
+        UserWarning: the file system lets more people read it than should.
     """
-    target, mode = _check_target(Path(path), force)
-    mode = 0o600 if private else mode
-    with _blame(target):
-        descriptor, temporary = _open(target, 0o600 if private else 0o666)
-    raw = _Output(descriptor, "wb")
-    raw.target = target
-    try:
-        # Not a `with`, which after an exception would write out what is left, to no purpose.
-        file = io.BufferedWriter(raw)
-        yield file  # pyright: ignore[reportReturnType] - a BinaryIO in all but name
-        file.flush()
-        with _blame(target):
-            if mode is not None:
-                os.fchmod(descriptor, mode)
-            os.fsync(descriptor)
-            temporary = temporary or _name_file(descriptor, target, force)
-            if temporary is not None:
-                raw.close()  # some systems don't rename open files
-                _rename(temporary, target, force)
-                temporary = None
-        _sync(target.parent)
-    finally:
-        raw.close()
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+    with new_files() as create:
+        yield create(path, force=force, private=private, keep=keep)
 
 
 @contextmanager
-def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def new_files() -> Iterator[Callable[..., BinaryIO]]:
+    """Several such files, which appear together when the block ends, or none of them.
+
+    Yields:
+        A function that takes what `new_file` takes, and returns a file.
+
+    Raises:
+        As `new_file`. Files that got their names before another failed to are removed again; one
+        that took the place of an older one stays, and the error says so.
+    """
+    outputs: list[_NewFile] = []
+
+    def create(path: str | os.PathLike[str], **options: bool) -> BinaryIO:
+        outputs.append(_NewFile(Path(path), **options))
+        return outputs[-1].file  # pyright: ignore[reportReturnType] - a BinaryIO in all but name
+
+    try:
+        yield create
+        for output in outputs:
+            output.finish()
+        for output in outputs:
+            output.appear()
+    except BaseException as error:
+        stayed = [str(output.target) for output in outputs if not output.undo()]
+        if stayed and isinstance(error, OSError):
+            alone = f"only {' and '.join(stayed)} was replaced"
+            text = str(error.strerror).replace("nothing was written", alone)
+            raise OSError(error.errno, text, error.filename) from error
+        raise
+    finally:
+        for output in outputs:
+            output.close()
+    for folder in dict.fromkeys(output.target.parent for output in outputs):
+        _sync_names(folder)
+
+
+class _NewFile:
+    """A file that has no name yet, or a temporary one."""
+
+    def __init__(
+        self, path: Path, *, force: bool = False, private: bool = False, keep: bool = True
+    ) -> None:
+        self.target, self._old = _check_target(path, force)
+        self._force, self._appeared = force, False
+        self._mode = 0o600 if private else None
+        if self._old is not None and (keep or not private):
+            self._mode = stat.S_IMODE(self._old.st_mode) & 0o777
+        with _blame(self.target):
+            # Never more open than it will be. What the umask takes away is only known of a file
+            # that was made with all there is.
+            closed = self._mode is not None
+            self._descriptor, self._temporary = _open(self.target, 0o600 if closed else 0o666)
+        self._raw = _Output(self._descriptor, "wb")
+        self._raw.target = self.target
+        # Not a `with`, which after an exception would write out what is left, to no purpose.
+        self.file = io.BufferedWriter(self._raw)
+
+    def finish(self) -> None:
+        """Brings the bytes to the disk, and gives them their permissions."""
+        self.file.flush()
+        with _blame(self.target):
+            if self._mode is not None:
+                _give(self._descriptor, self._mode, self._old, self.target)
+            _sync(self._descriptor)
+
+    def appear(self) -> None:
+        """Gives the file its name."""
+        with _blame(self.target):
+            self._temporary = self._temporary or _name_file(
+                self._descriptor, self.target, self._force
+            )
+            if self._temporary is not None:
+                self._raw.close()  # some systems don't rename open files
+                _rename(self._temporary, self.target, self._force)
+                self._temporary = None
+        self._appeared = True
+
+    def undo(self) -> bool:
+        """Takes the name away again, if there was no file before; whether nothing of it is left."""
+        if not self._appeared:
+            return True
+        if self._old is None:
+            self.target.unlink(missing_ok=True)
+        return self._old is None
+
+    def close(self) -> None:
+        """Lets go of it, and of the temporary name if it still has one."""
+        self._raw.close()
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
     """A folder to fill, which appears under its name when the block ends, and only then.
 
     Args:
         path: of the folder. There must be nothing of this name yet, not even an empty folder.
+        private: it stays closed to others.
 
     Yields:
         The folder ``.NAME.XXXX.selcrypt-tmp`` beside it, closed to others while it is filled. It
@@ -86,17 +165,22 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _exists(target, "Remove it, or name another folder")
     _check_parent(target)
     temporary = _sibling(target)
-    temporary.mkdir()
+    with _blame(target):
+        temporary.mkdir()
     try:
         mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives, without asking it
-        temporary.chmod(mode & ~0o077)
+        with _blame(target):
+            closed = _set_mode(temporary, mode & ~0o077)
+        if private and not closed:
+            _warn(target, "folder")
         yield temporary
         with _blame(target):
             for folder, _, names in os.walk(temporary):
                 for name in names:
-                    _sync(Path(folder, name))
-                _sync(Path(folder))
-            temporary.chmod(mode)
+                    _sync_path(Path(folder, name))
+                _sync_path(Path(folder))
+            if not private:
+                _set_mode(temporary, mode)
             try:
                 # A rename doesn't merge: it fails if there are files there meanwhile.
                 temporary.rename(target)
@@ -109,7 +193,7 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    _sync_names(target.parent)
 
 
 def check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
@@ -153,17 +237,17 @@ def _blame(target: Path) -> Iterator[None]:
         raise OSError(error.errno, text, str(target)) from error
 
 
-def _check_target(path: Path, force: bool) -> tuple[Path, int | None]:
-    """Where to write, and the permissions to keep."""
+def _check_target(path: Path, force: bool) -> tuple[Path, os.stat_result | None]:
+    """Where to write, and what is there."""
     path = path.absolute()  # the block may change the working folder
     try:
-        mode = path.stat().st_mode
+        old = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        mode = None
-    if mode is not None and stat.S_ISDIR(mode):
+        old = None
+    if old is not None and stat.S_ISDIR(old.st_mode):
         text = "expected a file as output, got a folder. Name a file in it"
         raise IsADirectoryError(errno.EISDIR, text, str(path))
-    if mode is not None and not stat.S_ISREG(mode):
+    if old is not None and not stat.S_ISREG(old.st_mode):
         raise ValueError(
             f"{path}: expected a regular file as output, got a pipe or device. Write a file, "
             "and pass it on when it is whole."
@@ -173,7 +257,7 @@ def _check_target(path: Path, force: bool) -> tuple[Path, int | None]:
     # Followed, since a link to a model on a larger disk is to stay one.
     target = Path(os.path.realpath(path)) if force else path
     _check_parent(target)
-    return target, None if mode is None else mode & 0o777
+    return target, old
 
 
 def _check_parent(target: Path) -> None:
@@ -194,18 +278,55 @@ def _open(target: Path, mode: int) -> tuple[int, Path | None]:
             return os.open(target.parent, os.O_WRONLY | unnamed, mode), None
         except OSError as error:
             # How file systems and kernels say that they don't know it.
-            unknown = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT}
-            if error.errno not in unknown:
+            if error.errno not in _UNKNOWN | {errno.EISDIR, errno.ENOENT}:
                 raise
     temporary = _sibling(target)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     return os.open(temporary, flags, mode), temporary
 
 
+def _give(descriptor: int, mode: int, old: os.stat_result | None, target: Path) -> None:
+    """The permissions of a new file, and owner and group of the one that it replaces."""
+    new = os.fstat(descriptor)
+    if old is not None and hasattr(os, "fchown") and (old.st_uid, old.st_gid) != new[4:6]:
+        # The owner is for root to give. A group that is not ours would be let in by its bits.
+        for owner in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
+            with suppress(OSError):
+                os.fchown(descriptor, *owner)
+                break
+        else:
+            mode &= ~0o070
+    if not _set_mode(descriptor, mode):
+        _warn(target, "file")
+
+
+def _set_mode(file: int | Path, mode: int) -> bool:
+    """Sets permissions, where the file system has any; whether it lets nobody else in."""
+    actual = stat.S_IMODE(os.stat(file).st_mode)
+    if actual == mode:
+        return True
+    try:
+        os.chmod(file, mode)
+    except OSError as error:
+        if error.errno not in _UNKNOWN | {errno.EPERM}:
+            raise
+        return not actual & ~mode & 0o077
+    return True
+
+
+def _warn(target: Path, kind: str) -> None:
+    warnings.warn(
+        f"{target}: others may read this {kind}: its file system does not let its permissions be "
+        "changed. Move it to one that does.",
+        stacklevel=2,
+    )
+
+
 def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:
     """Gives an unnamed file its name; a temporary one, which is returned, to replace another."""
     name = _sibling(target) if force else target
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    # For its path alone: a folder may be written to by those who may not list it.
+    folder = os.open(target.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
         # With a folder's descriptor, since without one Python calls link(2), which would link
         # the link in /proc.
@@ -235,13 +356,35 @@ def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.name[:40]}.{os.urandom(4).hex()}{_SUFFIX}")
 
 
-def _sync(path: Path) -> None:
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:  # there is nothing that could be asked for more
+            raise
+
+
+def _sync_path(path: Path) -> None:
     if os.name != "nt":  # where only files that are open for writing can be synced
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync_names(folder: Path) -> None:
+    """Brings new names to the disk, as far as the folder may be opened."""
+    try:
+        _sync_path(folder)
+    except PermissionError:
+        pass
+    except OSError as error:
+        text = (
+            f"{error.strerror}; all was written, but the disk does not confirm the names in this "
+            "folder, which a power failure may undo. Check the disk"
+        )
+        raise OSError(error.errno, text, str(folder)) from error
 
 
 def _exists(path: Path, advice: str) -> FileExistsError:

@@ -4,8 +4,8 @@ import functools
 from typing import Any, Literal
 
 IntegrityReason = Literal[
-    "manifest", "metadata", "signer", "signature", "table", "box", "ring", "digest", "plaintext",
-    "shard",
+    "manifest", "metadata", "signer", "signature", "model", "table", "box", "ring", "digest",
+    "plaintext", "shard",
 ]  # fmt: skip
 GrantReason = Literal[
     "kind", "damaged", "passphrase", "recipient", "model", "level", "secret", "signer"
@@ -49,6 +49,7 @@ class IntegrityError(_ReasonedError):
             - ``"metadata"``: an entry of the metadata is missing, unknown or changed;
             - ``"signer"``: signed by nobody, or by another signer than the one expected;
             - ``"signature"``: the signature does not fit the manifest and the boxes;
+            - ``"model"``: another model id than the one expected;
             - ``"table"``: other names, dtypes or shapes than in the manifest;
             - ``"shard"``: a shard of another protection, or one that is missing;
             - ``"box"``: a sealed box does not open;

@@ -260,13 +260,14 @@ def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
 
 @contextmanager
 def orbax_output(
-    path: str | os.PathLike[str], like: OrbaxCheckpoint
+    path: str | os.PathLike[str], like: OrbaxCheckpoint, *, private: bool = False
 ) -> Iterator[tuple[dict[str, memoryview], dict[str, str]]]:
     """A new Orbax checkpoint, which appears when the block ends, and only then.
 
     Args:
         path: of the folder; there must be nothing of this name.
         like: the checkpoint whose tree, dtypes and shapes it has.
+        private: only its owner may enter the folder.
 
     Yields:
         Name → bytes, and metadata of ours: both to be filled.
@@ -275,7 +276,7 @@ def orbax_output(
 
     data: dict[str, memoryview] = {}
     metadata: dict[str, str] = {}
-    with new_folder(path) as folder:
+    with new_folder(path, private=private) as folder:
         yield data, metadata
         leaves = {
             like.stored[name]: as_array(data[name], info.dtype, info.shape)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .._io.errors import GrantError
-from .files import check_path, text_lines
+from .files import MAX_BYTES, check_path, text_lines
 
 _STARTS = (b"-----BEGIN AGE ENCRYPTED FILE-----", b"age-encryption.org/")
 
@@ -64,7 +64,8 @@ def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]
 
 
 def _identities(pyrage: Any, path: Path) -> list[Any]:
-    data = path.read_bytes()
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
     try:
         if data.lstrip().startswith(b"-----BEGIN"):
             return [pyrage.ssh.Identity.from_buffer(data)]

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from .material import forgetting
+
 _SIGMA = np.frombuffer(b"expand 32-byte k", "<u4").astype(np.uint32)  # RFC 8439, section 2.3
 _BLOCK_WORDS = 16
 _KEY_WORDS = 8
@@ -242,6 +244,7 @@ returns uint32 words, as JAX does for its own implementations.
 """
 
 
+@forgetting
 def chacha20_key(secret: bytes) -> Array:
     """A typed ``jax.random`` key from 32 secret bytes.
 

@@ -14,17 +14,18 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.atomic import new_file
 from .._io.errors import GrantError
-from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, hkdf, stretched
+from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, forgetting, hkdf, stretched
 
 AnyPath = str | os.PathLike[str]
 Passphrase = str | Callable[[], str] | None
 """A passphrase, or a function that asks for it."""
 
-_MAX_BYTES = 1 << 16
+MAX_BYTES = 1 << 16
 _NONCE_BYTES, _TAG_BYTES = 12, 16
 _COSTS = {"iterations": 3, "lanes": 4, "memory_kib": 65536}
 _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
+_MOST_WORK = 1 << 21  # KiB times iterations: some three seconds
 _SPACES = " \t\r"
 
 
@@ -91,6 +92,7 @@ class StoredKey(KeyMaterial):
     _kind: ClassVar[Kind]
 
     @classmethod
+    @forgetting
     def read(cls, path: AnyPath, *, passphrase: Passphrase = None) -> Self:
         """Reads what `write` wrote.
 
@@ -104,12 +106,13 @@ class StoredKey(KeyMaterial):
         """
         return cls(read_key_file(path, cls._kind, passphrase)[1])
 
-    def write(self, path: AnyPath, *, passphrase: str | None = None, force: bool = False) -> None:
+    @forgetting
+    def write(self, path: AnyPath, *, passphrase: Passphrase = None, force: bool = False) -> None:
         """Writes a file that only its owner may read.
 
         Args:
             path: of the file, in a folder that exists.
-            passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that gives it.
             force: replace an existing file; without a copy, what needs the key in it is then lost.
 
         Raises:
@@ -128,7 +131,7 @@ def write_key_file(
     value: bytes,
     fields: Mapping[str, str] | None = None,
     *,
-    passphrase: str | None = None,
+    passphrase: Passphrase = None,
     sealed: Callable[[bytes], bytes] = bytes,
     force: bool,
 ) -> None:
@@ -143,6 +146,25 @@ def write_key_file(
         sealed: seals its text to a recipient.
         force: replace an existing file.
     """
+    data = sealed(key_text(kind, value, fields, passphrase=passphrase))
+    try:
+        with new_file(path, force=force, private=kind.private, keep=False) as file:
+            file.write(data)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
+            f"with force=True (--force) it is replaced{kind.lost}."
+        ) from None
+
+
+def key_text(
+    kind: Kind,
+    value: bytes,
+    fields: Mapping[str, str] | None = None,
+    *,
+    passphrase: Passphrase = None,
+) -> bytes:
+    """The text of a key file; see `write_key_file`."""
     lines = [f"{kind.name}-v1", *(f"{name}: {text}" for name, text in (fields or {}).items())]
     if passphrase is None:
         lines.append(f"key: {_encoded(value)}")
@@ -153,15 +175,7 @@ def write_key_file(
         locked = nonce + lock.encrypt(nonce, value, "\n".join(lines).encode())
         lines.append(f"sealed: {_encoded(locked)}")
     lines.append(f"checksum: {checksum(lines)}")
-    data = sealed("\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode())
-    try:
-        with new_file(path, force=force, private=kind.private) as file:
-            file.write(data)
-    except FileExistsError:
-        raise FileExistsError(
-            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
-            f"with force=True (--force) it is replaced{kind.lost}."
-        ) from None
+    return "\n".join([lines[0], f"# {kind.comment}", *lines[1:], ""]).encode()
 
 
 def checksum(lines: Sequence[str]) -> str:
@@ -169,7 +183,10 @@ def checksum(lines: Sequence[str]) -> str:
     return hashlib.sha256(b"selcrypt/v1/file\0" + "\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _lock(passphrase: str, salt: bytes, costs: Mapping[str, int]) -> ChaCha20Poly1305:
+def _lock(
+    passphrase: str | Callable[[], str], salt: bytes, costs: Mapping[str, int]
+) -> ChaCha20Poly1305:
+    passphrase = passphrase() if callable(passphrase) else passphrase
     return ChaCha20Poly1305(hkdf(stretched(passphrase, salt, **costs), b"file"))
 
 
@@ -201,7 +218,7 @@ def read_key_file(
     check_path(path)
     with open(path, "rb") as file:  # once, since it may be a pipe
         mode = os.fstat(file.fileno()).st_mode
-        data = file.read(_MAX_BYTES + 1)
+        data = file.read(MAX_BYTES + 1)
     inner = unsealed(data)
     fields, canonical = _parse(data if inner is None else inner, str(path), kind)
     if "sealed" in fields:
@@ -212,7 +229,7 @@ def read_key_file(
     if kind.private and inner is None and exposed:
         warnings.warn(
             f"{path}: others may read this file, which holds {kind.called}. Run: chmod 600 {path}",
-            stacklevel=3,
+            stacklevel=4,  # past `forgetting`
         )
     return fields, value
 
@@ -230,8 +247,8 @@ def check_path(path: AnyPath) -> None:
 def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
     """The lines of a key file that say something."""
     actual, text = "", ""
-    if len(data) > _MAX_BYTES:
-        actual = f"more than {_MAX_BYTES} bytes"
+    if len(data) > MAX_BYTES:
+        actual = f"more than {MAX_BYTES} bytes"
     elif data.startswith((b"\xff\xfe", b"\xfe\xff")):
         actual, remedy = "UTF-16", "Save it as UTF-8."
     else:
@@ -296,8 +313,9 @@ def _unlocked(
         not costs
         or not all(1 <= costs[name] <= limit for name, limit in _LIMITS.items())
         or costs["memory_kib"] < 8 * costs["lanes"]
+        or costs["memory_kib"] * costs["iterations"] > _MOST_WORK
     ):
-        limits = _KDF.format(**_LIMITS)
+        limits = f"{_KDF.format(**_LIMITS)}, and iterations times memory-kib {_MOST_WORK}"
         raise damaged(what, f"field 'kdf': expected at most {limits}, got something else")
     salt = _decoded(fields["salt"], what, "salt", SALT_BYTES)
     sealed = _decoded(fields["sealed"], what, "sealed", _NONCE_BYTES + KEY_BYTES + _TAG_BYTES)
@@ -307,8 +325,7 @@ def _unlocked(
             "read(path, passphrase=...).",
             reason="passphrase",
         )
-    words = passphrase if isinstance(passphrase, str) else passphrase()
-    lock = _lock(words, salt, costs)
+    lock = _lock(passphrase, salt, costs)
     nonce, text = sealed[:_NONCE_BYTES], "\n".join(canonical[:-1])
     try:
         return lock.decrypt(nonce, sealed[_NONCE_BYTES:], text.encode())

@@ -8,7 +8,7 @@ from .._io.errors import check_type
 from .age import sealed, unsealed
 from .files import GRANT, AnyPath, Passphrase, damaged, read_key_file, write_key_file
 from .keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey
-from .material import KEY_BYTES
+from .material import KEY_BYTES, forgetting
 from .signing import VerifyKey
 
 
@@ -38,6 +38,7 @@ class Grant:
         check_type(self.signer, VerifyKey | None, "signer: expected a VerifyKey", remedy)
 
     @classmethod
+    @forgetting
     def read(
         cls, path: AnyPath, *, passphrase: Passphrase = None, identities: Sequence[AnyPath] = ()
     ) -> "Grant":
@@ -67,11 +68,12 @@ class Grant:
             signer = VerifyKey(_unhexed(path, "signer", signer, KEY_BYTES))
         return cls(LevelKey(value, level=int(level), model_id=model_id), signer)
 
+    @forgetting
     def write(
         self,
         path: AnyPath,
         *,
-        passphrase: str | None = None,
+        passphrase: Passphrase = None,
         recipients: Sequence[str] = (),
         force: bool = False,
     ) -> None:
@@ -79,7 +81,7 @@ class Grant:
 
         Args:
             path: of the file, in a folder that exists.
-            passphrase: locks the file (Argon2id, ChaCha20-Poly1305).
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that gives it.
             recipients: seals the file to these age (``age1...``) or SSH public keys, so that it
                 can travel in the open. Needs the extra ``age``.
             force: replace an existing file.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .._io.errors import GrantError, check_type
 from .files import SECRET, StoredKey
-from .material import KEY_BYTES, KeyMaterial, checked_bytes, hkdf, stretched
+from .material import KEY_BYTES, KeyMaterial, checked_bytes, forgetting, hkdf, stretched
 
 if TYPE_CHECKING:  # keys alone must not cost the start of JAX
     from jaxtyping import PRNGKeyArray
@@ -52,6 +52,7 @@ class Secret(StoredKey):
         return cls(os.urandom(KEY_BYTES))
 
     @classmethod
+    @forgetting
     def from_passphrase(
         cls,
         passphrase: str,
@@ -64,8 +65,8 @@ class Secret(StoredKey):
         """Stretches a passphrase with Argon2id.
 
         Args:
-            passphrase: any text, read in Unicode normal form C, so that the keyboard does not
-                matter.
+            passphrase: one line of at most 1,000 bytes in UTF-8, without control characters. It is
+                read in Unicode normal form C, so that the keyboard does not matter; spaces count.
             salt: at least 16 random bytes, new for each secret (`os.urandom`). It is not secret,
                 but the secret cannot be made again without it.
             iterations: passes over the memory.
@@ -74,7 +75,8 @@ class Secret(StoredKey):
 
         Raises:
             TypeError: a passphrase that is not text.
-            ValueError: an empty passphrase, or a salt that is too short.
+            ValueError: a passphrase that is empty, too long or could not be typed; or a salt that
+                is too short.
 
         References:
             RFC 9106, section 4: the second recommended option is the default.
@@ -111,6 +113,7 @@ class LevelKey(KeyMaterial):
     __slots__ = ("level", "model_id")
     _remedy = "Use level_key(...) or Grant.read(path).key."
 
+    @forgetting
     def __init__(self, value: bytes, *, level: int, model_id: bytes) -> None:
         super().__init__(value)
         self.level = operator.index(level)
@@ -167,6 +170,7 @@ class LevelKey(KeyMaterial):
         return f"LevelKey(<{KEY_BYTES} bytes>, level={self.level}, model_id={self.model_id.hex()})"
 
 
+@forgetting
 def level_key(
     secret: Secret | bytes, model_id: bytes, *, level: int | None = None, levels: int
 ) -> LevelKey:

@@ -1,15 +1,26 @@
 """Key material: secret bytes that are never shown, and the functions that derive keys."""
 
+import functools
 import hmac
 import unicodedata
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
 
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.argon2 import Argon2id
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 KEY_BYTES = 32
 SALT_BYTES = 16
+MAX_PASSPHRASE = 1000
+"""Bytes of UTF-8: some terminals cut a line after 1,023."""
+
+# Controls (ends of lines among them), lone surrogates, separators of lines and paragraphs, and what
+# this Python's Unicode does not know, whose normal form may change.
+_UNTYPED = frozenset({"Cc", "Cs", "Zl", "Zp", "Cn"})
 
 
 def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
@@ -27,12 +38,44 @@ def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
     return bytes(value)
 
 
+def forgetting(function: Callable[P, R]) -> Callable[P, R]:
+    """What the function raises has no traceback below it, where secrets are local variables.
+
+    Crash reporters and verbose tracebacks print those. Its own arguments are gone too.
+    """
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except BaseException as raised:
+            error = raised
+        del args, kwargs
+        raise _without_frames(error)
+
+    return called
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error, and those that led to it, without their tracebacks."""
+    todo: list[BaseException | None] = [error]
+    while todo:
+        if (each := todo.pop()) is None:
+            continue
+        each.__traceback__ = None
+        if each.__suppress_context__:
+            each.__context__ = None  # it may hold what it could not read
+        todo += [each.__cause__, each.__context__]
+    return error
+
+
 class KeyMaterial:
     """32 secret bytes, which are never printed, pickled or hashed."""
 
     __slots__ = ("_value",)
     _remedy = ""  # for messages
 
+    @forgetting
     def __init__(self, value: bytes) -> None:
         self._value = checked_bytes(value, KEY_BYTES, type(self).__name__, self._remedy)
 
@@ -54,6 +97,12 @@ class KeyMaterial:
         return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"
 
 
+class DerivedKey(KeyMaterial):
+    """A key that a level key gives, for one purpose."""
+
+    __slots__ = ()
+
+
 def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
     """32 bytes of HKDF-SHA256 (RFC 5869) under a domain of ours."""
     kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"selcrypt/v1/" + domain)
@@ -64,10 +113,7 @@ def stretched(
     passphrase: str, salt: bytes, *, iterations: int, lanes: int, memory_kib: int
 ) -> bytes:
     """32 bytes of Argon2id (RFC 9106); see `Secret.from_passphrase`."""
-    if not isinstance(passphrase, str):
-        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
-    if not passphrase.strip():
-        raise ValueError("passphrase: expected some text, got an empty one. Choose one.")
+    words = passphrase_bytes(passphrase)
     if not isinstance(salt, bytes):
         raise TypeError(
             f"salt: expected random bytes, got {type(salt).__name__}. Use os.urandom(16)."
@@ -80,4 +126,29 @@ def stretched(
     kdf = Argon2id(
         salt=salt, length=KEY_BYTES, iterations=iterations, lanes=lanes, memory_cost=memory_kib
     )
-    return kdf.derive(unicodedata.normalize("NFC", passphrase).encode())
+    return kdf.derive(words)
+
+
+def passphrase_bytes(passphrase: str) -> bytes:
+    """A passphrase in normal form C and UTF-8: one line that any terminal or file can hold.
+
+    Raises:
+        TypeError: not text.
+        ValueError: empty or only spaces, too long, or with characters that are not typed.
+    """
+    if not isinstance(passphrase, str):
+        raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
+    text = unicodedata.normalize("NFC", passphrase)
+    actual = ""
+    if not text.strip():
+        actual = "an empty one"
+    elif _UNTYPED & {unicodedata.category(character) for character in text}:
+        actual = "a control character, an end of a line, or something that is no character"
+    elif (size := len(text.encode())) > MAX_PASSPHRASE:
+        actual = f"{size} bytes"
+    if actual:  # without any of its characters
+        raise ValueError(
+            f"passphrase: expected one line of at most {MAX_PASSPHRASE} bytes of text, got "
+            f"{actual}. Choose one that can be typed."
+        )
+    return text.encode()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 from .._ciphers.lossless import LosslessCipher
 from .._ciphers.windows import Window
 from .._format.boxes import Rings, SealedRing
-from .._format.envelope import Envelope
+from .._format.envelope import MANIFEST, Envelope, Own
 from .._format.manifest import (
     NO_DIGEST,
     LevelSize,
@@ -21,7 +21,8 @@ from .._format.manifest import (
     metadata_digest,
 )
 from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
-from .._io.atomic import check_output, new_file, new_folder
+from .._format.unlocked import unlocked_level
+from .._io.atomic import check_output, new_file, new_files, new_folder
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_shards, find_shards
@@ -159,9 +160,9 @@ class _SafetensorsOutput(NamedTuple):
         self.file.seek(0)
         self.file.write(head)
 
-    def plain(self, source: Unlocked) -> None:
-        """Writes the tensors as a level sees them."""
-        self.file.write(header(layout(source), source.envelope.own))
+    def plain(self, source: Unlocked, metadata: Own) -> None:
+        """Writes the tensors as a level sees them, and entries of the metadata."""
+        self.file.write(header(layout(source), metadata))
         for _, piece in source.pieces():
             self.file.write(piece)
 
@@ -175,9 +176,9 @@ class _OrbaxOutput(NamedTuple):
     def protected(self, job: Job, protection: Protection) -> None:
         self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
 
-    def plain(self, source: Unlocked) -> None:
+    def plain(self, source: Unlocked, metadata: Own) -> None:
         self.data.update((name, source.read(name)) for name in source.tensors)
-        self.metadata.update(source.envelope.own or {})
+        self.metadata.update(metadata or {})
 
 
 def layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -221,6 +222,12 @@ class Checkpoint:
         Raises:
             IntegrityError: a wrong signature, or files of different protections.
         """
+        for file in self.files.values():
+            if MANIFEST not in (file.metadata or {}) and (level := unlocked_level(file.metadata)):
+                raise ValueError(
+                    f"{file.path}: is not a protected file: it is {level}. Expected what selcrypt "
+                    "protect wrote: name that."
+                )
         result = {
             name: Envelope.from_metadata(file.metadata, str(file.path))
             for name, file in self.files.items()
@@ -297,7 +304,7 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 @contextmanager
 def checkpoint_outputs(
-    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool
+    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool, private: bool = False
 ) -> Iterator[Callable[[str], Output]]:
     """Opens outputs by file name; all of them appear together, or none.
 
@@ -305,6 +312,7 @@ def checkpoint_outputs(
         checkpoint: the input; the outputs are of its kind, with its file names.
         output: path of the file, or of the folder; None to take the place of the input, a file.
         force: replace an existing file.
+        private: only its owner may read a new output.
 
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
@@ -319,16 +327,16 @@ def checkpoint_outputs(
     if not isinstance(first, SafetensorsFile):
         from .._io.orbax import orbax_output
 
-        with orbax_output(output, first) as new:
+        with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
     elif checkpoint.index is None:
         # Opened now, so that what is wrong with it is told before the work.
-        with new_file(output, force=force) as file:
+        with new_file(output, force=force, private=private) as file:
             yield lambda _: _SafetensorsOutput(file)
     else:
-        with new_folder(output) as folder:
+        with new_folder(output, private=private) as folder:
             # All files get their names together, when the last one is written: until then a
             # process that is killed leaves nothing of them behind.
-            with ExitStack() as stack:
-                yield lambda name: _SafetensorsOutput(stack.enter_context(new_file(folder / name)))
+            with new_files() as new_one:
+                yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
             (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

@@ -31,9 +31,7 @@ from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
-from .use import AnySigner, verify_key
-
-UNSIGNED = "unsigned"  # in place of the signer of an earlier release
+from .signers import UNSIGNED, AnySigner, verify_key
 
 
 class Chosen(NamedTuple):

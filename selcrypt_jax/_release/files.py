@@ -14,6 +14,7 @@ from .._calibrate.targets import Targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import check_unprotected
 from .._format.manifest import Rest
+from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import as_array
 from .._io.atomic import check_output
 from .._io.safetensors import SafetensorsFile
@@ -25,7 +26,7 @@ from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from .choose import Plan, check_header, check_like, check_rest, choose_like, plain_change
-from .use import AnySigner
+from .signers import AnySigner
 
 
 class Selected(NamedTuple):
@@ -202,6 +203,7 @@ def calibrate_file(
             check_unprotected(file.metadata, str(file.path))
         check_scores(selection, checkpoint)
         metadata = next(iter(checkpoint.files.values())).metadata or {}
+        warn_if_unlocked(metadata, str(checkpoint.path))
         scores, _ = scores_for(
             checkpoint, selection, stack, metadata=metadata, what=str(checkpoint.path)
         )
@@ -218,11 +220,15 @@ def calibrate_file(
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that is protected already, or that the safetensors library refuses."""
+    """Refuses a checkpoint that is protected already, or that the safetensors library refuses.
+
+    Warns of one that was unlocked below the top level.
+    """
     for file in checkpoint.files.values():
         check_unprotected(file.metadata, str(file.path))
         if isinstance(file, SafetensorsFile):
             file.ask_stock_reader()
+    warn_if_unlocked(next(iter(checkpoint.files.values())).metadata, str(checkpoint.path))
 
 
 def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | None = None) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .._format.manifest import byte_count
 from .._format.tensors import Unlocked
 from .checkpoint import AnyPath, Checkpoint, open_checkpoint
+from .signers import AnySigner, expected_signer
 from .use import AnyGrant, grant_key
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def open_model(
     grant: AnyGrant | None = None,
     *,
     level: int | None = None,
+    signer: AnySigner | None = None,
     names: Collection[str] | None = None,
     like: Any = None,
 ) -> Any:
@@ -28,6 +30,8 @@ def open_model(
         path: protected file, or the index or folder of a protected checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file; None for level 0.
         level: a lower level than that of the grant.
+        signer: public key of the owner, or its file: refuse what anybody else signed, or nobody. A
+            grant of a signed file insists on that by itself; a level key and level 0 do not.
         names: of the tensors that are wanted; the others are not read. All by default.
         like: a pytree with the same names, shapes and dtypes, of arrays or
             ``jax.ShapeDtypeStruct``; see Returns. Not with `names`.
@@ -39,17 +43,18 @@ def open_model(
 
     Raises:
         ValueError: no protected file, names that it does not have, or a `like` that does not fit.
-        GrantError: a grant that does not open the file.
-        IntegrityError: the file was altered.
+        GrantError: a grant that does not open the file, or that asks for another signer.
+        IntegrityError: the file was altered, or is another's.
         OSError: a file that cannot be read.
 
     Examples:
         >>> params = open_model("model.safetensors", "alice.grant")
+        >>> params = open_model("model.safetensors", signer="keys/signing.pub")
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """
     if names is not None and like is not None:
         raise ValueError("names: expected none beside like, got some. Leave one of them out.")
-    with LazyModel(path, grant, level=level) as model:
+    with LazyModel(path, grant, level=level, signer=signer) as model:
         if like is not None:
             _check_like(like, model.tensors, str(path))
         arrays = model.load(model.tensors if names is None else names)
@@ -80,15 +85,21 @@ class LazyModel(Mapping[str, "np.ndarray"]):
     """
 
     def __init__(
-        self, path: AnyPath, grant: AnyGrant | None = None, *, level: int | None = None
+        self,
+        path: AnyPath,
+        grant: AnyGrant | None = None,
+        *,
+        level: int | None = None,
+        signer: AnySigner | None = None,
     ) -> None:
         if grant is None and level is not None:
             raise ValueError(f"level: expected none without a grant, got {level}. Pass the grant.")
-        key, signer = (None, None) if grant is None else grant_key(grant, level)
+        key, of_grant = (None, None) if grant is None else grant_key(grant, level)
+        expected = expected_signer(signer, of_grant)
         self._path = path
         with ExitStack() as stack:
             checkpoint: Checkpoint = stack.enter_context(open_checkpoint(path))
-            plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
+            plain = checkpoint.unlocked(checkpoint.envelopes(expected), key)
             self._source = {name: file for file in plain.values() for name in file.tensors}
             self._stack: ExitStack | None = stack.pop_all()
         self.tensors: dict[str, Any] = {n: file.tensors[n] for n, file in self._source.items()}

@@ -17,6 +17,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope, check_unprotected
 from .._format.manifest import Rest
 from .._format.tensors import Unlocked, check_table
+from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import new_file
 from .._io.safetensors import header
@@ -39,7 +40,8 @@ from .choose import (
     plain_change,
     sealed,
 )
-from .use import AnyGrant, AnySigner, grant_key
+from .signers import AnySigner, expected_signer
+from .use import AnyGrant, grant_key
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
             "into text with str or json.dumps."
         )
     check_unprotected(metadata, "metadata")
+    warn_if_unlocked(metadata, "params")
     for name, leaf in named_leaves(params).leaves.items():
         if isinstance(leaf, Tracer):
             raise TypeError(
@@ -267,19 +270,20 @@ def _agreed(envelope: Envelope, entries: Mapping[str, str]) -> dict[str, str]:
     return json.loads(from_first(json.dumps(entries).encode()))
 
 
-def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
+def unlock(protected: Protected, grant: AnyGrant, *, signer: AnySigner | None = None) -> PyTree:
     """The parameters that a key opens; with the top level's key the original ones.
 
     Args:
         protected: from `protect`.
         grant: a grant, a level key, or the path of a grant file.
+        signer: as in `unlock_file`.
 
     Returns:
         A tree like ``protected.params``. Leaves in which the key opens nothing are the same
         objects.
 
     Raises:
-        ValueError: a key of another model.
+        GrantError: a key of another model, or a grant that asks for another signer.
         IntegrityError: parameters or metadata are not what was protected.
 
     Examples:
@@ -287,14 +291,14 @@ def unlock(protected: Protected, grant: AnyGrant) -> PyTree:
         >>> key = level_key(secret, released.model_id, level=1, levels=len(masks))
         >>> basic = unlock(released, key)
     """
-    key, signer = grant_key(grant)
+    key, of_grant = grant_key(grant)
     if not isinstance(protected, Protected):
         raise TypeError(
             f"protected: expected a Protected, got {type(protected).__name__}. For what encrypt "
             "returned use decrypt; for a file use open_model or unlock_file."
         )
     envelope = Envelope.from_metadata(protected.metadata, "params")
-    envelope.check_signature(signer)
+    envelope.check_signature(expected_signer(signer, of_grant))
     tree = named_leaves(protected.params)
     source = source_of_tree(tree)
     check_table(source, envelope)

@@ -7,24 +7,25 @@ decryption, plaintext digest; the output appears under its name when all of it h
 import math
 import operator
 import os
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
 from .._format.manifest import Rest
-from .._io.errors import GrantError, check_type
+from .._format.unlocked import unlocked_entries
+from .._io.errors import IntegrityError, check_type
 from .._io.safetensors import SafetensorsFile
+from .._io.strict_json import show
 from .._keys.grant import Grant
-from .._keys.keys import LevelKey, Secret, level_key
+from .._keys.keys import MODEL_ID_BYTES, LevelKey, Secret, level_key
 from .._keys.signing import SigningKey, VerifyKey, check_signing
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
+from .signers import AnySigner, check_owner, expected_signer, verify_key
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
-
-AnySigner = VerifyKey | AnyPath
-"""A public key, or the path of its file."""
 
 
 def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, VerifyKey | None]:
@@ -47,16 +48,6 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, Veri
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
-def verify_key(signer: AnySigner | None) -> VerifyKey | None:
-    """The public key of a signer, read if it is a path."""
-    if isinstance(signer, str | os.PathLike):
-        return VerifyKey.read(signer)
-    remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
-    expected = "signer: expected a VerifyKey or the path of its file"
-    check_type(signer, VerifyKey | None, expected, remedy)
-    return signer
-
-
 def issue_grant(
     path: AnyPath, *, level: int, secret: Secret, signer: AnySigner | None = None
 ) -> Grant:
@@ -66,8 +57,9 @@ def issue_grant(
         path: protected file, or checkpoint in several files.
         level: the highest level that the grant opens.
         secret: the owner's.
-        signer: the owner's public key, or its file. Anyone with a grant could seal and sign an
-            altered file up to their level, so pass it where the file comes from others' hands.
+        signer: the owner's public key, or its file; ``"unsigned"`` if the file never was signed,
+            and this is your own copy. Without it, a customer of the top level could have sealed and
+            signed an altered file; those of lower levels cannot, since all boxes are opened here.
 
     Returns:
         A grant for this file, and for files of its signer only, if it has one. See `Grant.write`.
@@ -84,7 +76,7 @@ def issue_grant(
         >>> grant.write("bob.grant")
     """
     with open_checkpoint(path) as checkpoint:
-        envelopes = checkpoint.envelopes(verify_key(signer))
+        envelopes = checkpoint.envelopes()
         manifest = next(iter(envelopes.values())).manifest
         levels = len(manifest.levels)
         if not 1 <= operator.index(level) <= levels:
@@ -92,9 +84,12 @@ def issue_grant(
                 f"{checkpoint.path}: level: expected 1..{levels}, got {level}. Name "
                 "one of these; level 0, the file as it is, needs no key."
             )
-        key = level_key(secret, manifest.model_id, level=level, levels=levels)
-        checkpoint.unlocked(envelopes, key, owner=True)  # another secret's would open nothing
-    return Grant(key, manifest.signer)
+        key = level_key(secret, manifest.model_id, levels=levels)
+        # Another secret's would open nothing. And a customer who altered the manifest, to which all
+        # boxes are bound, can seal only the boxes of their own levels again.
+        checkpoint.unlocked(envelopes, key, owner=True)
+        check_owner(envelopes.values(), signer, checkpoint.path)
+    return Grant(key.lower(level), manifest.signer)
 
 
 def unlock_file(
@@ -103,32 +98,45 @@ def unlock_file(
     grant: AnyGrant,
     *,
     level: int | None = None,
+    signer: AnySigner | None = None,
+    exact_bytes: bool = False,
     force: bool = False,
 ) -> None:
     """Writes the checkpoint that a grant opens; at the top level it is the original.
+
+    Only its owner may read a new file or folder, as a grant: it is worth what the grant is. A file
+    that is replaced keeps its permissions.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint in several files.
         output: path of the new file, or of the new folder for a checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file.
         level: a lower level than that of the grant.
+        signer: public key of the owner, or its file: refuse what anybody else signed, or nobody. A
+            grant of a signed file insists on that by itself; a level key does not.
+        exact_bytes: leave out the entry ``selcrypt-unlocked`` of the metadata, by which a file
+            below the top level says which level of which model it is.
         force: replace an existing file.
 
     Raises:
         ValueError: no protected file.
-        GrantError: a grant that does not open it.
+        GrantError: a grant that does not open it, or that asks for another signer.
         IntegrityError: the file was altered.
         OSError: a file that cannot be read or written. There is no output then.
 
     Examples:
         >>> unlock_file("model.safetensors", "unlocked.safetensors", "alice.grant", level=1)
     """
-    key, signer = grant_key(grant, level)
+    key, of_grant = grant_key(grant, level)
+    expected = expected_signer(signer, of_grant)
     with open_checkpoint(path) as checkpoint:
-        plain = checkpoint.unlocked(checkpoint.envelopes(signer), key)
-        with checkpoint_outputs(checkpoint, output, force=force) as create:
+        plain = checkpoint.unlocked(checkpoint.envelopes(expected), key)
+        with checkpoint_outputs(checkpoint, output, force=force, private=True) as create:
             for name, source in plain.items():
-                create(name).plain(source)
+                own = source.envelope.own
+                if not exact_bytes:
+                    own = unlocked_entries(own, source.envelope.manifest, key.level)
+                create(name).plain(source, own)
 
 
 def rotate_file(
@@ -325,7 +333,11 @@ def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
 
 
 def verify_file(
-    path: AnyPath, *, signer: AnySigner | None = None, grant: AnyGrant | None = None
+    path: AnyPath,
+    *,
+    signer: AnySigner | None = None,
+    model_id: bytes | str | None = None,
+    grant: AnyGrant | None = None,
 ) -> Inspection:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
@@ -333,25 +345,30 @@ def verify_file(
         path: protected file, or checkpoint in several files.
         signer: public key of the owner, or its file. Without it the file's own word is taken for
             who signed it.
+        model_id: of the release that is expected, 16 bytes or their hex. Without it, an earlier
+            release of the same owner will do as well: its signature is as good.
         grant: a grant, a level key, or the path of a grant file.
 
     Raises:
         ValueError: no protected file; or one without a signature, which shows nothing without a
-            grant.
+            grant; or a model id that is none.
         GrantError: a grant that does not open it, or that asks for another signer.
-        IntegrityError: the file was altered.
+        IntegrityError: the file was altered, or is another release.
 
     Examples:
         >>> found = verify_file("model.safetensors", signer="keys/signing.pub")
     """
-    key, insisted = (None, None) if grant is None else grant_key(grant)
-    public = verify_key(signer)
+    key, of_grant = (None, None) if grant is None else grant_key(grant)
+    expected, wanted = expected_signer(signer, of_grant), _as_hex(model_id)
     with open_checkpoint(path) as checkpoint:
-        if public is not None and insisted is not None and public != insisted:
-            message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."
-            raise GrantError(f"{message} Use one of them.", reason="signer")
-        envelopes = checkpoint.envelopes(public or insisted)
+        envelopes = checkpoint.envelopes(expected)
         manifest = next(iter(envelopes.values())).manifest
+        if wanted not in (None, actual := manifest.model_id.hex()):
+            raise IntegrityError(
+                f"{checkpoint.path}: expected model {wanted}, got model {actual}. It is another "
+                "release: get the current one from its owner.",
+                reason="model",
+            )
         if manifest.signer is None and key is None:
             raise ValueError(
                 f"{checkpoint.path}: is not signed, so anyone who altered it could have made "
@@ -364,3 +381,15 @@ def verify_file(
             for _ in plain.pieces():
                 pass
         return _report(checkpoint, envelopes, key)
+
+
+def _as_hex(model_id: bytes | str | None) -> str | None:
+    if model_id is None:
+        return None
+    text = model_id.strip().lower() if isinstance(model_id, str) else bytes(model_id).hex()
+    if not re.fullmatch(f"[0-9a-f]{{{2 * MODEL_ID_BYTES}}}", text):
+        raise ValueError(
+            f"model_id: expected {2 * MODEL_ID_BYTES} digits in hex, got {show(model_id)}. Copy it "
+            "from where the owner published it, or from selcrypt inspect."
+        )
+    return text

@@ -10,9 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
-from ._types import plain_types
+from ._memory import check_memory
+from ._text import note
 
 COMMANDS = {
     "keygen": "_owner",
@@ -44,7 +43,8 @@ exponents. With --rest plain it runs without a key, badly. Each grant opens a le
 top level is the original, bit for bit.
 
   selcrypt keygen -o keys
-  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key
+  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key \\
+    --signing keys/signing.key
   selcrypt grant public.safetensors --level 2 --secret keys/secret.key -o alice.grant
   selcrypt unlock public.safetensors --grant alice.grant -o alice.safetensors
 """
@@ -66,7 +66,8 @@ def main(args: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, _end)
     with warnings.catch_warnings():
-        warnings.filterwarnings("always", message=".*others may read this file")
+        for words in ("others may read this", "unlocked, not the original"):
+            warnings.filterwarnings("always", message=f"(?s).*{words}")
         warnings.showwarning = _show_warning
         return _run(sys.argv[1:] if args is None else list(args))
 
@@ -81,6 +82,11 @@ def _run(args: list[str]) -> int:
     # One command's parser is made, not ten.
     names = args[:1] if args and args[0] in COMMANDS else COMMANDS
     try:
+        check_memory(args[0] if args else "")
+        import tyro  # what fails to start is answered too
+
+        from ._types import plain_types
+
         with plain_types():
             tyro.extras.subcommand_cli_from_dict(
                 {name: command(name) for name in names},
@@ -100,18 +106,43 @@ def _run(args: list[str]) -> int:
         known = error.strerror is not None and error.filename is not None
         _complain(f"{error.filename}: {_reason(error)}" if known else str(error))
         return 1
-    except (ModuleNotFoundError, ValueError) as error:
+    except ValueError as error:
         _complain(str(error))
         return 1
-    except MemoryError:
+    except ImportError as error:
+        _complain(_missing(error))
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not _is_short(error):
+            raise
         _complain(
-            "not enough memory. A tensor at a time is held, a few times over; nothing was written."
+            str(error)
+            if str(error).startswith("memory: ")
+            else "not enough memory, or too few threads allowed. A tensor at a time is held, a few "
+            "times over; nothing was written. Free some, or raise the limit."
         )
         return 1
     except (KeyboardInterrupt, EOFError):
         _complain("interrupted; nothing was written")
         return 130
     return 0
+
+
+def _is_short(error: MemoryError | RuntimeError) -> bool:
+    """Whether there was too little memory, or no thread to be had."""
+    words = ("RESOURCE_EXHAUSTED", "can't start new thread")
+    return isinstance(error, MemoryError) or any(each in str(error) for each in words)
+
+
+def _missing(error: ImportError) -> str:
+    text = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and not text.startswith("No module named"):
+        return text  # one of ours, which names the extra
+    return (
+        f"a library does not start: {text.splitlines()[-1] if text else type(error).__name__}. The "
+        "installation is broken, or memory is short: install again (pip install "
+        "--force-reinstall), or raise the limit (ulimit -v)."
+    )
 
 
 # For the system's own texts, which say what is wrong, and not what to do.
@@ -135,9 +166,9 @@ def _reason(error: OSError) -> str:
 
 
 def _complain(text: str) -> None:
-    """One line, also where a file's name or a library's message has several."""
-    print("selcrypt:", *(line.strip() for line in text.splitlines()), file=sys.stderr)
+    """One line, also where a library's message has several."""
+    note(" ".join(["selcrypt:", *map(str.strip, text.split("\n"))]))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"selcrypt: warning: {message}", file=sys.stderr)
+    note(f"selcrypt: warning: {message}")

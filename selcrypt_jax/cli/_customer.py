@@ -15,6 +15,8 @@ def unlock(
     grant: Annotated[Path, arg(aliases=["-g"])],
     out: Output,
     level: int | None = None,
+    signer: Path | None = None,
+    exact_bytes: bool = False,
     opening: Annotated[Opening, Flat] = Opening(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
@@ -27,13 +29,18 @@ def unlock(
         grant: The grant file.
         out: The checkpoint; a new folder for a checkpoint in a folder.
         level: A lower level than the grant's.
+        signer: The owner's signing.pub: refuse a file that anybody else signed, or nobody. Grants
+            of signed files insist on that by themselves.
+        exact_bytes: Leave out the entry selcrypt-unlocked of the metadata, by which a file below
+            the top level says which level of which model it is.
         opening: How the grant is opened.
         writing: How it is written.
     """
-    spare(out, grant, opening.passphrase_file, *opening.identity)
+    spare(out, grant, signer, opening.passphrase_file, *opening.identity)
     opened = opening.read(grant)
     assert opened is not None
-    unlock_file(file, out, opened, level=level, force=writing.force)
+    options = {"signer": signer, "exact_bytes": exact_bytes, "force": writing.force}
+    unlock_file(file, out, opened, level=level, **options)
     level = opened.key.level if level is None else level
     model_id = opened.key.model_id.hex()
     writing.say(
@@ -62,23 +69,26 @@ def inspect(
 def verify(
     file: Positional[Path],
     signer: Path | None = None,
+    model_id: str | None = None,
     grant: AnyGrantFile = None,
     opening: Annotated[Opening, Flat] = Opening(),
     printing: Annotated[Printing, Flat] = Printing(),
 ) -> None:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
-    Without --signer the file is sound but may be anybody's: compare the signer that is shown.
+    Without --signer the file is sound but may be anybody's: compare the signer that is shown. An
+    earlier release of the same owner passes as well, unless --model-id says which one it shall be.
 
     Args:
         file: The protected file; or the index or folder of one in several files, or of Orbax.
         signer: The owner's signing.pub.
+        model_id: The model id of the release that it shall be, as its owner published it.
         grant: A grant file.
         opening: How the grant is opened.
         printing: How it is printed.
     """
     opened = opening.read(grant)
-    found = verify_file(file, signer=signer, grant=opened)
+    found = verify_file(file, signer=signer, model_id=model_id, grant=opened)
     known = signer is not None or (opened is not None and opened.signer is not None)
     text = f"{file}: every digest fits."
     if found.signer is not None:

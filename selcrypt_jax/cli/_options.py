@@ -13,7 +13,11 @@ from tyro.conf import UseAppendAction, arg
 from .._io.atomic import check_output
 from .._keys.grant import Grant
 from .._keys.keys import Secret
+from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
 from .._keys.signing import SigningKey
+from ._text import printable
+
+_MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
 
 Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
@@ -34,9 +38,9 @@ class Writing:
     force: bool = False
     as_json: Annotated[bool, arg(name="json")] = False
 
-    def say(self, result: dict[str, Any], text: str) -> None:
-        """Prints the result as JSON, or the text."""
-        print(json.dumps(result, indent=2) if self.as_json else text)
+    def say(self, result: dict[str, Any], *lines: str) -> None:
+        """Prints the result as JSON, or the lines."""
+        print(json.dumps(result, indent=2) if self.as_json else "\n".join(map(printable, lines)))
 
 
 @dataclass(frozen=True)
@@ -128,23 +132,28 @@ class Locking:
     passphrase: bool = False
     new_passphrase_file: Path | None = None
 
-    def read(self) -> str | None:
-        """The new passphrase, or None."""
+    def read(self) -> Callable[[], str] | None:
+        """Asks for the new passphrase; a function that gives it, or None.
+
+        Not the text: where something fails, crash reporters print local variables.
+        """
+        if self.new_passphrase_file is None and not self.passphrase:
+            return None
+        words = self._words()
+        return lambda: words
+
+    @forgetting
+    def _words(self) -> str:
         if self.new_passphrase_file is not None:
             return _passphrase_in(self.new_passphrase_file)
-        if not self.passphrase:
-            return None
-        if not sys.stdin.isatty():
+        if not _somebody():
             raise ValueError(
                 "passphrase: there is nobody to ask for it. Put it into a file, and name that "
                 "(--new-passphrase-file)."
             )
-        first = getpass.getpass("New passphrase: ")
-        if not first.strip():
-            raise ValueError(
-                "passphrase: expected some text, got an empty one; nothing was written. Try again."
-            )
-        if getpass.getpass("Once more: ") != first:
+        first = _typed("New passphrase: ")
+        passphrase_bytes(first)  # before it is typed again
+        if _typed("Once more: ") != first:
             raise ValueError(
                 "passphrase: expected it twice alike, got two; nothing was written. Try again."
             )
@@ -157,29 +166,59 @@ def ask(file: Path | None, what: Path) -> Callable[[], str]:
     def words() -> str:
         if file is not None:
             return _passphrase_in(file)
-        if not sys.stdin.isatty():
+        if not _somebody():
             raise ValueError(
                 f"{what}: is locked with a passphrase, and there is nobody to ask for it. Use "
                 "--passphrase-file."
             )
-        return getpass.getpass(f"Passphrase of {what}: ")
+        return _typed(printable(f"Passphrase of {what}: "))
 
     return words
 
 
-def _passphrase_in(file: Path) -> str:
+def _somebody() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
+@forgetting
+def _typed(prompt: str) -> str:
     try:
-        lines = file.read_bytes().decode("utf-8-sig").splitlines()
+        return getpass.getpass(prompt)
+    except UnicodeDecodeError:  # whose message shows some of it
+        raise ValueError(
+            "passphrase: expected text as this terminal encodes it, got other bytes. Set the "
+            "locale that the terminal has (LANG), or put the passphrase into a file in UTF-8."
+        ) from None
+
+
+@forgetting
+def _passphrase_in(file: Path) -> str:
+    with file.open("rb") as opened:
+        data = opened.read(_MOST + 1)  # it may be /dev/zero
+    if len(data) > _MOST:
+        raise ValueError(
+            f"{file}: expected one line with a passphrase, got more than {_MOST} bytes. Put "
+            "nothing else into the file."
+        )
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(
             f"{file}: expected a passphrase in UTF-8, got something else. Save it as UTF-8 text."
         ) from None
-    if len(lines) != 1 or not lines[0].strip():
+    # Not splitlines(), to which more characters end a line than to other programs.
+    lines = text.removesuffix("\n").split("\n")
+    if len(lines) > 1:
         raise ValueError(
             f"{file}: expected one line with a passphrase, got {len(lines)} lines. Put nothing "
             "else into the file."
         )
-    return lines[0]
+    words = lines[0].removesuffix("\r")
+    try:
+        passphrase_bytes(words)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return words
 
 
 def spare(out: Path, *inputs: Path | None) -> None:

@@ -8,6 +8,7 @@ import tyro
 from .. import __version__
 from ..demo import DemoConfig
 from ..demo import run as run_demo
+from ._text import printable
 
 
 def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
@@ -51,7 +52,7 @@ def audit(
             "Install the extra: pip install 'selcrypt-jax[audit,demo]'",
             name=error.name,
         ) from error
-    print(f"Wrote {out / 'report.html'} and {out / 'audit.json'}.")
+    print(printable(f"Wrote {out / 'report.html'} and {out / 'audit.json'}."))
 
 
 def version() -> None:

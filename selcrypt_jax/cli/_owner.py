@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,12 +10,13 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
-from .._keys.keys import Secret
-from .._keys.signing import SigningKey
+from .._keys.files import MAX_BYTES
+from .._keys.owner import PUBLIC_FILE, SECRET_FILE, SIGNING_FILE, write_owner_keys
 from .._release.use import inspect_file, issue_grant, rotate_file
 from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Printing, Writing, spare
 from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_of
 from ._tables import calibration_as_dict, print_inspection, print_levels
+from ._text import note, printable
 
 
 def keygen(
@@ -36,25 +36,14 @@ def keygen(
         lock: How the private keys are locked.
         writing: How they are written.
     """
-    words = lock.read()
-    out.mkdir(mode=0o700, parents=True, exist_ok=True)
-    paths = {name: out / name for name in ("secret.key", "signing.key", "signing.pub")}
-    if not writing.force:  # all or nothing
-        for path in paths.values():
-            if path.exists():
-                raise FileExistsError(
-                    f"{path}: exists already. Name another folder; --force would replace it, and "
-                    "what was protected with it could never be opened again."
-                )
-    signing, force = SigningKey.generate(), writing.force
-    Secret.generate().write(paths["secret.key"], passphrase=words, force=force)
-    signing.write(paths["signing.key"], passphrase=words, force=force)
-    signing.public.write(paths["signing.pub"], force=force)
-    signer = signing.public.hex()
+    public = write_owner_keys(out, passphrase=lock.read(), force=writing.force)
+    paths = {name: out / name for name in (SECRET_FILE, SIGNING_FILE, PUBLIC_FILE)}
+    signer = public.hex()
     writing.say(
         {name: str(path) for name, path in paths.items()} | {"signer": signer},
         f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "
-        f"them safe.\nWrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
+        "them safe.",
+        f"Wrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
     )
 
 
@@ -147,42 +136,37 @@ def protect(
         ),
     )
     if selected.new and selection.base is not None:
-        print(
-            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed.",
-            file=sys.stderr,
+        note(
+            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed."
         )
     elif selected.new:
         now = "plain: use --rest sealed" if rest == "plain" else "sealed, and opened by level 1"
-        print(
-            f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.",
-            file=sys.stderr,
+        note(f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.")
+    if found is not None and wanted.targets[0] is None and selection.budget is None:
+        note(
+            "any: all groups are graded, since no budget was given. To grade less, add a share of "
+            "them, such as --budget 0.3."
         )
     if found is not None and rest == "sealed" and wanted.targets[0] is None:
-        print(
+        note(
             "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
-            "customer it may be worth nothing. Name what it shall give in place of any.",
-            file=sys.stderr,
+            "customer it may be worth nothing. Name what it shall give in place of any."
         )
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None
     if not given and sum(integers.values()) > made.weights / 2:
-        print(
+        note(
             f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
-            "names their tensors: none of them is encrypted.",
-            file=sys.stderr,
+            "names their tensors: none of them is encrypted."
         )
     if (change := selected.plain_change) is not None and change > 0.05:
-        print(
+        note(
             f"{change:.0%} of what changed from the base stays plain. Whoever has the base gets "
-            "nearly all of your network out of this file: use --rest sealed.",
-            file=sys.stderr,
+            "nearly all of your network out of this file: use --rest sealed."
         )
     if keys.signing is None:
-        print(
-            "Not signed: only the holder of a grant will notice if it is altered. Use --signing.",
-            file=sys.stderr,
-        )
+        note("Not signed: only the holder of a grant will notice if it is altered. Use --signing.")
 
 
 def calibrate(
@@ -236,11 +220,10 @@ def calibrate(
         print(json.dumps(result | {"shares": list(found.levels), "protect": flags}, indent=2))
         return
     print_levels(result)
-    print(
-        f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n\n"
-        f"  selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
-        f"--secret keys/secret.key {shlex.join(flags)}"
-    )
+    command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
+    command += f"--secret keys/secret.key {shlex.join(flags)}"
+    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n")
+    print(f"  {printable(command)}")
 
 
 def grant(
@@ -248,30 +231,34 @@ def grant(
     level: int,
     owner: Annotated[OwnerSecret, Flat],
     out: Output,
-    signer: Path | None = None,
+    signer: str | None = None,
     to: UseAppendAction[tuple[str, ...]] = (),
     lock: Annotated[Locking, Flat] = Locking(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
     """Issues a level: writes the key that opens levels 1 to this one of one protected file.
 
+    The file must be signed by you, since a customer could have altered it, and the grant would then
+    vouch for that.
+
     Args:
         file: The protected file.
         level: The highest level that the grant opens.
         owner: Your secret.
         out: The grant file.
-        signer: Your signing.pub: refuse a file that you did not sign. Use it where the file comes
-            from others' hands.
+        signer: Your signing.pub; by default the one beside your secret. Or "unsigned", if the file
+            never was signed and this is your own copy.
         to: Seal the grant to this recipient, so that it can travel in the open: an age public key
             (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
             given several times.
         lock: How the grant is locked.
         writing: How it is written.
     """
-    spare(out, file, signer, lock.new_passphrase_file, *owner.files)
+    spare(out, file, Path(signer) if signer else None, lock.new_passphrase_file, *owner.files)
     recipients = [_recipient(text) for text in to]
     words = lock.read()
-    made = issue_grant(file, level=level, secret=owner.read_secret(), signer=signer)
+    secret, own = owner.read_secret(), signer or _own_public(owner.secret)
+    made = issue_grant(file, level=level, secret=secret, signer=own)
     made.write(out, recipients=recipients, passphrase=words, force=writing.force)
     model, signer_hex = made.key.model_id.hex(), made.signer and made.signer.hex()
     whose = f"signed by {signer_hex}" if signer_hex else "not signed"
@@ -331,6 +318,17 @@ def rotate(
     )
 
 
+def _own_public(secret: Path) -> Path:
+    """The owner's public key, where keygen puts it."""
+    public = secret.parent / PUBLIC_FILE
+    if not public.exists():
+        raise ValueError(
+            f"--signer: expected your {PUBLIC_FILE} beside {secret}, got no such file. Name it, or "
+            "say --signer unsigned if the file never was signed and this is your own copy."
+        )
+    return public
+
+
 def _recipient(text: str) -> str:
     """A public key, or that in a file. No message shows it: it may be a private one."""
     if text.startswith(("age1", "ssh-")):
@@ -341,13 +339,14 @@ def _recipient(text: str) -> str:
             "yourself, and name the public one."
         )
     try:
-        lines = Path(text).read_bytes().decode("utf-8-sig", "replace").splitlines()
+        with Path(text).open("rb") as file:
+            lines = file.read(MAX_BYTES).decode("utf-8-sig", "replace").splitlines()
     except FileNotFoundError:
         raise ValueError(
             f"--to: expected a public key (age1... or ssh-...) or a file with one, got {text!r}, "
             "which is neither. Ask the customer for their public key."
         ) from None
-    lines = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
         raise ValueError(
             f"{text}: expected a file with one public key (age1... or ssh-...), got another. Ask "

@@ -49,7 +49,7 @@ class Goal(Targets):
         tolerance: With targets: how far a level may be from its own. By default 2 % of the way from
             the first target to the original.
         evaluations: With targets: how often the metric may be called; 8 times a target and 8 more
-            by default.
+            by default, and up to four times as often while values lie on both sides of a target.
         lower_is_better: With targets: whether the metric is a loss; targets then descend.
     """
 

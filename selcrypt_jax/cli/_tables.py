@@ -5,9 +5,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from ._text import columns
 
+if TYPE_CHECKING:
     from .._calibrate.levels import Calibration
     from .._release.use import Inspection
 
@@ -32,13 +32,8 @@ def print_inspection(
         more = {"calibration": calibration} if calibration else {}
         print(json.dumps(inspection_as_dict(found) | (chosen or {}) | more, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
     cipher = f"lossless, permuted by {found.cipher.unit}" if found.cipher.permute else "stream"
-    lines = Table.grid(padding=(0, 2))
-    for name, value in {
+    lines = {
         "file": found.path + (f" ({found.files} files)" if found.files > 1 else ""),
         "model": found.model_id,
         "signer": found.signer or "not signed",
@@ -48,35 +43,28 @@ def print_inspection(
         else "plain: anyone can run level 0",
         "tensors": f"{found.tensors}, {found.weights:,} weights",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
-    }.items():
-        lines.add_row(name, Text(value))  # as text: a name of a file may hold markup
+    }
     if chosen is not None:
         names = ", ".join(f"{name} ({groups:,})" for name, groups in chosen["selected"].items())
         layout = f", layout {chosen['layout']}" if chosen["layout"] else ""
         count = len(chosen["selected"])
         tensors = f"{count} tensor{'s' * (count != 1)}"
-        lines.add_row("selected", Text(f"groups in {tensors}{layout}: {names}"))
+        lines["selected"] = f"groups in {tensors}{layout}: {names}"
         if (change := chosen.get("plain_change")) is not None:
-            lines.add_row("change", f"{change:.2%} of what changed from the base stays plain")
+            lines["change"] = f"{change:.2%} of what changed from the base stays plain"
         if chosen["untouched"]:
             rest = ", ".join(f"{n:,} {dtype}" for dtype, n in chosen["untouched"].items())
-            lines.add_row("untouched", Text(f"in the other tensors: {rest}"))
-    table = Table(box=None, pad_edge=False)
-    for title in ("level", "groups", "weights", "of all weights"):
-        table.add_column(title, justify="right")
+            lines["untouched"] = f"in the other tensors: {rest}"
     grant = any(level.opens is not None for level in found.levels)
-    if grant:
-        table.add_column("with this grant")
+    titles = ["level", "groups", "weights", "of all weights"]
+    rows = [[*titles, *(["with this grant"] if grant else [])]]
     for level in found.levels:
         row = [str(level.level), f"{level.groups:,}", f"{level.weights:,}", f"{level.share:.3%}"]
-        table.add_row(*row, *(["opens" if level.opens else "stays closed"] if grant else []))
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(lines)
-    console.print()
-    console.print(table)
+        rows.append([*row, *(["opens" if level.opens else "stays closed"] if grant else [])])
+    print(columns(list(lines.items())), columns(rows, numbers=True), sep="\n\n")
     if calibration:
-        console.print()
-        print_levels(calibration, console)
+        print()
+        print_levels(calibration)
 
 
 def calibration_as_dict(
@@ -105,17 +93,12 @@ def calibration_as_dict(
     }
 
 
-def print_levels(found: dict[str, Any], console: "Console | None" = None) -> None:
+def print_levels(found: dict[str, Any]) -> None:
     """The table of what levels give."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
     spreads = "spread" in found["levels"][0]
-    for title in ("level", "opens", "target", "gives", *(["± over keys"] if spreads else [])):
-        table.add_column(title, justify="right")
+    rows = [["level", "opens", "target", "gives", *(["± over keys"] if spreads else [])]]
     for row in found["levels"]:
         numbers = ("target", "value", *(["spread"] if spreads else []))
         texts = ["" if row[name] is None else f"{row[name]:.4g}" for name in numbers]
-        table.add_row(str(row["level"]), f"{row['share']:.4%}", *texts)
-    (console or Console(highlight=False, soft_wrap=True)).print(table)
+        rows.append([str(row["level"]), f"{row['share']:.4%}", *texts])
+    print(columns(rows, numbers=True))

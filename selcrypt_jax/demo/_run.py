@@ -112,5 +112,5 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
         str(config.out / name) for name in ("tiers.json", "tiers.png", "denoised.png")
     )
     total = sum(result.seconds for result in results.values())
-    console.print(f"Wrote {written} in {total:.0f} s.", soft_wrap=True)
+    console.print(f"Wrote {written} in {total:.0f} s.", soft_wrap=True, markup=False)
     return results

@@ -95,20 +95,20 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
         if name.endswith(_COUNTER):
             continue
         if name in given:
-            problems.append(f"{name}: expected once, got it with and without 'module.'")
+            problems.append(f"{name!r}: expected once, got it with and without 'module.'")
         elif name not in expected:
-            problems.append(f"{name}: expected no such tensor, got shape {np.shape(tensor)}")
+            problems.append(f"{name!r}: expected no such tensor, got shape {np.shape(tensor)}")
         given[name] = np.asarray(tensor)
     flat = {}
     for name, (path, variable) in expected.items():
         axes = _torch_axes(variable.ndim)
         shape = tuple(variable.shape[axis] for axis in axes)
         if name not in given:
-            problems.append(f"{name}: expected shape {shape}, got no such tensor")
+            problems.append(f"{name!r}: expected shape {shape}, got no such tensor")
         elif given[name].shape != shape:
-            problems.append(f"{name}: expected shape {shape}, got {given[name].shape}")
+            problems.append(f"{name!r}: expected shape {shape}, got {given[name].shape}")
         elif not jnp.issubdtype(given[name].dtype, jnp.floating):
-            problems.append(f"{name}: expected floats, got {given[name].dtype}")
+            problems.append(f"{name!r}: expected floats, got {given[name].dtype}")
         else:
             array = given[name].transpose(np.argsort(axes)).astype(variable.dtype)
             flat[path] = variable.replace(jnp.asarray(array))

@@ -245,6 +245,49 @@ def test_a_release_takes_few_evaluations():
     assert np.quantile(found, 0.9) <= 40
 
 
+def test_a_level_may_open_less_than_a_third_of_the_budget():
+    """Where all is encrypted, and the most important groups alone give most of the quality."""
+    network = KnownRelease(half=50_000, power=1.2, opening=0.05, noise=1.0)
+    search = search_of(network, [None, 65, 80])
+    values, _ = search.run()
+    np.testing.assert_allclose(values[1:], [65, 80], atol=1.0)
+    assert search.bounds[1] < search.bounds[-1] / 3
+    assert search.evaluations <= 20
+
+
+def test_a_release_goes_on_while_values_lie_on_both_sides():
+    found = []
+    for seed in range(12):
+        network = KnownRelease(half=1000 + 300 * seed, power=1.2, opening=0.8, noise=12.0)
+        search = search_of(network, [60, 85])
+        values, _ = search.run()
+        np.testing.assert_allclose(values, [60, 85], atol=1.0)
+        found.append(search.evaluations)
+    assert max(found) > 8 * 2 + 8  # it would have ended there
+    assert max(found) <= 4 * (8 * 2 + 8)
+    hardest = int(np.argmax(found))
+    network = KnownRelease(half=1000 + 300 * hardest, power=1.2, opening=0.8, noise=12.0)
+    search = search_of(network, [60, 85], evaluations=24)  # who names a number gets no more
+    with pytest.raises(ValueError, match=r"cannot reach .* in 24 evaluations: it gave .* and "):
+        search.run()
+
+
+class Jump(KnownRelease):
+    """A level gives much or little, and nothing between."""
+
+    def true(self, opened, count):
+        return 99.0 if opened > count / 2 else 10.0
+
+
+def test_a_jump_is_said_with_what_would_help():
+    search = search_of(Jump(half=1, power=1, opening=1), [None, 70])
+    words = r"targets\[1\]: cannot reach 70 within 1 in 96 evaluations: it gave 10 at .* and 99 at "
+    with pytest.raises(ValueError, match=words) as caught:
+        search.run()
+    assert "It jumps over the target: try a budget such as 0.3," in str(caught.value)
+    assert "Allow more evaluations" not in str(caught.value)
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=6).map(sorted), st.sampled_from([1, 9]))
 def test_lower_levels_have_no_say_in_higher_ones(counts, weights):
     cipher = sj.LosslessCipher()
@@ -652,7 +695,10 @@ def test_calibrate_protect_and_open_each_level(files, options):
     files(f"protect model.safetensors -o p.safetensors --secret keys/secret.key {protect}")
     measured = [intact(safetensors.numpy.load_file("p.safetensors"))]
     for level in (1, 2, 3):
-        files(f"grant p.safetensors --level {level} --secret keys/secret.key -o {level}.grant")
+        files(
+            f"grant p.safetensors --level {level} --secret keys/secret.key"
+            f" --signer unsigned -o {level}.grant"
+        )
         files(f"unlock p.safetensors -g {level}.grant -o {level}.safetensors")
         measured.append(intact(safetensors.numpy.load_file(f"{level}.safetensors")))
     for level, value in enumerate(measured):
@@ -681,8 +727,11 @@ def test_a_file_gives_what_was_printed(files, options):
     found = json.loads(files(f"{line} --json"))
     table = found["calibration"]
     measured = [intact(safetensors.numpy.load_file("p.safetensors"))]
+    signer = "" if "--signing" in line else " --signer unsigned"
     for level in range(1, len(table["levels"])):
-        files(f"grant p.safetensors --level {level} --secret keys/secret.key -o {level}.grant")
+        files(
+            f"grant p.safetensors --level {level} --secret keys/secret.key{signer} -o {level}.grant"
+        )
         files(f"unlock p.safetensors -g {level}.grant -o {level}.safetensors")
         measured.append(intact(safetensors.numpy.load_file(f"{level}.safetensors")))
     assert [row["value"] for row in table["levels"]] == measured
@@ -870,3 +919,13 @@ def test_a_metric_may_change_the_dict_that_it_gets():
     found = released.calibration
     assert found
     assert found.values == levels_of(released, 2, lambda tensors: fused(dict(tensors)))
+
+
+@pytest.mark.parametrize(("budget", "says"), [("", True), (" --budget 0.7", False)])
+def test_any_does_not_grade_everything_silently(files, capsys, budget, says):
+    line = "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key"
+    line += " --evaluate calibrate_metric:intact --targets any 60 80 --scope model --tolerance 5"
+    capsys.readouterr()
+    assert main(f"{line} --importance scores.safetensors{budget}".split()) == 0
+    said = capsys.readouterr().err
+    assert ("any: all groups are graded, since no budget was given" in said) == says

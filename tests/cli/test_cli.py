@@ -1,11 +1,14 @@
 """The commands, as a vendor and a customer run them."""
 
 import base64
+import errno
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,8 +44,10 @@ def selcrypt(capsys):
             assert fails in out.err
             assert out.err.startswith("selcrypt: ")
             assert "Traceback" not in out.err
+        run.error = out.err
         return out.out
 
+    run: Any
     return run
 
 
@@ -147,11 +152,51 @@ def test_passphrases_from_a_file(selcrypt):
     assert "locked with a passphrase" in told
     selcrypt("unlock public.safetensors -g g -o out --passphrase-file other")
     selcrypt("unlock public.safetensors -g g -o out2 --passphrase-file words", fails="g: wrong")
-    for content in (b"", b"one\ntwo\n", b"\xff"):
+    for content, got in {
+        b"": "got an empty one", b"\n": "got an empty one", b"one\ntwo\n": "got 2 lines",
+        b"one\n\n": "got 2 lines", b"a\x0cb\n": "got a control", b"a\xc2\x85b": "got a control",
+        b"\xff": "in UTF-8, got something else", b"x" * 1001: "got 1001 bytes",
+        b"x" * 10000: "got more than 4000 bytes",
+    }.items():  # fmt: skip
         Path("bad").write_bytes(content)
-        selcrypt("keygen -o more --new-passphrase-file bad", fails="bad: expected")
+        selcrypt("keygen -o more --new-passphrase-file bad", fails="bad: ")
+        assert got in selcrypt.error
         assert not Path("more").exists()
     assert "correct horse" not in Path("keys/secret.key").read_text()
+    for content in (b"battery staple\r\n", b"\xef\xbb\xbfbattery staple\n"):
+        Path("same").write_bytes(content)
+        selcrypt("unlock public.safetensors -g g -o out --passphrase-file same --force")
+
+
+def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
+    typed: list[str | Exception] = []
+
+    def answer(prompt: str) -> str:
+        if isinstance(word := typed.pop(0), Exception):
+            raise word
+        return word
+
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("getpass.getpass", answer)
+    for words, fails in {
+        ("a", "b"): "expected it twice alike",
+        ("",): "got an empty one",
+        ("a\x1b[A",): "got a control character",
+        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set the locale",
+    }.items():
+        typed[:] = words
+        selcrypt("keygen -o keys --passphrase", fails=fails)
+        assert "secret" not in selcrypt.error
+        assert not Path("keys").exists()
+        assert not typed
+    typed[:] = [" two  spaces ", " two  spaces "]
+    selcrypt("keygen -o keys --passphrase")
+    Path("words").write_text(" two  spaces \n")
+    selcrypt(PROTECT + " --passphrase-file words")
+    monkeypatch.setattr("sys.stdin", None)  # closed, as in some services
+    selcrypt(PROTECT + " --force", fails="there is nobody to ask")
+    selcrypt("keygen -o more --passphrase", fails="there is nobody to ask")
 
 
 def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):
@@ -176,6 +221,36 @@ def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):
         assert "expected a" in error
         assert str(identity) not in error
     assert not Path("c.grant").exists()
+
+
+@pytest.mark.parametrize("force", ["", " --force"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_keys_are_made_together_or_not_at_all(selcrypt, monkeypatch, step, force):
+    if force:
+        selcrypt("keygen -o keys")
+    before = {path.name: path.read_bytes() for path in Path().glob("keys/*")}
+    real, calls = os.fsync, []
+
+    def fails(descriptor):
+        calls.append(descriptor)
+        if len(calls) == step:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    selcrypt("keygen -o keys" + force, fails="nothing was written. Free some space")
+    assert {path.name: path.read_bytes() for path in Path().glob("keys/*")} == before
+    assert Path("keys").exists() == bool(force)
+
+
+def test_unlocked_weights_are_for_their_owner_alone(selcrypt, public):
+    selcrypt(f"grant {public} --level 3 --secret keys/secret.key -o g")
+    selcrypt(f"unlock {public} -g g -o out")
+    assert Path("out").stat().st_mode & 0o777 == 0o600
+    Path("out").chmod(0o640)
+    selcrypt(f"unlock {public} -g g -o out --force")
+    assert Path("out").stat().st_mode & 0o777 == 0o640
+    assert public.stat().st_mode & 0o044 == 0o044
 
 
 def test_nothing_is_overwritten(selcrypt, public):
@@ -368,6 +443,59 @@ def test_odd_surroundings(selcrypt, public):
     assert run("--help", env=plain).returncode == 0
     Path("[red]x[bold].safetensors").write_bytes(public.read_bytes())
     assert "[red]x[bold].safetensors" in selcrypt("inspect [red]x[bold].safetensors")
+
+
+@pytest.mark.parametrize("limit", [250_000, 500_000, 1_000_000, 1_400_000])
+def test_too_little_address_space_is_one_line(public, limit):
+    """JAX aborts with a trace of C++ if it cannot start its threads."""
+    line = f"{sys.executable} -m selcrypt_jax {PROTECT} --force"
+    before = public.read_bytes()
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -v {limit}; {line}"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("selcrypt: memory: expected at least"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert public.read_bytes() == before
+
+
+BROKEN = {
+    "missing": "raise ModuleNotFoundError(\"No module named 'numpy'\", name='numpy')",
+    "a library of the system": "raise ImportError('libx.so: cannot open shared object file')",
+    "an essay": "raise ImportError('\\n\\nIMPORTANT: READ\\n\\nOriginal error was: no libx\\n')",
+    "nothing": "raise ImportError",
+}
+
+
+@pytest.mark.parametrize("module", ["numpy", "tyro", "cryptography", "jax"])
+@pytest.mark.parametrize("fault", BROKEN.values(), ids=BROKEN)
+def test_a_broken_installation_is_one_line(here, fault, module):
+    Path(f"{module}.py").write_text(fault)
+    env = os.environ | {"PYTHONPATH": f"{here}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    line = [sys.executable, "-m", "selcrypt_jax", *PROTECT.split()]
+    done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("selcrypt: a library does not start: "), done.stderr
+    assert "pip install --force-reinstall" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RuntimeError("can't start new thread"), RuntimeError("RESOURCE_EXHAUSTED: x")],
+)
+def test_memory_that_runs_out_is_one_line(public, monkeypatch, capsys, error):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr("selcrypt_jax.cli._customer.inspect_file", fails)
+    capsys.readouterr()
+    assert main(["inspect", str(public)]) == 1
+    assert capsys.readouterr().err.startswith("selcrypt: not enough memory")
+    error.args = ("a fault of ours",)
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError, match="a fault of ours"):
+            main(["inspect", str(public)])
 
 
 def test_every_command_teaches():

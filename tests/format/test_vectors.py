@@ -194,7 +194,11 @@ def unlock(name: str, key: LevelKey, out: Path) -> dict[str, str]:
     raw = out.read_bytes()
     size = int.from_bytes(raw[:8], "little")
     head = json.loads(raw[8 : 8 + size])
-    assert head.pop("__metadata__") == VECTORS["metadata"]
+    metadata = head.pop("__metadata__")
+    if key.level < TOP:
+        said = json.loads(metadata.pop("selcrypt-unlocked"))
+        assert said == {"model_id": key.model_id.hex(), "level": key.level, "levels": TOP}
+    assert metadata == VECTORS["metadata"]
     return digests({n: raw[8 + size :][slice(*e["data_offsets"])] for n, e in head.items()})
 
 

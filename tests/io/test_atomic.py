@@ -1,5 +1,6 @@
 """Outputs that are whole or absent: errors, kills, full disks, links, pipes, permissions."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from selcrypt_jax._io import atomic as _atomic
-from selcrypt_jax._io.atomic import check_output, new_file, new_folder
+from selcrypt_jax._io.atomic import check_output, new_file, new_files, new_folder
 
 REAL_OPEN = os.open
 
@@ -195,6 +196,156 @@ def test_a_read_only_folder(tmp_path, monkeypatch):
     with pytest.raises(PermissionError, match="is read-only"), new_folder(tmp_path / "out"):
         pytest.fail("no work before the check")
     tmp_path.chmod(0o700)
+
+
+UNKNOWN = [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
+
+
+def failing(monkeypatch, name, number, only=lambda _: True):
+    """A call of the system that fails on some files."""
+    real = getattr(os, name)
+
+    def call(file, *args, **kwargs):
+        if only(file):
+            raise OSError(number, os.strerror(number))
+        return real(file, *args, **kwargs)
+
+    monkeypatch.setattr(os, name, call)
+
+
+def is_folder(descriptor):
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+@pytest.mark.parametrize("number", UNKNOWN)
+@pytest.mark.parametrize("only", [is_folder, lambda _: True], ids=["folders", "everything"])
+def test_a_file_system_that_syncs_nothing(number, only, way, tmp_path, monkeypatch):
+    failing(monkeypatch, "fsync", number, only)
+    with new_file(tmp_path / "out") as file:
+        file.write(b"1")
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "in").write_bytes(b"2")
+    assert (tmp_path / "out").read_bytes() == b"1"
+    assert names(tmp_path) == ["folder", "out"]
+
+
+def test_a_folder_that_fails_to_sync_is_said_to_be_written(way, tmp_path, monkeypatch):
+    failing(monkeypatch, "fsync", errno.EIO, is_folder)
+    words = r"Input/output error; all was written, but .* a power failure may undo. Check the disk"
+    with pytest.raises(OSError, match=words), new_file(tmp_path / "out") as file:
+        file.write(b"1")
+    assert (tmp_path / "out").read_bytes() == b"1"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_folder_that_may_not_be_listed(tmp_path, monkeypatch):
+    real = os.open
+
+    def closed(path, flags, *args, **kwargs):
+        if os.path.isdir(path) and not flags & (os.O_PATH | os.O_WRONLY):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", closed)
+    for content in (b"1", b"2"):
+        with new_file(tmp_path / "out", force=True) as file:
+            file.write(content)
+    assert (tmp_path / "out").read_bytes() == b"2"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_whose_permissions_are_given(number, way, umask, tmp_path, monkeypatch):
+    real = os.open  # as the mount says, whatever is asked for
+    given = 0o755
+    opened = lambda path, flags, mode=0o777, **more: real(path, flags, given, **more)  # noqa: E731
+    monkeypatch.setattr(os, "open", opened)
+    for call in ("chmod", "fchmod"):
+        failing(monkeypatch, call, number)
+    path = tmp_path / "out"
+    with pytest.warns(UserWarning, match="out: others may read this file: its file system"):  # noqa: SIM117
+        with new_file(path, private=True) as file:
+            file.write(b"1")
+    assert path.read_bytes() == b"1"
+    with new_file(path, force=True) as file:  # no warning: it was as open before
+        file.write(b"2")
+    given = 0o600
+    with new_file(tmp_path / "other", private=True) as file:
+        file.write(b"3")
+    assert names(tmp_path) == ["other", "out"]
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o644])
+def test_what_waits_is_not_more_open_than_what_it_replaces(mode, way, umask, tmp_path):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    with new_file(path, force=True) as file:
+        file.write(b"weights")
+        file.flush()
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) & ~mode & 0o077 == 0
+    assert mode_of(path) == mode
+    with new_file(tmp_path / "new", private=True) as file:
+        assert stat.S_IMODE(os.fstat(file.fileno()).st_mode) == 0o600
+    assert mode_of(tmp_path / "new") == 0o600
+    with new_file(path, force=True, private=True):
+        pass
+    assert mode_of(path) == mode  # its owner chose it
+    with new_file(path, force=True, private=True, keep=False):
+        pass
+    assert mode_of(path) == 0o600
+    with new_folder(tmp_path / "closed", private=True):
+        pass
+    assert mode_of(tmp_path / "closed") == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_owner_and_group_of_what_is_replaced(way, tmp_path, monkeypatch):
+    path = tmp_path / "out"
+    path.write_bytes(b"old")
+    path.chmod(0o640)
+    os.chown(path, 1234, 2345)
+    with new_file(path, force=True):
+        pass
+    assert (path.stat().st_uid, path.stat().st_gid, mode_of(path)) == (1234, 2345, 0o640)
+    failing(monkeypatch, "fchown", errno.EPERM)  # as for anybody else
+    with new_file(path, force=True):
+        pass
+    assert (path.stat().st_gid, mode_of(path)) == (0, 0o600)  # our group was not let in before
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("fails", ["fsync", "link", "replace"])
+def test_files_that_belong_together_appear_together(fails, force, way, tmp_path, monkeypatch):
+    old = {"a": b"old a", "b": b"old b"} if force else {}
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    calls, real = [], getattr(os, fails)
+
+    def second_fails(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(os, fails, second_fails)
+    with contextlib.suppress(OSError), new_files() as create:
+        for name in ("a", "b"):
+            create(tmp_path / name, force=force).write(name.encode())
+        assert names(tmp_path) == sorted(old) or way != "unnamed"
+    monkeypatch.undo()
+    found = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
+    together = found in ({"a": b"a", "b": b"b"}, old)
+    assert together or (force and fails != "fsync" and found == {"a": b"a", "b": b"old b"})
+
+
+def test_what_was_replaced_before_another_failed_is_named(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(b"old")
+    failing(monkeypatch, "replace", errno.EIO, lambda path: ".b." in str(path))
+    words = r"error; only .*/a was replaced: '.*/b'"
+    with pytest.raises(OSError, match=words), new_files() as create:  # noqa: PT012
+        for name in ("a", "b"):
+            create(tmp_path / name, force=True).write(b"new")
 
 
 def test_an_error_of_the_disk_at_the_end(way, tmp_path, monkeypatch):

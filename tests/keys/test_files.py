@@ -241,6 +241,8 @@ def test_a_key_has_one_encoding(tmp_path):
         "argon2id iterations=99 lanes=4 memory-kib=65536",
         "argon2id iterations=0 lanes=4 memory-kib=65536",
         "argon2id iterations=3 lanes=4 memory-kib=8",
+        "argon2id iterations=16 lanes=16 memory-kib=1048576",  # a minute
+        "argon2id iterations=3 lanes=1 memory-kib=1048576",
         "argon2id iterations=3 lanes=4",
         "scrypt iterations=3 lanes=4 memory-kib=65536",
     ],
@@ -292,6 +294,45 @@ def test_passphrases(tmp_path, value):
     assert_refused(kind, path, "passphrase", "locked with a passphrase, got none.*passphrase=")
     value.write(tmp_path / "b")
     assert kind.read(tmp_path / "b", passphrase=pytest.fail) == value  # not asked for in vain
+
+
+def test_strong_locks_of_other_writers_are_not_refused(tmp_path):
+    SECRET.write(tmp_path / "a", passphrase="p")
+    for costs in ("iterations=16 lanes=1 memory-kib=8", "iterations=2 lanes=16 memory-kib=1048576"):
+        text = (tmp_path / "a").read_text()
+        path = with_field(tmp_path / "b", text, "kdf", f"argon2id {costs}")
+        assert_refused(Secret, path, "passphrase", "got none")  # asked for: the costs will do
+
+
+ACCEPTED = {
+    "a space": "a b", "spaces at its ends": "  a ", "a letter": "a", "the longest": "x" * 1000,
+    "no-break space": "a\u00a0b", "emoji": "\U0001f600", "joiner": "\u0646\u200c\u0645",
+    "longest once composed": "e\u0301" * 500, "private use": "\ue000", "hash": "# not a comment",
+}  # fmt: skip
+REFUSED = {
+    "empty": "", "spaces": "  ", "ideographic space": "\u3000", "too long": "x" * 1001,
+    "too long in UTF-8": "é" * 501, "line feed": "a\n", "carriage return": "a\rb", "tab": "a\tb",
+    "NUL": "a\0b", "escape": "\x1b[A", "delete": "\x7f", "next line": "a\x85b",
+    "line separator": "a\u2028b", "paragraph separator": "a\u2029b", "surrogate": "a\udcffb",
+    "no character": "a\uffffb",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", ACCEPTED.values(), ids=ACCEPTED)
+def test_a_passphrase_is_a_line_that_can_be_typed(tmp_path, words):
+    SECRET.write(tmp_path / "a", passphrase=words)
+    assert Secret.read(tmp_path / "a", passphrase=words) == SECRET
+    assert_refused(Secret, tmp_path / "a", "passphrase", "wrong", passphrase=words[:-1] + "?")
+
+
+@pytest.mark.parametrize("words", REFUSED.values(), ids=REFUSED)
+def test_what_no_terminal_types_is_no_passphrase(tmp_path, words):
+    with pytest.raises(ValueError, match="passphrase: expected one line of at most 1000 bytes"):
+        SECRET.write(tmp_path / "a", passphrase=words)
+    with pytest.raises(ValueError, match="passphrase: expected") as caught:
+        Secret.from_passphrase(words, bytes(16))
+    assert not words.strip() or words not in str(caught.value)
+    assert not (tmp_path / "a").exists()
 
 
 # --- age ----------------------------------------------------------------------------------------

@@ -1,0 +1,51 @@
+"""What a file that was unlocked below the top level says of itself: it is not the original."""
+
+import json
+import re
+import warnings
+
+from .._io.strict_json import json_object
+from .._keys.keys import MODEL_ID_BYTES
+from .envelope import Own
+from .manifest import Manifest
+
+UNLOCKED = "selcrypt-unlocked"
+"""The entry of ``__metadata__``. It is the caller's from then on, and not of a protected file."""
+
+
+def unlocked_entries(own: Own, manifest: Manifest, level: int) -> Own:
+    """The entries of a file that is unlocked at a level: the caller's alone at the top.
+
+    Args:
+        own: the caller's, or None if the checkpoint had none at all.
+        manifest: of the protected file.
+        level: 1..M.
+    """
+    levels = len(manifest.levels)
+    if level == levels:
+        return own
+    says = {"model_id": manifest.model_id.hex(), "level": level, "levels": levels}
+    return {**(own or {}), UNLOCKED: json.dumps(says, separators=(",", ":"))}
+
+
+def unlocked_level(metadata: Own) -> str | None:
+    """What the entry says, for messages; None where there is none, or none of ours."""
+    try:
+        says = json_object((metadata or {}).get(UNLOCKED, "").encode(), UNLOCKED)
+    except ValueError:
+        return None
+    level, levels, model_id = (says.get(name) for name in ("level", "levels", "model_id"))
+    good = all(type(number) is int and 0 < number < 1000 for number in (level, levels))
+    if not good or not re.fullmatch(f"[0-9a-f]{{{2 * MODEL_ID_BYTES}}}", str(model_id)):
+        return None
+    return f"level {level} of {levels} of model {model_id}, unlocked"
+
+
+def warn_if_unlocked(metadata: Own, what: str) -> None:
+    """Warns before a level is protected in place of the original."""
+    if (found := unlocked_level(metadata)) is not None:
+        warnings.warn(
+            f"{what}: is {found}, not the original: what higher levels open is still scrambled "
+            "in it. Protect the original.",
+            stacklevel=3,
+        )
