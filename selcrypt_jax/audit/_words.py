@@ -185,7 +185,7 @@ def held(holder: Holder) -> str:
     """What a key holder makes of their level, in words."""
     if holder.is_worthless:
         text = (
-            "As it is, worth nothing to who has that data: anyone reaches as much without the file"
+            "As it is, worth nothing to anyone with that data: they reach as much without the file"
         )
         found = holder.best.advantage
         if found is None or not found.mean > TARGET:

@@ -634,7 +634,7 @@ def _report_page(made):
 @pytest.mark.parametrize(
     ("opened", "gain", "words"),
     [
-        (19.0, 0.0, "As it is, worth nothing to who has that data"),
+        (19.0, 0.0, "As it is, worth nothing to anyone with that data"),
         (19.0, None, "takes them 30 % of the way from there to the original"),
         (25.0, None, "Nothing to gain"),
         (25.0, 0.01, "Hardly gets above their level"),
