@@ -329,8 +329,11 @@ def verify_file(
 ) -> Inspection:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
+    In the folder of a checkpoint, weights that are none of its files' are refused too, since some
+    programs load a stray ``model.safetensors`` in place of what its index names.
+
     Args:
-        path: protected file, or checkpoint in several files.
+        path: protected file, or the index or folder of a protected checkpoint.
         signer: public key of the owner, or its file. Without it the file's own word is taken for
             who signed it.
         grant: a grant, a level key, or the path of a grant file.
@@ -347,6 +350,7 @@ def verify_file(
     key, insisted = (None, None) if grant is None else grant_key(grant)
     public = verify_key(signer)
     with open_checkpoint(path) as checkpoint:
+        checkpoint.check_no_others()
         if public is not None and insisted is not None and public != insisted:
             message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."
             raise GrantError(f"{message} Use one of them.", reason="signer")
