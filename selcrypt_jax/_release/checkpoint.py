@@ -28,6 +28,7 @@ from .._io.shards import ShardIndex, check_no_others, check_shards, find_shards
 from .._keys.files import AnyPath
 from .._keys.keys import LevelKey, Secret, level_key, new_model_id
 from .._keys.signing import SigningKey, VerifyKey, check_signing
+from .size import header_length
 
 if TYPE_CHECKING:
     from .._io.orbax import OrbaxCheckpoint
@@ -145,14 +146,7 @@ class _SafetensorsOutput(NamedTuple):
         """Encrypts the tensors and writes them."""
         # The header comes before the data but holds their digests, so its place is left free.
         tensors = layout(job.source)
-        try:
-            length = len(header(tensors, protection.blank(job).entries()))
-        except ValueError as error:
-            text = str(error).partition(". ")[0]  # without advice that is for other headers
-            raise ValueError(
-                f"{job.what}: the positions of what is encrypted do not fit into the file: {text}. "
-                "Select larger groups (granularity 'filter'), a smaller share or fewer tensors."
-            ) from None
+        length = header_length(tensors, protection.blank(job), job.what)
         self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
         head = header(tensors, envelope.entries(), size=length)

@@ -1,7 +1,6 @@
 """What a release encrypts: from options to sealed rings, the same way for files and trees."""
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,6 @@ from .._format.manifest import NO_DIGEST, Rest, byte_count
 from .._format.rings import ring_groups, seal_mask
 from .._format.tensors import StoredTensors
 from .._io.errors import IntegrityError
-from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret, level_key
 from .._keys.signing import SigningKey, VerifyKey
 from .._masks.change import Base, is_counted
@@ -374,29 +372,3 @@ def check_rest(rest: object) -> None:
     """
     if rest not in get_args(Rest):
         raise ValueError(f"rest: expected 'sealed' or 'plain', got {rest!r}.")
-
-
-def check_header(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:
-    """Refuses positions that would not fit into a file's header, before they are computed.
-
-    Args:
-        shapes: of the scores of each tensor that takes part.
-        levels: how many groups each level opens in every tensor.
-        what: the checkpoint's file, for messages.
-
-    Raises:
-        ValueError: they need more than the 100 MB that the format allows.
-    """
-    bits = 0.0
-    for size in map(math.prod, shapes):
-        for below, count in itertools.pairwise((0, *levels.counts(size))):
-            share = (count - below) / max(size, 1)
-            if 0 < share < 1:
-                bits -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
-    estimate = bits / 8 * 4 / 3  # no coding takes less; base64 takes a third more
-    if estimate > MAX_HEADER:
-        raise ValueError(
-            f"{what}: the positions of what is encrypted would take {estimate / 1e6:,.0f} MB, and "
-            f"a header holds at most {MAX_HEADER / 1e6:,.0f} MB. Select larger groups "
-            "(--granularity filter), a smaller share, fewer tensors, or split the checkpoint."
-        )

@@ -24,7 +24,8 @@ from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_header, check_like, check_rest, choose_like, plain_change
+from .choose import Plan, check_like, check_rest, choose_like, plain_change
+from .size import check_header
 from .use import AnySigner
 
 
@@ -144,10 +145,11 @@ def protect_file(
                 checkpoint, levels, selection, cipher, rest,
                 stack=stack, metadata=files[0].metadata or {}, what=what,
             )  # fmt: skip
-        if plan is not None and plan.levels is not None and selection.scope == "leaf":
-            for file in files:
-                here = [s for name, s in plan.scores.shapes.items() if name in file.tensors]
-                check_header(here, plan.levels, str(file.path))
+        counted = plan if selection.scope == "leaf" else None
+        for file in files:
+            shapes = counted.scores.shapes if counted else {}
+            here = [shape for name, shape in shapes.items() if name in file.tensors]
+            check_header(file.tensors, here, counted and counted.levels, str(file.path))
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             try:

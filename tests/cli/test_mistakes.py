@@ -697,7 +697,7 @@ CALLS = {
         ValueError, r"masks\[0\]: 'w': expected arrays in params .* got none. Turn numbers into"),
     "a key among the parameters": (
         lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": False}], secret=SECRET),
-        ValueError, r"params 'w': expected one of the dtypes .* got key<fry>. Convert it, or keep"),
+        ValueError, r"params 'w': expected .* got key<fry>. Keep random state out of"),
     "layout that does not exist": (
         lambda m: importance.l2(m.params, layout="NHWC"),
         ValueError, r"layout: expected 'HWIO' or 'OIHW', got 'NHWC'"),
