@@ -10,6 +10,7 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,11 +136,20 @@ def check_key(key: object) -> None:
         )
 
 
+def constants_move() -> AbstractContextManager[None]:
+    """Lets numbers of ours, and arrays on the host that we were given, move to the device.
+
+    They have to, and ``jax_transfer_guard`` is there to find what need not.
+    """
+    return jax.transfer_guard_host_to_device("allow")
+
+
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """A key for the noise of one leaf; ciphers derive theirs from the whole digest."""
     check_key(key)
     word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
-    return jax.random.fold_in(key, word)
+    with constants_move():
+        return jax.random.fold_in(key, word)
 
 
 def is_array(leaf: Any) -> bool:
