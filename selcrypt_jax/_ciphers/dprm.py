@@ -48,6 +48,7 @@ def encrypt(
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
+            Copies of a leaf are leaves of their own: select the same in them, or use `protect`.
         masks: M nested masks for ``params``, see `nested_masks`.
         keys: M typed `jax.random` keys, of any implementation; see `ring_keys`. **A key must
             never encrypt two different trees**: draw a new model id for each. (The bits of

@@ -327,6 +327,7 @@ def checkpoint_outputs(
         ValueError, OSError: the output is an input, exists, or cannot be written.
     """
     inputs = [file.path for file in checkpoint.files.values()]
+    as_file = checkpoint.folder is None or (output is None and checkpoint.index is None)
     if output is None:
         output, force = checkpoint.path, True
     else:
@@ -338,7 +339,7 @@ def checkpoint_outputs(
 
         with orbax_output(output, first) as new:
             yield lambda _: _OrbaxOutput(*new)
-    elif checkpoint.folder is None or output == checkpoint.path:
+    elif as_file:
         # Opened now, so that what is wrong with it is told before the work.
         with new_file(output, force=force) as file:
             yield lambda _: _SafetensorsOutput(file)

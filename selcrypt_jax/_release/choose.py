@@ -1,8 +1,6 @@
 """What a release encrypts: from options to sealed rings, the same way for files and trees."""
 
-import hashlib
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple, get_args
 
@@ -14,7 +12,7 @@ from .._calibrate.network import Given
 from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
-from .._format.manifest import NO_DIGEST, Rest, byte_count
+from .._format.manifest import NO_DIGEST, Rest
 from .._format.rings import ring_groups, seal_mask
 from .._format.tensors import StoredTensors
 from .._io.errors import IntegrityError
@@ -29,6 +27,7 @@ from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
+from .twins import Similar, twins_of, with_twins
 from .use import AnySigner, verify_key
 
 UNSIGNED = "unsigned"  # in place of the signer of an earlier release
@@ -45,6 +44,7 @@ class Chosen(NamedTuple):
         model_id: under which they were searched for. It must not be used for anything else, so
             callers of the package never see it before the release is made.
         unknown: tensors that an earlier release did not have: it says nothing of them.
+        similar: tensors that are much like others, and encrypt less.
     """
 
     rings: Rings
@@ -53,6 +53,7 @@ class Chosen(NamedTuple):
     calibration: Calibration | None = None
     model_id: bytes | None = None
     unknown: tuple[str, ...] = ()
+    similar: tuple[Similar, ...] = ()
 
 
 class Plan:
@@ -85,7 +86,8 @@ class Plan:
         what: str,
     ) -> None:
         check_options(selection, cipher)
-        self.source, self.selection, self.cipher, self.rest = source, selection, cipher, rest
+        self.source, self.selection, self.cipher = source, selection, cipher
+        self.rest: Rest = rest
         self.targets: Targets | None = None
         self.levels: Levels | None = None
         if isinstance(levels, Targets):
@@ -114,25 +116,29 @@ class Plan:
             ValueError: leaves that cannot be encrypted; levels that add nothing; targets that are
                 out of reach.
         """
-        tensors, scope = self.source.tensors, self.selection.scope
+        tensors, scope, files = self.source.tensors, self.selection.scope, list(files)
         if self.targets is not None:
             given = Given(
                 params(), self.scores, self.selection, self.whole, self.cipher, self.targets
             )
+            source = {name: file for file in files for name in file.tensors}
             found, calibration, model_id = release_levels(
-                given, secret=secret, twins=twins_of(files, tensors), sealed=self.rest == "sealed"
+                given, secret=secret, twins=twins_of(source, tensors), sealed=self.rest == "sealed"
             )
-            rings = sealed(found)
+            spread = with_twins(sealed(found), files, self.cipher, self.rest, given=True)
             levels = len(calibration.levels) + (self.rest == "sealed")
-            return Chosen(rings, levels, self.layout, calibration, model_id)
+            return Chosen(
+                spread.rings, levels, self.layout, calibration, model_id, similar=spread.similar
+            )
         assert self.levels is not None
         selected = select_rings(
             self.scores, self.levels, scope=scope, leaves=leaves_of_tensors(tensors),
             cipher=self.cipher, whole=self.whole,
         )  # fmt: skip
-        rings = with_twins(sealed(selected), files)
+        rings = sealed(selected)
         levels = max(level for found in rings.values() for level, _ in found)
-        return Chosen(rings, levels, self.layout)
+        spread = with_twins(rings, files, self.cipher, self.rest, given=False)
+        return Chosen(spread.rings, levels, self.layout, similar=spread.similar)
 
 
 def choose_like(
@@ -194,10 +200,10 @@ def choose_like(
                     where, weights = f"{what}: tensor {name!r}, level {level}", ring.weights(shape)
                     cipher.check_size(where, dtype, groups=ring.groups, weights=weights)
                 rings[name] = [(m, ring._replace(sha256=NO_DIGEST)) for m, ring in found]
-        found = with_twins(rings, files)
-        known = {*found, *(name for file in old.files.values() for name in file.tensors)}
+        spread = with_twins(rings, files, cipher, rest, given=True)
+        known = {*spread.rings, *(name for file in old.files.values() for name in file.tensors)}
         unknown = tuple(name for name in source.tensors if name not in known)
-        return Chosen(found, len(manifest.levels), unknown=unknown)
+        return Chosen(spread.rings, len(manifest.levels), unknown=unknown, similar=spread.similar)
 
 
 def _check_old_signer(
@@ -271,16 +277,6 @@ def plain_change(
     return (float(plain / weights) if rest == "plain" else 0.0), tuple(base.lacking)
 
 
-def with_twins(
-    rings: dict[str, list[tuple[int, SealedRing]]], files: Iterable[StoredTensors]
-) -> dict[str, list[tuple[int, SealedRing]]]:
-    """The same, and the same rings in tensors that are bit for bit alike."""
-    for names in twins_of(files, rings):
-        first = next(name for name in names if name in rings)
-        rings |= {n: [(m, ring._replace(tensor=n)) for m, ring in rings[first]] for n in names}
-    return rings
-
-
 def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     """Rings with their masks packed, one after the other."""
     found: dict[str, list[tuple[int, SealedRing]]] = {}
@@ -291,47 +287,6 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     for level, ring in ahead(seal, rings, lambda ring: ring.mask.nbytes):
         found.setdefault(ring.tensor, []).append((level, ring))
     return found
-
-
-def twins_of(files: Iterable[StoredTensors], among: Container[str]) -> list[list[str]]:
-    """Names of tensors that are bit for bit alike, such as tied weights that were saved twice.
-
-    The same has to be encrypted in all of them: what one encrypts and another leaves plain is
-    plain.
-
-    Args:
-        files: that have the tensors.
-        among: what may be encrypted; tensors of which none is are of no interest.
-    """
-    source = {name: file for file in files for name in file.tensors}
-    like: dict[object, list[str]] = {}
-    for name, file in source.items():
-        info = file.tensors[name]
-        if math.prod(info.shape):
-            like.setdefault((info.dtype, tuple(info.shape)), []).append(name)
-    found: list[list[str]] = []
-    for names in like.values():
-        if len(names) == 1 or not any(name in among for name in names):
-            continue
-        # Most are told apart by how they start.
-        for alike in _groups(names, lambda name: bytes(_start(source[name], name))):
-            found += _groups(alike, lambda name: hashlib.sha256(source[name].read(name)).digest())
-    return [names for names in found if any(name in among for name in names)]
-
-
-def _groups(names: Sequence[str], key: Callable[[str], bytes]) -> list[list[str]]:
-    """Two names or more with one key."""
-    groups: dict[bytes, list[str]] = {}
-    for name in names:
-        groups.setdefault(key(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _start(source: StoredTensors, name: str) -> memoryview:
-    info = source.tensors[name]
-    buffer = memoryview(bytearray(min(64, byte_count(info.dtype, info.shape))))
-    source.read_into(name, 0, buffer)
-    return buffer
 
 
 def check_alone(option: str, **others: object) -> None:

@@ -44,6 +44,8 @@ class Selected(NamedTuple):
         new: tensors that the base does not have in their shape, so that all of them counts as
             changed; or that the earlier release of `like` did not have, so that nothing of them is
             graded.
+        similar: tensors that are much like another one (a moving average, a copy in another dtype)
+            and in which less is encrypted: how much of what is encrypted there, in words.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -58,6 +60,7 @@ class Selected(NamedTuple):
     calibration: Calibration | None = None
     plain_change: float | None = None
     new: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
 
 
 def protect_file(
@@ -77,8 +80,10 @@ def protect_file(
     """Protects a checkpoint for release, tensor by tensor.
 
     The output has the same names, dtypes and shapes, and loads in every program that reads
-    safetensors. In tensors that are bit for bit alike, such as tied weights that were saved
-    twice, the same weights are encrypted, whether they take part or not.
+    safetensors. Copies of a tensor, such as tied weights that were saved twice, have the same
+    weights encrypted, whether they take part or not: also where a copy is transposed or reshaped,
+    is a part of a larger tensor, or is a moving average of which a quarter or more has not moved.
+    Of what is only similar, `Selected.similar` tells how much is left open.
 
     Args:
         path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
@@ -186,6 +191,7 @@ def protect_file(
         chosen.calibration,
         change,
         lacking or chosen.unknown,
+        tuple(map(str, chosen.similar)),
     )
 
 

@@ -39,6 +39,7 @@ from .choose import (
     plain_change,
     sealed,
 )
+from .twins import with_twins
 from .use import AnyGrant, AnySigner, grant_key
 
 
@@ -147,7 +148,8 @@ def protect(
     Args:
         params: any pytree; its arrays are protected, other leaves pass through.
         masks: M nested masks (`nested_masks`), in place of `levels` and `selection`. A ring that
-            is too small to hide in is then refused.
+            is too small to hide in is then refused. What they select in one leaf is encrypted in
+            all of its copies, as in `protect_file`.
         secret: the owner's.
         levels: as in `protect_file`; 5 by default.
         selection: as in `protect_file`; ``Select()`` by default. ``Select(importance=scores)``
@@ -214,7 +216,10 @@ def protect(
             )
         for ring in rings:
             cipher.check(ring, tree.leaves[ring.name])
-        chosen = Chosen(sealed(rings), len(masks))
+        spread = with_twins(sealed(rings), [source], cipher, rest, given=True)
+        chosen = Chosen(spread.rings, len(masks), similar=spread.similar)
+    for similar in chosen.similar:
+        warnings.warn(f"params: {similar}", stacklevel=2)
     together = any(is_spread(leaf) for leaf in tree.leaves.values())
     model_id = chosen.model_id
     if together and model_id is None:

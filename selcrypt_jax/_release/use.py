@@ -350,11 +350,11 @@ def verify_file(
     key, insisted = (None, None) if grant is None else grant_key(grant)
     public = verify_key(signer)
     with open_checkpoint(path) as checkpoint:
-        checkpoint.check_no_others()
         if public is not None and insisted is not None and public != insisted:
             message = f"grant: expects files signed by {insisted.hex()}, got signer {public.hex()}."
             raise GrantError(f"{message} Use one of them.", reason="signer")
         envelopes = checkpoint.envelopes(public or insisted)
+        checkpoint.check_no_others()
         manifest = next(iter(envelopes.values())).manifest
         if manifest.signer is None and key is None:
             raise ValueError(

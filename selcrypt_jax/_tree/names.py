@@ -10,7 +10,6 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,7 +135,7 @@ def check_key(key: object) -> None:
         )
 
 
-def constants_move() -> AbstractContextManager[None]:
+def constants_move() -> Any:  # a context manager, and a decorator
     """Lets numbers of ours, and arrays on the host that we were given, move to the device.
 
     They have to, and ``jax_transfer_guard`` is there to find what need not.

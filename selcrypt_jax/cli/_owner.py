@@ -140,6 +140,7 @@ def protect(
             "untouched": dict(selected.untouched),
             **({} if selected.plain_change is None else {"plain_change": selected.plain_change}),
             **({"new": list(selected.new)} if selected.new else {}),
+            **({"similar": list(selected.similar)} if selected.similar else {}),
         },
         found
         and calibration_as_dict(
@@ -163,6 +164,8 @@ def protect(
             "customer it may be worth nothing. Name what it shall give in place of any.",
             file=sys.stderr,
         )
+    for text in selected.similar:
+        print(text, file=sys.stderr)
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None
