@@ -123,8 +123,8 @@ def _checked(scores: Scores) -> Scores:
 
 
 def source_of_tree(tree: NamedLeaves) -> ArraySource:
-    """The arrays of a tree as tensors."""
-    return ArraySource(tree.arrays)
+    """The arrays of a tree as tensors; random keys are none."""
+    return ArraySource(tree.stored)
 
 
 def whole_leaves(

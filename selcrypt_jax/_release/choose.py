@@ -1,5 +1,6 @@
 """What a release encrypts: from options to sealed rings, the same way for files and trees."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple, get_args
@@ -287,6 +288,23 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     for level, ring in ahead(seal, rings, lambda ring: ring.mask.nbytes):
         found.setdefault(ring.tensor, []).append((level, ring))
     return found
+
+
+# The last step of a name, such as dropout_rng, rng_key or seed0.
+_KEYS = re.compile(r"(^|[/._])(p?rng|key|seed|secret)s?(_[^/._]*|\d*)$", re.IGNORECASE)
+_WORDS = {"U32": (2, 4, 8), "U8": (16, 32)}  # that keys have
+
+
+def random_keys(source: NamedTensors) -> tuple[str, ...]:
+    """Names of tensors that are random keys, or look like some, which a release gives away."""
+    known = getattr(source, "random_keys", {})
+
+    def looks_like_some(name: str) -> bool:
+        info = source.tensors[name]
+        words = tuple(info.shape)[-1:]
+        return bool(_KEYS.search(name)) and words in [(n,) for n in _WORDS.get(info.dtype, ())]
+
+    return tuple(name for name in source.tensors if name in known or looks_like_some(name))
 
 
 def check_alone(option: str, **others: object) -> None:

@@ -24,7 +24,7 @@ from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_like, check_rest, choose_like, plain_change
+from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
 from .size import check_header
 from .use import AnySigner
 
@@ -46,6 +46,7 @@ class Selected(NamedTuple):
             graded.
         similar: tensors that are much like another one (a moving average, a copy in another dtype)
             and in which less is encrypted: how much of what is encrypted there, in words.
+        random_keys: tensors that hold random keys, or look like it: level 1 opens them.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -61,6 +62,7 @@ class Selected(NamedTuple):
     plain_change: float | None = None
     new: tuple[str, ...] = ()
     similar: tuple[str, ...] = ()
+    random_keys: tuple[str, ...] = ()
 
 
 def protect_file(
@@ -192,6 +194,7 @@ def protect_file(
         change,
         lacking or chosen.unknown,
         tuple(map(str, chosen.similar)),
+        tuple(name for file in files for name in random_keys(file)),
     )
 
 

@@ -26,7 +26,7 @@ from .._masks.levels import LevelsLike
 from .._masks.options import Select
 from .._masks.scores import source_of_tree
 from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
-from .._tree.names import listed, named_leaves
+from .._tree.names import is_random_key, listed, named_leaves
 from .._tree.rings import split_rings
 from .checkpoint import AnyPath, Job, Protection, of_one_file
 from .choose import (
@@ -37,6 +37,7 @@ from .choose import (
     check_rest,
     choose_like,
     plain_change,
+    random_keys,
     sealed,
 )
 from .twins import with_twins
@@ -146,7 +147,8 @@ def protect(
     The ciphertext is that of `encrypt` under a new model id.
 
     Args:
-        params: any pytree; its arrays are protected, other leaves pass through.
+        params: any pytree; its arrays are protected, other leaves pass through. So do typed random
+            keys, as of a model with dropout: nothing of them is written to a file.
         masks: M nested masks (`nested_masks`), in place of `levels` and `selection`. A ring that
             is too small to hide in is then refused. What they select in one leaf is encrypted in
             all of its copies, as in `protect_file`.
@@ -215,9 +217,20 @@ def protect(
                 "plaintext. Make masks with nested_masks, or leave them out."
             )
         for ring in rings:
+            if is_random_key(tree.leaves[ring.name]):
+                raise ValueError(
+                    f"masks: {ring.name!r}: expected False for random keys, which are no "
+                    "parameters and are in no file, got a mask that selects some. Pass False there."
+                )
             cipher.check(ring, tree.leaves[ring.name])
         spread = with_twins(sealed(rings), [source], cipher, rest, given=True)
         chosen = Chosen(spread.rings, len(masks), similar=spread.similar)
+    for name in random_keys(source):
+        warnings.warn(
+            f"params: {name!r} looks like random keys, which level 1 opens. Leave it out of the "
+            "tree if anything is to stay secret that was made with them.",
+            stacklevel=2,
+        )
     for similar in chosen.similar:
         warnings.warn(f"params: {similar}", stacklevel=2)
     together = any(is_spread(leaf) for leaf in tree.leaves.values())

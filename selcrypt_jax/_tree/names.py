@@ -49,6 +49,11 @@ class NamedLeaves:
         """The leaves that are arrays; see `is_array`."""
         return {name: leaf for name, leaf in self.leaves.items() if is_array(leaf)}
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The arrays that files hold: all but typed random keys."""
+        return {name: leaf for name, leaf in self.arrays.items() if not is_random_key(leaf)}
+
     def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
         """A tree of the same structure; names that ``leaves`` lacks keep their own leaf."""
         return self.treedef.unflatten(leaves.get(name, leaf) for name, leaf in self.leaves.items())
@@ -154,6 +159,11 @@ def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf has a shape and a dtype (arrays, tracers, ``jax.ShapeDtypeStruct``)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def is_random_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed `jax.random` key, or some: random state, and no parameter."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def native(leaf: Any) -> Any:

@@ -141,6 +141,7 @@ def protect(
             **({} if selected.plain_change is None else {"plain_change": selected.plain_change}),
             **({"new": list(selected.new)} if selected.new else {}),
             **({"similar": list(selected.similar)} if selected.similar else {}),
+            **({"random_keys": list(selected.random_keys)} if selected.random_keys else {}),
         },
         found
         and calibration_as_dict(
@@ -162,6 +163,12 @@ def protect(
         print(
             "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
             "customer it may be worth nothing. Name what it shall give in place of any.",
+            file=sys.stderr,
+        )
+    if selected.random_keys:
+        print(
+            f"These look like random keys, and level 1 opens them: {listed(selected.random_keys)}. "
+            "Leave them out if anything is to stay secret that was made with them.",
             file=sys.stderr,
         )
     for text in selected.similar:
