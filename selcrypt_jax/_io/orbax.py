@@ -139,9 +139,12 @@ class OrbaxCheckpoint:
         """
         import jax
 
-        if self.random_keys.get(name) not in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if name not in self.random_keys:
             return array
-        return jax.random.wrap_key_data(jax.device_put(array), impl=self.random_keys[name])
+        try:
+            return jax.random.wrap_key_data(jax.device_put(array), impl=self.random_keys[name])
+        except (ValueError, TypeError):
+            return array
 
     def read(self, name: str) -> memoryview:
         """See `TensorSource`. May be called by several threads."""

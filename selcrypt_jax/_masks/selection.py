@@ -15,6 +15,7 @@ from .._tree.dtypes import SAFETENSORS, Dtype, known_dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, listed
 from .levels import Levels, check_share, exact
+from .packed import code_tables
 from .ranks import Ranked, Scope, Scores, ranked
 
 MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
@@ -215,7 +216,7 @@ def small_leaves(
     Args:
         leaves: of a checkpoint or tree.
         share: of all floats, in [0, 1].
-        among: names that may be taken; None for all.
+        among: names that may be taken; None for all but the tables of packed weights.
         cipher: that has to hide them: it refuses a leaf of a few weights, and those stay plain.
 
     Returns:
@@ -228,12 +229,14 @@ def small_leaves(
     cipher = LosslessCipher() if cipher is None else cipher
     sizes = {n: math.prod(leaf.shape) for n, leaf in leaves.items() if leaf.dtype.kind == "float"}
     rest = exact(share) * sum(sizes.values())
+    if among is None:
+        among = sizes.keys() - code_tables({name: leaf.dtype for name, leaf in leaves.items()})
     found = []
     for name in sorted(sizes, key=lambda name: (sizes[name], name)):
         rest -= sizes[name]
         if rest < 0:
             break
-        if (among is None or name in among) and cipher.hides(*leaves[name]):
+        if name in among and cipher.hides(*leaves[name]):
             found.append(name)
     return found
 
