@@ -163,7 +163,8 @@ def is_array(leaf: Any) -> bool:
 
 def is_random_key(leaf: Any) -> bool:
     """Whether a leaf is a typed `jax.random` key, or some: random state, and no parameter."""
-    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)  # not a tensor of another library
+    return known and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def native(leaf: Any) -> Any:

@@ -696,8 +696,8 @@ CALLS = {
         lambda m: sj.encrypt({"w": [0.5, 1.5]}, [{"w": True}], m.keys[:1]),
         ValueError, r"masks\[0\]: 'w': expected arrays in params .* got none. Turn numbers into"),
     "a key among the parameters": (
-        lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": False}], secret=SECRET),
-        ValueError, r"params 'w': expected .* got key<fry>. Keep random state out of"),
+        lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": True}], secret=SECRET),
+        ValueError, r"masks: 'w': expected False for random keys.*Pass False there"),
     "layout that does not exist": (
         lambda m: importance.l2(m.params, layout="NHWC"),
         ValueError, r"layout: expected 'HWIO' or 'OIHW', got 'NHWC'"),
