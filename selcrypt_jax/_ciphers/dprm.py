@@ -37,9 +37,9 @@ def encrypt(
     Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
     key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
     passed through: the same objects. Works under ``jit`` (close over the masks, but pass keys as
-    arguments, since what is closed over is written into the program), under ``vmap`` over params
-    *and* keys (over params alone it would use a key twice) and with donation; sharded leaves give
-    the same bits as on one device.
+    arguments: what is closed over is written into the program), under ``vmap`` over params *and*
+    keys (over params alone it would use a key twice) and with donation; sharded leaves give the
+    same bits as on one device.
 
     Gradients of any order flow through weights that are not selected, as if nothing had been
     encrypted. The gradient of a selected weight is zero: its bits are scrambled, so a small change
@@ -48,6 +48,7 @@ def encrypt(
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
+            Copies of a leaf are leaves of their own: select the same in them, or use `protect`.
         masks: M nested masks for ``params``, see `nested_masks`.
         keys: M typed `jax.random` keys, of any implementation; see `ring_keys`. **A key must
             never encrypt two different trees**: draw a new model id for each. (The bits of
@@ -64,7 +65,8 @@ def encrypt(
     Raises:
         ValueError: masks that do not fit or are not nested, a number of keys that does not fit
             the levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
-        TypeError: traced masks; raw integers or old-style keys.
+        TypeError: traced masks; raw integers or old-style keys; keys that a compiled function
+            closes over.
 
     Examples:
         >>> scores = l2(params, granularity="weight")
@@ -173,6 +175,8 @@ def _transform(
         )
     _check_keys(keys, len(masks))
     words = key_words(keys)
+    if words is None and masks:
+        _check_keys_are_arguments(keys)
     if not inverse:
         if not masks:
             raise ValueError(
@@ -320,6 +324,21 @@ def _check_keys(keys: Any, levels: int) -> None:
                 "implementation for all levels."
             )
         first = key.dtype
+
+
+def _check_keys_are_arguments(keys: Any) -> None:
+    """Refuses keys that would be a constant of a compiled program.
+
+    Raises:
+        TypeError: of them.
+    """
+    if not all(isinstance(key, Tracer) for key in ([keys] if is_array(keys) else keys)):
+        raise TypeError(
+            "keys: expected arguments of the function that is compiled, got keys that it closes "
+            "over: they would be written into the program, and with it into JAX's cache on the "
+            "disk. Pass them in: jax.jit(lambda params, keys: decrypt(params, masks, keys)), or "
+            "see unlocking."
+        )
 
 
 def _check_keys_differ(words: np.ndarray | None) -> None:

@@ -137,7 +137,9 @@ class GaussianCipher:
             positions[: found.size] = found
             stats = np.array(self.stats[ring.name, ring.level], np.float32)
             tables = jax.device_put((positions, stats, np.int32(index)))
-            result[ring.name] = _rewrite(leaf, keys.array, *tables, inverse=inverse, wrap=self.wrap)
+            # Each takes another one of them, which JAX's checker of key reuse cannot see.
+            own = jax.random.clone(keys.array)
+            result[ring.name] = _rewrite(leaf, own, *tables, inverse=inverse, wrap=self.wrap)
         return result
 
 

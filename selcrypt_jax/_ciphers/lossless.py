@@ -183,7 +183,8 @@ def dtype_of(dtype: Any) -> Dtype:
         return dtype
     import numpy as np
 
-    name = np.dtype(dtype).name
+    # NumPy does not know those of typed random keys.
+    name = str(dtype) if str(dtype).startswith("key<") else np.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, got {name}")
     return DTYPES[name]

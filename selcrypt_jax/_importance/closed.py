@@ -19,6 +19,7 @@ from .._tree.groups import Granularity, Layout, group_shape, inner_axes
 from .._tree.names import (
     AnyArray,
     Selector,
+    constants_move,
     is_array,
     named_key,
     named_leaves,
@@ -38,10 +39,11 @@ def _by_leaf(
     layout: Layout,
 ) -> PyTree:
     """Scores by name, leaf and its axes inside a group, put where the leaves were."""
-    scores = {
-        name: score(name, leaf, inner_axes(leaf.shape, granularity, layout)).astype(jnp.float32)
-        for name, leaf in select_leaves(params, select).items()
-    }
+    with constants_move():
+        scores = {
+            name: score(name, leaf, inner_axes(leaf.shape, granularity, layout)).astype(jnp.float32)
+            for name, leaf in select_leaves(params, select).items()
+        }
     return named_leaves(params).rebuild_only(scores)
 
 
@@ -110,7 +112,7 @@ def random(
 
     def score(name: str, leaf: AnyArray, _: Axes) -> Array:
         shape = group_shape(leaf.shape, granularity, layout)
-        return jax.random.uniform(named_key(key, name), shape)
+        return jax.random.uniform(named_key(key, name), shape, jnp.float32)
 
     return _by_leaf(score, params, select, granularity, layout)
 
@@ -302,10 +304,11 @@ def _by_gradient(
         }
 
     count = batch_count(batches)
-    total = products(arrays, jax.tree.map(operator.itemgetter(0), batches))
-    for index in range(1, count):
-        more = products(arrays, jax.tree.map(operator.itemgetter(index), batches))
-        total = jax.tree.map(operator.add, total, more)
+    with constants_move():
+        total = products(arrays, jax.tree.map(operator.itemgetter(0), batches))
+        for index in range(1, count):
+            more = products(arrays, jax.tree.map(operator.itemgetter(index), batches))
+            total = jax.tree.map(operator.add, total, more)
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
 
 

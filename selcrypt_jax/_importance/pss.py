@@ -22,6 +22,7 @@ from .._tree.names import (
     AnyArray,
     Selector,
     check_key,
+    constants_move,
     named_leaves,
     select_differentiable,
 )
@@ -147,7 +148,7 @@ def pss_learner(
     ) -> dict[str, Array]:
         order = sorted(shapes)  # not the order in the container: equal paths, equal noise
         ends = np.cumsum([math.prod(shapes[name]) for name in order])
-        parts = jnp.split(sample(key, (int(ends[-1]),)), ends[:-1])
+        parts = jnp.split(sample(key, (int(ends[-1]),), jnp.float32), ends[:-1])
         return {n: part.reshape(shapes[n]) for n, part in zip(order, parts, strict=True)}
 
     def noise(leaves: dict[str, AnyArray], key: PRNGKeyArray) -> dict[str, AnyArray]:
@@ -168,6 +169,7 @@ def pss_learner(
         everything = {n: leaf.astype(leaves[n].dtype) for n, leaf in noise(leaves, key).items()}
         return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
 
+    @constants_move()
     def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
         check_key(key)
         leaves = arrays(params)
@@ -192,7 +194,7 @@ def pss_learner(
                 "trained, and are the batches what it was trained on?",
                 stacklevel=2,
             )
-        cap = math.inf
+        cap = float(jnp.finfo(jnp.float32).max)  # not used, and no infinity to stumble over
         if config.objective == "break":
             # Noise may also make a loss overflow; then the network is broken well before.
             broken = jnp.where(jnp.isfinite(broken), broken, 100 * rest)
@@ -257,6 +259,7 @@ def pss_learner(
     ) -> tuple[PSSState, PSSMetrics]:
         return lax.scan(lambda state, _: step(leaves, batches, state), state, None, length=steps)
 
+    @constants_move()
     def run(
         params: PyTree, batches: PyTree, state: PSSState, steps: int
     ) -> tuple[PSSState, PSSMetrics]:

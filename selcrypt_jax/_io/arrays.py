@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._tree.dtypes import DTYPES, SAFETENSORS
+from .._tree.dtypes import SAFETENSORS, Dtype, known_dtype
 from .buffers import new_buffer
 
 
@@ -40,6 +40,21 @@ def as_array(
     return np.frombuffer(data, _numpy_dtype(known.name)).reshape(shape)
 
 
+def _advice(array: Any, known: Dtype | None) -> str:
+    text = str(array.dtype)
+    if type(array).__module__.partition(".")[0] == "torch":
+        return (
+            "Pass NumPy arrays: tensor.detach().cpu().numpy(). Of bfloat16, which NumPy lacks, "
+            "save a file with safetensors.torch, and use protect_file."
+        )
+    if known is not None and known.bits < 8:
+        wide = "float8_e4m3fn" if known.kind == "float" else known.name.rstrip("0124") + "8"
+        return f"Store it wider, as leaf.astype({wide!r}), and narrow it when it is unlocked."
+    if text.startswith("key<"):
+        return "Keep random state out of the tree: nnx.state(model, (nnx.Param, nnx.BatchStat))."
+    return "Convert it, or keep it out of the tree."
+
+
 def _numpy_dtype(name: str) -> np.dtype:
     try:
         return np.dtype(name)
@@ -63,12 +78,11 @@ class ArraySource:
     def __init__(self, arrays: Mapping[str, Any], what: str = "params") -> None:
         self.tensors = {}
         for name, array in arrays.items():
-            known = DTYPES.get(str(array.dtype))
+            known = known_dtype(array.dtype)
             if known is None or known.code is None or known.bits < 8:
                 raise ValueError(
-                    f"{what} {name!r}: expected one of the dtypes that a safetensors file can "
-                    f"hold, got {array.dtype}. Convert it, or keep it out of the tree (random "
-                    "state: nnx.state(model, (nnx.Param, nnx.BatchStat)))."
+                    f"{what} {name!r}: expected a NumPy or JAX array of one of the dtypes that a "
+                    f"safetensors file can hold, got {array.dtype}. {_advice(array, known)}"
                 )
             self.tensors[name] = ArrayInfo(known.code, tuple(array.shape))
         self._arrays: dict[str, Any] = dict(arrays)

@@ -51,7 +51,8 @@ class IntegrityError(_ReasonedError):
             - ``"signature"``: the signature does not fit the manifest and the boxes;
             - ``"model"``: another model id than the one expected;
             - ``"table"``: other names, dtypes or shapes than in the manifest;
-            - ``"shard"``: a shard of another protection, or one that is missing;
+            - ``"shard"``: a shard of another protection, one that is missing, or other weights
+              beside them;
             - ``"box"``: a sealed box does not open;
             - ``"ring"``: a box opens, but its content does not fit the tensors;
             - ``"digest"``: a tensor has other bytes than it was shipped with;

@@ -21,6 +21,8 @@ METADATA_FILE = "selcrypt.json"
 _REMEDY = "Get the whole folder again, or save it again with Orbax."
 _INNER = "checkpoint"
 _VALUE = "/value"
+_DETAILS = "array_metadatas/"  # where Orbax says which arrays are random keys
+_IMPLEMENTATION = "random_key_impl"
 _TREE = "_METADATA"  # what Orbax calls the description of a pytree
 # What Orbax and TensorStore parse before there is anything that could be checked.
 _JSON = (_TREE, "_CHECKPOINT_METADATA", "_sharding", "_strings.json")
@@ -110,6 +112,40 @@ class OrbaxCheckpoint:
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), self._tree)
         return named_leaves(self._restore(restore_args=kinds), str(self.path))
 
+    @cached_property
+    def random_keys(self) -> dict[str, str]:
+        """Name of each array of typed `jax.random` keys → their implementation."""
+        from .._tree.names import named_leaves
+
+        found: dict[str, str] = {}
+        for file in self._files:
+            if file.startswith(_DETAILS):
+                raw = read_regular(self.path.resolve() / file, MAX_HEADER)
+                entries = json_object(raw, str(self.path / file)).get("array_metadatas")
+                for entry in entries if isinstance(entries, list) else ():
+                    array = entry.get("array_metadata") if isinstance(entry, dict) else None
+                    more = array.get("ext_metadata") if isinstance(array, dict) else None
+                    impl = more.get(_IMPLEMENTATION) if isinstance(more, dict) else None
+                    if isinstance(array, dict) and isinstance(impl, str):
+                        found[str(array.get("param_name"))] = impl
+        stored = named_leaves(self._tree, str(self.path)).leaves
+        names = {name: getattr(stored[at], "name", None) for name, at in self.stored.items()}
+        return {name: found[at] for name, at in names.items() if at in found}
+
+    def typed(self, name: str, array: Any) -> Any:
+        """An array to be written, as keys if it holds some of an implementation of JAX's own.
+
+        Orbax cannot read others, such as our ChaCha20: those stay the numbers that they are.
+        """
+        import jax
+
+        if name not in self.random_keys:
+            return array
+        try:
+            return jax.random.wrap_key_data(jax.device_put(array), impl=self.random_keys[name])
+        except (ValueError, TypeError):
+            return array
+
     def read(self, name: str) -> memoryview:
         """See `TensorSource`. May be called by several threads."""
         with self._lock:
@@ -136,7 +172,7 @@ class OrbaxCheckpoint:
         from .._tree.names import listed, named_leaves
 
         tree = named_leaves(like, "like")
-        given = tree.arrays
+        given = tree.stored
         if self.stored.keys() != given.keys():
             raise ValueError(
                 f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
@@ -279,7 +315,7 @@ def orbax_output(
     with new_folder(path, private=private) as folder:
         yield data, metadata
         leaves = {
-            like.stored[name]: as_array(data[name], info.dtype, info.shape)
+            like.stored[name]: like.typed(name, as_array(data[name], info.dtype, info.shape))
             for name, info in like.tensors.items()
         }
         with ocp.PyTreeCheckpointer() as checkpointer:
@@ -346,7 +382,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
 
     from .._tree.names import named_leaves
 
-    nested = _nested(named_leaves(tree).arrays)
+    nested = _nested(named_leaves(tree).stored)
     folder, problem = None, None
     with ExitStack() as stack:
         if jax.process_index() == 0:

@@ -26,6 +26,7 @@ import safetensors
 
 from .._tree.dtypes import SAFETENSORS
 from .buffers import new_buffer
+from .foreign import format_of
 from .strict_json import json_object, show
 
 MAX_HEADER = 100_000_000
@@ -35,23 +36,6 @@ _METADATA = "__metadata__"
 PROTECTED = "selcrypt"  # the metadata entry that a protected file has
 _DAMAGED = "The header is damaged: get the file again, or save it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
-
-# Only asked for once the file is refused: the length of a header may look like any of them.
-_OTHER_FORMATS = {
-    b"version https://git-lfs": "a Git LFS pointer; get the file itself with `git lfs pull`",
-    b"PK\x03\x04": "a zip archive, such as a PyTorch .pt or a NumPy .npz file; load it there and "
-    "save it with safetensors.torch or safetensors.numpy",
-    b"\x80": "a Python pickle, such as an old PyTorch .pt file; load it there and save it with "
-    "safetensors.torch",
-    b"\x93NUMPY": "a NumPy .npy file; save it with safetensors.numpy, under its tensor's name",
-    b"\x89HDF": "an HDF5 file, such as a Keras .h5; load it there and save it with "
-    "safetensors.numpy",
-    b"GGUF": "a GGUF file; use the safetensors file that it was made from",
-    b"\x1f\x8b\x08": "gzip-compressed; unpack it first",
-    b"<": "a web page; download the file itself",
-    b"selcrypt-": "a key or grant of selcrypt's; name the model's file",
-    b"{": "JSON text; the index of a sharded model is called *.safetensors.index.json",
-}
 
 
 class TensorInfo(NamedTuple):
@@ -176,12 +160,13 @@ class SafetensorsFile(AbstractContextManager[Any]):
     def _data_start(self) -> int:
         """Offset of the data, from the length of the header; before the header costs memory."""
         first = bytes(self._read(0, min(self.size, 64)))
-        hint = "It is cut off, or no safetensors file: get it again, or convert it first."
         length = int.from_bytes(first[:8], "little")
-        for magic, kind in _OTHER_FORMATS.items():
-            # A single byte also begins the length of many a good header.
-            if first.startswith(magic) and (len(magic) > 1 or length > MAX_HEADER):
-                hint = f"It looks like {kind}."
+        hint = "It is cut off, or no safetensors file: get it again, or convert it first."
+        certain = length > MAX_HEADER
+        if certain or 8 + length > self.size or not first.startswith(b"{", 8):
+            other = format_of(first, self.path.name, certain=certain)
+            if other is not None:
+                raise ValueError(other)
         if len(first) < 8:
             hint = hint if first else "It is empty; get it again."
             raise ValueError(f"expected at least 8 bytes, got {len(first)}. {hint}")

@@ -1,14 +1,13 @@
 """Checkpoints in several safetensors files with an index; without JAX and NumPy."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+from .foreign import components_in, is_index, other_weights, weights_in
 from .safetensors import MAX_HEADER, SafetensorsFile
 from .strict_json import DAMAGED, json_object, listing, show
-
-_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 class ShardIndex(NamedTuple):
@@ -27,36 +26,71 @@ class ShardIndex(NamedTuple):
     text: bytes
 
 
-def find_shards(path: str | os.PathLike[str]) -> ShardIndex | None:
-    """The index of a sharded model, or None for any other file.
+def find_shards(path: str | os.PathLike[str]) -> ShardIndex | Path:
+    """The index of a sharded model, or the path of a model in one file.
 
     Args:
-        path: a ``*.safetensors.index.json``, a folder that holds exactly one, or a file.
+        path: an index (``*.safetensors.index.json``, of a variant ``*.safetensors.index.*.json``),
+            a file, or a folder that holds exactly one index, or no index and exactly one
+            safetensors file.
 
     Raises:
-        ValueError: a folder without an index or with several, an index that isn't one, or that
+        ValueError: a folder that holds neither, or several; an index that isn't one, or that
             names files that are missing or not beside it.
         OSError: what can't be read, or doesn't exist.
     """
     path = Path(path)
     if path.is_dir():
-        names = sorted(item.name for item in path.iterdir())
-        found = [name for name in names if name.endswith(_INDEX_SUFFIX)]
-        if len(found) != 1:
-            files = [name for name in names if name.endswith(".safetensors")]
-            raise ValueError(
-                f"{path}: expected one *{_INDEX_SUFFIX} in this folder, got "
-                f"{listing(found) if found else 'none'}; safetensors files there: "
-                f"{listing(files) if files else 'none'}. Name the file that you mean."
-            )
-        path = path / found[0]
-    elif not path.name.endswith(_INDEX_SUFFIX):
+        path = _only_one(path)
+    if not is_index(path.name):
         path.stat()  # a name that doesn't exist is no plain file either
-        return None
+        return path
     try:
         return _parse_index(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _only_one(folder: Path) -> Path:
+    names = weights_in(folder)
+    indexes = [name for name in names if is_index(name)]
+    files = [name for name in names if name.endswith(".safetensors")]
+    if len(indexes) == 1 or (not indexes and len(files) == 1):
+        return folder / (indexes or files)[0]
+    if not names and (parts := components_in(folder)):
+        raise ValueError(
+            f"{folder}: expected one model, got a folder of {listing(parts)}, each with weights of "
+            f"its own. Name one after the other, such as {folder / parts[0]}, and copy the rest."
+        )
+    if indexes:
+        raise ValueError(
+            f"{folder}: expected one index in this folder, got {listing(indexes)}. Name the one "
+            "that you mean."
+        )
+    got = listing(files) if files else f"none.{other_weights(folder)}"
+    raise ValueError(
+        f"{folder}: expected one *.safetensors.index.json or one *.safetensors in this folder, got "
+        f"{got.removesuffix('.')}. Name the file that you mean."
+    )
+
+
+def check_no_others(folder: Path, known: Collection[str]) -> None:
+    """Refuses weights in a folder that are none of a checkpoint's: a loader may prefer them.
+
+    Args:
+        folder: of the checkpoint.
+        known: names of its files.
+
+    Raises:
+        ValueError: files that hold weights, or say where some are.
+    """
+    others = [name for name in weights_in(folder) if name not in known]
+    if others:
+        raise ValueError(
+            f"{folder}: expected no other weights than those of the checkpoint, got "
+            f"{listing(others)}, which its owner did not sign, and which a program may load in "
+            "their place. Remove them, or name the file that you mean."
+        )
 
 
 def check_shards(index: ShardIndex, files: Mapping[str, SafetensorsFile]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._io.arrays import ArraySource, as_array
 from .._io.safetensors import PROTECTED, SafetensorsFile
-from .._io.shards import check_shards, find_shards
+from .._io.shards import ShardIndex, check_shards, find_shards
 from .._tree.dtypes import SAFETENSORS
 from .._tree.names import listed, named_leaves
 
@@ -34,9 +34,9 @@ class Base:
     def __init__(self, given: Any, tensors: Mapping[str, Any], stack: ExitStack) -> None:
         if isinstance(given, str | os.PathLike):
             index = find_shards(given)
-            paths = {"": given} if index is None else index.shards
+            paths = index.shards if isinstance(index, ShardIndex) else {"": index}
             files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
-            if index is not None:
+            if isinstance(index, ShardIndex):
                 check_shards(index, files)
             for file in files.values():
                 if PROTECTED in (file.metadata or {}):

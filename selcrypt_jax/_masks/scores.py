@@ -20,6 +20,7 @@ from .._tree.names import NamedLeaves, Selector, listed, named_leaves, select_le
 from .change import Base
 from .masks import checked_score
 from .options import STRATEGIES, Select
+from .packed import code_tables
 from .ranks import Scores
 from .selection import leaves_of_tensors, small_leaves
 
@@ -123,8 +124,8 @@ def _checked(scores: Scores) -> Scores:
 
 
 def source_of_tree(tree: NamedLeaves) -> ArraySource:
-    """The arrays of a tree as tensors."""
-    return ArraySource(tree.arrays)
+    """The arrays of a tree as tensors; random keys are none."""
+    return ArraySource(tree.stored)
 
 
 def whole_leaves(
@@ -167,7 +168,8 @@ def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
     """
     leaves = {name: _Leaf(info.dtype, info.shape) for name, info in tensors.items()}
     if select is None:
-        chosen = [name for name in tensors if _by_default(tensors[name])]
+        tables = code_tables({name: SAFETENSORS[info.dtype] for name, info in tensors.items()})
+        chosen = [n for n, info in tensors.items() if _by_default(info) and n not in tables]
         if not chosen:
             kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
             raise ValueError(

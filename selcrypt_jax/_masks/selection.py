@@ -11,10 +11,11 @@ from jaxtyping import PyTree
 from .._ciphers.blocks import order_bits
 from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher
 from .._tree.ahead import ahead
-from .._tree.dtypes import DTYPES, SAFETENSORS, Dtype
+from .._tree.dtypes import SAFETENSORS, Dtype, known_dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, listed
 from .levels import Levels, check_share, exact
+from .packed import code_tables
 from .ranks import Ranked, Scope, Scores, ranked
 
 MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
@@ -42,9 +43,9 @@ def leaves_of_tensors(tensors: Mapping[str, Any]) -> dict[str, Leaf]:
 def leaves_of_tree(tree: NamedLeaves) -> dict[str, Leaf]:
     """The arrays of a tree whose dtype is one of numbers."""
     return {
-        name: Leaf(DTYPES[str(leaf.dtype)], tuple(leaf.shape))
+        name: Leaf(dtype, tuple(leaf.shape))
         for name, leaf in tree.arrays.items()
-        if str(leaf.dtype) in DTYPES
+        if (dtype := known_dtype(leaf.dtype)) is not None
     }
 
 
@@ -90,9 +91,9 @@ def select_rings(
         for name in whole:
             yield Ring(name, 1, np.ones(leaves[name].shape, bool))
 
-    def cut_leaf(given: Ranked) -> tuple[str, int, int, list[tuple[int, Ring]]]:
+    def cut_leaf(item: Ranked) -> tuple[str, int, int, list[tuple[int, Ring]]]:
         """Its name and size, the number of levels, and its rings with their numbers of groups."""
-        name, ranks, counts = given
+        name, ranks, counts = item
         size = ranks.size if leaves is None else math.prod(leaves[name].shape)
         if leaves is None:
             rings = _between(counts)
@@ -115,6 +116,7 @@ def select_rings(
         return name, size, len(rings), found
 
     added: list[int] = []
+    given: dict[str, dict[int, int]] = {}  # leaf → level → groups
     refused: dict[str, str] = {}
     in_order = ranked(Scores(shapes, scores.of), levels.counts, scope)
     for name, size, count, found in ahead(cut_leaf, in_order, lambda given: given[1].nbytes):
@@ -125,6 +127,7 @@ def select_rings(
             )
             continue
         added = added or [0] * count
+        given[name] = {ring.level: groups for groups, ring in found}
         for groups, ring in found:
             if leaves is not None:
                 try:
@@ -143,12 +146,37 @@ def select_rings(
         raise ValueError(next(iter(refused.values())) + more)
     for level, groups in enumerate(added, 1):
         if not groups:
+            among = listed(shapes, 2, lambda name: _what_of(shapes[name], given[name]))
+            remedy = _MORE if any(map(math.prod, shapes.values())) else _OTHERS
             raise ValueError(
-                f"level {level} adds no groups to those below it, expected at least one in "
-                f"{listed(shapes)}. Encrypt a larger share, use fewer levels, a finer granularity "
-                "or scope 'model', or select larger tensors."
-                + (" (What is too little to hide in, the next level opens.)" if leaves else "")
+                f"level {level} adds no groups to those below it, expected at least one in {among}"
+                f"{_left_out(leaves or {}, shapes, whole)}. {remedy}"
             )
+
+
+_MORE = (
+    "Encrypt a larger share, use fewer levels, a finer granularity or scope 'model', or select "
+    "larger tensors."
+)
+_OTHERS = "Select tensors that have weights."
+
+
+def _what_of(shape: Sequence[int], given: Mapping[int, int]) -> str:
+    """What levels have of a leaf. What is too little to hide in, the next level opens."""
+    if not (groups := math.prod(shape)):
+        return "no weights"
+    since = f", from level {min(given)}" if given else ""
+    return f"{sum(given.values()) or 'none'} of {groups} groups{since}"
+
+
+def _left_out(leaves: Mapping[str, Leaf], shapes: Mapping[str, Any], whole: Collection[str]) -> str:
+    """Leaves that take no part, and of which dtype and shape."""
+    rest = [name for name in leaves if name not in shapes and name not in whole]
+
+    def kind(name: str) -> str:
+        return f"{leaves[name].dtype.name}{list(leaves[name].shape)}"
+
+    return f"; left out: {listed(rest, 2, kind)}" if rest else ""
 
 
 def masks_of_rings(
@@ -188,7 +216,7 @@ def small_leaves(
     Args:
         leaves: of a checkpoint or tree.
         share: of all floats, in [0, 1].
-        among: names that may be taken; None for all.
+        among: names that may be taken; None for all but the tables of packed weights.
         cipher: that has to hide them: it refuses a leaf of a few weights, and those stay plain.
 
     Returns:
@@ -201,12 +229,14 @@ def small_leaves(
     cipher = LosslessCipher() if cipher is None else cipher
     sizes = {n: math.prod(leaf.shape) for n, leaf in leaves.items() if leaf.dtype.kind == "float"}
     rest = exact(share) * sum(sizes.values())
+    if among is None:
+        among = sizes.keys() - code_tables({name: leaf.dtype for name, leaf in leaves.items()})
     found = []
     for name in sorted(sizes, key=lambda name: (sizes[name], name)):
         rest -= sizes[name]
         if rest < 0:
             break
-        if (among is None or name in among) and cipher.hides(*leaves[name]):
+        if name in among and cipher.hides(*leaves[name]):
             found.append(name)
     return found
 

@@ -25,10 +25,11 @@ from .._format.unlocked import unlocked_level
 from .._io.atomic import check_output, new_file, new_files, new_folder
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
-from .._io.shards import ShardIndex, check_shards, find_shards
+from .._io.shards import ShardIndex, check_no_others, check_shards, find_shards
 from .._keys.files import AnyPath
 from .._keys.keys import LevelKey, Secret, level_key, new_model_id
 from .._keys.signing import SigningKey, VerifyKey, check_signing
+from .size import header_length
 
 if TYPE_CHECKING:
     from .._io.orbax import OrbaxCheckpoint
@@ -146,14 +147,7 @@ class _SafetensorsOutput(NamedTuple):
         """Encrypts the tensors and writes them."""
         # The header comes before the data but holds their digests, so its place is left free.
         tensors = layout(job.source)
-        try:
-            length = len(header(tensors, protection.blank(job).entries()))
-        except ValueError as error:
-            text = str(error).partition(". ")[0]  # without advice that is for other headers
-            raise ValueError(
-                f"{job.what}: the positions of what is encrypted do not fit into the file: {text}. "
-                "Select larger groups (granularity 'filter'), a smaller share or fewer tensors."
-            ) from None
+        length = header_length(tensors, protection.blank(job), job.what)
         self.file.seek(length)
         envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
         head = header(tensors, envelope.entries(), size=length)
@@ -197,11 +191,14 @@ class Checkpoint:
         path: the file, the index, or the folder of an Orbax checkpoint.
         files: file name → file, in order.
         index: None for a checkpoint in one file.
+        folder: that holds nothing but this checkpoint, if that is what was named, or it has an
+            index; None for a file that was named by itself.
     """
 
     path: Path
     files: "dict[str, SafetensorsFile | OrbaxCheckpoint]"
     index: ShardIndex | None
+    folder: Path | None = None
 
     @property
     def tensors(self) -> dict[str, Any]:
@@ -253,6 +250,20 @@ class Checkpoint:
                 )
         return result
 
+    def check_no_others(self) -> None:
+        """Refuses weights beside the checkpoint's, which some loaders prefer.
+
+        Raises:
+            IntegrityError: of some.
+        """
+        if self.folder is None:
+            return
+        index = set() if self.index is None else {self.index.path.name}
+        try:
+            check_no_others(self.folder, self.files.keys() | index)
+        except ValueError as error:
+            raise IntegrityError(str(error), reason="shard") from None
+
     def check_whole(self, manifest: Manifest) -> None:
         """Refuses one file of several.
 
@@ -277,12 +288,13 @@ class Checkpoint:
 
 def of_one_file(file: "SafetensorsFile | OrbaxCheckpoint") -> Checkpoint:
     """A checkpoint without an index."""
-    return Checkpoint(file.path, {file.path.name: file}, None)
+    folder = file.path if file.path.is_dir() else None
+    return Checkpoint(file.path, {file.path.name: file}, None, folder)
 
 
 @contextmanager
 def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
-    """Opens a safetensors file, an index file, or a folder with one.
+    """Opens a safetensors file, an index file, or a folder with one of the two.
 
     Raises:
         ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
@@ -293,13 +305,17 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
         if is_orbax(path):
             yield of_one_file(OrbaxCheckpoint(path))
             return
-    index = find_shards(path)
+    found = find_shards(path)
     with ExitStack() as stack:
-        paths = {Path(path).name: Path(path)} if index is None else index.shards
-        files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in paths.items()}
-        if index is not None:
-            check_shards(index, files)
-        yield Checkpoint(Path(path) if index is None else index.path, {**files}, index)
+        if isinstance(found, ShardIndex):
+            files = {n: stack.enter_context(SafetensorsFile(p)) for n, p in found.shards.items()}
+            check_shards(found, files)
+            yield Checkpoint(found.path, {**files}, found, found.path.parent)
+        else:
+            file = stack.enter_context(SafetensorsFile(found))
+            yield Checkpoint(
+                found, {found.name: file}, None, Path(path) if found != Path(path) else None
+            )
 
 
 @contextmanager
@@ -310,7 +326,8 @@ def checkpoint_outputs(
 
     Args:
         checkpoint: the input; the outputs are of its kind, with its file names.
-        output: path of the file, or of the folder; None to take the place of the input, a file.
+        output: path of the file, or of the folder for a checkpoint in a folder; None to take the
+            place of the input, a file.
         force: replace an existing file.
         private: only its owner may read a new output.
 
@@ -318,10 +335,11 @@ def checkpoint_outputs(
         ValueError, OSError: the output is an input, exists, or cannot be written.
     """
     inputs = [file.path for file in checkpoint.files.values()]
+    as_file = checkpoint.folder is None or (output is None and checkpoint.index is None)
     if output is None:
         output, force = checkpoint.path, True
     else:
-        check_output(output, *inputs, *([checkpoint.path.parent] if checkpoint.index else []))
+        check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
     (first, *_) = checkpoint.files.values()
 
     if not isinstance(first, SafetensorsFile):
@@ -329,7 +347,7 @@ def checkpoint_outputs(
 
         with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
-    elif checkpoint.index is None:
+    elif as_file:
         # Opened now, so that what is wrong with it is told before the work.
         with new_file(output, force=force, private=private) as file:
             yield lambda _: _SafetensorsOutput(file)
@@ -339,4 +357,5 @@ def checkpoint_outputs(
             # process that is killed leaves nothing of them behind.
             with new_files() as new_one:
                 yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
-            (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)
+            if checkpoint.index is not None:
+                (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)

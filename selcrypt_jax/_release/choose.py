@@ -1,9 +1,7 @@
 """What a release encrypts: from options to sealed rings, the same way for files and trees."""
 
-import hashlib
-import itertools
-import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple, get_args
 
@@ -15,11 +13,10 @@ from .._calibrate.network import Given
 from .._calibrate.targets import Targets, checked_targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.boxes import Rings, SealedRing
-from .._format.manifest import NO_DIGEST, Rest, byte_count
+from .._format.manifest import NO_DIGEST, Rest
 from .._format.rings import ring_groups, seal_mask
 from .._format.tensors import StoredTensors
 from .._io.errors import IntegrityError
-from .._io.safetensors import MAX_HEADER
 from .._keys.keys import Secret, level_key
 from .._keys.signing import SigningKey, VerifyKey
 from .._masks.change import Base, is_counted
@@ -32,6 +29,7 @@ from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
 from .signers import UNSIGNED, AnySigner, verify_key
+from .twins import Similar, twins_of, with_twins
 
 
 class Chosen(NamedTuple):
@@ -45,6 +43,7 @@ class Chosen(NamedTuple):
         model_id: under which they were searched for. It must not be used for anything else, so
             callers of the package never see it before the release is made.
         unknown: tensors that an earlier release did not have: it says nothing of them.
+        similar: tensors that are much like others, and encrypt less.
     """
 
     rings: Rings
@@ -53,6 +52,7 @@ class Chosen(NamedTuple):
     calibration: Calibration | None = None
     model_id: bytes | None = None
     unknown: tuple[str, ...] = ()
+    similar: tuple[Similar, ...] = ()
 
 
 class Plan:
@@ -85,7 +85,8 @@ class Plan:
         what: str,
     ) -> None:
         check_options(selection, cipher)
-        self.source, self.selection, self.cipher, self.rest = source, selection, cipher, rest
+        self.source, self.selection, self.cipher = source, selection, cipher
+        self.rest: Rest = rest
         self.targets: Targets | None = None
         self.levels: Levels | None = None
         if isinstance(levels, Targets):
@@ -114,25 +115,29 @@ class Plan:
             ValueError: leaves that cannot be encrypted; levels that add nothing; targets that are
                 out of reach.
         """
-        tensors, scope = self.source.tensors, self.selection.scope
+        tensors, scope, files = self.source.tensors, self.selection.scope, list(files)
         if self.targets is not None:
             given = Given(
                 params(), self.scores, self.selection, self.whole, self.cipher, self.targets
             )
+            source = {name: file for file in files for name in file.tensors}
             found, calibration, model_id = release_levels(
-                given, secret=secret, twins=twins_of(files, tensors), sealed=self.rest == "sealed"
+                given, secret=secret, twins=twins_of(source, tensors), sealed=self.rest == "sealed"
             )
-            rings = sealed(found)
+            spread = with_twins(sealed(found), files, self.cipher, self.rest, given=True)
             levels = len(calibration.levels) + (self.rest == "sealed")
-            return Chosen(rings, levels, self.layout, calibration, model_id)
+            return Chosen(
+                spread.rings, levels, self.layout, calibration, model_id, similar=spread.similar
+            )
         assert self.levels is not None
         selected = select_rings(
             self.scores, self.levels, scope=scope, leaves=leaves_of_tensors(tensors),
             cipher=self.cipher, whole=self.whole,
         )  # fmt: skip
-        rings = with_twins(sealed(selected), files)
+        rings = sealed(selected)
         levels = max(level for found in rings.values() for level, _ in found)
-        return Chosen(rings, levels, self.layout)
+        spread = with_twins(rings, files, self.cipher, self.rest, given=False)
+        return Chosen(spread.rings, levels, self.layout, similar=spread.similar)
 
 
 def choose_like(
@@ -194,10 +199,10 @@ def choose_like(
                     where, weights = f"{what}: tensor {name!r}, level {level}", ring.weights(shape)
                     cipher.check_size(where, dtype, groups=ring.groups, weights=weights)
                 rings[name] = [(m, ring._replace(sha256=NO_DIGEST)) for m, ring in found]
-        found = with_twins(rings, files)
-        known = {*found, *(name for file in old.files.values() for name in file.tensors)}
+        spread = with_twins(rings, files, cipher, rest, given=True)
+        known = {*spread.rings, *(name for file in old.files.values() for name in file.tensors)}
         unknown = tuple(name for name in source.tensors if name not in known)
-        return Chosen(found, len(manifest.levels), unknown=unknown)
+        return Chosen(spread.rings, len(manifest.levels), unknown=unknown, similar=spread.similar)
 
 
 def _check_old_signer(
@@ -271,16 +276,6 @@ def plain_change(
     return (float(plain / weights) if rest == "plain" else 0.0), tuple(base.lacking)
 
 
-def with_twins(
-    rings: dict[str, list[tuple[int, SealedRing]]], files: Iterable[StoredTensors]
-) -> dict[str, list[tuple[int, SealedRing]]]:
-    """The same, and the same rings in tensors that are bit for bit alike."""
-    for names in twins_of(files, rings):
-        first = next(name for name in names if name in rings)
-        rings |= {n: [(m, ring._replace(tensor=n)) for m, ring in rings[first]] for n in names}
-    return rings
-
-
 def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     """Rings with their masks packed, one after the other."""
     found: dict[str, list[tuple[int, SealedRing]]] = {}
@@ -293,45 +288,21 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
     return found
 
 
-def twins_of(files: Iterable[StoredTensors], among: Container[str]) -> list[list[str]]:
-    """Names of tensors that are bit for bit alike, such as tied weights that were saved twice.
-
-    The same has to be encrypted in all of them: what one encrypts and another leaves plain is
-    plain.
-
-    Args:
-        files: that have the tensors.
-        among: what may be encrypted; tensors of which none is are of no interest.
-    """
-    source = {name: file for file in files for name in file.tensors}
-    like: dict[object, list[str]] = {}
-    for name, file in source.items():
-        info = file.tensors[name]
-        if math.prod(info.shape):
-            like.setdefault((info.dtype, tuple(info.shape)), []).append(name)
-    found: list[list[str]] = []
-    for names in like.values():
-        if len(names) == 1 or not any(name in among for name in names):
-            continue
-        # Most are told apart by how they start.
-        for alike in _groups(names, lambda name: bytes(_start(source[name], name))):
-            found += _groups(alike, lambda name: hashlib.sha256(source[name].read(name)).digest())
-    return [names for names in found if any(name in among for name in names)]
+# The last step of a name, such as dropout_rng, rng_key or seed0.
+_KEYS = re.compile(r"(^|[/._])(p?rng|key|seed|secret)s?(_[^/._]*|\d*)$", re.IGNORECASE)
+_WORDS = {"U32": (2, 4, 8), "U8": (16, 32)}  # that keys have
 
 
-def _groups(names: Sequence[str], key: Callable[[str], bytes]) -> list[list[str]]:
-    """Two names or more with one key."""
-    groups: dict[bytes, list[str]] = {}
-    for name in names:
-        groups.setdefault(key(name), []).append(name)
-    return [group for group in groups.values() if len(group) > 1]
+def random_keys(source: NamedTensors) -> tuple[str, ...]:
+    """Names of tensors that are random keys, or look like some, which a release gives away."""
+    known = getattr(source, "random_keys", {})
 
+    def looks_like_some(name: str) -> bool:
+        info = source.tensors[name]
+        words = tuple(info.shape)[-1:]
+        return bool(_KEYS.search(name)) and words in [(n,) for n in _WORDS.get(info.dtype, ())]
 
-def _start(source: StoredTensors, name: str) -> memoryview:
-    info = source.tensors[name]
-    buffer = memoryview(bytearray(min(64, byte_count(info.dtype, info.shape))))
-    source.read_into(name, 0, buffer)
-    return buffer
+    return tuple(name for name in source.tensors if name in known or looks_like_some(name))
 
 
 def check_alone(option: str, **others: object) -> None:
@@ -372,29 +343,3 @@ def check_rest(rest: object) -> None:
     """
     if rest not in get_args(Rest):
         raise ValueError(f"rest: expected 'sealed' or 'plain', got {rest!r}.")
-
-
-def check_header(shapes: Iterable[Sequence[int]], levels: Levels, what: str) -> None:
-    """Refuses positions that would not fit into a file's header, before they are computed.
-
-    Args:
-        shapes: of the scores of each tensor that takes part.
-        levels: how many groups each level opens in every tensor.
-        what: the checkpoint's file, for messages.
-
-    Raises:
-        ValueError: they need more than the 100 MB that the format allows.
-    """
-    bits = 0.0
-    for size in map(math.prod, shapes):
-        for below, count in itertools.pairwise((0, *levels.counts(size))):
-            share = (count - below) / max(size, 1)
-            if 0 < share < 1:
-                bits -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
-    estimate = bits / 8 * 4 / 3  # no coding takes less; base64 takes a third more
-    if estimate > MAX_HEADER:
-        raise ValueError(
-            f"{what}: the positions of what is encrypted would take {estimate / 1e6:,.0f} MB, and "
-            f"a header holds at most {MAX_HEADER / 1e6:,.0f} MB. Select larger groups "
-            "(--granularity filter), a smaller share, fewer tensors, or split the checkpoint."
-        )

@@ -25,8 +25,9 @@ from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .choose import Plan, check_header, check_like, check_rest, choose_like, plain_change
+from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
 from .signers import AnySigner
+from .size import check_header
 
 
 class Selected(NamedTuple):
@@ -44,6 +45,9 @@ class Selected(NamedTuple):
         new: tensors that the base does not have in their shape, so that all of them counts as
             changed; or that the earlier release of `like` did not have, so that nothing of them is
             graded.
+        similar: tensors that are much like another one (a moving average, a copy in another dtype)
+            and in which less is encrypted: how much of what is encrypted there, in words.
+        random_keys: tensors that hold random keys, or look like it: level 1 opens them.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -58,6 +62,8 @@ class Selected(NamedTuple):
     calibration: Calibration | None = None
     plain_change: float | None = None
     new: tuple[str, ...] = ()
+    similar: tuple[str, ...] = ()
+    random_keys: tuple[str, ...] = ()
 
 
 def protect_file(
@@ -77,8 +83,10 @@ def protect_file(
     """Protects a checkpoint for release, tensor by tensor.
 
     The output has the same names, dtypes and shapes, and loads in every program that reads
-    safetensors. In tensors that are bit for bit alike, such as tied weights that were saved
-    twice, the same weights are encrypted, whether they take part or not.
+    safetensors. Copies of a tensor, such as tied weights that were saved twice, have the same
+    weights encrypted, whether they take part or not: also where a copy is transposed or reshaped,
+    is a part of a larger tensor, or is a moving average of which a quarter or more has not moved.
+    Of what is only similar, `Selected.similar` tells how much is left open.
 
     Args:
         path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
@@ -145,10 +153,11 @@ def protect_file(
                 checkpoint, levels, selection, cipher, rest,
                 stack=stack, metadata=files[0].metadata or {}, what=what,
             )  # fmt: skip
-        if plan is not None and plan.levels is not None and selection.scope == "leaf":
-            for file in files:
-                here = [s for name, s in plan.scores.shapes.items() if name in file.tensors]
-                check_header(here, plan.levels, str(file.path))
+        counted = plan if selection.scope == "leaf" else None
+        for file in files:
+            shapes = counted.scores.shapes if counted else {}
+            here = [shape for name, shape in shapes.items() if name in file.tensors]
+            check_header(file.tensors, here, counted and counted.levels, str(file.path))
         # Before the work of choosing, which is the most of it.
         with checkpoint_outputs(checkpoint, output, force=force) as create:
             try:
@@ -185,6 +194,8 @@ def protect_file(
         chosen.calibration,
         change,
         lacking or chosen.unknown,
+        tuple(map(str, chosen.similar)),
+        tuple(name for file in files for name in random_keys(file)),
     )
 
 

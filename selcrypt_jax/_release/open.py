@@ -39,7 +39,7 @@ def open_model(
     Returns:
         name → NumPy array; or, with `like`, a tree of that structure, with NumPy arrays where it
         has some, and else JAX arrays, placed as those of `like`. Its leaves that are no arrays
-        stay.
+        stay, as do random keys (of a model with dropout) that the file does not have.
 
     Raises:
         ValueError: no protected file, names that it does not have, or a `like` that does not fit.
@@ -196,9 +196,12 @@ class LazyModel(Mapping[str, "np.ndarray"]):
 
 def _check_like(like: Any, tensors: Any, path: str) -> None:
     from .._io.arrays import ArrayInfo, ArraySource
-    from .._tree.names import listed, named_leaves
+    from .._tree.names import is_random_key, listed, named_leaves
 
-    leaves = named_leaves(like, "like").arrays
+    tree = named_leaves(like, "like")
+    # Random keys stay as they are, unless the file has them, as one made from an Orbax folder does.
+    leaves = {n: leaf for n, leaf in tree.arrays.items() if n in tensors or n in tree.stored}
+    leaves = {n: _key_data(leaf) if is_random_key(leaf) else leaf for n, leaf in leaves.items()}
     extra = [name for name in tensors if name not in leaves]
     missing = [name for name in leaves if name not in tensors]
     if extra or missing:
@@ -215,14 +218,32 @@ def _check_like(like: Any, tensors: Any, path: str) -> None:
             )
 
 
+def _key_data(key: Any) -> Any:
+    """What the numbers of random keys look like in a file."""
+    import jax
+
+    return jax.eval_shape(jax.random.key_data, key)
+
+
 def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
     import jax
     import numpy as np
 
-    from .._tree.names import named_leaves
+    from .._tree.names import is_random_key, named_leaves
 
     tree, leaves = named_leaves(like, "like"), dict(arrays)
     for name, leaf in tree.arrays.items():
+        if is_random_key(leaf):
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                raise ValueError(
+                    f"like: {name!r}: expected random keys themselves, got only their shape. Pass "
+                    "keys, such as those of nnx.state(model), or leave random state out of `like`."
+                )
+            if name in arrays:
+                data = jax.device_put(arrays[name])
+                key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+                leaves[name] = jax.device_put(key, leaf.sharding)
+            continue
         dtype = arrays[name].dtype
         if isinstance(leaf, np.ndarray | np.generic):
             continue

@@ -27,7 +27,7 @@ from .._masks.levels import LevelsLike
 from .._masks.options import Select
 from .._masks.scores import source_of_tree
 from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
-from .._tree.names import listed, named_leaves
+from .._tree.names import is_random_key, listed, named_leaves
 from .._tree.rings import split_rings
 from .checkpoint import AnyPath, Job, Protection, of_one_file
 from .choose import (
@@ -38,9 +38,11 @@ from .choose import (
     check_rest,
     choose_like,
     plain_change,
+    random_keys,
     sealed,
 )
 from .signers import AnySigner, expected_signer
+from .twins import with_twins
 from .use import AnyGrant, grant_key
 
 
@@ -147,9 +149,11 @@ def protect(
     The ciphertext is that of `encrypt` under a new model id.
 
     Args:
-        params: any pytree; its arrays are protected, other leaves pass through.
+        params: any pytree; its arrays are protected, other leaves pass through. So do typed random
+            keys, as of a model with dropout: nothing of them is written to a file.
         masks: M nested masks (`nested_masks`), in place of `levels` and `selection`. A ring that
-            is too small to hide in is then refused.
+            is too small to hide in is then refused. What they select in one leaf is encrypted in
+            all of its copies, as in `protect_file`.
         secret: the owner's.
         levels: as in `protect_file`; 5 by default.
         selection: as in `protect_file`; ``Select()`` by default. ``Select(importance=scores)``
@@ -215,8 +219,22 @@ def protect(
                 "plaintext. Make masks with nested_masks, or leave them out."
             )
         for ring in rings:
+            if is_random_key(tree.leaves[ring.name]):
+                raise ValueError(
+                    f"masks: {ring.name!r}: expected False for random keys, which are no "
+                    "parameters and are in no file, got a mask that selects some. Pass False there."
+                )
             cipher.check(ring, tree.leaves[ring.name])
-        chosen = Chosen(sealed(rings), len(masks))
+        spread = with_twins(sealed(rings), [source], cipher, rest, given=True)
+        chosen = Chosen(spread.rings, len(masks), similar=spread.similar)
+    for name in random_keys(source):
+        warnings.warn(
+            f"params: {name!r} looks like random keys, which level 1 opens. Leave it out of the "
+            "tree if anything is to stay secret that was made with them.",
+            stacklevel=2,
+        )
+    for similar in chosen.similar:
+        warnings.warn(f"params: {similar}", stacklevel=2)
     together = any(is_spread(leaf) for leaf in tree.leaves.values())
     model_id = chosen.model_id
     if together and model_id is None:

@@ -341,8 +341,11 @@ def verify_file(
 ) -> Inspection:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
+    In the folder of a checkpoint, weights that are none of its files' are refused too, since some
+    programs load a stray ``model.safetensors`` in place of what its index names.
+
     Args:
-        path: protected file, or checkpoint in several files.
+        path: protected file, or the index or folder of a protected checkpoint.
         signer: public key of the owner, or its file. Without it the file's own word is taken for
             who signed it.
         model_id: of the release that is expected, 16 bytes or their hex. Without it, an earlier
@@ -362,6 +365,7 @@ def verify_file(
     expected, wanted = expected_signer(signer, of_grant), _as_hex(model_id)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes(expected)
+        checkpoint.check_no_others()
         manifest = next(iter(envelopes.values())).manifest
         if wanted not in (None, actual := manifest.model_id.hex()):
             raise IntegrityError(

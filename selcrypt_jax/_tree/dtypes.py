@@ -1,6 +1,6 @@
 """What the package knows of a dtype, by the names of NumPy and of safetensors; without JAX."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 
 class Dtype(NamedTuple):
@@ -53,3 +53,12 @@ DTYPES: dict[str, Dtype] = {
 
 SAFETENSORS: dict[str, Dtype] = {dtype.code: dtype for dtype in DTYPES.values() if dtype.code}
 """By safetensors' name."""
+
+
+def known_dtype(dtype: Any) -> Dtype | None:
+    """What is known of an array's dtype, in whichever byte order; None of an unknown one.
+
+    Args:
+        dtype: of NumPy, ml_dtypes or JAX, or of another library.
+    """
+    return DTYPES.get(getattr(dtype, "name", str(dtype)))  # with a byte order, the text has it too

@@ -6,6 +6,7 @@ FrozenDict, an ``nnx.State`` or an Equinox module with the same paths.
 """
 
 import hashlib
+import itertools
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -48,6 +49,11 @@ class NamedLeaves:
         """The leaves that are arrays; see `is_array`."""
         return {name: leaf for name, leaf in self.leaves.items() if is_array(leaf)}
 
+    @property
+    def stored(self) -> dict[str, Any]:
+        """The arrays that files hold: all but typed random keys."""
+        return {name: leaf for name, leaf in self.arrays.items() if not is_random_key(leaf)}
+
     def rebuild(self, leaves: Mapping[str, Any]) -> PyTree:
         """A tree of the same structure; names that ``leaves`` lacks keep their own leaf."""
         return self.treedef.unflatten(leaves.get(name, leaf) for name, leaf in self.leaves.items())
@@ -68,9 +74,14 @@ def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
         The named leaves, in the order of ``jax.tree.leaves``.
 
     Raises:
-        ValueError: two leaves have the same name, as ``{"a/b": x, "a": {"b": y}}`` would.
+        ValueError: two leaves have the same name, as ``{"a/b": x, "a": {"b": y}}`` would; or a
+            dict has keys that JAX cannot sort, as ``{1: x, "1": y}`` would.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    try:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    except (ValueError, TypeError):
+        _check_sorted(tree, (), what)
+        raise
     nodes = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable)
     # An nnx.Variable adds a step of its own (".value") below the name that its user gave it.
     boxes: set[Hashable] = {path for path, node in nodes if _is_variable(node)}
@@ -89,6 +100,32 @@ def named_leaves(tree: PyTree, what: str = "params") -> NamedLeaves:
     return NamedLeaves(leaves, treedef)
 
 
+def _check_sorted(node: Any, path: tuple[Any, ...], what: str) -> None:
+    """Refuses a dict whose keys have no order, on behalf of JAX, which does not say which one.
+
+    Raises:
+        ValueError: of one.
+    """
+    try:
+        inside = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda child: child is not node)
+    except (ValueError, TypeError):
+        keys: list[Any] = list(node) if isinstance(node, Mapping) else []
+        for first, second in itertools.combinations(keys, 2):
+            try:
+                sorted((first, second))
+            except TypeError:
+                here = jax.tree_util.keystr(path)
+                raise ValueError(
+                    f"{what}: expected keys that can be sorted, got {here}[{first!r}] and "
+                    f"{here}[{second!r}] in one dict. Make both of one type, such as text, under "
+                    "different names."
+                ) from None
+        return
+    for steps, child in inside:
+        if child is not node:
+            _check_sorted(child, path + steps, what)
+
+
 def check_key(key: object) -> None:
     """Refuses a seed where a `jax.random` key is expected.
 
@@ -103,11 +140,20 @@ def check_key(key: object) -> None:
         )
 
 
+def constants_move() -> Any:  # a context manager, and a decorator
+    """Lets numbers of ours, and arrays on the host that we were given, move to the device.
+
+    They have to, and ``jax_transfer_guard`` is there to find what need not.
+    """
+    return jax.transfer_guard_host_to_device("allow")
+
+
 def named_key(key: PRNGKeyArray, name: str) -> PRNGKeyArray:
     """A key for the noise of one leaf; ciphers derive theirs from the whole digest."""
     check_key(key)
     word = np.frombuffer(hashlib.sha256(name.encode()).digest()[:4], "<u4")[0]
-    return jax.random.fold_in(key, word)
+    with constants_move():
+        return jax.random.fold_in(key, word)
 
 
 def is_array(leaf: Any) -> bool:
@@ -115,15 +161,29 @@ def is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
+def is_random_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed `jax.random` key, or some: random state, and no parameter."""
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)  # not a tensor of another library
+    return known and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def native(leaf: Any) -> Any:
+    """The same numbers in the byte order of this machine: JAX has no other."""
+    if isinstance(leaf, np.ndarray) and not leaf.dtype.isnative:
+        return leaf.astype(leaf.dtype.newbyteorder("="))
+    return leaf
+
+
 def unsigned(leaf: Any) -> np.dtype:
     """The unsigned integers that are as wide as the elements of an array."""
     return np.dtype(f"u{leaf.dtype.itemsize}")
 
 
-def listed(names: Iterable[str], limit: int = 12) -> str:
-    """Names for an error message, cut after ``limit``."""
+def listed(names: Iterable[str], limit: int = 12, note: Callable[[str], str] | None = None) -> str:
+    """Names for an error message, cut after ``limit``; with what is to be noted of each."""
     names = list(names)
-    text = ", ".join(repr(name) for name in names[:limit]) or "none"
+    notes = [f" ({note(name)})" if note else "" for name in names[:limit]]
+    text = ", ".join(map("{!r}{}".format, names, notes)) or "none"
     return text + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
@@ -183,7 +243,7 @@ def select_leaves(tree: PyTree, select: Selector = None) -> dict[str, Any]:
                 f"{name!r}: expected an array of floats or integers, got {actual}. "
                 f"Change `select`, so that it leaves this one out."
             )
-    return chosen
+    return {name: native(leaf) for name, leaf in chosen.items()}
 
 
 def select_differentiable(tree: PyTree, select: Selector = None) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def protect(
             "untouched": dict(selected.untouched),
             **({} if selected.plain_change is None else {"plain_change": selected.plain_change}),
             **({"new": list(selected.new)} if selected.new else {}),
+            **({"similar": list(selected.similar)} if selected.similar else {}),
+            **({"random_keys": list(selected.random_keys)} if selected.random_keys else {}),
         },
         found
         and calibration_as_dict(
@@ -152,6 +154,13 @@ def protect(
             "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
             "customer it may be worth nothing. Name what it shall give in place of any."
         )
+    if selected.random_keys:
+        note(
+            f"These look like random keys, and level 1 opens them: {listed(selected.random_keys)}. "
+            "Leave them out if anything is to stay secret that was made with them."
+        )
+    for text in selected.similar:
+        note(text)
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None

@@ -44,28 +44,28 @@ COMMANDS = {
         "verify model.safetensors", r"model.safetensors: is not a protected .* Expected what"),
     "PyTorch file": (
         PROTECT.replace("model.safetensors", "model.pt"),
-        r"model.pt: .* a zip archive, such as a PyTorch .pt .* save it with safetensors.torch"),
+        r"model.pt: .* a zip archive, such as a PyTorch .pt, .* save it with safetensors.torch"),
     "PyTorch file, called .bin": (
         PROTECT.replace("model.safetensors", "pytorch_model.bin"),
-        r"pytorch_model.bin: .* PyTorch .pt .* save it with safetensors.torch"),
+        r"pytorch_model.bin: .* PyTorch .pt, .* save it with safetensors.torch"),
     "old PyTorch file": (
         PROTECT.replace("model.safetensors", "old.pt"),
         r"old.pt: .* a Python pickle, .* save it with safetensors.torch"),
     "NumPy archive": (
         PROTECT.replace("model.safetensors", "model.npz"),
-        r"model.npz: .* a NumPy .npz file; .* save it with .* safetensors.numpy"),
+        r"model.npz: .* a NumPy .npz file\. .* save it with .* safetensors.numpy"),
     "NumPy array": (
         PROTECT.replace("model.safetensors", "kernel.npy"),
-        r"kernel.npy: .* a NumPy .npy file; save it with safetensors.numpy"),
+        r"kernel.npy: .* a NumPy .npy file. Save it with safetensors.numpy"),
     "web page instead of the download": (
         PROTECT.replace("model.safetensors", "page.safetensors"),
-        r"page.safetensors: .* a web page; download the file itself"),
+        r"page.safetensors: .* a web page. Download the file itself"),
     "Git LFS pointer": (
         PROTECT.replace("model.safetensors", "lfs.safetensors"),
-        r"lfs.safetensors: .* Git LFS pointer; .* `git lfs pull`"),
+        r"lfs.safetensors: .* Git LFS pointer\. .* `git lfs pull`"),
     "key instead of the model": (
         PROTECT.replace("model.safetensors", "keys/secret.key"),
-        r"keys/secret.key: .* a key or grant of selcrypt's; name the model's file"),
+        r"keys/secret.key: .* a key or grant of selcrypt's. Name the model's file"),
     "empty file": (
         PROTECT.replace("model.safetensors", "empty.safetensors"),
         r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; get it again"),
@@ -89,7 +89,7 @@ COMMANDS = {
         r"nothing.*json: weight_map: expected an object of tensors, got \{\}. .*: get it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
-        r"folder: expected one \*.safetensors.index.json .* \['a.safetensors'\]. Name the file"),
+        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file"),
     "missing shard": (
         PROTECT.replace("model.safetensors", "sharded"),
         r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Get them first"),
@@ -379,7 +379,8 @@ def fill() -> list[str]:
     altered[-10] ^= 1
     Path("altered.safetensors").write_bytes(altered)
     Path("folder").mkdir()
-    shutil.copy("model.safetensors", "folder/a.safetensors")
+    for name in "ab":
+        shutil.copy("model.safetensors", f"folder/{name}.safetensors")
     Path("sharded").mkdir()
     save({"a": kernel}, "sharded/1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
@@ -695,8 +696,8 @@ CALLS = {
         lambda m: sj.encrypt({"w": [0.5, 1.5]}, [{"w": True}], m.keys[:1]),
         ValueError, r"masks\[0\]: 'w': expected arrays in params .* got none. Turn numbers into"),
     "a key among the parameters": (
-        lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": False}], secret=SECRET),
-        ValueError, r"params 'w': expected one of the dtypes .* got key<fry>. Convert it, or keep"),
+        lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": True}], secret=SECRET),
+        ValueError, r"masks: 'w': expected False for random keys.*Pass False there"),
     "layout that does not exist": (
         lambda m: importance.l2(m.params, layout="NHWC"),
         ValueError, r"layout: expected 'HWIO' or 'OIHW', got 'NHWC'"),

@@ -37,7 +37,7 @@ class SignCipher:
         for ring, key in zip(rings, keys, strict=True):
             leaf = result[ring.name]
             signs = jax.random.rademacher(key, leaf.shape, leaf.dtype)
-            result[ring.name] = jnp.where(ring.mask, leaf * signs, leaf)
+            result[ring.name] = jnp.where(jax.device_put(ring.mask), leaf * signs, leaf)
         return result
 
 

@@ -14,7 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import selcrypt_jax as sj
-from selcrypt_jax import PaperLevels, importance, mask_counts, nested_masks
+from selcrypt_jax import (
+    PaperLevels,
+    Secret,
+    Select,
+    importance,
+    mask_counts,
+    nested_masks,
+    protect,
+)
 from selcrypt_jax._tree.rings import LeafCount
 
 
@@ -269,3 +277,37 @@ def test_the_smallest_leaves_within_a_share(share, names):
 def test_a_bad_share_of_small_leaves(share):
     with pytest.raises(ValueError, match="expected a share of all weights"):
         sj.with_small_leaves(network(), (False,), small=share)
+
+
+@pytest.mark.parametrize(
+    ("params", "options", "words"),
+    [
+        (
+            {"a": (2, 4), "b": (4,)},
+            {},
+            r"'a' \(none of 8 groups\); left out: 'b' \(float32\[4\]\). Encrypt a larger",
+        ),
+        ({"e": (0, 3), "f": (3, 0)}, {}, r"'e' \(no weights\), 'f' \(no weights\). Select tensors"),
+        (
+            {"a": (16, 16)},
+            {"levels": 50},
+            r"'a' \(20 of 256 groups, from level 50\). Encrypt a larger share",
+        ),
+        (
+            {"big": (64, 64), "s": (8,)},
+            {"levels": 200, "selection": Select(small=0.02)},
+            r"\d+ of 4096 groups, from level \d+\). Encrypt",
+        ),
+    ],
+)
+def test_leaves_that_were_left_out_are_named_with_the_reason(params, options, words):
+    rng = np.random.default_rng(0)
+    tree = {name: rng.standard_normal(shape, np.float32) for name, shape in params.items()}
+    with pytest.raises(ValueError, match=words):
+        protect(tree, secret=Secret.generate(), **options)
+
+
+def test_integers_that_take_no_part_are_named():
+    tree = {"scale": np.ones((2, 2), np.float32), "codes": np.ones((30, 30), np.int8)}
+    with pytest.raises(ValueError, match=r"'scale' \(none of 4 groups\); .* 'codes' \(int8\[30, "):
+        protect(tree, secret=Secret.generate())

@@ -52,7 +52,7 @@ from selcrypt_jax._io.safetensors import SafetensorsFile, header
 from selcrypt_jax._masks.levels import as_levels
 from selcrypt_jax._masks.scores import guess_layout
 from selcrypt_jax._masks.selection import merged_counts
-from selcrypt_jax._release.choose import check_header
+from selcrypt_jax._release.size import check_header
 from selcrypt_jax._tree.dtypes import SAFETENSORS
 
 SECRET = Secret(bytes(range(32)))
@@ -630,9 +630,9 @@ def test_the_selection_is_that_of_nested_masks(tmp_path, scope):
 def test_positions_that_need_too_much_room_are_refused_before_the_work():
     shapes = [(10_000, 10_000)] * 12
     fifths = as_levels([0.016, 0.032, 0.048, 0.064, 0.08])
-    with pytest.raises(ValueError, match=r"would take 118 MB, and a header holds at most 100 MB"):
-        check_header(shapes, fifths, "model.safetensors")
-    check_header(shapes, as_levels([0.01]), "model.safetensors")
+    with pytest.raises(ValueError, match=r"at most 100 MB, .* 118.4 MB positions .*larger groups"):
+        check_header({}, shapes, fifths, "model.safetensors")
+    check_header({}, shapes, as_levels([0.01]), "model.safetensors")
 
 
 def test_levels_of_the_paper(tmp_path):
@@ -698,8 +698,7 @@ def test_bad_scores_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("leaf", "message"),
     [
-        (jnp.zeros((9, 9), jnp.int4), "params 'w': expected one of .*, got int4"),
-        (jax.random.key(0), "params 'w': expected one of .*, got key<fry>"),
+        (jnp.zeros((9, 9), jnp.int4), "params 'w': expected .* one of .*, got int4"),
         (np.zeros(3, "complex128"), "got complex128"),
     ],
 )

@@ -167,3 +167,37 @@ def test_few_padded_sizes():
 def test_long_lists_are_cut():
     assert _tree.listed([]) == "none"
     assert _tree.listed("abc", limit=2) == "'a', 'b' and 1 more"
+
+
+@pytest.mark.parametrize(
+    ("tree", "paths"),
+    [
+        ({1: 0, "1": 0}, ["[1]", "['1']"]),
+        ({"a": [{"b": {None: 0, "x": 0}}]}, ["['a'][0]['b'][None]", "['a'][0]['b']['x']"]),
+        ({"a": Pair({(1, "a"): 0, 2: 0}, 0)}, ["['a'].x[(1, 'a')]", "['a'].x[2]"]),
+        ({"a": 0, "b": 0, 3: 0}, ["['a']", "[3]"]),
+        ({"m": FrozenDict({1: 0, "1": 0})}, ["['m'][1]", "['m']['1']"]),
+    ],
+)
+def test_keys_that_cannot_be_sorted_are_named(tree, paths):
+    with pytest.raises(ValueError, match="params: expected keys that can be sorted") as caught:
+        _tree.named_leaves(tree)
+    assert all(path in str(caught.value) for path in paths), caught.value
+    assert str(caught.value).endswith("under different names.")
+
+
+def test_keys_of_a_state_that_cannot_be_sorted_are_named():
+    with pytest.raises(ValueError, match=r"got \[1\] and \['1'\] in one dict"):
+        _tree.named_leaves(nnx.State({1: nnx.Param(jnp.ones(2)), "1": nnx.Param(jnp.ones(2))}))
+
+
+def test_an_error_of_a_node_of_the_users_own_stays():
+    class Broken:
+        pass
+
+    def flatten(_: object):
+        raise ValueError("mine")
+
+    jax.tree_util.register_pytree_node(Broken, flatten, lambda *_: Broken())
+    with pytest.raises(ValueError, match="mine"):
+        _tree.named_leaves({"a": Broken()})

@@ -1,0 +1,168 @@
+"""Weights in other formats: what a file is that is no safetensors file, and how to convert it."""
+
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from .strict_json import listing
+
+
+class _Kind(NamedTuple):
+    """A format.
+
+    Attributes:
+        name: with its article.
+        remedy: what to do with a file of it.
+    """
+
+    name: str
+    remedy: str
+
+
+_NUMPY = "save its arrays under their names with safetensors.numpy.save_file"
+_TORCH = _Kind(
+    "a PyTorch checkpoint",
+    "load it with torch.load(path, weights_only=True) and save its tensors (of Lightning those "
+    "under 'state_dict') with safetensors.torch.save_file",
+)
+_FLAX = _Kind(
+    "a msgpack file of Flax",
+    "load it with flax.serialization.msgpack_restore(data), name its leaves with "
+    "flax.traverse_util.flatten_dict(tree, sep='/') and save them with safetensors.flax.save_file",
+)
+_ONNX = _Kind(
+    "an ONNX model",
+    "protect the checkpoint that it was exported from, or save its initializers "
+    "(onnx.numpy_helper.to_array) with safetensors.numpy.save_file",
+)
+_KERAS = _Kind("an HDF5 file, such as a Keras .h5", f"load it there and {_NUMPY}")
+_TENSORFLOW = _Kind(
+    "a file of a TensorFlow checkpoint or SavedModel",
+    f"read it with tf.train.load_checkpoint(path) and {_NUMPY}",
+)
+_TFLITE = _Kind("a TensorFlow Lite model", "protect the checkpoint that it was converted from")
+_GGUF = _Kind("a GGUF file", "use the safetensors file that it was made from")
+_ZIP = _Kind(
+    "a zip archive, such as a PyTorch .pt, a Keras .keras or a NumPy .npz file",
+    "load it there and save it with safetensors.torch or safetensors.numpy",
+)
+
+# Only asked for once the file is refused: the length of a header may look like any of them.
+_MAGIC = {
+    b"version https://git-lfs": _Kind(
+        "a Git LFS pointer", "get the file itself with `git lfs pull`"
+    ),
+    b"PK\x03\x04": _ZIP,
+    b"\x93NUMPY": _Kind(
+        "a NumPy .npy file", "save it with safetensors.numpy, under its tensor's name"
+    ),
+    b"\x89HDF": _KERAS,
+    b"GGUF": _GGUF,
+    b"\x1f\x8b\x08": _Kind("gzip-compressed data", "unpack it first"),
+    b"selcrypt-": _Kind("a key or grant of selcrypt's", "name the model's file"),
+}
+_SUFFIXES = {
+    ".msgpack": _FLAX,
+    ".onnx": _ONNX,
+    ".ckpt": _TORCH,
+    ".pt": _TORCH,
+    ".pth": _TORCH,
+    ".bin": _TORCH,
+    ".h5": _KERAS,
+    ".hdf5": _KERAS,
+    ".keras": _ZIP,
+    ".npz": _ZIP,
+    ".gguf": _GGUF,
+    ".tflite": _TFLITE,
+    ".pb": _TENSORFLOW,
+}
+WEIGHTS = frozenset({".safetensors", *_SUFFIXES})
+"""How the names of files end that loaders take for the weights of a model."""
+
+_SETTINGS = "training_args.bin"  # beside many a model; holds none of its weights
+
+
+def format_of(first: bytes, name: str, *, certain: bool) -> str | None:
+    """What a refused file is, and how to convert it.
+
+    Args:
+        first: its first bytes, 16 or more unless it is shorter.
+        name: of the file.
+        certain: whether those bytes cannot begin a safetensors file, so that one of them is enough.
+
+    Returns:
+        Text for a message, two sentences; None for a format that is not known.
+    """
+    kind = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+    if kind is None and certain:
+        kind = _by_a_few_bytes(first)
+    if (kind is None or kind is _ONNX) and first:  # any protobuf may look like ONNX
+        kind = _by_name(name) or kind
+    return kind and (
+        f"expected a safetensors file, got what looks like {kind.name}. "
+        f"{kind.remedy[:1].upper()}{kind.remedy[1:]}."
+    )
+
+
+def _by_a_few_bytes(first: bytes) -> _Kind | None:
+    one, two = first[:1], first[1:2]
+    if first[4:8] == b"TFL3":
+        return _TFLITE
+    if one == b"\x80" and two and two[0] <= 5:
+        return _Kind(
+            "a Python pickle, such as an old PyTorch .pt or .ckpt file",
+            "load it there and save it with safetensors.torch",
+        )
+    if one == b"<":
+        return _Kind("a web page", "download the file itself")
+    if one == b"{":
+        return _Kind("JSON text", "the index of a sharded model is called *.safetensors.index.json")
+    # A map, as all of Flax's files are, whose first key is text.
+    is_map = b"\x80" < one <= b"\x8f" or one in (b"\xde", b"\xdf")
+    key = first[{b"\xde": 3, b"\xdf": 5}.get(one, 1) :][:1]
+    if is_map and (b"\xa0" <= key <= b"\xbf" or key in (b"\xd9", b"\xda", b"\xdb")):
+        return _FLAX
+    # Its first field is a small version, and its second one the producer's name or what follows.
+    if one == b"\x08" and two and two[0] < 32 and first[2:3] in (b"\x12", b"\x1a", b"\x3a", b"B"):
+        return _ONNX
+    return None
+
+
+def _by_name(name: str) -> _Kind | None:
+    if (".ckpt" in name and PurePath(name).suffix in (".index", ".meta")) or ".ckpt.data-" in name:
+        return _TENSORFLOW
+    return _SUFFIXES.get(PurePath(name).suffix.lower())
+
+
+def weights_in(folder: Path) -> list[str]:
+    """Names of the files in a folder that some loader takes for weights, or for their index."""
+    found = (item.name for item in folder.iterdir())
+    return sorted(
+        name
+        for name in found
+        if name != _SETTINGS and (is_index(name) or PurePath(name).suffix.lower() in WEIGHTS)
+    )
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is called like the index of a checkpoint in several files.
+
+    Variants have a name of their own, as in ``model.safetensors.index.fp16.json``.
+    """
+    return ".safetensors.index." in name and name.endswith(".json")
+
+
+def components_in(folder: Path) -> list[str]:
+    """Names of the folders in a folder that hold safetensors files, as pipelines have them."""
+    return sorted(
+        item.name
+        for item in folder.iterdir()
+        if item.is_dir() and any(file.suffix == ".safetensors" for file in item.iterdir())
+    )
+
+
+def other_weights(folder: Path) -> str:
+    """What a folder without safetensors files holds in place of them, as a sentence; or nothing."""
+    for name in weights_in(folder):
+        if (kind := _by_name(name)) is not None:
+            return f" {listing([name])} looks like {kind.name}; {kind.remedy}."
+    return ""

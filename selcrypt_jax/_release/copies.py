@@ -1,0 +1,246 @@
+"""Tensors that hold another one: whole or in part, transposed, reshaped, or fused with others.
+
+What is encrypted in one tensor and plain in a copy of it is plain. Runs of eight neighbours along
+each axis, at places that their values decide, are looked up in all tensors at once: such places
+are found again wherever a copy lies. One match fixes where all other weights of a copy must be.
+"""
+
+import math
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .._format.tensors import StoredTensors
+from .._tree.dtypes import SAFETENSORS
+
+_RUN = 8  # neighbours that have to agree
+_SAMPLES = 1024  # runs of a small tensor; a large one has one at a 256th of its places
+_MATCHES = 12  # that are looked into, for two tensors
+_ALIKE = 0.25  # of all weights, from which on a tensor counts as a copy: an average may be half old
+_SIMILAR = 0.9  # correlation
+_POINTS = 1024  # where it is measured
+
+
+class Copy(NamedTuple):
+    """A tensor inside of another one.
+
+    Attributes:
+        inner: name of the tensor.
+        outer: name of the one that holds it.
+        start: flat position in it of the first weight.
+        strides: by how many weights in it each axis of `inner` steps.
+        share: how much of `inner` is the same.
+    """
+
+    inner: str
+    outer: str
+    start: int
+    strides: tuple[int, ...]
+    share: float
+
+    def view(self, flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The weights of the outer tensor, or what is known of them, in the shape of the inner."""
+        steps = [stride * flat.itemsize for stride in self.strides]
+        return np.lib.stride_tricks.as_strided(flat[self.start :], shape, steps)
+
+
+class _Found(NamedTuple):
+    """Runs of a tensor: their hashes, first places, and strides."""
+
+    keys: np.ndarray
+    places: np.ndarray
+    strides: np.ndarray
+
+
+class Contents:
+    """The weights of tensors by what they are.
+
+    Args:
+        sources: that have the tensors; read in order, one at a time.
+        among: those that may be encrypted; of others it is not said what is similar.
+    """
+
+    def __init__(self, sources: Mapping[str, StoredTensors], among: Container[str]) -> None:
+        self._sources, self._among = sources, among
+        self.shapes = {n: tuple(s.tensors[n].shape) for n, s in sources.items()}
+        self._dtypes = {n: SAFETENSORS[s.tensors[n].dtype] for n, s in sources.items()}
+        self._names = [
+            name
+            for name, dtype in self._dtypes.items()
+            if dtype.kind != "other" and dtype.bits >= 8 and math.prod(self.shapes[name]) >= _RUN
+        ]
+        self._points: dict[str, np.ndarray] = {}
+
+    def bits(self, name: str) -> np.ndarray:
+        """A tensor as flat unsigned integers."""
+        return np.frombuffer(self._sources[name].read(name), f"<u{self._dtypes[name].bits // 8}")
+
+    def copies(self) -> list[Copy]:
+        """Every tensor that lies in another one; of several alike, one after the other."""
+        if len(self._names) < 2:
+            self._names = []
+            return []
+        found = []
+        for name in self._names:
+            bits = self.bits(name)
+            self._points[name] = self._sampled(name, bits)
+            found.append(_runs(bits, self.shapes[name]))
+        result = []
+        for pair, matches in self._matches(found):
+            first, second = self._names[pair[0]], self._names[pair[1]]
+            if self._dtypes[first] == self._dtypes[second]:
+                result += self._placed(first, second, matches)
+        return result
+
+    def similar(self) -> Iterator[tuple[str, str]]:
+        """Pairs of one shape that are much alike, once `copies` has read all tensors."""
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name in self._names:
+            if self._dtypes[name].kind == "float" and len(self.shapes[name]) > 1:
+                by_shape.setdefault(self.shapes[name], []).append(name)
+        for names in by_shape.values():
+            points = np.stack([self._points[name] for name in names])
+            points = np.nan_to_num(points - points.mean(1, keepdims=True))
+            size = np.linalg.norm(points, axis=1)
+            points /= np.where(size > 0, size, 1)[:, None]
+            for first, second in np.argwhere(np.triu(points @ points.T, 1) > _SIMILAR):
+                one, two = names[first], names[second]
+                if one in self._among or two in self._among:
+                    yield one, two
+
+    def _sampled(self, name: str, bits: np.ndarray) -> np.ndarray:
+        places = np.linspace(0, bits.size - 1, min(_POINTS, bits.size)).astype(np.intp)
+        if self._dtypes[name].kind != "float":
+            return np.zeros(len(places), np.float32)
+        from .._io.arrays import as_array
+
+        code: Any = self._dtypes[name].code
+        few = np.ascontiguousarray(bits[places])
+        with np.errstate(all="ignore"):
+            return as_array(few.data.cast("B"), code, few.shape).astype(np.float32)
+
+    def _matches(self, found: list[_Found]) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
+        """Pairs of tensors → some of their matches: place and stride in the first and second."""
+        keys = np.concatenate([each.keys for each in found])
+        tensor = np.repeat(np.arange(len(found)), [len(each.keys) for each in found])
+        places = np.concatenate([each.places for each in found])
+        strides = np.concatenate([each.strides for each in found])
+        order = np.argsort(keys, kind="stable")
+        first, second = order[:-1], order[1:]
+        same = (keys[first] == keys[second]) & (tensor[first] != tensor[second])
+        first, second = first[same], second[same]
+        pairs = tensor[first] * len(found) + tensor[second]
+        order = np.argsort(pairs, kind="stable")
+        pairs, first, second = pairs[order], first[order], second[order]
+        _, starts, counts = np.unique(pairs, return_index=True, return_counts=True)
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+            here = start + np.unique(np.linspace(0, count - 1, _MATCHES).astype(np.intp))
+            one, two = first[here], second[here]
+            rows = np.stack([places[one], strides[one], places[two], strides[two]], 1)
+            yield (int(tensor[one[0]]), int(tensor[two[0]])), rows
+
+    def _placed(self, first: str, second: str, matches: np.ndarray) -> list[Copy]:
+        """Where one of two tensors lies in the other."""
+        if math.prod(self.shapes[first]) > math.prod(self.shapes[second]):
+            first, second, matches = second, first, matches[:, [2, 3, 0, 1]]
+        inner, outer = self.bits(first), self.bits(second)
+        shape, found = self.shapes[first], {}
+        for match in matches.tolist():
+            where = _affine(inner, shape, outer, self.shapes[second], *match)
+            if where is None or where in found:
+                continue
+            copy = Copy(first, second, *where, 0.0)
+            same = np.mean(copy.view(outer, shape) == inner.reshape(shape))
+            found[where] = copy._replace(share=float(same))
+        return [copy for copy in found.values() if copy.share >= _ALIKE]
+
+
+def _steps(shape: tuple[int, ...]) -> list[int]:
+    """Strides of an array in C order."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
+    """Runs along each axis, from the places that their first value decides."""
+    mixed = bits.astype(np.uint64) if bits.itemsize == 8 else bits.astype(np.uint32)
+    if bits.itemsize == 8:
+        mixed = (mixed ^ (mixed >> np.uint64(32))).astype(np.uint32)
+    mixed *= np.uint32(0x9E3779B1)
+    mixed ^= mixed >> np.uint32(15)
+    mixed *= np.uint32(0x85EBCA77)
+    rarity = min(max(bits.size // _SAMPLES, 1).bit_length() - 1, 8)
+    chosen = np.flatnonzero((mixed >> np.uint32(24)) < (256 >> rarity))
+    factors = np.random.default_rng(0).integers(1, 2**63, _RUN, np.uint64) | np.uint64(1)
+    keys, places, strides = [], [], []
+    directions = {(1, 1, bits.size)}  # stride, stride of the axis, size of the axis
+    directions |= {(s, s, n) for s, n in zip(_steps(shape), shape, strict=True) if n >= _RUN}
+    for stride, _, size in sorted(directions):
+        if stride == 1 and size != bits.size:
+            continue  # part of the flat direction
+        here = chosen[chosen // stride % size <= size - _RUN]
+        runs = bits[here[:, None] + stride * np.arange(_RUN)].astype(np.uint64)
+        here = here[different := (runs[:, :-1] != runs[:, 1:]).sum(1) >= _RUN // 2]
+        keys.append((runs[different] * factors).sum(1, dtype=np.uint64))
+        places.append(here)
+        strides.append(np.full(len(here), stride))
+    return _Found(np.concatenate(keys), np.concatenate(places), np.concatenate(strides))
+
+
+def _affine(
+    inner: np.ndarray,
+    shape: tuple[int, ...],
+    outer: np.ndarray,
+    outer_shape: tuple[int, ...],
+    place: int,
+    stride: int,
+    outer_place: int,
+    outer_stride: int,
+) -> tuple[int, tuple[int, ...]] | None:
+    """Where a tensor must lie in another one, from one run that they share.
+
+    Args:
+        inner: flat.
+        shape: of it.
+        outer: flat.
+        outer_shape: of it.
+        place: of the run in `inner`, and its ``stride``.
+        stride: see there.
+        outer_place: of the run in `outer`, and its stride.
+        outer_stride: see there.
+
+    Returns:
+        Start and strides, see `Copy`; None if nothing fits.
+    """
+    steps = _steps(shape)
+    index = [place // step % size for step, size in zip(steps, shape, strict=True)]
+    axes = [axis for axis, size in enumerate(shape) if size > 1]
+    known = [axis for axis in axes if steps[axis] == stride]
+    if not known:
+        return None
+    found = {known[0]: outer_stride}
+    behind = outer_stride * shape[known[0]]
+    others = {step for step, size in zip(_steps(outer_shape), outer_shape, strict=True) if size > 1}
+    for axis in sorted(axes, reverse=True):  # the last first: others may lie right behind it
+        if axis in found:
+            behind = found[axis] * shape[axis]
+            continue
+        line = np.arange(shape[axis])
+        mine = inner[place + (line - index[axis]) * steps[axis]]
+        best, best_share = None, 0.0
+        for step in sorted({*others, behind} - set(found.values())):
+            theirs = outer_place + (line - index[axis]) * step
+            if theirs[0] < 0 or theirs[-1] >= outer.size:
+                continue
+            share = float(np.mean(outer[theirs] == mine))
+            if share > best_share:
+                best, best_share = step, share
+        if best is None:
+            return None
+        found[axis] = best
+        behind = best * shape[axis]
+    start = outer_place - sum(index[axis] * found[axis] for axis in axes)
+    stop = start + sum((shape[axis] - 1) * found[axis] for axis in axes)
+    if start < 0 or stop >= outer.size:
+        return None
+    return start, tuple(found.get(axis, 0) for axis in range(len(shape)))
