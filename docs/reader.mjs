@@ -555,7 +555,7 @@ function decryptRing(ring, at, cipher, cipherKey, bytes) {
 function write(path, manifest, level, tensors, contents) {
   const caller = new Map(manifest.caller);
   const levels = manifest.levels.length;
-  if (level < levels) {
+  if (level < levels && manifest.metadata !== null) {
     caller.set('selcrypt-unlocked', JSON.stringify({ model_id: manifest.modelId, level, levels }));
   }
   const json = (pairs) => // not of an object, which would put keys like "7" first

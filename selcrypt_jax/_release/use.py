@@ -134,7 +134,9 @@ def unlock_file(
         with checkpoint_outputs(checkpoint, output, force=force, private=True) as create:
             for name, source in plain.items():
                 own = source.envelope.own
-                if not exact_bytes:
+                # Some loaders refuse metadata that name no framework, and take a file without any.
+                bare = own is None and isinstance(checkpoint.files[name], SafetensorsFile)
+                if not exact_bytes and not bare:
                     own = unlocked_entries(own, source.envelope.manifest, key.level)
                 create(name).plain(source, own)
 
