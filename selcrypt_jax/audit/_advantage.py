@@ -26,14 +26,14 @@ def advantage(
 
     Args:
         recovered: quality after the attack, one value a key; higher is better.
-        baseline: quality after the same attack on a file in which everything is encrypted.
+        baseline: what the same attacker reaches without the file, one value a key.
         clean: quality of the original.
         confidence: of the interval, in (0, 1).
         seed: of the bootstrap.
 
     Returns:
         A named tuple of the ``mean`` over keys and the ends of the interval, ``low`` and ``high``.
-        0: worth no more than a file in which everything is encrypted; 1: as good as the original.
+        0: worth no more than no file at all; 1: as good as the original.
 
     Raises:
         ValueError: no values, or an original that is no better than the baseline, so that there
@@ -59,7 +59,10 @@ def advantage(
         return (found.mean(-1) - below) / (clean - below)
 
     rng = np.random.default_rng(seed)
-    draws = of(rng.choice(found, (2000, found.size)), rng.choice(worthless, (2000, worthless.size)))
+    drawn = rng.choice(found, (2000, found.size)), rng.choice(worthless, (2000, worthless.size))
+    # A draw whose baseline is as good as the original says nothing.
+    room = drawn[1].mean(-1) < clean
+    draws = of(drawn[0][room], drawn[1][room])
     tail = 100 * (1 - confidence) / 2
     low, high = np.percentile(draws, [tail, 100 - tail])
     return Advantage(float(of(found, worthless)), float(low), float(high))
