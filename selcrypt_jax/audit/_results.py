@@ -58,8 +58,11 @@ class Results:
         grid, clean = self.audit.grid, self.audit.clean
 
         def gain(best: Best, floor: np.ndarray) -> Advantage | None:
-            # Where the floor comes so near to the original, chance decides.
-            if not clean - np.mean(floor) > NARROW * (clean - self.audit.subject.worthless):
+            # Where the floor comes so near to the original, chance decides; a rate that failed
+            # without the file says nothing.
+            if not np.isfinite(floor).all() or not clean - np.mean(floor) > NARROW * (
+                clean - self.audit.subject.worthless
+            ):
                 return None
             return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed)
 
@@ -72,7 +75,10 @@ class Results:
         listed = []
         for data in grid.data:
             for most in (0, *grid.steps):
-                found = {("as shipped", 0.0): np.asarray(shipped, float)}
+                # What gives no number is worth as much as knowing nothing.
+                opened = np.asarray(shipped, float)
+                opened = np.where(np.isnan(opened), self.audit.subject.worthless, opened)
+                found = {("as shipped", 0.0): opened}
                 for attempt in (*attempts, *references):
                     _add(found, attempt, data, most)
                 names, values = list(found), np.stack(list(found.values()))
@@ -80,7 +86,7 @@ class Results:
                 best = Best(data, most, values.max(0).tolist(), winner, None, None, rate)
                 same: dict[tuple[str, float], np.ndarray] = {}
                 for attempt in references:
-                    if attempt.rate == rate > 0:
+                    if attempt.rate == rate > 0 and ATTACKS[winner].trains != "order":
                         _add(same, attempt, data, most)
                 listed.append(
                     replace(
@@ -107,6 +113,7 @@ class Results:
             baseline=baseline,
             seconds=round(seconds, 1),
             base=subject.base is not None,
+            sealed=audit.grid.rest == "sealed",
             everything=self._everything(baseline),
         )
 
@@ -142,7 +149,7 @@ class Results:
         def holder(level: int) -> Holder:
             strongest = best(self.attempts(plan, level), rows[level][1:])[-1]
             reference, above = np.mean(baseline[-1].recovered), np.mean(rows[level + 1][1:])
-            floor = max(np.mean(rows[level][1:]), reference)
+            floor = np.fmax(np.mean(rows[level][1:]), reference)
             gain = (
                 (np.mean(strongest.recovered) - floor) / (above - floor) if above > floor else None
             )
