@@ -64,7 +64,8 @@ class Results:
                 clean - self.audit.subject.worthless
             ):
                 return None
-            return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed)
+            # A key's number also says which data the attacker has, with the file and without it.
+            return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed, paired=True)
 
         def over(best: Best, floors: Sequence[Best]) -> Advantage | None:
             for floor in floors:
