@@ -368,6 +368,11 @@ def test_levels_are_drawn():
     (axis,) = _plots.draw_levels(made).axes
     assert [(0, 11.6), (1, 22.2), (2, 29.06)] in lines(axis)
     assert not [line for line in lines(axis) if line[0] == (0, 29.06) and len(line) > 2]
+    # What the strongest attacker reaches without the file: levels below are worth nothing to them.
+    heights = {line.get_ydata()[0]: line for line in axis.lines if line.get_linestyle() == "--"}
+    assert list(heights) == [pytest.approx((23.0 + 0.2 + 23.5) / 2)]
+    (legend,) = axis.figure.legends
+    assert "architecture alone, trained" in [text.get_text() for text in legend.texts]
     (axis,) = _plots.draw_levels(one_key()).axes
     assert [text.get_text() for text in axis.texts] == ["not measured"]
 
