@@ -221,12 +221,7 @@ class Audit:
             names = REFERENCES if self.grid.rest == "sealed" else (*_ON_EVERYTHING, *REFERENCES)
         elif level:  # kernels alone are closed to them; in earnest, with all data
             shares = (max(shares),)
-            names = [
-                n
-                for n in names
-                if (ATTACKS[n].trains == "all" or ATTACKS[n].base)
-                and not (ATTACKS[n].chain or "normalisation" in n)
-            ]
+            names = [n for n in names if not (ATTACKS[n].chain or "normalisation" in n)]
         elif self.is_sealed(plan):
             names = [n for n in names if n in _ON_EVERYTHING or ATTACKS[n].base]
         return [

@@ -235,7 +235,7 @@ def test_a_report_of_a_toy(subject):
                 for step, values in attempt.steps.items()
                 if step <= best.steps or not attempt.rate
             ]
-            every += [protection.shipped, floor.recovered] if best.steps else [protection.shipped]
+            every += [protection.shipped, floor.recovered]
             np.testing.assert_allclose(best.recovered, np.max(every, axis=0))
             assert best.same_recipe is None or best.same_recipe.mean >= best.advantage.mean
         # More steps give no less.
@@ -362,7 +362,20 @@ def test_what_gives_no_number_is_worth_nothing(subject):
     for best in found.best:
         np.testing.assert_array_equal(best.recovered, subject.worthless)
         assert best.advantage.mean == 0
+        assert best.attack == "knowing nothing"
     assert found.holders[0].is_worthless
+
+
+def test_nobody_does_worse_than_knowing_nothing(subject):
+    """With a bar for that which no attack reaches, the advantage is 0 and not below."""
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), steps=(2,), detection=False, climbing=False,
+        attacks=("train all",),
+    )  # fmt: skip
+    report = report_of(subject._replace(worthless=15.0), grid)
+    for best in (*report.protections[0].best, *report.everything, *report.baseline):
+        assert best.recovered == [15.0, 15.0]
+    assert {best.advantage for best in report.protections[0].best} == {(0.0, 0.0, 0.0)}
 
 
 def test_attacks_that_do_not_apply_are_no_audit(subject):
@@ -463,6 +476,23 @@ def test_a_key_holder_attacks_with_the_data_of_the_reference(subject):
     (found,) = report_of(subject, grid).protections
     (holder,) = found.holders
     assert holder.best.data == 0.5
+
+
+def test_a_key_holder_tries_all_that_is_about_kernels(subject):
+    """What is closed to them is little, and to put it in order gives more than to train it all."""
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), budget=(0.3,), data=(0.1,), steps=(50,), keys=1, levels=3
+    )
+    run = Audit("toy", subject, grid)
+    (plan,) = run.plans()
+    tried = {attack for attack, _, _ in run.attempts(plan, 2)}
+    assert {"zero-fill", "train what is encrypted", "unshuffle", "train all"} <= tried
+    assert not [name for name in tried if "normalisation" in name or audit.ATTACKS[name].chain]
+
+    def reached(attack):
+        return run._attempt(plan, 2, attack, 0.1, 1e-2)["50"][0]
+
+    assert reached("unshuffle") > reached("train all") + 3
 
 
 def test_no_such_configuration():
