@@ -22,7 +22,7 @@ from ._config import AuditConfig, SubjectConfig, make_subject
 from ._grid import Grid
 from ._keysearch import key_search
 from ._records import Advantage, AuditReport, Best, CipherCheck, SubjectReport
-from ._report import write_report
+from ._report import plain, write_report
 from ._results import Results
 from ._run import ARCHITECTURE, Audit, Plan
 from ._strategies import plain_strategy
@@ -81,7 +81,7 @@ def audit(
     result = AuditReport(
         version=__version__,
         settings={
-            "subjects": [dataclasses.asdict(described) for described in config.subjects],
+            "subjects": [plain(dataclasses.asdict(described)) for described in config.subjects],
             "grid": json.loads(json.dumps(dataclasses.asdict(grid))),
             "quick": quick,
             "target_advantage": target_advantage,
@@ -103,7 +103,7 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
     """Finished work of these settings; that of others lies beside it."""
     settings = {
         "version": __version__,
-        "subject": dataclasses.asdict(described),
+        "subject": plain(dataclasses.asdict(described)),
         # Which shares are tried is no matter: a cell is of one.
         "grid": dataclasses.asdict(dataclasses.replace(grid, budget=(1.0,), importance=("l2",))),
         "files": _digests(described, grid),

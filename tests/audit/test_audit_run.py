@@ -430,6 +430,8 @@ def test_training_that_blows_up_does_not_count(subject):
         ({"scope": "tensor"}, "scope: expected one of"),
         ({"seed": -1}, "seed: expected 0 or more"),
         ({"importance": ("l2", "l2")}, "importance: expected each one once"),
+        ({"importance": ("l2+small+normalisation",)}, "importance: expected random"),
+        ({"importance": ("l2+normalisation+small",)}, "importance: expected random"),
         ({"data": (0.1, 0.1)}, "data: expected each one once"),
     ],
 )
@@ -493,6 +495,14 @@ def test_a_key_holder_tries_all_that_is_about_kernels(subject):
         return run._attempt(plan, 2, attack, 0.1, 1e-2)["50"][0]
 
     assert reached("unshuffle") > reached("train all") + 3
+
+
+def test_toml_may_hold_dates_and_begin_with_a_mark(tmp_path):
+    path = tmp_path / "audit.toml"
+    path.write_text('[subjects.a]\nmake="m:f"\nday=2020-01-02\nat=[07:30:00]\n', "utf-8-sig")
+    (described,) = read_config(str(path)).subjects
+    settings = json.loads(_cells(tmp_path, described, SMALL).path.read_text().splitlines()[0])
+    assert settings["subject"]["arguments"] == {"day": "2020-01-02", "at": ["07:30:00"]}
 
 
 def test_no_such_configuration():
