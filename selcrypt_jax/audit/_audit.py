@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterable
@@ -21,10 +22,11 @@ from ._config import AuditConfig, SubjectConfig, make_subject
 from ._grid import Grid
 from ._keysearch import key_search
 from ._records import Advantage, AuditReport, Best, CipherCheck, SubjectReport
-from ._report import write_report
+from ._report import plain, write_report
 from ._results import Results
 from ._run import ARCHITECTURE, Audit, Plan
-from ._ways import ways_to_publish
+from ._strategies import plain_strategy
+from ._ways import ways_to_publish, without_cipher
 from ._words import TARGET
 
 # Shares that advice is sought among, ascending.
@@ -72,18 +74,22 @@ def audit(
         task = progress.add_task("The cipher, and keys", total=1)
         checks, keys = check_cipher(seed=grid.seed), key_search()
         progress.advance(task)
+    checks += [check for _, _, two_files in found for check in two_files]
+    reports = [report for report, _, _ in found]
+    if any(check.passed is False for check in checks):
+        reports = [dataclasses.replace(each, ways=without_cipher(each.ways)) for each in reports]
     result = AuditReport(
         version=__version__,
         settings={
-            "subjects": [dataclasses.asdict(described) for described in config.subjects],
+            "subjects": [plain(dataclasses.asdict(described)) for described in config.subjects],
             "grid": json.loads(json.dumps(dataclasses.asdict(grid))),
             "quick": quick,
             "target_advantage": target_advantage,
             "jax": jax.__version__,
             "backend": jax.default_backend(),
         },
-        subjects=[report for report, _, _ in found],
-        cipher=[*checks, *(check for _, _, two_files in found for check in two_files)],
+        subjects=reports,
+        cipher=checks,
         keys=keys,
         advice=[row for _, advice, _ in found for row in advice],
     )
@@ -97,13 +103,32 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
     """Finished work of these settings; that of others lies beside it."""
     settings = {
         "version": __version__,
-        "subject": dataclasses.asdict(described),
+        "subject": plain(dataclasses.asdict(described)),
         # Which shares are tried is no matter: a cell is of one.
         "grid": dataclasses.asdict(dataclasses.replace(grid, budget=(1.0,), importance=("l2",))),
+        "files": _digests(described, grid),
     }
     text = json.dumps(settings, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()[:12]
     return Cells(out / f".audit-{digest}.jsonl", json.loads(text))
+
+
+def _digests(described: SubjectConfig, grid: Grid) -> dict[str, str]:
+    """Of the files that a network is made from: with others, what was found is of another network.
+
+    Folders of data are taken to stay as they are.
+    """
+    values = [*described.arguments.values(), f"{described.make.partition(':')[0]}.py"]
+    for name in grid.importance:
+        values.append(plain_strategy(name).removeprefix("scores:"))
+    texts = itertools.chain.from_iterable(v if isinstance(v, list) else [v] for v in values)
+    paths = {Path(text) for text in texts if isinstance(text, str) and text}
+    found = {}
+    for path in sorted(paths):
+        if path.is_file():
+            with path.open("rb") as file:
+                found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 def _audit_subject(
@@ -127,17 +152,19 @@ def _audit_subject(
             cells.get(cell.name, cell.run)
             progress.advance(task, cell.cost)
 
+    # All that can be refused is refused before the first hour of training.
+    plans, advice = audit.plans() if target is None else [], []
+    for plan in plans or [Plan(strategy, BUDGETS[-1]) for strategy in grid.importance]:
+        audit.check(plan)
     carry_out([ARCHITECTURE], "from the architecture alone")
-    plans, advice = [], []
     if target is None:
-        plans = audit.plans()
         carry_out(plans, "attack")
     else:
         for strategy in grid.importance:
             found, tried = advise(audit, cells, strategy, target, carry_out)
             advice.append({"subject": described.name, **found})
             plans += sorted(tried)
-    two_files = audit.two_files()
+    two_files = audit.two_files(max(plans, key=lambda plan: plan.share))
     report = Results(audit, cells.found).report(plans, time.perf_counter() - start)
     ways = ways_to_publish(report, target or TARGET, rest=grid.rest)
     return dataclasses.replace(report, ways=ways), advice, two_files
@@ -178,6 +205,8 @@ def advise(
     while low < high:
         middle = (low + high) // 2
         found = gain(BUDGETS[middle])
+        if found is None and tried:
+            break  # without the file an attacker comes too close, whatever is encrypted
         if found is not None and found.mean <= target:
             high, best = middle, found
         else:

@@ -5,7 +5,7 @@ weights that a cipher exchanges among each other, the k-th smallest belongs wher
 k-th smallest.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -99,20 +99,51 @@ def check_base(params: PyTree, base: Any, what: str) -> None:
     Raises:
         ValueError: of one.
     """
-    leaves = [named_leaves(tree).arrays for tree in (params, base)]
-    expected, actual = ({n: np.shape(leaf) for n, leaf in each.items()} for each in leaves)
-    for name in sorted(expected.keys() | actual.keys()):
-        if expected.get(name) != actual.get(name):
+    check_like(
+        named_leaves(params).arrays,
+        base,
+        f"{what}: base",
+        "Give the network that this one was fine-tuned from.",
+    )
+
+
+def check_like(
+    params: Mapping[str, Any], other: Any, what: str, remedy: str, *, more: bool = False
+) -> None:
+    """Refuses parameters of another network.
+
+    Args:
+        params: name → array, as they should be.
+        other: the tree that is to be like that.
+        what: it is, for messages.
+        remedy: for messages.
+        more: whether it may have other leaves too.
+
+    Raises:
+        ValueError: other names or shapes, or weights that are not finite.
+    """
+    arrays = named_leaves(other).arrays
+    expected, actual = (
+        {n: np.shape(leaf) for n, leaf in each.items()} for each in (params, arrays)
+    )
+    for name in sorted(expected.keys() if more else expected.keys() | actual.keys()):
+        if name not in expected:
             raise ValueError(
-                f"{what}: base: {name!r}: expected shape {expected.get(name)} as in params, got "
-                f"{actual.get(name)}. Give the network that this one was fine-tuned from."
+                f"{what}: expected the leaves of params, got {name!r} too, of shape "
+                f"{actual[name]}. {remedy}"
             )
-        known = np.asarray(leaves[1][name])
+        if expected[name] != actual.get(name):
+            found = actual.get(name, "no such leaf")
+            raise ValueError(
+                f"{what}: {name!r}: expected shape {expected[name]} as in params, got {found}. "
+                f"{remedy}"
+            )
+        known = np.asarray(arrays[name])
         if (
             jnp.issubdtype(known.dtype, jnp.floating)
             and not np.isfinite(known.astype(np.float32)).all()
         ):
             raise ValueError(
-                f"{what}: base: {name!r}: expected finite weights, got NaN or Inf. Give a network "
+                f"{what}: {name!r}: expected finite weights, got NaN or Inf. Give a network "
                 "that works."
             )

@@ -73,7 +73,7 @@ def read_config(config: str) -> AuditConfig:
             f"{config}: expected demo, {', '.join(_DEMO)} or a TOML file, got no such file."
         )
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: expected TOML, as docs/audit.md shows it, got: {error}"

@@ -58,8 +58,14 @@ class Grid:
             if name not in ATTACKS:
                 raise ValueError(f"attacks: expected some of {list(ATTACKS)}, got {name!r}.")
         for name in ("importance", "budget", "data", "steps", "rates", "attacks"):
-            if not getattr(self, name):
+            values = getattr(self, name)
+            if not values:
                 raise ValueError(f"{name}: expected at least one, got none.")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected each one once, got {list(values)}.")
+        # The last one is the strongest attacker, and the largest share.
+        for name in ("budget", "data"):
+            object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
         if not 0 < self.small < 1:
             raise ValueError(f"small: expected a share in (0, 1), got {self.small}.")
         for name in ("budget", "data"):
@@ -73,6 +79,10 @@ class Grid:
             raise ValueError(f"rates: expected positive numbers, got {list(self.rates)}.")
         if self.rest not in get_args(Rest):
             raise ValueError(f"rest: expected one of {get_args(Rest)}, got {self.rest!r}.")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope: expected one of {get_args(Scope)}, got {self.scope!r}.")
+        if self.seed < 0:
+            raise ValueError(f"seed: expected 0 or more, got {self.seed}.")
         for name in ("keys", "levels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")

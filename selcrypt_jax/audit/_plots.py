@@ -100,10 +100,16 @@ def draw_advantage(report: SubjectReport) -> Figure:
 
 @matplotlib.rc_context(_FONT)
 def draw_levels(report: SubjectReport) -> Figure:
-    """Metric by permission level, for the protections whose levels were measured."""
+    """Metric by permission level, for the protections whose levels were measured.
+
+    A line says what the strongest attacker reaches without the file: levels below are worth nothing
+    to them.
+    """
     styles = _styles(report)
     with_levels = [protection for protection in report.protections if protection.levels]
-    names = [*(protection.name for protection in with_levels), "original"]
+    alone = max(report.baseline, key=lambda row: (row.data, row.steps), default=None)
+    names = [protection.name for protection in with_levels]
+    names += [f"{report.alone} alone, trained"] * (alone is not None) + ["original"]
     figure, (axis,) = _panels(report, len(with_levels[:1]), names)
     handles: list[Any] = []
     for protection in with_levels:
@@ -111,6 +117,10 @@ def draw_levels(report: SubjectReport) -> Figure:
         metrics = [level.metric for level in protection.levels]
         handles += axis.plot(numbers, metrics, **styles[protection.name])
     if with_levels:
+        if alone is not None:
+            reached = float(np.mean(alone.recovered))
+            line = reached if math.isfinite(reached) else math.nan
+            handles.append(axis.axhline(line, color="black", linestyle="--", linewidth=1, zorder=1))
         handles.append(axis.axhline(report.clean, color=_GREY, linewidth=1.5, zorder=1))
         axis.set(xlabel="permission level (0: no key)", ylabel=f"quality, {report.unit}")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -96,7 +96,7 @@ class Holder:
     @property
     def is_worthless(self) -> bool:
         """Whether anyone with that data reaches as much without the file."""
-        return sum(self.opened) / len(self.opened) <= self.reference
+        return not sum(self.opened) / len(self.opened) > self.reference
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class SubjectReport:
         everything: what is reached with a file in which everything is encrypted by the cipher of
             the rings, which keeps the histogram of each leaf; empty for a sealed rest.
         ways: to publish it, the most useful first.
+        sealed: whether the rest of the file was sealed.
     """
 
     name: str
@@ -177,6 +178,7 @@ class SubjectReport:
     base: bool = False
     everything: list[Best] = field(default_factory=list)
     ways: list[Way] = field(default_factory=list)
+    sealed: bool = False
 
     @property
     def alone(self) -> str:

@@ -1,6 +1,7 @@
 """``audit.json``, the pictures, and a page for those who decide."""
 
 import dataclasses
+import datetime
 import importlib.resources
 import io
 import json
@@ -74,7 +75,7 @@ def write_report(report: AuditReport, folder: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: no tuples, no NaN."""
+    """As JSON has it: no tuples, no NaN, no dates."""
     if isinstance(value, Advantage):
         return plain(value._asdict())
     if isinstance(value, dict):
@@ -85,6 +86,8 @@ def plain(value: Any) -> Any:
         return plain(value.item())
     if isinstance(value, PurePath):
         return str(value)
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -39,7 +39,7 @@ class Results:
     def best(
         self,
         attempts: Sequence[Attempt],
-        shipped: Sequence[float],
+        shipped: Sequence[float] = (),
         baseline: Sequence[Best] = (),
         architecture: Sequence[Best] = (),
         references: Sequence[Attempt] = (),
@@ -50,18 +50,23 @@ class Results:
 
         Args:
             attempts: that they make with the file.
-            shipped: what the file gives as it is, one value a key.
+            shipped: what the file gives as it is, one value a key; none without a file.
             baseline: what is reached without the file, and with the base if there is one.
             architecture: what is reached without either.
             references: the attempts of the baseline: an attacker may also leave the file alone.
         """
         grid, clean = self.audit.grid, self.audit.clean
+        nothing = np.full(grid.keys, float(self.audit.subject.worthless))
 
         def gain(best: Best, floor: np.ndarray) -> Advantage | None:
-            # Where the floor comes so near to the original, chance decides.
-            if not clean - np.mean(floor) > NARROW * (clean - self.audit.subject.worthless):
+            # Where the floor comes so near to the original, chance decides; a rate that failed
+            # without the file says nothing.
+            if not np.isfinite(floor).all() or not clean - np.mean(floor) > NARROW * (
+                clean - self.audit.subject.worthless
+            ):
                 return None
-            return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed)
+            # A key's number also says which data the attacker has, with the file and without it.
+            return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed, paired=True)
 
         def over(best: Best, floors: Sequence[Best]) -> Advantage | None:
             for floor in floors:
@@ -72,7 +77,12 @@ class Results:
         listed = []
         for data in grid.data:
             for most in (0, *grid.steps):
-                found = {("as shipped", 0.0): np.asarray(shipped, float)}
+                found = {}
+                if len(shipped):
+                    opened = np.asarray(shipped, float)
+                    found["as shipped", 0.0] = np.where(np.isnan(opened), -math.inf, opened)
+                # That much is left to everybody, so also where the rest gives no number.
+                found["knowing nothing", 0.0] = nothing
                 for attempt in (*attempts, *references):
                     _add(found, attempt, data, most)
                 names, values = list(found), np.stack(list(found.values()))
@@ -80,7 +90,7 @@ class Results:
                 best = Best(data, most, values.max(0).tolist(), winner, None, None, rate)
                 same: dict[tuple[str, float], np.ndarray] = {}
                 for attempt in references:
-                    if attempt.rate == rate > 0:
+                    if attempt.rate == rate > 0 and ATTACKS[winner].trains != "order":
                         _add(same, attempt, data, most)
                 listed.append(
                     replace(
@@ -107,14 +117,14 @@ class Results:
             baseline=baseline,
             seconds=round(seconds, 1),
             base=subject.base is not None,
+            sealed=audit.grid.rest == "sealed",
             everything=self._everything(baseline),
         )
 
     def baseline(self, *, base: bool = True) -> list[Best]:
         """What an attacker reaches without the file; from the base too, if there is one."""
-        nothing = [self.audit.subject.worthless] * self.audit.grid.keys
         tried = self._references()
-        return self.best([a for a in tried if base or not ATTACKS[a.attack].base], nothing)
+        return self.best([a for a in tried if base or not ATTACKS[a.attack].base])
 
     def _references(self) -> list[Attempt]:
         return [a for a in self.attempts(ARCHITECTURE) if a.attack in REFERENCES]
@@ -123,9 +133,7 @@ class Results:
         """Of a file in which everything is encrypted, and the histogram of each leaf is kept."""
         if self.audit.grid.rest == "sealed":
             return []
-        nothing = [self.audit.subject.worthless] * self.audit.grid.keys
-        attempts = self.attempts(ARCHITECTURE)
-        return self.best(attempts, nothing, baseline)
+        return self.best(self.attempts(ARCHITECTURE), baseline=baseline)
 
     def protection(self, plan: Plan, baseline: Sequence[Best]) -> Protection:
         """One protection from its cells."""
@@ -142,7 +150,7 @@ class Results:
         def holder(level: int) -> Holder:
             strongest = best(self.attempts(plan, level), rows[level][1:])[-1]
             reference, above = np.mean(baseline[-1].recovered), np.mean(rows[level + 1][1:])
-            floor = max(np.mean(rows[level][1:]), reference)
+            floor = np.fmax(np.mean(rows[level][1:]), reference)
             gain = (
                 (np.mean(strongest.recovered) - floor) / (above - floor) if above > floor else None
             )

@@ -15,15 +15,13 @@ from .._ciphers.dprm import Cipher, encrypt
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
-from ._attacks import ATTACKS, REFERENCES, Loot, applies, needs_data, run_attack
-from ._base import check_base
+from ._attacks import ATTACKS, REFERENCES, Attack, Loot, applies, needs_data, run_attack
 from ._detection import detect
 from ._file import Protected
 from ._grid import SCRATCH, Grid
 from ._records import CipherCheck
 from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks, strategy_scores
-from ._structure import check_chain
-from ._subject import Subject, example_batches, place
+from ._subject import Subject, check_subject, example_batches, place, quality
 from ._twofiles import shared_keystream
 
 # Attacks that need places or plain weights are of no use where everything is encrypted or sealed.
@@ -79,10 +77,7 @@ class Audit:
 
     def __init__(self, name: str, subject: Subject, grid: Grid, cipher: Cipher | None = None):
         self.name = name
-        shapes = {n: np.shape(leaf) for n, leaf in named_leaves(subject.params).arrays.items()}
-        check_chain(subject.chain, shapes, name)
-        if subject.base is not None:
-            check_base(subject.params, subject.base, name)
+        subject = check_subject(subject, name)
         self.subject = subject._replace(
             params=place(subject.params),
             base=place(subject.base),
@@ -90,8 +85,14 @@ class Audit:
         )
         self.grid = grid
         self.cipher = cipher
-        self.clean = subject.metric(subject.params)
-        if not self.clean > subject.worthless:
+        if not any(applies(ATTACKS[attack], subject) for attack in grid.attacks):
+            raise ValueError(
+                f"{name}: attacks: expected some that this network gives cause to, got "
+                f"{list(grid.attacks)}. Those with structure need a chain, those of siblings and "
+                "of a base need them too: take others, or give the subject what they need."
+            )
+        self.clean = quality(subject, subject.params)
+        if not subject.worthless < self.clean < math.inf:
             raise ValueError(
                 f"{name}: expected a network that is better than knowing nothing "
                 f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
@@ -165,6 +166,24 @@ class Audit:
         keys = self.keys(number, len(masks))
         return Protected(encrypt(params, masks, keys, cipher=self.cipher), masks, keys, self.cipher)
 
+    def check(self, plan: Plan) -> None:
+        """Refuses a protection that cannot be, before anything is learned or attacked.
+
+        Raises:
+            ValueError: too few weights to hide among each other, no normalisation to encrypt, no
+                file of scores, and the like.
+        """
+        subject, grid = self.subject, self.grid
+        # How many groups are encrypted is the same whatever they are worth.
+        from_file = plain_strategy(plan.strategy).startswith("scores:")
+        try:
+            scores = strategy_scores(subject, plan.strategy if from_file else "random", grid.seed)
+            strategy_masks(
+                subject, plan.strategy, scores, plan.share, grid.levels, grid.scope, grid.small
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {plan}: {error}") from None
+
     # --- cells ---
 
     def plans(self) -> list[Plan]:
@@ -202,12 +221,7 @@ class Audit:
             names = REFERENCES if self.grid.rest == "sealed" else (*_ON_EVERYTHING, *REFERENCES)
         elif level:  # kernels alone are closed to them; in earnest, with all data
             shares = (max(shares),)
-            names = [
-                n
-                for n in names
-                if (ATTACKS[n].trains == "all" or ATTACKS[n].base)
-                and not (ATTACKS[n].chain or "normalisation" in n)
-            ]
+            names = [n for n in names if not (ATTACKS[n].chain or "normalisation" in n)]
         elif self.is_sealed(plan):
             names = [n for n in names if n in _ON_EVERYTHING or ATTACKS[n].base]
         return [
@@ -215,8 +229,14 @@ class Audit:
             for name in names
             if applies(ATTACKS[name], self.subject)
             for data in (shares if needs_data(ATTACKS[name]) else (0.0,))
-            for rate in (self.grid.rates if ATTACKS[name].trains != "nothing" else (0.0,))
+            for rate in self._rates(ATTACKS[name])
         ]
+
+    def _rates(self, attack: Attack) -> tuple[float, ...]:
+        if attack.trains == "nothing":
+            return (0.0,)
+        # An order is looked for without a rate.
+        return self.grid.rates[:1] if attack.trains == "order" else self.grid.rates
 
     def _levels(self, plan: Plan) -> list[list[float]]:
         """Rows of share of all weights, and metric by key; level 0 first."""
@@ -230,7 +250,7 @@ class Audit:
         for number in range(self.grid.keys):
             file = self.protected(plan, number)
             for level, row in enumerate(rows):
-                row.append(self.subject.metric(file.opened(level)))
+                row.append(quality(self.subject, file.opened(level)))
         return rows
 
     def _attempt(
@@ -244,7 +264,7 @@ class Audit:
             key = jax.random.key(number)
             loot = Loot(self.subject, file.opened(level), file.closed(level), key, self.cipher)
             steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
-            reached = {step: self.subject.metric(params) for step, params in steps}
+            reached = {step: quality(self.subject, params) for step, params in steps}
             for step in stops:
                 found[str(step)].append(reached.get(step, math.nan))
         return found
@@ -271,12 +291,12 @@ class Audit:
         result = detect(file, mask, own, seed=self.grid.seed, original=only(original))
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
 
-    def two_files(self) -> list[CipherCheck]:
+    def two_files(self, plan: Plan) -> list[CipherCheck]:
         """Whether keystreams repeat between files of this network, or of its successor."""
-        masks = self.masks(Plan(self.grid.importance[0], max(self.grid.budget)))
-        params = self.subject.params
+        masks, params = self.masks(plan), self.subject.params
         loot = Loot(self.subject, params, False, jax.random.key(0))
-        ((_, successor),) = self._reached("train all", loot, 1.0, 0, stops=[1])
+        reached = self._reached("train all", loot, 1.0, 0, stops=[1])
+        successor = next((trained for _, trained in reached), params)
         first, *others = (
             self._encrypted(each, masks, number).params
             for number, each in enumerate([params, params, successor])

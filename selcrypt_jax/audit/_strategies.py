@@ -46,8 +46,9 @@ def check_strategy(name: str) -> None:
 
 
 def plain_strategy(name: str) -> str:
-    """Without what stands behind the +."""
-    return name.removesuffix(NORMALISATION).removesuffix(SMALL)
+    """Without what stands behind the +, of which there is one thing at most."""
+    ending = NORMALISATION if name.endswith(NORMALISATION) else SMALL
+    return name.removesuffix(ending)
 
 
 def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:

@@ -7,6 +7,7 @@ the sizes and shapes of these kernels in much the same way in all networks of on
 regression learns it on siblings.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -60,11 +61,14 @@ def _by_tap(kernel: np.ndarray, layout: Layout) -> np.ndarray:
 
 def _shared(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of each channel's product of kernels: its size, share in the first eigenvector, likeness."""
-    products = np.einsum("tic,tco->cio", before, after)
-    flat = products.reshape(len(products), -1)
-    sizes = np.linalg.norm(flat, axis=1)
-    flat /= sizes[:, None] + np.finfo(float).tiny
-    gram = flat @ flat.T
+    # Scalar products of Σ_t before[t, :, c] ⊗ after[t, c, :] for all pairs of channels. Those
+    # products themselves would take inputs × channels × outputs numbers: gigabytes.
+    gram = np.zeros((before.shape[2],) * 2)
+    for s, t in itertools.product(range(len(before)), repeat=2):
+        gram += (before[s].T @ before[t]) * (after[s] @ after[t].T)
+    sizes = np.sqrt(np.maximum(gram.diagonal(), 0))
+    scale = np.where(sizes > 0, sizes, 1)
+    gram = gram / scale / scale[:, None]
     return sizes, np.linalg.eigh(gram)[1][:, -1], np.abs(gram).mean(1)
 
 
@@ -192,14 +196,31 @@ def with_signs(
     return (size * signs).astype(scale.dtype)
 
 
-def check_chain(chain: Sequence[Link], shapes: dict[str, tuple[int, ...]], what: str) -> None:
+def check_chain(
+    chain: Sequence[Link], shapes: Mapping[str, tuple[int, ...]], layout: Layout, what: str
+) -> list[Link]:
     """Refuses links between leaves that do not fit each other.
+
+    Args:
+        chain: of a subject; a link may be any sequence of its names.
+        shapes: of all leaves.
+        layout: of the kernels.
+        what: the network, for messages.
 
     Raises:
         ValueError: of one.
     """
-    for link in chain:
+    if isinstance(chain, str | Link):
+        raise ValueError(f"{what}: chain: expected a list of Link, got {chain!r}.")
+    checked = []
+    for each in chain:
+        if isinstance(each, str) or not isinstance(each, Sequence) or not 3 <= len(each) <= 4:
+            raise ValueError(
+                f"{what}: chain: expected Link(before, scale, after, bias or None), got {each!r}."
+            )
+        checked.append(link := Link(*each))
         missing = [name for name in link if name is not None and name not in shapes]
+        missing += [name for name in link[:3] if name is None]
         if missing:
             raise ValueError(
                 f"{what}: chain: expected names of parameters, got {missing[0]!r}. They are "
@@ -211,8 +232,14 @@ def check_chain(chain: Sequence[Link], shapes: dict[str, tuple[int, ...]], what:
                 f"{what}: chain: expected a bias of shape {scale}, as {link.scale!r} has, got "
                 f"{shapes[link.bias]} of {link.bias!r}."
             )
-        if len(scale) != 1 or len(before) != len(after) or before[:-2] != after[:-2]:
+        inputs, outputs = (-2, -1) if layout == "HWIO" else (1, 0)
+        taps = slice(None, -2) if layout == "HWIO" else slice(2, None)
+        fits = min(len(before), len(after)) > 1 and before[taps] == after[taps]
+        if not fits or scale != (before[outputs],) or scale != (after[inputs],):
             raise ValueError(
-                f"{what}: chain: expected two kernels with as many taps and a scale between them, "
-                f"got shapes {before}, {scale} and {after}."
+                f"{what}: chain: expected two kernels with as many taps, and between them a scale "
+                f"as long as the former has outputs and the latter inputs ({layout}), got shapes "
+                f"{before}, {scale} and {after} of {link[:3]}. Correct the link, or set the "
+                "subject's layout."
             )
+    return checked

@@ -1,8 +1,10 @@
 """A trained network with its data, as an attacker would like to have it."""
 
+import contextlib
+import math
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,9 @@ from .._importance.closed import LossFn
 from .._masks.scores import guess_layout
 from .._tree.groups import Layout
 from .._tree.names import is_array, named_leaves, select_leaves
+from ._base import check_base, check_like
 from ._finetune import TrainingLossFn, floats
-from ._structure import Link
+from ._structure import Link, check_chain
 
 # Few weights and worth much: without its scales, biases and statistics a network is further from
 # working than without a tenth of its kernels; see docs/security.md.
@@ -80,6 +83,110 @@ class Subject(NamedTuple):
     chain: Sequence[Link] = ()
     base: PyTree = None
     siblings: Sequence[PyTree] = ()
+
+
+def quality(subject: Subject, params: PyTree) -> float:
+    """The metric as a number; NaN of a network that does not work, as those of an attacker may.
+
+    Raises:
+        ValueError: it gives something else.
+    """
+    found = subject.metric(params)
+    if not isinstance(found, str) and np.ndim(found) == 0:
+        with contextlib.suppress(TypeError, ValueError):
+            return float(found)
+    raise ValueError(
+        f"{subject.title}: metric: expected a number, got {type(found).__name__}. Return a float: "
+        "higher is better."
+    )
+
+
+def check_subject(subject: Subject, what: str) -> Subject:
+    """Refuses what attacks would stumble over, maybe hours later.
+
+    Args:
+        subject: to check.
+        what: the network, for messages.
+
+    Returns:
+        The same with links in its chain, where it had sequences of names.
+
+    Raises:
+        ValueError: a field that means nothing, or that does not fit the parameters.
+    """
+    params = named_leaves(subject.params).arrays
+    if subject.layout not in (None, *get_args(Layout)):
+        raise ValueError(
+            f"{what}: layout: expected one of {get_args(Layout)} or None, got {subject.layout!r}."
+        )
+    if subject.examples < 1:
+        raise ValueError(f"{what}: examples: expected at least 1, got {subject.examples}.")
+    if not math.isfinite(subject.worthless):
+        raise ValueError(
+            f"{what}: worthless: expected the metric of knowing nothing, got {subject.worthless}."
+        )
+    remedy = "Return parameters of this architecture as they are before training."
+    check_like(params, subject.fresh(jax.random.key(0)), f"{what}: fresh", remedy)
+    if subject.base is not None:
+        check_base(subject.params, subject.base, what)
+    shapes = {name: np.shape(leaf) for name, leaf in params.items()}
+    subject = _with_layout(subject, shapes, what)
+    chain = check_chain(subject.chain, shapes, subject.layout or "HWIO", what)
+    if subject.siblings and not chain:
+        raise ValueError(
+            f"{what}: siblings: expected a chain too, got none: what siblings tell is about the "
+            "normalisation between two kernels. Give the subject's chain, or leave siblings out."
+        )
+    names = {name for link in chain for name in link if name is not None}
+    for number, sibling in enumerate(subject.siblings):
+        check_like(
+            {name: params[name] for name in sorted(names)},
+            sibling,
+            f"{what}: siblings[{number}]",
+            "Give a list of networks of this architecture.",
+            more=True,
+        )
+    _check_losses(subject, what)
+    return subject._replace(chain=chain)
+
+
+def _with_layout(subject: Subject, shapes: Mapping[str, tuple[int, ...]], what: str) -> Subject:
+    """With the layout of its chain; of kernels with two axes only the chain itself can tell it."""
+    if not subject.chain or subject.layout is not None:
+        return subject
+    leaves = select_leaves(subject.params, subject.select)
+    if any(len(np.shape(leaf)) > 2 for leaf in leaves.values()):
+        return subject._replace(layout=layout_of(subject))
+    fitting = []
+    for layout in get_args(Layout):
+        with contextlib.suppress(ValueError):
+            check_chain(subject.chain, shapes, layout, what)
+            fitting.append(layout)
+    if len(fitting) == 2:
+        raise ValueError(
+            f"{what}: chain: cannot tell where inputs and outputs of its kernels are. Set the "
+            "subject's layout: OIHW for (out, in) as in PyTorch, or HWIO for (in, out) as in JAX."
+        )
+    return subject._replace(layout=fitting[0] if fitting else None)
+
+
+def _check_losses(subject: Subject, what: str) -> None:
+    loss = subject.training_loss_fn
+    if loss is None:
+        return
+    batch = example_batches(subject, 1.0, 0)[1](1)
+    shape = jax.eval_shape(lambda params: loss(params, batch), place(subject.params))
+    if not isinstance(shape, tuple) or len(shape) != 2:
+        raise ValueError(
+            f"{what}: training_loss_fn: expected it to return the loss and the parameters with "
+            f"moved statistics, got {type(shape).__name__}. Leave it out if there are none."
+        )
+    trees = [jax.tree.structure(tree) for tree in (subject.params, shape[1])]
+    if trees[0] != trees[1]:
+        raise ValueError(
+            f"{what}: training_loss_fn: expected parameters like params as its second result, got "
+            f"{trees[1]}. Return all of them."
+        )
 
 
 def layout_of(subject: Subject) -> Layout:

@@ -1,18 +1,23 @@
 """Ways to publish a network, and which of them hold against what was tried."""
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from .._format.manifest import Rest
+from ._advantage import Advantage, advantage
 from ._records import Protection, SubjectReport, Way
-from ._words import by_advantage
+from ._words import TARGET, Rated, by_advantage, doubt
 
 CLIMB = 0.5
 """Share of the way to the next level that a holder may get for levels to be told apart."""
+SERVICE = "not at all: a service"
 
 
-def ways_to_publish(subject: SubjectReport, target: float, *, rest: Rest) -> list[Way]:
+def ways_to_publish(subject: SubjectReport, target: float = TARGET, *, rest: Rest) -> list[Way]:
     """Ways to publish a network, the most useful first.
 
     Args:
@@ -28,12 +33,33 @@ def recommended(ways: Sequence[Way]) -> Way | None:
     return next((way for way in ways if way.holds), None)
 
 
+def without_cipher(ways: Sequence[Way]) -> list[Way]:
+    """The same where the cipher failed: whatever the attacks found, no file can be trusted."""
+    why = "The cipher failed a check: do not ship files that it made."
+    return [way if way.name == SERVICE else replace(way, holds=False, why=why) for way in ways]
+
+
+class _Judged(NamedTuple):
+    """Whether something holds, why, and how far it is from that."""
+
+    holds: bool | None
+    why: str
+    measure: float = math.inf
+
+    def rank(self) -> tuple[int, float]:
+        return (True, None, False).index(self.holds), self.measure
+
+
 def _ways(subject: SubjectReport, target: float, rest: Rest) -> Iterator[Way]:
-    graded = _graded(subject.protections)
-    plain = _plain(subject, target) if rest == "plain" else (None, "Tried with a sealed rest only")
-    yield Way("plain rest, graded", _both(plain[0], graded[0]), f"{plain[1]}. {graded[1]}.")
+    graded = [_levels(each) for each in subject.protections]
+    levels = min(graded, key=_Judged.rank, default=_Judged(None, "No protection was tried"))
+    if rest == "plain":
+        plain = _plain(subject, graded, target)
+    else:
+        plain = _both(_Judged(None, "Only a sealed rest was tried"), levels)
+    yield Way("plain rest, graded", plain.holds, f"{plain.why}.")
     sealed = "Without a key there are names, shapes and ranges of exponents"
-    yield Way("sealed rest, graded", graded[0], f"{sealed}. {graded[1]}.")
+    yield Way("sealed rest, graded", levels.holds, f"{sealed}. {levels.why}.")
     yield Way("sealed rest, one level", True, f"{sealed}. A key opens the whole network.")
     if subject.base:
         yield Way(
@@ -41,63 +67,87 @@ def _ways(subject: SubjectReport, target: float, rest: Rest) -> Iterator[Way]:
             None,
             "As safe as one level, in a smaller file, if adapters are all that was trained.",
         )
-    yield Way(
-        "not at all: a service",
-        True,
-        "The only way where key holders must not have the weights either.",
-    )
+    yield Way(SERVICE, True, "The only way where key holders must not have the weights either.")
 
 
-def _both(first: bool | None, second: bool | None) -> bool | None:
-    if False in (first, second):
-        return False
-    return None if None in (first, second) else True
+def _both(first: _Judged, second: _Judged) -> _Judged:
+    either = (first.holds, second.holds)
+    holds = False if False in either else None if None in either else True
+    return _Judged(holds, f"{first.why}. {second.why}", first.measure)
 
 
-def _plain(subject: SubjectReport, target: float) -> tuple[bool | None, str]:
-    """Whether a file holds whose rest is plain."""
-    found = by_advantage(subject)
-    if not found:
-        return None, "No advantage was measured for who has no key"
-    least = found[0]
-    why = f"Without a key, out of “{least.protection.name}”: {least}"
-    if least.advantage.mean > target:
-        return False, why
-    doubt = least.doubt(target)
-    return (None, f"{why}; {doubt}") if doubt else (True, why)
+def _plain(subject: SubjectReport, graded: Sequence[_Judged], target: float) -> _Judged:
+    """Of the protections with a plain rest the best one: a file is one of them, and no mixture."""
+    rated = {id(each.protection): each for each in by_advantage(subject)}
+
+    def judged(protection: Protection) -> _Judged:
+        found = rated.get(id(protection))
+        if found is None:
+            return _Judged(None, f"No advantage was measured for “{protection.name}” without a key")
+        return _without_key(found, target)
+
+    both = [
+        _both(judged(each), levels)
+        for each, levels in zip(subject.protections, graded, strict=True)
+    ]
+    return min(both, key=_Judged.rank, default=_Judged(None, "No protection was tried"))
 
 
-def _graded(protections: Sequence[Protection]) -> tuple[bool | None, str]:
-    """Whether levels hold against holders of lower ones, in the protection that does best."""
-    tried = [each for each in protections if each.holders]
-    if not tried:
-        return None, "What key holders make of their level was not tried"
-    found = {each.name: _climb(each) for each in tried}
-    judged = {name: climb for name, climb in found.items() if climb is not None}
-    if not judged:
-        return False, "No level is worth more than what the same data gives without the file"
-    name = min(judged, key=lambda each: judged[each][0])
-    gain, level, above = judged[name]
-    part = "all" if gain >= 1 else f"{100 * max(gain, 0):.0f} %"
-    why = f"In “{name}” a holder of level {level} gets {part} of the way to level {above}"
-    return gain <= CLIMB, why
+def _without_key(rated: Rated, target: float) -> _Judged:
+    """Whether a file with a plain rest holds against an attacker who has no key."""
+    mean = rated.advantage.mean
+    why = f"Without a key, out of “{rated.protection.name}”: {rated}"
+    if mean > target:
+        return _Judged(False, why, mean)
+    unsure = rated.doubt(target)
+    return _Judged(None, f"{why}; {unsure}", mean) if unsure else _Judged(True, why, mean)
 
 
-def _climb(protection: Protection) -> tuple[float, int, int] | None:
+def _levels(protection: Protection) -> _Judged:
+    """Whether the levels of a protection hold against holders of lower ones."""
+    name = f"“{protection.name}”"
+    if len(protection.levels) == 2:
+        return _Judged(None, f"{name} has one level, and nothing was tried that is graded")
+    if not protection.holders:
+        return _Judged(None, f"What key holders of {name} make of their level was not tried")
+    quality, reference = _quality(protection), protection.holders[0].reference
+    if sum(metric > reference for metric in quality.values()) < 2:
+        return _Judged(
+            False,
+            f"In {name} no level but the top is worth more than what the same data gives without "
+            "the file",
+        )
+    climb = _climb(protection)
+    if climb is None:
+        return _Judged(False, f"In {name} no level gives more than those below it")
+    gain, level, above = climb
+    part = "all" if gain.mean >= 1 else f"{100 * max(gain.mean, 0):.0f} %"
+    why = f"In {name} a holder of level {level} gets {part} of the way to level {above}"
+    if gain.mean > CLIMB:
+        return _Judged(False, why, gain.mean)
+    unsure = doubt(len(protection.holders[0].best.recovered), gain, CLIMB)
+    return _Judged(None, f"{why}; {unsure}", gain.mean) if unsure else _Judged(True, why, gain.mean)
+
+
+def _quality(protection: Protection) -> dict[int, float]:
+    """Level → metric, of those that need a key; one that is no number is worth nothing."""
+    every = {level.level: level.metric for level in protection.levels if level.level}
+    return {level: -math.inf if math.isnan(metric) else metric for level, metric in every.items()}
+
+
+def _climb(protection: Protection) -> tuple[Advantage, int, int] | None:
     """How far the holder gets who gets furthest, their level, and the one that they climb to.
 
-    That is the next level that is worth more than what the same data gives without the file; None
-    if there is none but the top.
+    That is the next level that is worth more than their own and than what the same data gives
+    without the file; None where nobody has such a level above.
     """
-    quality = {level.level: level.metric for level in protection.levels}
-    reference = protection.holders[0].reference
-    worth = [level for level, metric in quality.items() if metric > reference]
-    if len(worth) < 2:
-        return None
-    found = []
+    quality, found = _quality(protection), []
     for holder in protection.holders:
-        above = min(level for level in worth if level > holder.level)
-        floor = max(quality[holder.level], reference)
-        gain = (float(np.mean(holder.best.recovered)) - floor) / (quality[above] - floor)
-        found.append((gain, holder.level, above))
-    return max(found)
+        floor = max(quality[holder.level], holder.reference)
+        better = [n for n, metric in quality.items() if n > holder.level and metric > floor]
+        reached = np.asarray(holder.best.recovered, float)
+        if better and np.isfinite(reached).all():
+            above = min(better)
+            gain = advantage(reached.tolist(), [floor], quality[above])
+            found.append((gain, holder.level, above))
+    return max(found, default=None, key=lambda each: each[0].mean)

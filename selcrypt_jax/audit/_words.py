@@ -30,7 +30,7 @@ _FOUND = {
 }
 
 
-class _Rated(NamedTuple):
+class Rated(NamedTuple):
     """A protection against the strongest attacker that was tried: most data, then most steps."""
 
     protection: Protection
@@ -44,9 +44,14 @@ class _Rated(NamedTuple):
 
     def doubt(self, target: float = TARGET) -> str:
         """Why a low advantage need not be one; "" if nothing speaks against it."""
-        if len(self.best.recovered) == 1:
-            return "one key is too few to be sure"  # its interval has no width
-        return "the interval is too wide to be sure" if not self.advantage.high <= target else ""
+        return doubt(len(self.best.recovered), self.advantage, target)
+
+
+def doubt(keys: int, found: Advantage, target: float) -> str:
+    """Why what was found under so many keys need not be below a target; "" if nothing does."""
+    if keys == 1:
+        return "one key is too few to be sure"  # its interval has no width
+    return "" if found.high <= target else "the interval is too wide to be sure"
 
 
 def _attacker(subject: SubjectReport) -> Best | None:
@@ -64,7 +69,7 @@ def _named(attacker: Best) -> str:
     return f"{data_name(attacker.data)}, {attacker.steps:,} steps"
 
 
-def by_advantage(subject: SubjectReport) -> list[_Rated]:
+def by_advantage(subject: SubjectReport) -> list[Rated]:
     """Protections with a finite advantage, the least first, then the least share."""
     attacker, found = _attacker(subject), []
     if attacker is None:
@@ -72,8 +77,20 @@ def by_advantage(subject: SubjectReport) -> list[_Rated]:
     for protection in subject.protections:
         best = _same(protection.best, attacker)
         if best and best.advantage and math.isfinite(best.advantage.mean):
-            found.append(_Rated(protection, best, best.advantage))
+            found.append(Rated(protection, best, best.advantage))
     return sorted(found, key=lambda each: (each.advantage.mean, each.protection.share))
+
+
+def _room(subject: SubjectReport, attacker: Best) -> float:
+    """How much better the original is than what is reached without the file."""
+    baseline = _same(subject.baseline, attacker)
+    return subject.clean - float(np.mean(baseline.recovered)) if baseline else math.inf
+
+
+def _is_narrow(subject: SubjectReport, attacker: Best) -> bool:
+    """Whether that is so little that nothing can be judged by it."""
+    whole = subject.clean - subject.worthless
+    return math.isfinite(whole) and _room(subject, attacker) <= NARROW * whole
 
 
 def verdict(subject: SubjectReport) -> str:
@@ -87,8 +104,8 @@ def verdict(subject: SubjectReport) -> str:
         recovered = quality(baseline.recovered, subject)
         alone = f"the same attack on the {subject.alone} alone gives {recovered}"
     original = f"the original has {quality([subject.clean], subject)}"
-    room = subject.clean - np.mean(baseline.recovered) if baseline else math.inf
-    if 0 < room <= NARROW * (subject.clean - subject.worthless):
+    room = _room(subject, attacker)
+    if room > 0 and _is_narrow(subject, attacker):
         return (
             f"There is hardly anything to steal: {original}, and {alone}. Anyone with as much data "
             f"({_named(attacker)}) comes so near to it that a protection cannot be judged by what "
@@ -114,7 +131,7 @@ def verdict(subject: SubjectReport) -> str:
     )
 
 
-def _judgement(rated: _Rated, subject: SubjectReport) -> str:
+def _judgement(rated: Rated, subject: SubjectReport) -> str:
     for above, words in _GIVES.items():
         if rated.advantage.mean > above:
             return f"the file {words} ({rated})."
@@ -127,6 +144,17 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
     """Sentences: the advice that was asked for, or what those that were tried show."""
     rated, attacker = by_advantage(subject), _attacker(subject)
     asked = [row for row in advice if row["subject"] == subject.name]
+    if subject.protections and subject.sealed:
+        return [
+            "Without a key nothing of a sealed file is plain, however much of it is graded. How "
+            "much to grade follows from what key holders reach above their level."
+        ]
+    if attacker is not None and _is_narrow(subject, attacker):
+        return [
+            f"With as much data ({_named(attacker)}) an attacker comes so near to the original "
+            "without the file that no share can be judged. Look at one with less data or fewer "
+            "steps."
+        ]
     if asked:
         return [_advised(row, rated) for row in asked]
     if not rated or attacker is None:
@@ -143,15 +171,15 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
         ]
     least = min(reached, key=lambda each: each.protection.share)
     sentences = [
-        f"Of the shares tried, {share(least.protection.share)} of all weights "
-        f"(“{least.protection.name}”) is the smallest that keeps {keeps}: {least}."
+        f"The smallest share tried that keeps {keeps} is {share(least.protection.share)} of all "
+        f"weights (“{least.protection.name}”): {least}."
     ]
     if least.doubt():
         sentences.append(f"But {least.doubt()}: try more keys before you rely on it.")
     return sentences
 
 
-def _advised(row: dict[str, Any], rated: Sequence[_Rated]) -> str:
+def _advised(row: dict[str, Any], rated: Sequence[Rated]) -> str:
     target, name = row["target"], row["protection"]
     if name is None:
         return (

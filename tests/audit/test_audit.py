@@ -256,6 +256,27 @@ def test_interval_holds_the_truth_about_as_often_as_it_says():
     assert 0.85 <= held / 200 <= 0.99
 
 
+def test_what_data_do_to_both_is_no_uncertainty():
+    baseline = [20.0, 24.0, 22.0]
+    recovered = [value + 1 for value in baseline]
+    apart, together = (
+        audit.advantage(recovered, baseline, 32.0, paired=paired) for paired in (0, 1)
+    )
+    assert apart.mean == pytest.approx(0.1)
+    assert together.mean == apart.mean
+    assert apart.low < 0
+    assert 0.08 < together.low < together.high < 0.13
+    # An attacker who leaves the file alone has nothing of it, however many keys there are.
+    assert audit.advantage(baseline, baseline, 32.0, paired=True) == (0, 0, 0)
+    with pytest.raises(ValueError, match="expected pairs, got 3 and 1"):
+        audit.advantage(recovered, baseline[:1], 32.0, paired=True)
+
+
+def test_a_draw_without_room_says_nothing():
+    found = audit.advantage([60.0, 60.0, 60.0], [50.0, 100.0, 50.0], 100.0)
+    assert np.isfinite(found).all()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

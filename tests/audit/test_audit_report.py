@@ -25,7 +25,7 @@ from selcrypt_jax.audit._records import (
     Protection,
     SubjectReport,
 )
-from selcrypt_jax.audit._ways import recommended, ways_to_publish
+from selcrypt_jax.audit._ways import recommended, ways_to_publish, without_cipher
 
 NASTY = '<b>&"$x_1$'
 KINDS = ("curves", "advantage", "levels")
@@ -368,6 +368,11 @@ def test_levels_are_drawn():
     (axis,) = _plots.draw_levels(made).axes
     assert [(0, 11.6), (1, 22.2), (2, 29.06)] in lines(axis)
     assert not [line for line in lines(axis) if line[0] == (0, 29.06) and len(line) > 2]
+    # What the strongest attacker reaches without the file: levels below are worth nothing to them.
+    heights = {line.get_ydata()[0]: line for line in axis.lines if line.get_linestyle() == "--"}
+    assert list(heights) == [pytest.approx((23.0 + 0.2 + 23.5) / 2)]
+    (legend,) = axis.figure.legends
+    assert "architecture alone, trained" in [text.get_text() for text in legend.texts]
     (axis,) = _plots.draw_levels(one_key()).axes
     assert [text.get_text() for text in axis.texts] == ["not measured"]
 
@@ -661,7 +666,7 @@ def test_how_much_to_encrypt():
         return protection(f"p{share}", share=share, best=[best(0.2, 2000, [25.0, 26.0], mean)])
 
     several = (reached(0.01, 0.5), reached(0.02, 0.05), reached(0.08, 0.01))
-    assert "tried, 2 % of all weights (“p0.02”) is the smallest" in said(*several)
+    assert "is 2 % of all weights (“p0.02”): adv" in said(*several)
     assert "more keys" not in said(*several)
     assert "try more keys before you rely on it" in said(reached(0.02, 0.09))
     none = said(reached(0.01, 0.5), reached(0.08, 0.3))
@@ -678,7 +683,7 @@ def test_how_much_to_encrypt():
     )
     assert "But the interval is too wide" in said(*several, advice=[{**found, "target": 0.06}])
     other = {**found, "subject": "another network"}
-    assert "is the smallest" in said(*several, advice=[other])
+    assert "The smallest share tried that keeps" in said(*several, advice=[other])
     missing = {**found, "strategy": "l2", "protection": None, "share": None}
     assert said(*several, advice=[missing, found]).startswith(
         "With “l2”, no share that was tried keeps the advantage at or below 0.1. For an advantage"
@@ -701,12 +706,32 @@ WAYS = [
     (LOW, BELOW, "plain", [False, False, True], "sealed rest, one level"),
     (LOW, ((19, 26, 29), ()), "plain", [None, None, True], "sealed rest, one level"),
     ([best(0.2, 2000, [26.0], 0.02)], APART, "plain", [None, True, True], "sealed rest, graded"),
+    # What gives no number is worth nothing; no level is better than the one below; none is graded.
+    (LOW, ((math.nan, 26, 29), (23.5, 27)), "plain", [True, True, True], "plain rest, graded"),
+    (
+        LOW,
+        ((19, 26, math.nan), (23.5, 27)),
+        "plain",
+        [False, False, True],
+        "sealed rest, one level",
+    ),
+    (LOW, ((29, 29, 29), (29, 29)), "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, ((26, 29.1, 29), (26.5, 29.1)), "plain", [True, True, True], "plain rest, graded"),
+    (LOW, ((20, 26, 22), (24, 26)), "plain", [False, False, True], "sealed rest, one level"),
+    (LOW, ((29,), ()), "plain", [None, None, True], "sealed rest, one level"),
 ]
 
 
-def held(rows, qualities, reached):
+def held(rows, qualities, reached, keys=2, spread=0.0):
     holders = [
-        Holder(level, [opened], best(0.2, 2000, [found]), reference=23.0, above=above, gain=None)
+        Holder(
+            level,
+            [opened] * keys,
+            best(0.2, 2000, [found - spread, found + spread][:keys]),
+            reference=23.0,
+            above=above,
+            gain=None,
+        )
         for level, (opened, found, above) in enumerate(
             zip(qualities, reached, qualities[1:], strict=False), 1
         )
@@ -725,6 +750,50 @@ def test_ways_to_publish(rows, holders, rest, holds, name):
     assert with_base[3].name == "sealed adapters beside the public base"
 
 
+@pytest.mark.parametrize(
+    ("keys", "spread", "words"),
+    [(1, 0.0, "one key is too few to be sure"), (2, 2.0, "the interval is too wide to be sure")],
+)
+def test_levels_may_be_in_doubt(keys, spread, words):
+    ways = ways_to_publish(held(LOW, *APART, keys, spread), 0.1, rest="plain")
+    assert [way.holds for way in ways[:3]] == [None, None, True]
+    assert words in ways[1].why
+    assert recommended(ways).name == "sealed rest, one level"
+
+
+def test_one_protection_must_do_all_that_a_way_promises():
+    """One whose file is worth nothing and another whose levels hold are no file that does both."""
+    closed, apart = (held(a, *b).protections[0] for a, b in ((LOW, ALIKE), (HIGH, APART)))
+    both = subject(
+        dataclasses.replace(closed, name="closed"), dataclasses.replace(apart, name="apart")
+    )
+    ways = ways_to_publish(both, 0.1, rest="plain")
+    assert [way.holds for way in ways[:3]] == [False, True, True]
+    assert ways[0].why.count("“closed”") in (0, 2), ways[0].why
+    assert "“apart”" in ways[1].why
+
+
+def test_where_the_cipher_failed_no_file_is_recommended():
+    ways = without_cipher(ways_to_publish(held(LOW, *APART), 0.1, rest="plain"))
+    assert [way.holds for way in ways] == [False, False, False, True]
+    assert recommended(ways).name == "not at all: a service"
+
+
+def test_where_no_share_can_be_judged_none_is_advised():
+    rows = [dataclasses.replace(best(0.2, 2000, [28.9, 28.95]), advantage=None)]
+    near = subject(protection(best=rows), baseline=[best(0.2, 2000, [28.7, 28.8])])
+    missing = {"subject": "dncnn", "strategy": "l2", "target": 0.1, "protection": None}
+    for advice in ([], [missing]):
+        (words,) = _words.how_much(near, advice)
+        assert "no share can be judged" in words
+
+
+def test_of_a_sealed_file_no_share_is_advised():
+    found = {"subject": "dncnn", "strategy": "l2", "target": 0.1, "protection": "l2 2 %"}
+    (words,) = _words.how_much(subject(protection(), sealed=True), [found])
+    assert "follows from what key holders reach" in words
+
+
 def test_ways_are_on_the_page(tmp_path):
     made = held(HIGH, *APART)
     ways = ways_to_publish(made, 0.1, rest="plain")
@@ -735,7 +804,7 @@ def test_ways_are_on_the_page(tmp_path):
     assert (
         "In “pss 8\u00a0%” a holder of level 2 gets 33\u00a0% of the way to level 3." in rows[2][2]
     )
-    assert "the most useful is: sealed rest, graded" in page.text
+    assert "holds against the attacks tried: sealed rest, graded" in page.text
     written = json.loads((tmp_path / "audit.json").read_text("utf-8"))
     assert [way["holds"] for way in written["subjects"][0]["ways"]] == [False, True, True, True]
 

@@ -15,6 +15,7 @@ from rich.console import Console
 import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax._tree.names import named_leaves
+from selcrypt_jax.audit._audit import _cells
 from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._base import rank_by_base
 from selcrypt_jax.audit._cells import Cells
@@ -22,10 +23,22 @@ from selcrypt_jax.audit._config import AuditConfig, SubjectConfig, make_subject,
 from selcrypt_jax.audit._file import masks_between
 from selcrypt_jax.audit._finetune import warm_cosine
 from selcrypt_jax.audit._grid import Grid
+from selcrypt_jax.audit._results import Results
 from selcrypt_jax.audit._run import ARCHITECTURE, Audit, Plan
 from selcrypt_jax.audit._strategies import strategy_scores
-from selcrypt_jax.audit._structure import in_order, ranked_by_siblings, sign_leanings, with_signs
-from selcrypt_jax.audit._subject import example_batches, normalisation_leaves, reset
+from selcrypt_jax.audit._structure import (
+    check_chain,
+    in_order,
+    ranked_by_siblings,
+    sign_leanings,
+    with_signs,
+)
+from selcrypt_jax.audit._subject import (
+    check_subject,
+    example_batches,
+    normalisation_leaves,
+    reset,
+)
 from selcrypt_jax.cli import main
 
 SMALL = Grid(
@@ -192,7 +205,7 @@ def report_of(subject, grid, cipher=None):
     whole = Audit("toy", subject, grid, cipher)
     plans = whole.plans()
     cells = {cell.name: cell.run() for cell in whole.work([*plans, ARCHITECTURE])}
-    return whole.report(cells, plans, 0.0)
+    return Results(whole, cells).report(plans, 0.0)
 
 
 @pytest.mark.slow
@@ -222,7 +235,7 @@ def test_a_report_of_a_toy(subject):
                 for step, values in attempt.steps.items()
                 if step <= best.steps or not attempt.rate
             ]
-            every += [protection.shipped, floor.recovered] if best.steps else [protection.shipped]
+            every += [protection.shipped, floor.recovered]
             np.testing.assert_allclose(best.recovered, np.max(every, axis=0))
             assert best.same_recipe is None or best.same_recipe.mean >= best.advantage.mean
         # More steps give no less.
@@ -298,6 +311,95 @@ def test_a_network_that_is_worth_nothing_is_refused(subject):
         Audit("toy", untrained, SMALL)
 
 
+BROKEN = {
+    "metric: expected a number, got tuple": {"metric": lambda params: (1.0, 2)},
+    "metric: expected a number, got str": {"metric": lambda params: "30"},
+    "better than knowing nothing": {"metric": lambda params: np.inf},
+    "worthless: expected the metric of knowing nothing": {"worthless": np.nan},
+    "examples: expected at least 1": {"examples": 0},
+    "layout: expected one of": {"layout": "OIWH"},
+    r"fresh: 'first/kernel': expected shape \(24, 64\) as in params, got no such leaf": {
+        "fresh": lambda key: {"first": {}}
+    },
+    "training_loss_fn: expected it to return the loss and": {
+        "training_loss_fn": lambda params, batch: jnp.zeros(())
+    },
+    "training_loss_fn: expected parameters like params": {
+        "training_loss_fn": lambda params, batch: (jnp.zeros(()), params["norm"])
+    },
+    "siblings: expected a chain too": {"siblings": [{}]},
+    r"siblings\[0\]: 'first/kernel': expected shape": {
+        "siblings": [{"a": np.ones(3)}],
+        "chain": [("first/kernel", "norm/scale", "last/kernel")],
+    },
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_a_broken_subject_is_refused_at_once(subject, message):
+    with pytest.raises(ValueError, match=message):
+        Audit("toy", subject._replace(**BROKEN[message]), SMALL)
+
+
+@pytest.mark.parametrize("number", [float, np.float32, jnp.asarray, lambda v: np.array([v])[0]])
+def test_a_metric_may_be_any_number(subject, number):
+    run = Audit("toy", subject._replace(metric=lambda p: number(subject.metric(p))), SMALL)
+    rows = run._levels(Plan("l2", 0.2))
+    assert json.loads(json.dumps(rows)) == rows
+
+
+def test_what_gives_no_number_is_worth_nothing(subject):
+    def metric(params):
+        found = subject.metric(params)
+        return found if found > 15 else np.nan
+
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), steps=(2,), keys=2, detection=False, attacks=("train all",)
+    )
+    report = report_of(subject._replace(metric=metric), grid)
+    (found,) = report.protections
+    assert np.isnan(found.shipped).all()
+    for best in found.best:
+        np.testing.assert_array_equal(best.recovered, subject.worthless)
+        assert best.advantage.mean == 0
+        assert best.attack == "knowing nothing"
+    assert found.holders[0].is_worthless
+
+
+def test_nobody_does_worse_than_knowing_nothing(subject):
+    """With a bar for that which no attack reaches, the advantage is 0 and not below."""
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), steps=(2,), detection=False, climbing=False,
+        attacks=("train all",),
+    )  # fmt: skip
+    report = report_of(subject._replace(worthless=15.0), grid)
+    for best in (*report.protections[0].best, *report.everything, *report.baseline):
+        assert best.recovered == [15.0, 15.0]
+    assert {best.advantage for best in report.protections[0].best} == {(0.0, 0.0, 0.0)}
+
+
+def test_attacks_that_do_not_apply_are_no_audit(subject):
+    grid = dataclasses.replace(SMALL, attacks=("signs by structure", "fill from the base"))
+    with pytest.raises(ValueError, match="toy: attacks: expected some that this network"):
+        Audit("toy", subject, grid)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"select": "("}, "is not a regular expression"),
+        ({"budget": (1e-4,)}, "level 1 adds no groups"),
+        ({"importance": ("scores:none.safetensors",)}, "expected scores in a .safetensors file"),
+    ],
+)
+def test_what_cannot_be_protected_is_refused_before_it_is_attacked(tmp_path, change, message):
+    grid = dataclasses.replace(CONFIG.grid, **change)
+    with pytest.raises(ValueError, match=f"toy: .*{message}"):
+        run_audit(dataclasses.replace(CONFIG, grid=grid), tmp_path, console=QUIET)
+    (cells,) = tmp_path.glob(".audit*")
+    assert len(cells.read_text().splitlines()) == 1, "something was attacked"
+
+
 @pytest.mark.slow
 def test_training_that_blows_up_does_not_count(subject):
     grid = dataclasses.replace(
@@ -325,6 +427,12 @@ def test_training_that_blows_up_does_not_count(subject):
         ({"rates": (float("nan"),)}, "rates: expected positive"),
         ({"rates": ()}, "rates: expected at least one"),
         ({"keys": 0}, "keys: expected at least 1"),
+        ({"scope": "tensor"}, "scope: expected one of"),
+        ({"seed": -1}, "seed: expected 0 or more"),
+        ({"importance": ("l2", "l2")}, "importance: expected each one once"),
+        ({"importance": ("l2+small+normalisation",)}, "importance: expected random"),
+        ({"importance": ("l2+normalisation+small",)}, "importance: expected random"),
+        ({"data": (0.1, 0.1)}, "data: expected each one once"),
     ],
 )
 def test_a_bad_grid(change, message):
@@ -353,6 +461,48 @@ def test_a_bad_configuration(tmp_path, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_config(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_the_strongest_attacker_comes_last():
+    """So that a key holder and who has no file are compared with the same data."""
+    grid = dataclasses.replace(Grid(), data=(0.2, 0.01), budget=(0.3, 0.02))
+    assert grid.data == (0.01, 0.2)
+    assert grid.budget == (0.02, 0.3)
+
+
+def test_a_key_holder_attacks_with_the_data_of_the_reference(subject):
+    grid = dataclasses.replace(
+        SMALL, data=(0.5, 0.05), steps=(5,), importance=("l2",), keys=1, detection=False,
+        attacks=("train all",),
+    )  # fmt: skip
+    (found,) = report_of(subject, grid).protections
+    (holder,) = found.holders
+    assert holder.best.data == 0.5
+
+
+def test_a_key_holder_tries_all_that_is_about_kernels(subject):
+    """What is closed to them is little, and to put it in order gives more than to train it all."""
+    grid = dataclasses.replace(
+        SMALL, importance=("l2",), budget=(0.3,), data=(0.1,), steps=(50,), keys=1, levels=3
+    )
+    run = Audit("toy", subject, grid)
+    (plan,) = run.plans()
+    tried = {attack for attack, _, _ in run.attempts(plan, 2)}
+    assert {"zero-fill", "train what is encrypted", "unshuffle", "train all"} <= tried
+    assert not [name for name in tried if "normalisation" in name or audit.ATTACKS[name].chain]
+
+    def reached(attack):
+        return run._attempt(plan, 2, attack, 0.1, 1e-2)["50"][0]
+
+    assert reached("unshuffle") > reached("train all") + 3
+
+
+def test_toml_may_hold_dates_and_begin_with_a_mark(tmp_path):
+    path = tmp_path / "audit.toml"
+    path.write_text('[subjects.a]\nmake="m:f"\nday=2020-01-02\nat=[07:30:00]\n', "utf-8-sig")
+    (described,) = read_config(str(path)).subjects
+    settings = json.loads(_cells(tmp_path, described, SMALL).path.read_text().splitlines()[0])
+    assert settings["subject"]["arguments"] == {"day": "2020-01-02", "at": ["07:30:00"]}
 
 
 def test_no_such_configuration():
@@ -437,6 +587,24 @@ def test_a_run_that_was_killed_goes_on(tmp_path, monkeypatch):
         dataclasses.replace(s, **strip) for s in whole.subjects
     ]
     assert not list((tmp_path / "killed").glob(".audit*"))
+
+
+def test_what_was_found_of_another_network_is_not_taken_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights, scores = tmp_path / "model.safetensors", tmp_path / "scores.safetensors"
+    config = SubjectConfig("mine", "mine:subject", {"weights": str(weights), "siblings": ["a", 3]})
+    grid = dataclasses.replace(SMALL, importance=("l2", "scores:scores.safetensors+small"))
+
+    def cells():
+        return _cells(tmp_path / "out", config, grid).path
+
+    places = [cells()]
+    for path in (weights, scores, tmp_path / "mine.py"):
+        for content in ("one", "two"):
+            path.write_text(content)
+            places.append(cells())
+    assert len(set(places)) == len(places)
+    assert cells() == places[-1]
 
 
 @pytest.mark.slow
@@ -585,7 +753,7 @@ def test_a_broken_base_is_refused(subject):
 def test_leaves_that_are_too_small_to_hide_in_stay_plain(subject):
     """The bias of a head of two classes."""
     params = subject.params | {"head": {"bias": np.array([0.5, -0.5], np.float32)}}
-    run = Audit("toy", subject._replace(params=params), SMALL)
+    run = Audit("toy", subject._replace(params=params, fresh=lambda key: params), SMALL)
     file = run.protected(ARCHITECTURE, 0).params
     np.testing.assert_array_equal(file["head"]["bias"], params["head"]["bias"])
     same = np.asarray(file["first"]["kernel"]) == params["first"]["kernel"]
@@ -735,6 +903,54 @@ def test_as_many_scales_are_negative_as_the_file_shows():
 def test_a_bad_chain_is_refused(subject, link, message):
     with pytest.raises(ValueError, match=message):
         Audit("toy", subject._replace(chain=[audit.Link(*link)]), SMALL)
+
+
+CONVOLUTIONS = {
+    "HWIO": ((3, 3, 8, 16), (3, 3, 16, 24)),
+    "OIHW": ((16, 8, 3, 3), (24, 16, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("layout", CONVOLUTIONS)
+def test_a_chain_of_convolutions_is_taken_in_its_layout(layout):
+    shapes = dict(zip(("one", "two"), CONVOLUTIONS[layout], strict=True)) | {"scale": (16,)}
+    names = ("one", "scale", "two")
+    assert check_chain([names], shapes, layout, "x") == [audit.Link(*names)]
+    for wrong in (("two", "scale", "one"), ("one", "scale", "one")):
+        with pytest.raises(ValueError, match=f"x: chain: expected two kernels.*{layout}"):
+            check_chain([wrong], shapes, layout, "x")
+    for odd in ("one", [3], ["one"], [("one", "scale")], audit.Link(*names)):
+        with pytest.raises(ValueError, match="x: chain: expected"):
+            check_chain(odd, shapes, layout, "x")
+
+
+def test_a_chain_tells_the_layout_of_dense_layers(subject):
+    def made(inputs, hidden, outputs):
+        params = {
+            "one.weight": np.ones((hidden, inputs), np.float32),
+            "norm.weight": np.ones(hidden, np.float32),
+            "two.weight": np.ones((outputs, hidden), np.float32),
+        }
+        chain = [("one.weight", "norm.weight", "two.weight")]
+        return subject._replace(
+            params=params, chain=chain, fresh=lambda key: params, training_loss_fn=None
+        )
+
+    assert check_subject(made(4, 8, 2), "x").layout == "OIHW"
+    with pytest.raises(ValueError, match=r"x: chain: cannot tell .* Set the subject's layout"):
+        check_subject(made(8, 8, 8), "x")
+    assert check_subject(made(8, 8, 8)._replace(layout="OIHW"), "x").layout == "OIHW"
+
+
+def test_structure_of_wide_layers_takes_little_memory():
+    """The products of these kernels are 16 GB."""
+    rng = np.random.default_rng(0)
+    signs = rng.choice([-1, 1], 512)
+    shared = rng.standard_normal((2000, 2000)).astype(np.float32)
+    before = rng.standard_normal((2000, 512)).astype(np.float32)
+    after = (before.T @ shared) * signs[:, None]
+    found = sign_leanings(before, after, "HWIO")
+    assert abs((np.sign(found) * signs).sum()) == 512
 
 
 def test_the_rate_warms_up_and_falls_to_zero():
