@@ -342,6 +342,7 @@ def test_each_fault_is_found_by_its_name(name):
     assert whole <= found <= faults | also
 
 
+@pytest.mark.slow
 def test_the_librarys_own_cipher_with_one_key_for_all():
     found = failed(check_cipher(OneKeyForAll()))
     faults = {

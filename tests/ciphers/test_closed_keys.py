@@ -69,6 +69,7 @@ def test_one_key_of_two_is_one_too_many():
         jax.jit(lambda p, key: decrypt(p, masks, [key, second]))(PARAMS, first)
 
 
+@pytest.mark.slow
 def test_what_makes_no_program_may_close_over_them():
     public = encrypt(PARAMS, MASKS, THREEFRY)
     jax.grad(lambda p: decrypt(p, MASKS, THREEFRY)["w"].sum())(public)

@@ -35,6 +35,7 @@ every_checker = pytest.mark.parametrize(
     "checker", [pytest.param(c, marks=[] if c in FAST else [pytest.mark.slow]) for c in CHECKERS]
 )
 LONG = {"pss keep", "pss break"}
+LONG_CIPHERS = {name for name in CIPHERS if name.startswith("gaussian")}
 
 
 @every_checker
@@ -53,7 +54,10 @@ def test_importance(name, checker):
 
 
 @every_checker
-@pytest.mark.parametrize("name", CIPHERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LONG_CIPHERS else []) for n in CIPHERS],
+)
 def test_ciphers(name, checker):
     if (name, checker) == ("a user's own", "enable_x64"):
         pytest.skip("JAX draws other random signs")

@@ -21,6 +21,7 @@ def infos(count: int, shape: tuple[int, ...]) -> dict[str, ArrayInfo]:
     return {name.format(i // 100, i % 100): ArrayInfo("BF16", shape) for i in range(count)}
 
 
+@pytest.mark.slow
 def test_many_tensors_are_not_blamed_on_positions():
     tensors = infos(520_000, (16, 16))
     shapes = [(16, 16)] * len(tensors)

@@ -447,6 +447,7 @@ def small_dncnn(seed: int, *, depth: int = 3) -> DnCNN:
     return DnCNN(depth, 4, channels=1, rngs=nnx.Rngs(jax.random.key(seed, impl="rbg")))
 
 
+@pytest.mark.slow
 def test_training_starts_from_a_checkpoint(tmp_path, module):
     started, public = module("_loop").started, small_dncnn(0)
     module("_loop").write_tensors(to_torch(public), tmp_path / "public.safetensors", {})
