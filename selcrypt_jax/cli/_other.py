@@ -21,9 +21,9 @@ def audit(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     quick: bool = False,
     advise: bool = False,
-    target_advantage: float = 0.1,
+    target_advantage: float | None = None,
 ) -> None:
-    """Attacks your network as a thief would, and reports what he gets.
+    """Attacks your network as an attacker would, and reports what they get.
 
     Writes audit.json, plots and report.html, one page that needs nothing else. A run that was
     killed goes on.
@@ -33,9 +33,11 @@ def audit(
         out: Folder for the results; made if it does not exist.
         quick: A reduced grid: the strongest attacks, one key, few steps.
         advise: Look for the smallest share that meets the target, instead of trying given ones.
-        target_advantage: How much the strongest thief may be ahead of whoever has the
-            architecture alone: 0 nothing, 1 all of the original's quality.
+        target_advantage: With --advise: how far the strongest attacker may get from what the
+            architecture alone gives (0) to the original (1); 0.1 if it is left out.
     """
+    if target_advantage is not None and not advise:
+        raise ValueError("--target-advantage: expected with --advise, which looks for it.")
     try:
         from ..audit._audit import audit as run_audit
         from ..audit._config import read_config
@@ -44,7 +46,7 @@ def audit(
             read_config(config),
             out,
             quick=quick,
-            target_advantage=target_advantage if advise else None,
+            target_advantage=0.1 if advise and target_advantage is None else target_advantage,
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(

@@ -275,6 +275,9 @@ COMMANDS = {
     "targets that descend": (
         f"{CALIBRATE} --targets 24 20 --evaluate mistaken:array",
         r"targets\[1\]: expected ascending .* Sort"),
+    "a target without advice": (
+        "audit demo -o report --target-advantage 0.2",
+        "--target-advantage: expected with --advise"),
     "no such audit": (
         "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
     "audit of a checkpoint": (
