@@ -126,12 +126,12 @@ def demo_dncnn(
 ) -> Subject:
     """DnCNN on photographs of scikit-image, as `selcrypt demo` trains it; arguments as there.
 
-    For somewhat longer, since what an attacker trains better is not worth stealing; `batch` is how
-    many patches are in a step of the attacker.
+    For somewhat longer and at a higher rate, since what an attacker trains better is not worth
+    stealing; `batch` is how many patches are in a step of the attacker.
     """
     from ..demo._train import SIGMA, train_dncnn
 
-    trained = train_dncnn(depth=depth, width=width, steps=steps, crop=crop, seed=seed)
+    trained = train_dncnn(depth=depth, width=width, steps=steps, crop=crop, seed=seed, rate=1.2e-2)
     clean = np.asarray(trained.examples)
 
     def draw(which: np.ndarray, rng: np.random.Generator) -> Any:

@@ -165,6 +165,7 @@ def train_dncnn(
     steps: int,
     crop: int,
     seed: int,
+    rate: float = 2e-3,
     advance: Callable[[], None] = lambda: None,
 ) -> Subject:
     """DnCNN on photographs of scikit-image, σ = 25.
@@ -175,6 +176,7 @@ def train_dncnn(
         steps: of 16 patches of 40×40 pixels each.
         crop: side of the test photographs, in pixels.
         seed: of everything.
+        rate: of Adam, at its highest.
         advance: called after each step.
     """
     patches = jnp.asarray(training_patches(4096, 40, seed))
@@ -191,7 +193,7 @@ def train_dncnn(
         return squared_error(model, *batch)
 
     model = fresh(rngs=nnx.Rngs(start))
-    network = _fit(model, loss, sample, steps=steps, rate=2e-3, key=fit, advance=advance)
+    network = _fit(model, loss, sample, steps=steps, rate=rate, key=fit, advance=advance)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
     denoised = jax.jit(lambda params: network(params, noisy))
