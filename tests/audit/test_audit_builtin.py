@@ -118,7 +118,7 @@ def test_those_of_the_demo(make, options):
     assert subject.unit == ("dB" if make == "demo-dncnn" else "%")
     shapes = {n: leaf.shape for n, leaf in named_leaves(subject.params).arrays.items()}
     norms = {n for n in normalisation_leaves(subject.params) if n.endswith("scale")}
-    check_chain(subject.chain, shapes, make)
+    check_chain(subject.chain, shapes, subject.layout or "HWIO", make)
     assert norms - {link.scale for link in subject.chain} == UNLINKED[make]
     leaves = jax.tree.leaves(example_batches(subject, 0.01, 0)[1](1))
     assert len(leaves[0]) == options.get("batch", 32)
