@@ -1,5 +1,7 @@
 """Weights that are there more than once: what one place encrypts, no other place leaves open."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +18,9 @@ from selcrypt_jax import (
     unlock,
     unlock_file,
 )
+from selcrypt_jax._masks.scores import source_of_tree
+from selcrypt_jax._release.copies import Contents
+from selcrypt_jax._tree.names import named_leaves
 
 SECRET = Secret.generate()
 RNG = np.random.default_rng(0)
@@ -184,6 +189,46 @@ def test_what_is_not_alike_is_left_alone():
     release = protect(params, masks, secret=SECRET, rest="plain")
     for name in ("b", "c", "zeros", "ones"):
         assert release.params[name] is params[name]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    {
+        "rows in another order": (A, A[RNG.permutation(48)]),
+        "upside down": (A, A[::-1]),
+        "filters in another order": (KERNEL, KERNEL[RNG.permutation(32)]),
+        "each has rows of its own": (np.concatenate([A, C[:20]]), np.concatenate([B[:20], A])),
+    }.values(),
+)
+def test_what_is_there_in_another_order_is_said(one, other):
+    params = laid_out((one, other))
+    with pytest.warns(UserWarning, match="Much of 'a' is also in 'b', in another order"):
+        protect(params, ({"a": np.abs(one) > 1.5, "b": False},), secret=SECRET, rest="plain")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.int8, np.float32, ml_dtypes.bfloat16])
+def test_few_values_agree_by_chance_and_are_no_copies(dtype):
+    pair = [RNG.integers(-1, 2, shape).astype(dtype) for shape in ((96, 128), (384, 512))]
+    mask = RNG.random((96, 128)) < 0.3
+    release = protect(
+        laid_out((pair[0], pair[1])), ({"a": mask, "b": False},), secret=SECRET, rest="plain"
+    )
+    assert not encrypted(pair[1], release.params["b"]).any()
+
+
+@pytest.mark.parametrize("zeros", [1.0, 0.9, 0.5])
+def test_a_large_tensor_of_zeros_needs_little_memory(zeros):
+    leaf = RNG.standard_normal((1024, 1024)).astype(np.float32)
+    leaf[RNG.random(leaf.shape) < zeros] = 0
+    leaf[0, 0] = 1
+    source = source_of_tree(named_leaves({"a": leaf, "b": leaf.T.copy()}))
+    tracemalloc.start()
+    copies = Contents(dict.fromkeys(source.tensors, source), {}).copies()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 * leaf.nbytes
+    assert bool(copies) == (zeros < 1)
 
 
 def test_encrypt_leaves_it_to_the_caller():
