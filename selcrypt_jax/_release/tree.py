@@ -199,7 +199,7 @@ def protect(
         if rest == "plain" and chosen.unknown:
             warnings.warn(
                 f"{like} says nothing of {listed(chosen.unknown)}: left plain. Protect with a "
-                'sealed rest (rest="sealed"), or anew, without like.',
+                'sealed rest (rest="sealed"), or without like.',
                 stacklevel=2,
             )
     elif masks is None:
