@@ -20,7 +20,8 @@ _MATCHES = 12  # that are looked into, for two tensors
 _ALIKE = 0.25  # of all weights, from which on a tensor counts as a copy: an average may be half old
 _SCATTERED = 0.15  # of all runs, which lie elsewhere in another tensor
 _VALUES = 64  # that a tensor must have, for that to say anything
-_SIMILAR = 0.9  # correlation
+_SIMILAR = 0.9  # correlation; of fewer than 32 weights it says little
+_FEWEST = 32
 _POINTS = 1024  # where it is measured
 _AT_ONCE = 1 << 16  # places that are looked at together
 
@@ -110,8 +111,13 @@ class Contents:
         """Pairs of one shape that are much alike, once `copies` has read all tensors."""
         by_shape: dict[tuple[int, ...], list[str]] = {}
         for name in self._names:
-            if self._dtypes[name].kind == "float" and len(self.shapes[name]) > 1:
-                by_shape.setdefault(self.shapes[name], []).append(name)
+            shape = self.shapes[name]
+            if (
+                self._dtypes[name].kind == "float"
+                and len(shape) > 1
+                and math.prod(shape) >= _FEWEST
+            ):
+                by_shape.setdefault(shape, []).append(name)
         for names in by_shape.values():
             points = np.stack([self._points[name] for name in names])
             points = np.nan_to_num(points - points.mean(1, keepdims=True))

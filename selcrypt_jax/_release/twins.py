@@ -124,12 +124,14 @@ def with_twins(
         for one, two in contents.scattered
         if two not in kin[one] and (one in found or two in found)
     ]
+    most: dict[str, Similar] = {}  # where many are alike, each is named once
     for one, two in contents.similar():
         if two not in kin[one]:
             for name, like in ((one, two), (two, one)):
                 share = levels.share_below(name, like, 1 if rest == "sealed" else 0)
-                if share > _NOTED:
-                    similar.append(Similar(name, like, share))
+                if share > max(_NOTED, most[name].share if name in most else 0):
+                    most[name] = Similar(name, like, share)
+    similar += most.values()
     return Spread(found, tuple(similar))
 
 

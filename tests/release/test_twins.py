@@ -234,3 +234,22 @@ def test_a_large_tensor_of_zeros_needs_little_memory(zeros):
 def test_encrypt_leaves_it_to_the_caller():
     # It is told which weights to take, leaf by leaf, and shapes are all that it may depend on.
     assert "copies" in (encrypt.__doc__ or "").lower()
+
+
+def test_many_that_are_alike_are_named_once_each_and_tiny_ones_are_not():
+    decay = np.log(np.arange(1, 17)) * np.ones((64, 1))
+    gate = RNG.standard_normal((1, 16))
+    params = {
+        f"{number}.{name}": (leaf + 0.1 * RNG.standard_normal(leaf.shape)).astype(np.float32)
+        for name, leaf in (("decay", decay), ("gate", gate))
+        for number in range(6)
+    }
+    masks = ({name: name.startswith("0") for name in params},)
+    with pytest.warns(UserWarning, match=r"'0\.decay' is plain.* in '[1-5]\.decay'") as caught:
+        protect(params, masks, secret=SECRET, rest="plain")
+    assert len(caught) == 5
+    masks = ({name: np.arange(16) % 2 == int(name[0]) % 2 for name in params},)
+    masks = ({n: np.broadcast_to(mask, params[n].shape) for n, mask in masks[0].items()},)
+    with pytest.warns(UserWarning, match="decay") as caught:  # not one for each pair
+        protect(params, masks, secret=SECRET, rest="plain")
+    assert len(caught) == 6
