@@ -22,6 +22,7 @@ _SCATTERED = 0.15  # of all runs, which lie elsewhere in another tensor
 _VALUES = 64  # that a tensor must have, for that to say anything
 _SIMILAR = 0.9  # correlation; of fewer than 32 weights it says little
 _FEWEST = 32
+_ROWS = 1024  # tensors that are compared with all others at once
 _POINTS = 1024  # where it is measured
 _AT_ONCE = 1 << 16  # places that are looked at together
 
@@ -123,10 +124,12 @@ class Contents:
             points = np.nan_to_num(points - points.mean(1, keepdims=True))
             size = np.linalg.norm(points, axis=1)
             points /= np.where(size > 0, size, 1)[:, None]
-            for first, second in np.argwhere(np.triu(points @ points.T, 1) > _SIMILAR):
-                one, two = names[first], names[second]
-                if one in self._among or two in self._among:
-                    yield one, two
+            for start in range(0, len(names), _ROWS):  # of tens of thousands, as experts are
+                alike = points[start : start + _ROWS] @ points[start:].T
+                for first, second in np.argwhere(np.triu(alike, 1) > _SIMILAR) + start:
+                    one, two = names[first], names[second]
+                    if one in self._among or two in self._among:
+                        yield one, two
 
     def _sampled(self, name: str, bits: np.ndarray) -> np.ndarray:
         places = np.linspace(0, bits.size - 1, min(_POINTS, bits.size)).astype(np.intp)

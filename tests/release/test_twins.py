@@ -19,6 +19,7 @@ from selcrypt_jax import (
     unlock_file,
 )
 from selcrypt_jax._masks.scores import source_of_tree
+from selcrypt_jax._release import copies
 from selcrypt_jax._release.copies import Contents
 from selcrypt_jax._tree.names import named_leaves
 
@@ -224,11 +225,11 @@ def test_a_large_tensor_of_zeros_needs_little_memory(zeros):
     leaf[0, 0] = 1
     source = source_of_tree(named_leaves({"a": leaf, "b": leaf.T.copy()}))
     tracemalloc.start()
-    copies = Contents(dict.fromkeys(source.tensors, source), {}).copies()
+    found = Contents(dict.fromkeys(source.tensors, source), {}).copies()
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 12 * leaf.nbytes
-    assert bool(copies) == (zeros < 1)
+    assert bool(found) == (zeros < 1)
 
 
 def test_encrypt_leaves_it_to_the_caller():
@@ -253,3 +254,15 @@ def test_many_that_are_alike_are_named_once_each_and_tiny_ones_are_not():
     with pytest.warns(UserWarning, match="decay") as caught:  # not one for each pair
         protect(params, masks, secret=SECRET, rest="plain")
     assert len(caught) == 6
+
+
+def test_many_tensors_of_one_shape_are_compared_in_parts(monkeypatch):
+    params = {f"{n:02}": RNG.standard_normal((8, 8)).astype(np.float32) for n in range(20)}
+    params["19"] = params["03"] * 2
+    params["04"] = params["03"] * 3
+    source = source_of_tree(named_leaves(params))
+    contents = Contents(dict.fromkeys(params, source), params)
+    contents.copies()
+    whole = list(contents.similar())
+    monkeypatch.setattr(copies, "_ROWS", 3)
+    assert list(contents.similar()) == whole == [("03", "04"), ("03", "19"), ("04", "19")]
