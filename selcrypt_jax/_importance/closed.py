@@ -52,7 +52,8 @@ def _check_numbers(name: str, leaf: AnyArray) -> None:
         # Packed low-bit weights come as unsigned bytes; their value says nothing.
         raise ValueError(
             f"params {name!r}: expected floats or signed integers, got {leaf.dtype}, whose values "
-            "may be packed codes. Use importance.random, or leave the leaf out with `select`."
+            "may be packed codes. Use importance.random (--importance random), or leave it out "
+            "with `select`."
         )
 
 

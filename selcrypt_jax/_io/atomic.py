@@ -14,6 +14,9 @@ _SUFFIX = ".selcrypt-tmp"
 # How file systems say that they do not know a call at all (those of a network, of containers).
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
 
+# How they say that a file cannot be linked: they have no links, or no way out of /proc.
+_NO_LINKS = {errno.EPERM, errno.EXDEV, errno.ENOENT, errno.EMLINK}
+
 
 @contextmanager
 def new_file(
@@ -333,9 +336,34 @@ def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:
         os.link(f"/proc/self/fd/{descriptor}", name.name, dst_dir_fd=folder, follow_symlinks=True)
     except FileExistsError:
         raise _appeared(target) from None
+    except OSError as error:
+        if error.errno not in _UNKNOWN | _NO_LINKS:
+            raise
+        return _copied(descriptor, target)
     finally:
         os.close(folder)
     return name if force else None
+
+
+def _copied(descriptor: int, target: Path) -> Path:
+    """The same under a temporary name, where files cannot be linked, or not from /proc."""
+    import shutil
+
+    made = os.fstat(descriptor)
+    temporary = _sibling(target)
+    try:
+        with (
+            open(f"/proc/self/fd/{descriptor}", "rb") as source,
+            open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as copy,
+        ):
+            shutil.copyfileobj(source, copy)
+            copy.flush()
+            _give(copy.fileno(), stat.S_IMODE(made.st_mode), made, target)
+            _sync(copy.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return temporary
 
 
 def _rename(temporary: Path, target: Path, force: bool) -> None:

@@ -1,5 +1,6 @@
 """Weights in other formats: what a file is that is no safetensors file, and how to convert it."""
 
+import re
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -78,7 +79,10 @@ _SUFFIXES = {
 WEIGHTS = frozenset({".safetensors", *_SUFFIXES})
 """How the names of files end that loaders take for the weights of a model."""
 
-_SETTINGS = "training_args.bin"  # beside many a model; holds none of its weights
+# What trainers leave beside a model; none of it holds weights that a loader of models looks for.
+_OF_TRAINING = re.compile(
+    r"(training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth)$"
+)
 
 
 def format_of(first: bytes, name: str, *, certain: bool) -> str | None:
@@ -139,7 +143,8 @@ def weights_in(folder: Path) -> list[str]:
     return sorted(
         name
         for name in found
-        if name != _SETTINGS and (is_index(name) or PurePath(name).suffix.lower() in WEIGHTS)
+        if is_index(name)
+        or (PurePath(name).suffix.lower() in WEIGHTS and not _OF_TRAINING.match(name))
     )
 
 

@@ -25,6 +25,7 @@ import jax.extend.random
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 from .material import forgetting
 
@@ -258,7 +259,7 @@ def chacha20_key(secret: bytes) -> Array:
         A scalar key array of the implementation ``chacha20_impl``.
 
     Raises:
-        TypeError: ``secret`` is not ``bytes``.
+        TypeError: ``secret`` is not ``bytes``; a call inside of a function that is compiled.
         ValueError: ``secret`` is not 32 bytes long.
 
     Examples:
@@ -269,4 +270,10 @@ def chacha20_key(secret: bytes) -> Array:
     if len(secret) != 4 * _KEY_WORDS:
         raise ValueError(f"secret has {len(secret)} bytes but expected {4 * _KEY_WORDS}")
     words = jax.device_put(np.frombuffer(secret, "<u4").astype(np.uint32))
+    if isinstance(words, Tracer):
+        raise TypeError(
+            "chacha20_key, ring_keys: expected a call outside of what is compiled, got one inside: "
+            "the key would be written into the program, and with it into JAX's cache on the disk. "
+            "Make keys first, and pass them in as arguments."
+        )
     return jax.random.wrap_key_data(words, impl=chacha20_impl)

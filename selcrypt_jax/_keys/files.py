@@ -27,6 +27,11 @@ _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
 _MOST_WORK = 1 << 21  # KiB times iterations: some three seconds
 _SPACES = " \t\r"
+# 32 bytes as base64, also that of URLs, or in hex; or the whole text of a key file.
+_KEY_ITSELF = re.compile(
+    r"([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|age-secret-key-|-----begin|selcrypt-[a-z-]+-v\d+[\r\n]",
+    re.IGNORECASE,
+)
 
 
 class Kind(NamedTuple):
@@ -237,7 +242,7 @@ def read_key_file(
 def check_path(path: AnyPath) -> None:
     """Refuses a key in the place of its file, before a message shows it."""
     text = os.fspath(path)
-    if isinstance(text, str) and re.fullmatch("AGE-SECRET-KEY-.*|[A-Za-z0-9+/]{43}=", text.strip()):
+    if isinstance(text, str) and _KEY_ITSELF.match(text.strip()):
         raise ValueError(
             "key: expected the path of a file, got a key itself. Save it in a file that only you "
             "can read, and name that."

@@ -215,7 +215,7 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
         m typed keys, one for each ring.
 
     Raises:
-        TypeError: not a `LevelKey`.
+        TypeError: not a `LevelKey`; a call inside of a function that is compiled.
 
     Examples:
         >>> keys = ring_keys(level_key(secret, model_id, levels=3))

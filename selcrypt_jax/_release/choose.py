@@ -29,7 +29,7 @@ from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import Layout, Ring, unit_places
 from .checkpoint import AnyPath, open_checkpoint
 from .signers import UNSIGNED, AnySigner, verify_key
-from .twins import Similar, twins_of, with_twins
+from .twins import Scattered, Similar, twins_of, with_twins
 
 
 class Chosen(NamedTuple):
@@ -52,7 +52,7 @@ class Chosen(NamedTuple):
     calibration: Calibration | None = None
     model_id: bytes | None = None
     unknown: tuple[str, ...] = ()
-    similar: tuple[Similar, ...] = ()
+    similar: tuple[Similar | Scattered, ...] = ()
 
 
 class Plan:

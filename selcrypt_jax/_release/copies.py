@@ -18,8 +18,13 @@ _RUN = 8  # neighbours that have to agree
 _SAMPLES = 1024  # runs of a small tensor; a large one has one at a 256th of its places
 _MATCHES = 12  # that are looked into, for two tensors
 _ALIKE = 0.25  # of all weights, from which on a tensor counts as a copy: an average may be half old
-_SIMILAR = 0.9  # correlation
+_SCATTERED = 0.15  # of all runs, which lie elsewhere in another tensor
+_VALUES = 64  # that a tensor must have, for that to say anything
+_SIMILAR = 0.9  # correlation; of fewer than 32 weights it says little
+_FEWEST = 32
+_ROWS = 1024  # tensors that are compared with all others at once
 _POINTS = 1024  # where it is measured
+_AT_ONCE = 1 << 16  # places that are looked at together
 
 
 class Copy(NamedTuple):
@@ -30,7 +35,7 @@ class Copy(NamedTuple):
         outer: name of the one that holds it.
         start: flat position in it of the first weight.
         strides: by how many weights in it each axis of `inner` steps.
-        share: how much of `inner` is the same.
+        share: how much of `inner` is the same, beyond what is by chance.
     """
 
     inner: str
@@ -71,6 +76,8 @@ class Contents:
             if dtype.kind != "other" and dtype.bits >= 8 and math.prod(self.shapes[name]) >= _RUN
         ]
         self._points: dict[str, np.ndarray] = {}
+        self.scattered: list[tuple[str, str]] = []
+        """Pairs that share much, but in another order, once `copies` has read all tensors."""
 
     def bits(self, name: str) -> np.ndarray:
         """A tensor as flat unsigned integers."""
@@ -87,27 +94,42 @@ class Contents:
             self._points[name] = self._sampled(name, bits)
             found.append(_runs(bits, self.shapes[name]))
         result = []
-        for pair, matches in self._matches(found):
+        for pair, count, matches in self._matches(found):
             first, second = self._names[pair[0]], self._names[pair[1]]
-            if self._dtypes[first] == self._dtypes[second]:
-                result += self._placed(first, second, matches)
+            if self._dtypes[first] != self._dtypes[second]:
+                continue
+            placed = self._placed(first, second, matches)
+            result += placed
+            fewer = min(len(found[number].keys) for number in pair)
+            if placed or count < _SCATTERED * fewer:
+                continue
+            # Few values, as integers have, come in the same order by chance.
+            if len(np.unique(self._points[first])) >= _VALUES:
+                self.scattered.append((first, second))
         return result
 
     def similar(self) -> Iterator[tuple[str, str]]:
         """Pairs of one shape that are much alike, once `copies` has read all tensors."""
         by_shape: dict[tuple[int, ...], list[str]] = {}
         for name in self._names:
-            if self._dtypes[name].kind == "float" and len(self.shapes[name]) > 1:
-                by_shape.setdefault(self.shapes[name], []).append(name)
+            shape = self.shapes[name]
+            if (
+                self._dtypes[name].kind == "float"
+                and len(shape) > 1
+                and math.prod(shape) >= _FEWEST
+            ):
+                by_shape.setdefault(shape, []).append(name)
         for names in by_shape.values():
             points = np.stack([self._points[name] for name in names])
             points = np.nan_to_num(points - points.mean(1, keepdims=True))
             size = np.linalg.norm(points, axis=1)
             points /= np.where(size > 0, size, 1)[:, None]
-            for first, second in np.argwhere(np.triu(points @ points.T, 1) > _SIMILAR):
-                one, two = names[first], names[second]
-                if one in self._among or two in self._among:
-                    yield one, two
+            for start in range(0, len(names), _ROWS):  # of tens of thousands, as experts are
+                alike = points[start : start + _ROWS] @ points[start:].T
+                for first, second in np.argwhere(np.triu(alike, 1) > _SIMILAR) + start:
+                    one, two = names[first], names[second]
+                    if one in self._among or two in self._among:
+                        yield one, two
 
     def _sampled(self, name: str, bits: np.ndarray) -> np.ndarray:
         places = np.linspace(0, bits.size - 1, min(_POINTS, bits.size)).astype(np.intp)
@@ -120,8 +142,8 @@ class Contents:
         with np.errstate(all="ignore"):
             return as_array(few.data.cast("B"), code, few.shape).astype(np.float32)
 
-    def _matches(self, found: list[_Found]) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-        """Pairs of tensors → some of their matches: place and stride in the first and second."""
+    def _matches(self, found: list[_Found]) -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
+        """Pairs of tensors, how many matches they have, and some: places and strides in both."""
         keys = np.concatenate([each.keys for each in found])
         tensor = np.repeat(np.arange(len(found)), [len(each.keys) for each in found])
         places = np.concatenate([each.places for each in found])
@@ -138,7 +160,7 @@ class Contents:
             here = start + np.unique(np.linspace(0, count - 1, _MATCHES).astype(np.intp))
             one, two = first[here], second[here]
             rows = np.stack([places[one], strides[one], places[two], strides[two]], 1)
-            yield (int(tensor[one[0]]), int(tensor[two[0]])), rows
+            yield (int(tensor[one[0]]), int(tensor[two[0]])), count, rows
 
     def _placed(self, first: str, second: str, matches: np.ndarray) -> list[Copy]:
         """Where one of two tensors lies in the other."""
@@ -151,9 +173,17 @@ class Contents:
             if where is None or where in found:
                 continue
             copy = Copy(first, second, *where, 0.0)
-            same = np.mean(copy.view(outer, shape) == inner.reshape(shape))
-            found[where] = copy._replace(share=float(same))
+            found[where] = copy._replace(share=_share(copy.view(outer, shape).ravel(), inner))
         return [copy for copy in found.values() if copy.share >= _ALIKE]
+
+
+def _share(one: np.ndarray, two: np.ndarray) -> float:
+    """How much of two flat arrays is the same, beyond what is by chance.
+
+    Tensors of few values, such as pruned ones or of -1, 0 and 1, agree in many places.
+    """
+    same, chance = np.mean(one == two), np.mean(one[1:] == two[:-1])
+    return float((same - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 def _steps(shape: tuple[int, ...]) -> list[int]:
@@ -171,6 +201,9 @@ def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
     mixed *= np.uint32(0x85EBCA77)
     rarity = min(max(bits.size // _SAMPLES, 1).bit_length() - 1, 8)
     chosen = np.flatnonzero((mixed >> np.uint32(24)) < (256 >> rarity))
+    # A value that fills much of a tensor was chosen: of its runs, so many fewer.
+    usual = (bits.size >> rarity) * 4
+    thinned = min((len(chosen) // max(usual, 1)).bit_length(), 8)
     factors = np.random.default_rng(0).integers(1, 2**63, _RUN, np.uint64) | np.uint64(1)
     keys, places, strides = [], [], []
     directions = {(1, 1, bits.size)}  # stride, stride of the axis, size of the axis
@@ -178,12 +211,19 @@ def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
     for stride, _, size in sorted(directions):
         if stride == 1 and size != bits.size:
             continue  # part of the flat direction
-        here = chosen[chosen // stride % size <= size - _RUN]
-        runs = bits[here[:, None] + stride * np.arange(_RUN)].astype(np.uint64)
-        here = here[different := (runs[:, :-1] != runs[:, 1:]).sum(1) >= _RUN // 2]
-        keys.append((runs[different] * factors).sum(1, dtype=np.uint64))
-        places.append(here)
-        strides.append(np.full(len(here), stride))
+        for start in range(0, len(chosen), _AT_ONCE):
+            here = chosen[start : start + _AT_ONCE]
+            here = here[here // stride % size <= size - _RUN]
+            here = here[bits[here] != bits[here + stride]]  # most of a tensor that is mostly zero
+            runs = bits[here[:, None] + stride * np.arange(_RUN)].astype(np.uint64)
+            here = here[different := (runs[:, :-1] != runs[:, 1:]).sum(1) >= _RUN // 2]
+            hashes = (runs[different] * factors).sum(1, dtype=np.uint64)
+            kept = (hashes >> np.uint64(56)) < (256 >> thinned)
+            keys.append(hashes[kept])
+            places.append(here[kept])
+            strides.append(np.full(len(keys[-1]), stride))
+    if not keys:
+        return _Found(np.zeros(0, np.uint64), np.zeros(0, np.intp), np.zeros(0, np.intp))
     return _Found(np.concatenate(keys), np.concatenate(places), np.concatenate(strides))
 
 

@@ -46,7 +46,8 @@ class Selected(NamedTuple):
             changed; or that the earlier release of `like` did not have, so that nothing of them is
             graded.
         similar: tensors that are much like another one (a moving average, a copy in another dtype)
-            and in which less is encrypted: how much of what is encrypted there, in words.
+            and in which less is encrypted: how much of what is encrypted there, in words; and those
+            that have much of another one in another order.
         random_keys: tensors that hold random keys, or look like it: level 1 opens them.
 
     Examples:

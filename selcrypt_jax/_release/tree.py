@@ -199,7 +199,7 @@ def protect(
         if rest == "plain" and chosen.unknown:
             warnings.warn(
                 f"{like} says nothing of {listed(chosen.unknown)}: left plain. Protect with a "
-                'sealed rest (rest="sealed"), or anew, without like.',
+                'sealed rest (rest="sealed"), or without like.',
                 stacklevel=2,
             )
     elif masks is None:
@@ -268,7 +268,14 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
         )
     check_unprotected(metadata, "metadata")
     warn_if_unlocked(metadata, "params")
-    for name, leaf in named_leaves(params).leaves.items():
+    leaves = named_leaves(params).leaves
+    for text in (*leaves, *(metadata or {}), *(metadata or {}).values()):
+        if text.encode(errors="replace").decode() != text:
+            raise ValueError(
+                f"params, metadata: expected names and entries of Unicode, got a lone surrogate in "
+                f"{text!r}, which no file can hold. Rename it."
+            )
+    for name, leaf in leaves.items():
         if isinstance(leaf, Tracer):
             raise TypeError(
                 f"params {name!r}: expected a concrete array, got a traced one. What is released "

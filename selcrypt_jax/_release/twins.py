@@ -40,6 +40,20 @@ class Similar(NamedTuple):
         )
 
 
+class Scattered(NamedTuple):
+    """A tensor that has much of another one elsewhere, such as the rows in another order."""
+
+    name: str
+    like: str
+
+    def __str__(self) -> str:
+        return (
+            f"Much of {self.like!r} is also in {self.name!r}, in another order: what is encrypted "
+            "in one of them may be plain in the other, or opened by a lower level. Leave one of "
+            "them out of the file, or give the same weights the same scores."
+        )
+
+
 class Spread(NamedTuple):
     """Rings in all places where their weights are.
 
@@ -49,7 +63,7 @@ class Spread(NamedTuple):
     """
 
     rings: dict[str, list[tuple[int, SealedRing]]]
-    similar: tuple[Similar, ...]
+    similar: tuple[Similar | Scattered, ...]
 
 
 def with_twins(
@@ -105,13 +119,19 @@ def with_twins(
     for names in [*alike, *((copy.inner, copy.outer) for copy in copies)]:
         joined = set().union(*(kin[name] for name in names))
         kin |= dict.fromkeys(joined, joined)
-    similar = []
+    similar: list[Similar | Scattered] = [
+        Scattered(*sorted((one, two), key=found.__contains__))
+        for one, two in contents.scattered
+        if two not in kin[one] and (one in found or two in found)
+    ]
+    most: dict[str, Similar] = {}  # where many are alike, each is named once
     for one, two in contents.similar():
         if two not in kin[one]:
             for name, like in ((one, two), (two, one)):
                 share = levels.share_below(name, like, 1 if rest == "sealed" else 0)
-                if share > _NOTED:
-                    similar.append(Similar(name, like, share))
+                if share > max(_NOTED, most[name].share if name in most else 0):
+                    most[name] = Similar(name, like, share)
+    similar += most.values()
     return Spread(found, tuple(similar))
 
 

@@ -18,6 +18,8 @@ from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_
 from ._tables import calibration_as_dict, print_inspection, print_levels
 from ._text import note, printable
 
+_SHOWN = 8  # tensors that are like others, of which there may be thousands
+
 
 def keygen(
     out: Output,
@@ -159,8 +161,10 @@ def protect(
             f"These look like random keys, and level 1 opens them: {listed(selected.random_keys)}. "
             "Leave them out if anything is to stay secret that was made with them."
         )
-    for text in selected.similar:
+    for text in selected.similar[:_SHOWN]:
         note(text)
+    if (more := len(selected.similar) - _SHOWN) > 0:
+        note(f"The same holds for {more} more tensors: --json lists them.")
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None

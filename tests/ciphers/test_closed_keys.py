@@ -14,9 +14,13 @@ import pytest
 from selcrypt_jax import (
     GaussianCipher,
     LosslessCipher,
+    Secret,
     WindowCipher,
     decrypt,
     encrypt,
+    level_key,
+    new_model_id,
+    ring_keys,
     unlocking,
 )
 from selcrypt_jax._keys.chacha import chacha20_impl
@@ -51,6 +55,15 @@ STAGED = {
 def test_closed_over_keys_are_refused_wherever_a_program_is_made(stage, run):
     with pytest.raises(TypeError, match=r"keys: expected arguments .* Pass them in: jax.jit"):
         STAGED[stage](lambda params: run(params, MASKS, CHACHA))
+
+
+@pytest.mark.parametrize("stage", STAGED)
+def test_keys_are_not_made_inside_of_a_program_either(stage):
+    key = level_key(Secret.generate(), new_model_id(), levels=1)
+    with pytest.raises(TypeError, match="outside of what is compiled, got one inside"):
+        STAGED[stage](lambda params: encrypt(params, MASKS, ring_keys(key)))
+    eager = jax.grad(lambda p: encrypt(p, MASKS, ring_keys(key))["w"].sum())
+    assert eager(PARAMS)["w"].shape == (24, 24)
 
 
 @pytest.mark.parametrize("cipher", CIPHERS)

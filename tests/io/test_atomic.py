@@ -105,21 +105,29 @@ def test_a_file_that_appears_meanwhile_is_kept(way, tmp_path):
 
 
 @pytest.mark.parametrize("appears", [False, True])
-def test_file_systems_without_links(appears, tmp_path, monkeypatch):
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV, errno.ENOENT, errno.EOPNOTSUPP])
+def test_file_systems_without_links(number, force, appears, way, umask, tmp_path, monkeypatch):
     def refuse(*_, **__):
-        raise PermissionError(errno.EPERM, "Operation not permitted")
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.delattr(os, "O_TMPFILE")
     monkeypatch.setattr(os, "link", refuse)
     path = tmp_path / "out"
-    if appears:
+    if force:
+        path.write_bytes(b"old")
+        path.chmod(0o640)
+    if appears and not force:
         with pytest.raises(FileExistsError, match="appeared meanwhile"), new_file(path):
             path.write_bytes(b"of another")
     else:
-        with new_file(path) as file:
+        with new_file(path, force=force) as file:
             file.write(b"new")
-    assert path.read_bytes() == (b"of another" if appears else b"new")
+    assert path.read_bytes() == (b"of another" if appears and not force else b"new")
+    assert mode_of(path) == (0o640 if force else 0o644)
     assert names(tmp_path) == ["out"]
+    with new_file(tmp_path / "private", private=True) as file:
+        file.write(b"key")
+    assert mode_of(tmp_path / "private") == 0o600
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])

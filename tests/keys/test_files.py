@@ -155,7 +155,21 @@ def test_lines_end_with_line_feeds_alone(tmp_path, end):
     assert Grant.read(put(tmp_path / "i", comment)) == GRANT
 
 
-@pytest.mark.parametrize("key", ["AGE-SECRET-KEY-1QQQ", base64.b64encode(bytes(32)).decode()])
+KEY = bytes(range(224, 256))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "AGE-SECRET-KEY-1QQQ",
+        base64.b64encode(KEY).decode(),
+        base64.urlsafe_b64encode(KEY).decode(),
+        KEY.hex(),
+        KEY.hex().upper() + "\n",
+        f"selcrypt-secret-v1\n# kept\nkey: {base64.b64encode(KEY).decode()}\n",
+        "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n",
+    ],
+)
 def test_a_key_in_the_place_of_its_file_is_not_shown(key):
     with pytest.raises(ValueError, match="expected the path of a file, got a key itself") as caught:
         Secret.read(key)

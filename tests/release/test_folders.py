@@ -95,7 +95,18 @@ STRAYS = [
     "consolidated.00.pth",
     "MODEL.SAFETENSORS",
 ]
-HARMLESS = ["config.json", "tokenizer.json", "README.md", "training_args.bin", "model_index.json"]
+HARMLESS = [
+    "config.json",
+    "tokenizer.json",
+    "README.md",
+    "model_index.json",
+    "training_args.bin",
+    "optimizer.pt",
+    "optimizer.bin",
+    "scheduler.pt",
+    "rng_state.pth",
+    "rng_state_0.pth",
+]
 
 
 @pytest.mark.parametrize("kind", ["index", "one file"])

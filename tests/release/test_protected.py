@@ -962,3 +962,10 @@ def test_a_state_has_its_names_in_orbax(tmp_path):
             assert octets(opened["kernel"].get_value()) == octets(model.kernel.get_value())
     with pytest.raises(ValueError, match=r"expected a tree with 'bias', 'kernel', got one with"):
         Protected.load_orbax(tmp_path / "ours", {"kernel": state["kernel"].get_value()})
+
+
+@pytest.mark.parametrize(("name", "entry"), [("a\ud800", "b"), ("a", "b\udfff")])
+def test_what_no_file_can_hold_is_refused_before_the_work(name, entry):
+    params = {name: np.ones((64, 64), np.float32)}
+    with pytest.raises(ValueError, match=r"lone surrogate in '[ab]\\ud[8f]"):
+        protect(params, secret=Secret.generate(), levels=1, metadata={"note": entry})

@@ -1,5 +1,7 @@
 """Weights that are there more than once: what one place encrypts, no other place leaves open."""
 
+import tracemalloc
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ from selcrypt_jax import (
     unlock,
     unlock_file,
 )
+from selcrypt_jax._masks.scores import source_of_tree
+from selcrypt_jax._release import copies
+from selcrypt_jax._release.copies import Contents
+from selcrypt_jax._tree.names import named_leaves
 
 SECRET = Secret.generate()
 RNG = np.random.default_rng(0)
@@ -186,6 +192,77 @@ def test_what_is_not_alike_is_left_alone():
         assert release.params[name] is params[name]
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    {
+        "rows in another order": (A, A[RNG.permutation(48)]),
+        "upside down": (A, A[::-1]),
+        "filters in another order": (KERNEL, KERNEL[RNG.permutation(32)]),
+        "each has rows of its own": (np.concatenate([A, C[:20]]), np.concatenate([B[:20], A])),
+    }.values(),
+)
+def test_what_is_there_in_another_order_is_said(one, other):
+    params = laid_out((one, other))
+    with pytest.warns(UserWarning, match="Much of 'a' is also in 'b', in another order"):
+        protect(params, ({"a": np.abs(one) > 1.5, "b": False},), secret=SECRET, rest="plain")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.int8, np.float32, ml_dtypes.bfloat16])
+def test_few_values_agree_by_chance_and_are_no_copies(dtype):
+    pair = [RNG.integers(-1, 2, shape).astype(dtype) for shape in ((96, 128), (384, 512))]
+    mask = RNG.random((96, 128)) < 0.3
+    release = protect(
+        laid_out((pair[0], pair[1])), ({"a": mask, "b": False},), secret=SECRET, rest="plain"
+    )
+    assert not encrypted(pair[1], release.params["b"]).any()
+
+
+@pytest.mark.parametrize("zeros", [1.0, 0.9, 0.5])
+def test_a_large_tensor_of_zeros_needs_little_memory(zeros):
+    leaf = RNG.standard_normal((1024, 1024)).astype(np.float32)
+    leaf[RNG.random(leaf.shape) < zeros] = 0
+    leaf[0, 0] = 1
+    source = source_of_tree(named_leaves({"a": leaf, "b": leaf.T.copy()}))
+    tracemalloc.start()
+    found = Contents(dict.fromkeys(source.tensors, source), {}).copies()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12 * leaf.nbytes
+    assert bool(found) == (zeros < 1)
+
+
 def test_encrypt_leaves_it_to_the_caller():
     # It is told which weights to take, leaf by leaf, and shapes are all that it may depend on.
     assert "copies" in (encrypt.__doc__ or "").lower()
+
+
+def test_many_that_are_alike_are_named_once_each_and_tiny_ones_are_not():
+    decay = np.log(np.arange(1, 17)) * np.ones((64, 1))
+    gate = RNG.standard_normal((1, 16))
+    params = {
+        f"{number}.{name}": (leaf + 0.1 * RNG.standard_normal(leaf.shape)).astype(np.float32)
+        for name, leaf in (("decay", decay), ("gate", gate))
+        for number in range(6)
+    }
+    masks = ({name: name.startswith("0") for name in params},)
+    with pytest.warns(UserWarning, match=r"'0\.decay' is plain.* in '[1-5]\.decay'") as caught:
+        protect(params, masks, secret=SECRET, rest="plain")
+    assert len(caught) == 5
+    masks = ({name: np.arange(16) % 2 == int(name[0]) % 2 for name in params},)
+    masks = ({n: np.broadcast_to(mask, params[n].shape) for n, mask in masks[0].items()},)
+    with pytest.warns(UserWarning, match="decay") as caught:  # not one for each pair
+        protect(params, masks, secret=SECRET, rest="plain")
+    assert len(caught) == 6
+
+
+def test_many_tensors_of_one_shape_are_compared_in_parts(monkeypatch):
+    params = {f"{n:02}": RNG.standard_normal((8, 8)).astype(np.float32) for n in range(20)}
+    params["19"] = params["03"] * 2
+    params["04"] = params["03"] * 3
+    source = source_of_tree(named_leaves(params))
+    contents = Contents(dict.fromkeys(params, source), params)
+    contents.copies()
+    whole = list(contents.similar())
+    monkeypatch.setattr(copies, "_ROWS", 3)
+    assert list(contents.similar()) == whole == [("03", "04"), ("03", "19"), ("04", "19")]
