@@ -120,8 +120,8 @@ class Contents:
             ):
                 by_shape.setdefault(shape, []).append(name)
         for names in by_shape.values():
-            points = np.stack([self._points[name] for name in names])
-            points = np.nan_to_num(points - points.mean(1, keepdims=True))
+            points = np.stack([self._points[name] for name in names]).astype(np.float64)
+            points -= points.mean(1, keepdims=True)
             size = np.linalg.norm(points, axis=1)
             points /= np.where(size > 0, size, 1)[:, None]
             for start in range(0, len(names), _ROWS):  # of tens of thousands, as experts are
@@ -140,7 +140,8 @@ class Contents:
         code: Any = self._dtypes[name].code
         few = np.ascontiguousarray(bits[places])
         with np.errstate(all="ignore"):
-            return as_array(few.data.cast("B"), code, few.shape).astype(np.float32)
+            values = as_array(few.data.cast("B"), code, few.shape).astype(np.float32)
+        return np.where(np.isfinite(values), values, 0)
 
     def _matches(self, found: list[_Found]) -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
         """Pairs of tensors, how many matches they have, and some: places and strides in both."""
