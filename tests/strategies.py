@@ -1,5 +1,6 @@
 """Leaves, trees and masks for the tests, and how they are compared: bit for bit."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -123,3 +124,16 @@ def cases(draw: st.DrawFn) -> Case:
     )
     low, high = (jax.tree.map(lambda spec, m=m: spec.masks[m], tree) for m in (0, 1))
     return Case(jax.tree.map(lambda spec: spec.leaf, tree), (low, high))
+
+
+JAX_CHECKERS: dict[str, Callable[[], Any]] = {
+    "disable_jit": jax.disable_jit,
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "debug_key_reuse": lambda: jax.debug_key_reuse(True),
+    "enable_checks": lambda: jax.enable_checks(True),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "checking_leaks": jax.checking_leaks,
+    "enable_x64": lambda: jax.enable_x64(True),
+}
+"""Checkers of JAX's own: name → the context in which it is on."""

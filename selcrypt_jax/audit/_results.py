@@ -31,7 +31,7 @@ class Results:
         """The attacks on a protection, by the holder of a level, from their cells."""
         found = []
         for attack, data, rate in self.audit.attempts(plan, level):
-            cell = self.cells[f"{self.audit.at(plan, level)}/{attack}/{data:g}/{rate:g}"]
+            cell = self.cells[self.audit.attempt_at(plan, level, attack, data, rate)]
             steps = {int(step): values for step, values in cell.items()}
             found.append(Attempt(attack, data, rate, steps))
         return found

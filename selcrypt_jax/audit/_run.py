@@ -203,12 +203,16 @@ class Audit:
                 for attack, data, rate in self.attempts(plan, level):
                     run = partial(self._attempt, plan, level, attack, data, rate)
                     cost = keys * (steps if data else 1)
-                    yield Work(f"{self.at(plan, level)}/{attack}/{data:g}/{rate:g}", cost, run)
+                    yield Work(self.attempt_at(plan, level, attack, data, rate), cost, run)
 
     def at(self, plan: Plan, level: int = 0) -> str:
         """How the names of cells begin."""
         at = f"{self.name}/{plan.strategy}/{plan.share:g}"
         return f"{at}/holder of {level}" if level else at
+
+    def attempt_at(self, plan: Plan, level: int, attack: str, data: float, rate: float) -> str:
+        """The name of the cell of an attack by the holder of a level."""
+        return f"{self.at(plan, level)}/{attack}/{data:g}/{rate:g}"
 
     def holders(self, plan: Plan) -> range:
         """Levels whose holders attack the levels above."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from strategies import assert_same, bits, octets, payload, two_rings
+from strategies import JAX_CHECKERS, assert_same, bits, octets, payload, two_rings
 
 from selcrypt_jax import (
     LosslessCipher,
@@ -137,15 +137,7 @@ def test_a_free_array_stays_free():
 
 # --- JAX's own checkers -------------------------------------------------------------------------
 
-CHECKERS = {
-    "disable_jit": jax.disable_jit,
-    "debug_nans": lambda: jax.debug_nans(True),
-    "debug_infs": lambda: jax.debug_infs(True),
-    "debug_key_reuse": lambda: jax.debug_key_reuse(True),
-    "enable_checks": lambda: jax.enable_checks(True),
-    "transfer_guard": lambda: jax.transfer_guard("disallow"),
-    "checking_leaks": jax.checking_leaks,
-    "enable_x64": lambda: jax.enable_x64(True),
+CHECKERS = JAX_CHECKERS | {
     "set_mesh": lambda: jax.set_mesh(jax.make_mesh((8,), ("d",), (AxisType.Explicit,))),
 }
 FAST_CHECKERS = ("debug_infs", "transfer_guard", "checking_leaks")

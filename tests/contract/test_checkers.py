@@ -1,11 +1,11 @@
 """Every public function runs under every checker of JAX's own, and gives the same."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from strategies import JAX_CHECKERS
 from test_ciphers import KEYS, MASKS, assert_near, back, cipher, forth, protected
 from test_ciphers import MEMBERS as CIPHERS
 from test_ciphers import PARAMS as CIPHER_PARAMS
@@ -17,15 +17,7 @@ from selcrypt_jax import importance
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is no better than with noise")
 
-CHECKERS: dict[str, Callable[[], Any]] = {
-    "disable_jit": jax.disable_jit,
-    "debug_nans": lambda: jax.debug_nans(True),
-    "debug_infs": lambda: jax.debug_infs(True),
-    "debug_key_reuse": lambda: jax.debug_key_reuse(True),
-    "enable_checks": lambda: jax.enable_checks(True),
-    "transfer_guard": lambda: jax.transfer_guard("disallow"),
-    "checking_leaks": jax.checking_leaks,
-    "enable_x64": lambda: jax.enable_x64(True),
+CHECKERS = JAX_CHECKERS | {
     "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
     "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
 }
