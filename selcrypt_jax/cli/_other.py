@@ -41,12 +41,13 @@ def audit(
     try:
         from ..audit._audit import audit as run_audit
         from ..audit._config import read_config
+        from ..audit._words import TARGET
 
         run_audit(
             read_config(config),
             out,
             quick=quick,
-            target_advantage=0.1 if advise and target_advantage is None else target_advantage,
+            target_advantage=TARGET if advise and target_advantage is None else target_advantage,
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
