@@ -3,8 +3,8 @@
 //
 //     node reader.mjs public.safetensors alice.grant out.safetensors [--signer signing.pub]
 //
-// It writes the checkpoint that the grant unlocks, or one line that says why not, with the reason
-// (§ Failures) first. It follows FORMAT.md; "§" names a section of it.
+// It writes the checkpoint that the grant unlocks; or it prints one line that says why it cannot, with
+// the reason (§ Failures) first. It follows FORMAT.md; "§" names a section of it.
 import {
   createCipheriv, createDecipheriv, createHash, createPublicKey, hkdfSync, verify,
 } from 'node:crypto';
@@ -26,7 +26,7 @@ class Refused extends Error {
 
 const check = (passed, message, reason) => { if (!passed) throw new Refused(message, reason); };
 
-// What is refused inside of a step is refused for its reason, unless it has one of its own.
+// A refusal inside a step gets the step's reason, unless it has its own.
 function step(reason, action) {
   try {
     return action();
@@ -64,7 +64,7 @@ const isHex = (x, size) => typeof x === 'string' && x.length === 2 * size && !/[
 
 // --- § Notation ----------------------------------------------------------------------------------
 
-// Node would skip what is no base64, and take several texts for the same bytes.
+// Node would skip invalid base64, and accept several texts for the same bytes.
 function unbase64(text, what) {
   const bytes = Buffer.from(text, 'base64');
   check(bytes.toString('base64') === text, `${what}: not base64`);
@@ -79,8 +79,8 @@ function decode(bytes, what) {
   }
 }
 
-// JSON.parse swallows double keys and puts a key like "7" before all others, so it only checks the
-// grammar here. Objects are Maps; a number that is not whole, or has a sign, is NaN.
+// JSON.parse accepts duplicate keys and puts a key like "7" before all others, so it only checks the
+// grammar here. Objects are Maps; a number that is not an integer, or has a sign, is NaN.
 function parseJSON(text, what) {
   try {
     JSON.parse(text);
@@ -99,7 +99,7 @@ function parseJSON(text, what) {
     check(value.isWellFormed(), `${what}: a lone surrogate`); // in UTF-8 it would be U+FFFD
     return value;
   };
-  const items = (end, item) => { // of a list or an object
+  const items = (end, item) => { // in a list or an object
     at++;
     while (peek() !== end) {
       item();
@@ -118,7 +118,7 @@ function parseJSON(text, what) {
       const map = new Map();
       items('}', () => {
         const key = string();
-        check(!map.has(key), `${what}: the key ${key} twice`);
+        check(!map.has(key), `${what}: duplicate key ${key}`);
         peek(); // the colon
         at++;
         map.set(key, value());
@@ -144,7 +144,7 @@ function fields(map, names, what) {
 
 // --- § Grants and keys ---------------------------------------------------------------------------
 
-// Not trim(), which knows more spaces than the format.
+// Not trim(), which strips more kinds of space than the format allows.
 const strip = (line) => line.replace(/^[ \t\r]+|[ \t\r]+$/g, '');
 
 function readKeyFile(path, kind, names) {
@@ -154,23 +154,23 @@ function readKeyFile(path, kind, names) {
   const lines = text.replace(/^\uFEFF/, '').split('\n').map(strip)
     .filter((line) => line && !line.startsWith('#'));
   check(!/^(age-encryption\.org\/|-----BEGIN AGE)/.test(lines[0]),
-    `${path}: sealed with age, open it with that first`, 'recipient');
-  check(lines[0] === kind, `${path}: not a file that begins with ${kind}`, 'kind');
+    `${path}: sealed with age: decrypt it with age first`, 'recipient');
+  check(lines[0] === kind, `${path}: does not begin with ${kind}`, 'kind');
   const found = new Map();
   for (const line of lines.slice(1)) {
     const [, name, text] = line.match(/^([a-z-]+)[ \t\r]*:[ \t\r]*([^]*)$/) ?? [];
-    check(name && !found.has(name), `${path}: a line that is no field, or a field twice`);
+    check(name && !found.has(name), `${path}: a line that is not a field, or a duplicate field`);
     found.set(name, text);
   }
-  check(!found.has('sealed'), `${path}: locked with a passphrase, write it without one first`,
+  check(!found.has('sealed'), `${path}: locked with a passphrase: write it without one first`,
     'passphrase');
   const order = names.filter((name) => name !== 'signer' || found.has(name));
   const { checksum, ...values } = fields(found, [...order, 'checksum'], path);
   const signed = [kind, ...order.map((name) => `${name}: ${values[name]}`)].join('\n');
   check(sha256('selcrypt/v1/file\0', signed).toString('hex', 0, 8) === checksum,
-    `${path}: the checksum does not fit, so there is a typing error`);
+    `${path}: wrong checksum: there is a typing error`);
   const key = unbase64(values.key, path);
-  check(key.length === 32, `${path}: the key has not 32 bytes`);
+  check(key.length === 32, `${path}: the key is not 32 bytes`);
   return { ...values, key };
 }
 
@@ -184,7 +184,7 @@ function readGrant(path) {
 
 // --- § Reading, 1: the file, by safetensors' own rules -------------------------------------------
 
-// Bits, and of what can be encrypted (§ Cipher) also those of the mantissa and of the sign.
+// Bits per element; for dtypes that can be encrypted (§ Cipher), also mantissa and sign bits.
 const DTYPES = new Map(Object.entries({
   F64: [64, 52, 1], F32: [32, 23, 1], F16: [16, 10, 1], BF16: [16, 7, 1],
   F8_E4M3: [8, 3, 1], F8_E4M3FNUZ: [8, 3, 1], F8_E5M2: [8, 2, 1], F8_E5M2FNUZ: [8, 2, 1],
@@ -194,17 +194,17 @@ const DTYPES = new Map(Object.entries({
   BOOL: [8], C64: [64], F4: [4], F6_E2M3: [6], F6_E3M2: [6],
 }));
 
-// The numbers that the seal masks in a tensor: halves of complex ones, codes byte by byte.
+// The units that the seal masks in a tensor: halves of complex numbers, single bytes of codes.
 const sealed = (dtype) =>
   DTYPES.get({ C64: 'F32', F4: 'U8', F6_E2M3: 'U8', F6_E3M2: 'U8' }[dtype] ?? dtype);
 const CHUNK = 2 ** 22;
 
 function readAt(file, position, length) {
-  const bytes = Buffer.from(new ArrayBuffer(length)); // its own, so that typed arrays are aligned
+  const bytes = Buffer.from(new ArrayBuffer(length)); // a separate buffer, so that typed arrays are aligned
   for (const chunk of chunks(bytes)) {
     for (let done = 0; done < chunk.length;) {
       const count = readSync(file, chunk, done, chunk.length - done, position);
-      check(count > 0, 'the file became shorter while it was read', 'file');
+      check(count > 0, 'the file shrank while it was read', 'file');
       done += count;
       position += count;
     }
@@ -214,10 +214,10 @@ function readAt(file, position, length) {
 
 function readHeader(file) {
   const { size } = fstatSync(file);
-  check(size >= 8, 'no safetensors file: too short');
+  check(size >= 8, 'not a safetensors file: too short');
   const first = readAt(file, 0, 8);
   const length = first.readUInt32LE(0) + 2 ** 32 * first.readUInt32LE(4);
-  check(length <= 100_000_000 && 8 + length <= size, 'no safetensors file, or a cut one');
+  check(length <= 100_000_000 && 8 + length <= size, 'not a safetensors file, or cut off');
   const text = decode(readAt(file, 8, length), 'header');
   check(text[0] === '{', 'header: does not begin with {');
   const header = parseJSON(text, 'header');
@@ -242,7 +242,7 @@ function readHeader(file) {
     check(tensor.start === stop, `tensor ${tensor.name}: a hole or an overlap before it`);
     stop = tensor.stop;
   }
-  check(8 + length + stop === size, 'the data end before the file, or behind it');
+  check(8 + length + stop === size, 'the data ends before or after the end of the file');
   return { metadata, tensors, start: 8 + length };
 }
 
@@ -296,12 +296,12 @@ function readMetadata(metadata) {
   const boxNames = manifest.levels.map((_, i) => `selcrypt.box.${i + 1}`);
   const ours = new Set(['selcrypt', ...boxNames]);
   if (manifest.signer !== null) ours.add('selcrypt.signature');
-  for (const key of ours) check(metadata.has(key), `metadata: no ${key}`);
+  for (const key of ours) check(metadata.has(key), `metadata: ${key} is missing`);
   const caller = [...metadata].filter(([key]) => !ours.has(key));
   for (const [key] of caller) check(!key.startsWith('selcrypt.'), `metadata: unknown ${key}`);
 
   const entries = caller.map((entry) => entry.map((text) => Buffer.from(text)))
-    .sort(([a], [b]) => Buffer.compare(a, b)) // JavaScript's own order is not that of UTF-8
+    .sort(([a], [b]) => Buffer.compare(a, b)) // JavaScript's own order differs from UTF-8's
     .flatMap(([key, value]) => [u64(key.length), key, u64(value.length), value]);
   check(manifest.metadata === null ? caller.length === 0
     : sha256('selcrypt/v1/metadata\0', ...entries).toString('hex') === manifest.metadata,
@@ -319,14 +319,14 @@ function checkSignature({ signer, text, boxes, signature }) {
   const digests = [text, ...boxes].map((part) => sha256(part));
   const message = Buffer.concat([Buffer.from('selcrypt/v1/signature\0'), ...digests]);
   check(verify(null, message, key, unbase64(signature, 'signature')),
-    'the signature does not fit');
+    'the signature is not valid');
 }
 
 function checkTable(table, tensors) {
   check(tensors.length === table.size, 'there are more or fewer tensors than in the manifest');
   for (const { name, dtype, shape } of tensors) {
     const entry = table.get(name);
-    check(entry?.dtype === dtype && same(entry.shape, shape), `tensor ${name}: not the manifest's`);
+    check(entry?.dtype === dtype && same(entry.shape, shape), `tensor ${name}: does not match the manifest`);
   }
 }
 
@@ -346,7 +346,7 @@ function openSeal(box, m, key, manifestText) {
   try {
     aead.final();
   } catch {
-    throw new Refused(`${what}: does not open; the key is another file's, or something was changed`);
+    throw new Refused(`${what}: does not open: the key is for another file, or the file was changed`);
   }
   return content;
 }
@@ -357,11 +357,11 @@ function openBox(manifest, tensors, m, key) {
   const content = step('box', () =>
     openSeal(manifest.boxes[m - 1], m, hkdf(key, 'seal'), manifest.text));
   const length = content.length >= 4 ? content.readUInt32LE() : Infinity;
-  check(4 + length <= content.length, `${what}: cut`);
+  check(4 + length <= content.length, `${what}: cut off`);
   let at = 4 + length;
   const table = parseJSON(decode(content.subarray(4, at), what), what);
   const { rings } = fields(table, ['rings'], what);
-  check(Array.isArray(rings), `${what}: no list of rings`);
+  check(Array.isArray(rings), `${what}: not a list of rings`);
   const sum = { groups: 0, weights: 0 };
   const names = new Set();
   const opened = rings.map((entry) => {
@@ -369,7 +369,7 @@ function openBox(manifest, tensors, m, key) {
       'sha256'], what);
     const { mask_shape: maskShape, groups } = ring;
     const tensor = tensors.get(ring.tensor);
-    check(tensor && !names.has(ring.tensor), `${what}: an unknown tensor, or one twice`);
+    check(tensor && !names.has(ring.tensor), `${what}: an unknown or duplicate tensor`);
     names.add(ring.tensor);
     const [bits, mantissa] = DTYPES.get(tensor.dtype);
     const elements = product(tensor.shape);
@@ -379,7 +379,7 @@ function openBox(manifest, tensors, m, key) {
       && maskShape.every((n, axis) => n === 1 || n === tensor.shape[axis])
       && isCount(groups) && groups >= 1 && isCount(ring.bytes) && isHex(ring.sha256, 32)
       && ['gaps', 'bitmap'].includes(ring.coding) && at + ring.bytes <= content.length, `${what}, tensor ${ring.tensor}: a wrong field`);
-    const size = elements / product(maskShape); // of a group
+    const size = elements / product(maskShape); // per group
     tensor.left -= groups * size;
     check(tensor.left >= 0, `${what}, tensor ${ring.tensor}: rings overlap`);
     const positions = content.subarray(at, at + ring.bytes);
@@ -392,12 +392,12 @@ function openBox(manifest, tensors, m, key) {
   });
   const expected = manifest.levels[m - 1];
   check(at === content.length && sum.groups === expected.groups && sum.weights === expected.weights,
-    `${what}: holds more or less than the manifest says`);
+    `${what}: does not match the counts in the manifest`);
   return opened;
 }
 
-// What one zlib stream holds, if it is no more than this and nothing is behind it, of which Node
-// says nothing; else nothing.
+// The content of one zlib stream, if it is within the limit and nothing follows it (Node ignores
+// trailing bytes); otherwise nothing.
 function inflate(packed, most) {
   try {
     const { buffer, engine } = inflateSync(packed, { maxOutputLength: most, info: true });
@@ -406,7 +406,7 @@ function inflate(packed, most) {
   return new Uint8Array();
 }
 
-// Both make a mask of one bit an element, the first in the highest bit of the first byte.
+// Both return a mask with one bit per element, the first in the highest bit of the first byte.
 function readGaps(packed, bits, groups, what) {
   const gaps = inflate(packed, Math.max(groups + Math.floor((bits - groups) / 255), 1));
   const mask = new Uint8Array(Math.ceil(bits / 8));
@@ -426,7 +426,7 @@ function readGaps(packed, bits, groups, what) {
 
 function readBitmap(packed, bits, groups, what) {
   const length = Math.ceil(bits / 8);
-  check(8 * groups >= bits, `${what}: a bitmap of too few`);
+  check(8 * groups >= bits, `${what}: a bitmap with too few groups`);
   const mask = inflate(packed, length);
   let count = 0;
   for (const byte of mask) for (let rest = byte; rest; rest &= rest - 1) count++;
@@ -437,7 +437,7 @@ function readBitmap(packed, bits, groups, what) {
 
 // --- § Reading, 6: § Boxes, the ring's weights, and § Cipher -------------------------------------
 
-// Where the weights of a ring lie in the tensor, in the order of the ring.
+// The positions of a ring's weights in the tensor, in the order of the ring.
 function positions({ tensor, maskShape, mask, groups, size }, byGroup, taken) {
   let groupOf = Uint32Array.of(0); // for each element, grown axis by axis
   tensor.shape.forEach((n, axis) => {
@@ -450,7 +450,7 @@ function positions({ tensor, maskShape, mask, groups, size }, byGroup, taken) {
     groupOf = grown;
   });
   const isIn = (group) => mask[group >> 3] & (128 >> (group & 7));
-  const next = new Uint32Array(byGroup ? product(maskShape) : 0); // place of a group's next weight
+  const next = new Uint32Array(byGroup ? product(maskShape) : 0); // position of a group's next weight
   for (let group = 0, place = 0; group < next.length; group++) {
     next[group] = place;
     if (isIn(group)) place += size;
@@ -465,7 +465,7 @@ function positions({ tensor, maskShape, mask, groups, size }, byGroup, taken) {
   return found;
 }
 
-// An array of its own: a Buffer may be part of a larger one, at an odd place.
+// A separate array: a Buffer may be part of a larger one, at an unaligned offset.
 function stream(key, domain, counter, length) {
   const iv = Buffer.concat([u32(counter), Buffer.from(domain.padEnd(12, '\0'))]);
   return new Uint8Array(createCipheriv('chacha20', key, iv).update(Buffer.alloc(length)));
@@ -479,12 +479,12 @@ function leafKey(key, name) {
   return key;
 }
 
-// § Seal: takes it off where the tensor lies.
+// § Seal: removes it in place.
 function unseal({ name, dtype }, window, cipherKey, bytes) {
   const [width, mantissa, sign] = dtype === 'BOOL' ? [8] : sealed(dtype);
   const Words = { 8: Uint8Array, 16: Uint16Array }[width] ?? Uint32Array;
   let count = dtype === 'BOOL' ? 1 : window === null ? width : mantissa + window[1];
-  const mask = []; // in words of 32 bits, the lowest first, or one narrower word
+  const mask = []; // as 32-bit words, the lowest first, or one narrower word
   for (let left = width; left > 0; left -= 32, count = Math.max(count - 32, 0)) {
     mask.push(2 ** Math.min(count, 32) - 1);
   }
@@ -500,7 +500,7 @@ function unseal({ name, dtype }, window, cipherKey, bytes) {
   }
 }
 
-// F of a dtype, as its 32-bit words, the lowest first; or as one narrower word.
+// F for a dtype, as 32-bit words, the lowest first, or one narrower word.
 function fineBits({ permute, fine_bits: fine }, [width, mantissa, sign]) {
   const all = mantissa ?? width;
   let count = fine ?? (!permute ? all : mantissa === null ? 0 : Math.max(mantissa - 3, 0));
@@ -519,7 +519,7 @@ function unpermute(c, units, key) {
   const blocks = Math.ceil(units / 4096);
   for (let r = 0; r < blocks; r++) {
     const count = Math.ceil((units - r) / blocks);
-    // Twenty random bits, and in place of the others the unit's number: ties stay in order.
+    // Twenty random bits, with the unit's number in the other bits: ties stay in order.
     const order = new Uint32Array(bits(key, 4 * count, 256 * r))
       .map((word, j) => (word & 0xfffff000) | j).sort();
     for (let j = 0; j < count; j++) {
@@ -531,12 +531,12 @@ function unpermute(c, units, key) {
   return x;
 }
 
-// Decrypts a ring where it lies. A weight of 64 bits is two words of 32, which spares BigInt.
+// Decrypts a ring in place. A 64-bit weight is handled as two 32-bit words, to avoid BigInt.
 function decryptRing(ring, at, cipher, cipherKey, bytes) {
   const { name, dtype } = ring.tensor;
   const fine = fineBits(cipher, DTYPES.get(dtype));
   const Words = { 8: Uint8Array, 16: Uint16Array }[DTYPES.get(dtype)[0]] ?? Uint32Array;
-  const lanes = fine.length; // words of a weight
+  const lanes = fine.length; // words per weight
   const data = new Words(bytes.buffer);
   const byGroup = cipher.unit === 'group';
   const key = leafKey(cipherKey, name);
@@ -546,7 +546,7 @@ function decryptRing(ring, at, cipher, cipherKey, bytes) {
   for (let i = 0; i < x.length; i++) x[i] ^= k[i] & fine[i % lanes];
   if (cipher.permute) x = unpermute(x, byGroup ? ring.groups : at.length, fold(key, 0));
   check(sha256('selcrypt/v1/ring\0', Buffer.from(x.buffer)).toString('hex') === ring.sha256,
-    `tensor ${name}: was decrypted to other weights than were encrypted`, 'plaintext');
+    `tensor ${name}: the decrypted weights are not those that were encrypted`, 'plaintext');
   for (let i = 0; i < x.length; i++) data[at[Math.floor(i / lanes)] * lanes + i % lanes] = x[i];
 }
 
@@ -558,7 +558,7 @@ function write(path, manifest, level, tensors, contents) {
   if (level < levels && manifest.metadata !== null) {
     caller.set('selcrypt-unlocked', JSON.stringify({ model_id: manifest.modelId, level, levels }));
   }
-  const json = (pairs) => // not of an object, which would put keys like "7" first
+  const json = (pairs) => // not from an object, which would put keys like "7" first
     `{${pairs.map(([key, text]) => `${JSON.stringify(key)}:${text}`).join()}}`;
   const own = json([...caller].map(([key, text]) => [key, JSON.stringify(text)]));
   const entries = manifest.metadata === null && !caller.size ? [] : [['__metadata__', own]];
@@ -593,7 +593,7 @@ function main() {
   check(positionals.length === 3, 'usage: node reader.mjs FILE GRANT OUTPUT [--signer VERIFY_KEY]');
   const [path, grantPath, output] = positionals;
   check(endianness() === 'LE', 'this needs a little-endian machine');
-  check(!existsSync(output), `${output}: exists already`);
+  check(!existsSync(output), `${output}: already exists`);
   const grant = step('damaged', () => readGrant(grantPath));
   const signers = grant.signer === null ? [] : [grant.signer];
   if (values.signer !== undefined) {
@@ -606,15 +606,15 @@ function main() {
   const { metadata, tensors, start } = step('file', () => readHeader(file)); // § Reading, 1
   const manifest = step('metadata', () => readMetadata(metadata)); // 2
   check(signers.every((signer) => signer === manifest.signer), // 3
-    'the file is not from the signer who is expected, or was altered', 'signer');
+    'the file is not from the expected signer, or was altered', 'signer');
   if (manifest.signer !== null) step('signature', () => checkSignature(manifest));
   step('table', () => checkTable(manifest.tensors, tensors)); // 4
   check(grant.modelId === manifest.modelId, 'the grant is for another file', 'model'); // 5
-  check(grant.level <= manifest.levels.length, 'the grant is for a level that is not there',
+  check(grant.level <= manifest.levels.length, 'the grant is for a level that does not exist',
     'level');
   const byName = new Map(tensors.map((tensor) => [tensor.name,
     { ...tensor, rings: [], left: product(tensor.shape) }]));
-  const keys = [grant.key]; // of the grant's level, and downwards
+  const keys = [grant.key]; // from the grant's level downwards
   while (keys.length < grant.level) keys.push(hkdf(keys.at(-1), 'down'));
   keys.reverse().forEach((key, i) => {
     for (const ring of step('ring', () => openBox(manifest, byName, i + 1, key))) {
@@ -643,7 +643,7 @@ function main() {
 try {
   main();
 } catch (error) {
-  // One line; a name from a file must not write to the terminal.
+  // One line; a name from a file must not control the terminal.
   const message = error.message.slice(0, 300).replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]+/gu, ' ');
   console.error(`reader.mjs: ${error.reason ? `${error.reason}: ` : ''}${message}`);
   process.exitCode = 1;
