@@ -647,7 +647,7 @@ CALLS = {
         lambda m: sj.encrypt(
             m.params, [{"conv": {"kernel": np.ones((64, 32, 1, 1), bool), "bias": False}}],
             m.keys[:1]),
-        ValueError, r"masks\[0\]: 'conv/kernel': expected .* \(3, 3, 32, 64\).* or another layout"),
+        ValueError, r"masks\[0\]: 'conv/kernel': expected .* \(3, 3, 32, 64\).* in the same layout"),
     "scores as masks": (
         lambda m: sj.encrypt(m.params, [m.scores], m.keys[:1]),
         TypeError, r"masks\[0\]: 'conv/kernel': expected booleans, got float32. Make masks with"),
@@ -709,7 +709,7 @@ CALLS = {
         ValueError, r"select: the regular expression 'dense' matches no leaf.* change `select`"),
     "names as select": (
         lambda m: importance.l2(m.params, select=["conv", "head"]),
-        TypeError, r"select: expected a regular .* got list. Join names to one expression"),
+        TypeError, r"select: expected a regular .* got list. Join names into one expression"),
     # --- files
     "tree in place of Protected": (
         lambda m: sj.unlock(m.params, m.key),
