@@ -228,13 +228,13 @@ COMMANDS = {
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
         f"{PROTECT} --levels 0.2 0.3 --budget 0.3",
-        r"budget: expected a number of levels .* Leave the budget out"),
+        r"budget: expected a number of levels .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
-        r"dense.safetensors: layout: cannot tell .* Say it \(--layout\): OIHW .* or HWIO"),
+        r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
     "nothing but integers": (
         "protect integers.safetensors -o new --secret keys/secret.key",
-        r"integers.safetensors: select: expected floats .* 'ids \(int64.* Say with `select`"),
+        r"integers.safetensors: select: expected floats .* 'ids \(int64.* with `select`"),
     "weights that are NaN": (
         "protect nan.safetensors -o new --secret keys/secret.key",
         r"nan.safetensors: .*'features.0.weight': expected numbers, got NaN .* repair them"),
