@@ -58,8 +58,8 @@ class Search:
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
             raise ValueError(
-                f"budget: expected at least {self._levels} groups, one per level, got {self._most} of "
-                f"{network.groups}. Raise the budget, or use smaller groups."
+                f"budget: expected at least {self._levels} groups, one per level, got {self._most} "
+                f"of {network.groups}. Raise the budget, or use smaller groups."
             )
         self.untouched = network.measure(network.params)
         self._said(self._levels, network.groups, self.untouched)

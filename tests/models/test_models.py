@@ -238,7 +238,7 @@ def test_wrong_channels_are_told_in_words(channels, shape, message):
 
 
 def test_integer_pixels_are_refused():
-    with pytest.raises(TypeError, match=r"dtype float32, as the weights, got uint8.*\[0, 1\]"):
+    with pytest.raises(TypeError, match=r"dtype float32, like the weights, got uint8.*\[0, 1\]"):
         small_dncnn()(jnp.zeros((1, 8, 8, 1), jnp.uint8))
     with pytest.raises(TypeError, match=r"got float16"):
         small_vgg()(jnp.zeros((1, 32, 32, 3), jnp.float16))
