@@ -68,13 +68,13 @@ COMMANDS = {
         r"keys/secret.key: .* a key or grant of selcrypt's. Name the model's file"),
     "empty file": (
         PROTECT.replace("model.safetensors", "empty.safetensors"),
-        r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; get it again"),
+        r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; download it again"),
     "truncated download": (
         PROTECT.replace("model.safetensors", "half.safetensors"),
-        r"half.safetensors: tensor '.*': .* expected at most .* It is cut off; get it again"),
+        r"half.safetensors: tensor '.*': .* expected at most .* It is cut off; download it again"),
     "download that hardly began": (
         PROTECT.replace("model.safetensors", "start.safetensors"),
-        r"start.safetensors: header: expected 240 bytes.* got 42. It is cut off.* get it again"),
+        r"start.safetensors: header: expected 240 bytes.* got 42. It is cut.* download it again"),
     "no such file": (
         PROTECT.replace("model", "modle"),
         r"modle.safetensors: there is no such file. Check its name"),
@@ -83,16 +83,16 @@ COMMANDS = {
         r"circle: expected a file, got links that lead round in a circle. Name the file itself"),
     "header that is no JSON": (
         PROTECT.replace("model.safetensors", "header.safetensors"),
-        r"header.safetensors: header: expected UTF-8 JSON, .* damaged: get the file again"),
+        r"header.safetensors: header: expected UTF-8 JSON, .* damaged: download the file again"),
     "index of nothing": (
         PROTECT.replace("model.safetensors", "nothing.safetensors.index.json"),
-        r"nothing.*json: weight_map: expected an object of tensors, got \{\}. .*: get it again"),
+        r"nothing.*json: weight_map: expected an object .*, got \{\}. .*: download it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
         r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file"),
     "missing shard": (
         PROTECT.replace("model.safetensors", "sharded"),
-        r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Get them first"),
+        r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Download them"),
     "altered after protection": (
         "unlock altered.safetensors -o new -g alice.grant",
         r"altered.safetensors: tensor 'classifier.weight': expected SHA-256 .* download it again"),

@@ -117,7 +117,7 @@ def test_file_systems_without_links(number, force, appears, way, umask, tmp_path
         path.write_bytes(b"old")
         path.chmod(0o640)
     if appears and not force:
-        with pytest.raises(FileExistsError, match="appeared meanwhile"), new_file(path):
+        with pytest.raises(FileExistsError, match="appeared in the meantime"), new_file(path):
             path.write_bytes(b"of another")
     else:
         with new_file(path, force=force) as file:
@@ -239,7 +239,9 @@ def test_a_file_system_that_syncs_nothing(number, only, way, tmp_path, monkeypat
 
 def test_a_folder_that_fails_to_sync_is_said_to_be_written(way, tmp_path, monkeypatch):
     failing(monkeypatch, "fsync", errno.EIO, is_folder)
-    words = r"Input/output error; all was written, but .* a power failure may undo. Check the disk"
+    words = (
+        r"Input/output error; all data were written, but .* a power failure may undo them. Check"
+    )
     with pytest.raises(OSError, match=words), new_file(tmp_path / "out") as file:
         file.write(b"1")
     assert (tmp_path / "out").read_bytes() == b"1"

@@ -620,7 +620,7 @@ def test_the_tree_of_the_network_itself(build):
         (
             {"convs": {1: {"kernel": np.ones((1, 1, 6, 5))}}},
             r"'convs/1/kernel': expected an array that broadcasts against shape \(3, 3, 6, 6\), "
-            r"axis by axis .*, got shape \(1, 1, 6, 5\)\.",
+            r"each axis .*, got shape \(1, 1, 6, 5\)\.",
         ),
         # In PyTorch's layout already, and with fewer axes.
         ({"convs": {0: {"kernel": np.ones((6, 1, 1, 1))}}}, r"got shape \(6, 1, 1, 1\)"),
