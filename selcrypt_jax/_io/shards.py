@@ -70,7 +70,7 @@ def _only_one(folder: Path) -> Path:
     got = listing(files) if files else f"none.{other_weights(folder)}"
     raise ValueError(
         f"{folder}: expected one *.safetensors.index.json or one *.safetensors in this folder, got "
-        f"{got.removesuffix('.')}. Name the right file."
+        f"{got.removesuffix('.')}. Name the file to use."
     )
 
 
@@ -89,7 +89,7 @@ def check_no_others(folder: Path, known: Collection[str]) -> None:
         raise ValueError(
             f"{folder}: expected no other weights than those of the checkpoint, got "
             f"{listing(others)}, which its owner did not sign, and which a program may load "
-            "instead. Remove them, or name the right file."
+            "instead. Remove them, or name the file to use."
         )
 
 

@@ -89,7 +89,7 @@ COMMANDS = {
         r"nothing.*json: weight_map: expected an object .*, got \{\}. .*: download it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
-        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file"),
+        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file to use"),
     "missing shard": (
         PROTECT.replace("model.safetensors", "sharded"),
         r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Download them"),
@@ -137,7 +137,7 @@ COMMANDS = {
         r"public.safetensors: .* this secret did not protect this file.* Use the secret that"),
     "another signer": (
         f"{VERIFY} other/signing.pub",
-        r"public.safetensors: expected a file signed by \w+, got .* get it from its owner"),
+        r"public.safetensors: expected a file signed by \w+, got .* download it from its owner"),
     "rotate without a signing key": (
         f"{ROTATE} keys/secret.key", r"public.safetensors: is signed by .* Pass the owner's sig"),
     "key with a typing error": (

@@ -97,7 +97,7 @@ def test_an_existing_file_needs_force(way, tmp_path):
 
 def test_a_file_that_appears_meanwhile_is_kept(way, tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="meanwhile"), new_file(path) as file:  # noqa: PT012
+    with pytest.raises(FileExistsError, match="in the meantime"), new_file(path) as file:  # noqa: PT012
         file.write(b"new")
         path.write_bytes(b"of another")
     assert path.read_bytes() == b"of another"
@@ -468,7 +468,7 @@ def test_no_folder_remains_after_an_error(error, tmp_path):
 
 def test_folders_are_never_merged(tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="meanwhile"), new_folder(path) as folder:  # noqa: PT012
+    with pytest.raises(FileExistsError, match="in the meantime"), new_folder(path) as folder:  # noqa: PT012
         (folder / "file").write_bytes(b"new")
         path.mkdir()
         (path / "other").write_bytes(b"old")
