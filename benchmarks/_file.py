@@ -15,16 +15,16 @@ from safetensors.numpy import load_file, save_file
 
 NOTES = {
     "file": (
-        "Whole processes that open a VGG19 of 80 MB, 8 % of its kernels encrypted, from their "
-        "start to their end; ratios are to CryptoTensors. unlock writes a file, the others read "
-        "arrays into memory. tensorizer needs PyTorch, whose import is most of its time: see the "
-        "row of the imports alone. Peaks are of the whole process."
+        "Whole processes, from start to end, that open an 80 MB VGG19 with 8 % of its kernels "
+        "encrypted; ratios are relative to CryptoTensors. unlock writes a file, the others read "
+        "arrays into memory. tensorizer needs PyTorch, and importing it takes most of its time: "
+        "see the row for the imports alone. Peaks are for the whole process."
     )
 }
 BASELINE = "cryptotensors"
 TENSORIZER = "tensorizer"
 IMPORTS = "import tensorizer"
-# It reads an .npz file: where tensorizer is there need be no safetensors.
+# It reads an .npz file: the interpreter with tensorizer may lack safetensors.
 WRITE = """\
 import sys
 from pathlib import Path
@@ -48,8 +48,8 @@ SAVE = """\
 import numpy as np
 np.savez(sys.argv[3], **{name: tensor.detach().numpy() for name, tensor in tensors.items()})
 """
-# A process that is started by a large one counts the latter's memory as its own for a moment: this
-# small one is between them.
+# A process started by a large one counts the parent's memory as its own for a moment: this small
+# one stands between them.
 LAUNCHER = """\
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
@@ -58,7 +58,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 
 
 def peak_mb(contender: Contender) -> float:
-    """The most memory that the process holds at once."""
+    """The peak memory of the process."""
     if contender.output is not None:
         contender.output.unlink(missing_ok=True)
     command = [sys.executable, "-I", "-S", "-c", LAUNCHER, *map(str, contender.command)]
@@ -69,7 +69,7 @@ def peak_mb(contender: Contender) -> float:
 def with_tensorizer(
     folder: Path, original: Path, interpreter: str
 ) -> tuple[dict[str, Contender], dict[str, Path]]:
-    """Encrypts with tensorizer, in an interpreter that has it, and checks what comes back."""
+    """Encrypts with tensorizer, in an interpreter that has it, and checks the result."""
     plain, back = folder / "plain.npz", folder / "back.npz"
     file, key = folder / "vgg19.tensors", folder / "tensorizer.key"
     expected = load_file(original)
@@ -102,7 +102,7 @@ def missing_peers(options: Options) -> dict[str, str]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     case = "VGG19, 8%"
     missing = missing_peers(options)
     found = [Row("file", case, name, note=why) for name, why in missing.items()]

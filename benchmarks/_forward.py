@@ -1,4 +1,4 @@
-"""Section "forward": programs that unlock for themselves, beside parameters in the clear."""
+"""Section "forward": programs that unlock parameters themselves, against plain parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +16,8 @@ from selcrypt_jax.models import VGG19
 
 NOTES = {
     "forward": (
-        "A forward pass, jitted, with parameters in the clear and with `unlocking`, which decrypts "
-        "8 % of the kernels (or weights) anew in every call; ratios are to the former."
+        "A jitted forward pass with parameters in the clear, and with `unlocking`, which decrypts "
+        "8 % of the kernels (or weights) in every call; ratios are relative to the former."
     )
 }
 BASELINE = "in the clear"
@@ -25,7 +25,7 @@ SHARE = 0.08
 
 
 def vgg19_pass(batch: int) -> tuple[Any, Callable[[Any, Any], Any], Any]:
-    """Parameters of VGG19, a function of them, and its input."""
+    """The parameters of VGG19, a function of them, and its input."""
     model = VGG19(rngs=nnx.Rngs(0))
     model.eval()
     graphdef, _, rest = nnx.split(model, nnx.Param, ...)
@@ -66,7 +66,7 @@ PASSES: dict[str, tuple[Callable[[], Any], str | None]] = {
 
 
 def contenders(case: str) -> list[Contender]:
-    """All of them."""
+    """All contenders."""
     make, select = PASSES[case]
     params, apply, x = make()
     masks = nested_masks(importance.l2(params, select=select), [SHARE])
@@ -94,7 +94,7 @@ def contenders(case: str) -> list[Contender]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     found = []
     for case in PASSES:
         if options.quick == case.endswith("tiny"):

@@ -18,8 +18,8 @@ from selcrypt_jax import chacha20_key
 
 NOTES = {
     "random": (
-        "Words of 32 bits by jax.random.bits, jitted, with the key as an argument; ratios are to "
-        "threefry."
+        "Words of 32 bits by jax.random.bits, jitted, with the key as an argument; ratios are "
+        "relative to threefry."
     )
 }
 BASELINE = "threefry2x32"
@@ -28,14 +28,14 @@ QUICK_SIZES = (1 << 16,)
 
 
 def check_keystream(secret: bytes, found: Any) -> None:
-    """Raises unless the words are those of OpenSSL."""
+    """Raises unless the words match OpenSSL's."""
     stream = Cipher(ChaCha20(secret, bytes(4) + b"random_bits\0"), mode=None).encryptor()
     if np.asarray(found).astype("<u4").tobytes() != stream.update(bytes(4 * found.size)):
         raise RuntimeError("ChaCha20: not the keystream of RFC 8439.")
 
 
 def jax_chacha_prng(words: int) -> Contender:
-    """The package of that name, if it runs beside this JAX."""
+    """The package of that name, if it works with this JAX."""
     name = "jax-chacha-prng"
     try:
         theirs = importlib.import_module("chacha.random")
@@ -47,7 +47,7 @@ def jax_chacha_prng(words: int) -> Contender:
 
 
 def contenders(words: int) -> list[Contender]:
-    """All of them, for so many words."""
+    """All contenders, for that many words."""
     secret = secrets.token_bytes(32)
 
     def generator(
@@ -64,7 +64,7 @@ def contenders(words: int) -> list[Contender]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     found = []
     for words in QUICK_SIZES if options.quick else SIZES:
         found += measure(

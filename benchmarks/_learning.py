@@ -1,4 +1,4 @@
-"""Section "pss": a step of learning importance beside one of training the same network."""
+"""Section "pss": a step of learning importance, against a training step of the same network."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,9 +10,10 @@ from _steps import Task, classification, denoising, pss_step, training_step
 
 NOTES = {
     "pss": (
-        'A step of PSS (objective "break", gates on all convolutions) and one of plain training '
-        "(gradient and Adam), of the same loss on the same batch; ratios are to training. Single "
-        "jitted steps, since XLA's CPU backend is slow at gradients inside of loops."
+        'A step of PSS (objective "break", gates on all convolutions) and a plain training step '
+        "(gradient and Adam), with the same loss on the same batch; ratios are relative to "
+        "training. Single jitted steps, because XLA's CPU backend computes gradients inside loops "
+        "slowly."
     )
 }
 BASELINE = "training"
@@ -28,12 +29,12 @@ QUICK_CASES = ("VGG19, batch of 8", "DnCNN, 1 patch of 16×16")
 
 
 def contenders(name: str) -> list[Contender]:
-    """All of them, for a task."""
+    """All contenders, for a task."""
     task = cache(TASKS[name])
 
     def step_of(make: Callable[[Task], Callable[[], Any]], what: str) -> Contender:
         step = cache(lambda: make(task()))
-        # The types of a state that was just made may differ from those that a step leaves.
+        # The types of a fresh state may differ from those after a step.
         return Contender(what, lambda step: step(), step, warm_ups=3)
 
     return [
@@ -44,7 +45,7 @@ def contenders(name: str) -> list[Contender]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     found = []
     for name in QUICK_CASES if options.quick else CASES:
         found += measure("pss", name, contenders, name, baseline=BASELINE, options=options)

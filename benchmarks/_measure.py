@@ -1,4 +1,4 @@
-"""Times contenders in turns, and each one's first call and peak memory in a process of its own."""
+"""Times contenders in turns, and measures first calls and peak memory in separate processes."""
 
 import ctypes
 import gc
@@ -23,16 +23,16 @@ def _nothing(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Contender:
-    """Something that is measured. Making one must cost nothing: its data come with `prepare`.
+    """A function to measure. Creating one must cost nothing: `prepare` makes its data.
 
     Attributes:
-        name: in the table.
-        run: what is timed; it gets what `prepare` returned, and may use it up.
+        name: its name in the table.
+        run: the timed function; it gets the value that `prepare` returned, and may use it up.
         prepare: makes the input of one run.
-        size: bytes of the model, or of what is made; 0 where GB/s say nothing.
+        size: bytes of the model or of the output; 0 where GB/s would be meaningless.
         check: gets the result of a run, and raises if it is wrong.
-        compiled: whether the first call, which compiles, is a row of its own.
-        warm_ups: runs until nothing is compiled any more.
+        compiled: whether the first call, which compiles, gets its own row.
+        warm_ups: runs before everything is compiled.
         missing: why it cannot run.
     """
 
@@ -46,11 +46,11 @@ class Contender:
     missing: str = ""
 
     def ready(self) -> Any:
-        """The input of one run, computed."""
+        """The input of one run, fully computed."""
         return jax.block_until_ready(self.prepare())
 
     def seconds(self) -> float:
-        """Of one run."""
+        """Seconds of one run."""
         data = self.ready()
         start = time.perf_counter()
         result = jax.block_until_ready(self.run(data))
@@ -76,11 +76,11 @@ def _status_bytes(name: str) -> int:
 
 
 def _peak_bytes(contender: Contender) -> int | None:
-    """The most memory of a run over what is held before it; None where it is not Linux."""
+    """The peak memory of a run above the memory held before; None if this is not Linux."""
     data = contender.ready()
     gc.collect()
     try:
-        # What was freed and kept for later would hide what the run needs.
+        # Freed memory that is kept for reuse would hide the memory that the run needs.
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts from here
         before = _status_bytes("VmRSS")
@@ -91,10 +91,10 @@ def _peak_bytes(contender: Contender) -> int | None:
 
 
 def _alone(build: Build, arguments: Sequence[Any], name: str) -> tuple[float, int | None]:
-    """Seconds of a first call, and the peak of a later one; nothing else ran in this process."""
+    """Seconds of a first call, and the peak of a later call; nothing else ran in this process."""
     (contender,) = (found for found in build(*arguments) if found.name == name)
     contender.ready()
-    jax.clear_caches()  # its input may have been made by the same functions
+    jax.clear_caches()  # the same functions may have made its input
     first = contender.seconds()
     for _ in range(contender.warm_ups - 1):
         contender.seconds()
@@ -104,10 +104,10 @@ def _alone(build: Build, arguments: Sequence[Any], name: str) -> tuple[float, in
 def first_calls(
     section: str, case: str, build: Build, arguments: Sequence[Any], *, options: Options
 ) -> tuple[list[Row], Mapping[str, int | None]]:
-    """Runs every contender in a process of its own; with ``--quick`` the first one alone.
+    """Runs every contender in its own process; with ``--quick`` only the first one.
 
     Returns:
-        Rows of the first calls of those that compile; name → peak of a later call in bytes.
+        Rows of the first calls of contenders that compile; name → peak of a later call in bytes.
     """
     rows, peaks = [], {}
     present = [contender for contender in build(*arguments) if not contender.missing]
@@ -128,20 +128,20 @@ def measure(
     baseline: str,
     options: Options,
 ) -> list[Row]:
-    """Measures all contenders that ``build(*arguments)`` makes.
+    """Measures all contenders that ``build(*arguments)`` returns.
 
     Args:
         section: of the rows.
         case: of the rows.
-        build: a function of a module, so that other processes can call it too.
-        arguments: of `build`; picklable.
-        baseline: the contender that ratios are to.
+        build: a module-level function, so that other processes can call it too.
+        arguments: for `build`; picklable.
+        baseline: the contender that ratios are relative to.
         options: how many runs.
 
     Returns:
-        A row each, in order; then those of the first calls.
+        One row per contender, in order; then the rows of the first calls.
     """
-    # Before this process holds anything: together they may need more than there is.
+    # Before this process allocates anything: together they may exceed the memory.
     firsts, peaks = first_calls(section, case, build, arguments, options=options)
     contenders = build(*arguments)
     times: dict[str, list[float]] = {c.name: [] for c in contenders if not c.missing}

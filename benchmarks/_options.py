@@ -1,10 +1,10 @@
-"""Types of command-line options, which refuse what no benchmark can run with."""
+"""Types of command-line options, which refuse values that no benchmark can run with."""
 
 import argparse
 
 
 def count(text: str) -> int:
-    """A whole number from 1."""
+    """A positive integer."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Rows of the comparison, and the tables made of them; nothing here needs JAX."""
+"""Rows of the comparison, and the tables made from them; nothing here needs JAX."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,11 +22,11 @@ Value = float | str | None
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for on the command line.
+    """The options of the command line.
 
     Attributes:
-        repeats: runs of each contender, after those that warm up.
-        quick: tiny sizes, to see that all works.
+        repeats: runs of each contender, after the warm-up.
+        quick: tiny sizes, to check that everything works.
         large: also the sizes that need many gigabytes.
         tensorizer_python: an interpreter that may have tensorizer.
     """
@@ -39,20 +39,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table; what was not measured is None.
+    """A line of a table; None for values that were not measured.
 
     Attributes:
         section: the table.
-        case: what was done, and to what.
-        contender: what did it.
-        median_ms: milliseconds a run.
-        minimum_ms: of the quickest run.
-        ratio: of the median to that of the section's baseline in the same case.
-        gb_per_s: size of the model, or of what is made, by the median time.
-        peak_mb: the most memory in a run over what was held before it, in 10⁶ bytes.
-        runs: how many the median is of.
+        case: the operation and its input.
+        contender: the program measured.
+        median_ms: milliseconds per run.
+        minimum_ms: milliseconds of the fastest run.
+        ratio: the median relative to that of the section's baseline in the same case.
+        gb_per_s: size of the model or of the output, divided by the median time.
+        peak_mb: the peak memory of a run above the memory held before, in 10⁶ bytes.
+        runs: the number of runs.
         more: other columns, by their headings.
-        note: what there is to say, such as why nothing was measured.
+        note: a remark, such as why nothing was measured.
     """
 
     section: str
@@ -69,7 +69,7 @@ class Row:
 
 
 def text_of(value: Value) -> str:
-    """For a cell: three digits, or all of those before the point."""
+    """A cell: three significant digits, or all digits before the point if there are more."""
     if value is None or value == "":
         return MISSING
     if isinstance(value, str | int):
@@ -79,7 +79,7 @@ def text_of(value: Value) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows of a section in Markdown, without the columns in which there is nothing."""
+    """Rows of a section in Markdown, without empty columns."""
     cells: list[dict[str, Value]] = []
     for row in rows:
         values = asdict(row)
@@ -97,9 +97,9 @@ def report(environment: Mapping[str, str], rows: Iterable[Row], notes: Mapping[s
     """The whole report in Markdown.
 
     Args:
-        environment: on what it was measured.
-        rows: of all sections.
-        notes: section → how to read its table; of the longest name that the section's starts with.
+        environment: the machine and versions of the run.
+        rows: the rows of all sections.
+        notes: section → how to read its table; the longest matching prefix applies.
     """
     tables: dict[str, list[Row]] = {}
     for row in rows:

@@ -20,24 +20,24 @@ POWERS, LARGE_POWERS = (20, 22, 24, 26), (28, 30)
 DEVICES = (1, 2, 4, 8)
 NOTES = {
     "scaling: weights": (
-        "decrypt, donated, of one dense bfloat16 leaf of which 8 % were drawn, weight by weight; "
-        "ratios are to the smallest."
+        "A donated decrypt of one dense bfloat16 leaf, with 8 % of its weights drawn at random; "
+        "ratios are relative to the smallest leaf."
     ),
     "scaling: share": (
-        f"decrypt, donated, of VGG19 in float32; ratios are to a share of 8 %. {RELATIVE}: after "
-        f"taking off a fixed {FIXED_MS:.0f} ms from both."
+        "A donated decrypt of VGG19 in float32; ratios are relative to a share of 8 %. "
+        f"{RELATIVE}: after subtracting a fixed {FIXED_MS:.0f} ms from both."
     ),
     "scaling: devices": (
-        "What XLA's own analysis says of a jitted, donated decrypt of a float32 leaf that is "
-        "sharded over its first axis, 8 % drawn, on that many (simulated) CPU devices: all "
-        "figures are for one of them. XLA counts the body of a loop once."
+        "XLA's own analysis of a jitted, donated decrypt of a float32 leaf, sharded over its first "
+        "axis, with 8 % drawn at random, on that many (simulated) CPU devices: all figures are per "
+        "device. XLA counts the body of a loop once."
     ),
-    "scaling: first call": ("Tracing, compiling and running once, in a fresh process, at 8 %."),
+    "scaling: first call": ("Time to trace, compile and run once, in a fresh process, at 8 %."),
 }
 
 
 def decrypting(name: str, subject: Subject) -> Contender:
-    """Decrypts with donation."""
+    """A donated decrypt."""
     return Contender(
         name,
         lambda given: decrypt(*given, donate=True),
@@ -48,7 +48,7 @@ def decrypting(name: str, subject: Subject) -> Contender:
 
 
 def by_weights(powers: tuple[int, ...]) -> list[Contender]:
-    """One for each number of weights, a power of two."""
+    """One contender per number of weights, a power of two."""
     return [
         decrypting(f"2^{power} weights", Subject(Case(f"dense, 2^{power}", 0.08, 1)))
         for power in powers
@@ -56,12 +56,12 @@ def by_weights(powers: tuple[int, ...]) -> list[Contender]:
 
 
 def by_share(tree: str, shares: tuple[float, ...]) -> list[Contender]:
-    """One for each share."""
+    """One contender per share."""
     return [decrypting(f"{share:.0%}", Subject(Case(tree, share, LEVELS))) for share in shares]
 
 
 def by_form(case: Case) -> list[Contender]:
-    """Eager and jitted."""
+    """An eager and a jitted contender."""
     subject = Subject(case)
     jitted = subject.jitted()
     return [
@@ -71,7 +71,7 @@ def by_form(case: Case) -> list[Contender]:
 
 
 def without_fixed(rows: list[Row]) -> list[Row]:
-    """Adds what a share costs in percent of what 8 % cost, without the fixed part of either."""
+    """Adds the cost of a share in percent of the cost of 8 %, without the fixed part of either."""
     (full,) = (row.median_ms for row in rows if row.contender == "8%")
     return [
         dataclasses.replace(
@@ -84,7 +84,7 @@ def without_fixed(rows: list[Row]) -> list[Row]:
 
 
 def analysis(devices: int, cipher: LosslessCipher, rows: int) -> dict[str, float]:
-    """What XLA says of a sharded decrypt, for one of the devices."""
+    """XLA's analysis of a sharded decrypt, per device."""
     shape = (rows, 1024)
     mask = np.random.default_rng(0).integers(0, 25, shape, np.uint8) < 2
     keys = Subject(Case("", 0.08, 1)).keys
@@ -109,7 +109,7 @@ def analysis(devices: int, cipher: LosslessCipher, rows: int) -> dict[str, float
 
 
 def by_devices(rows: int) -> list[Row]:
-    """Rows of the table; in a process that has as many devices as are asked for."""
+    """Rows of the table; runs in a process with the requested number of devices."""
     forms = {"permuting": PERMUTING, "stream": STREAM}
     return [
         Row(
@@ -136,7 +136,7 @@ def sharded(rows: int) -> list[Row]:
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     powers = (16, 18) if options.quick else POWERS
     powers += LARGE_POWERS if options.large and not options.quick else ()
     weights = measure(

@@ -1,4 +1,4 @@
-"""Steps of PSS and of training of both networks, for `bench_training` and the comparison."""
+"""PSS and training steps of both networks, for `bench_training` and the comparison."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,7 +16,7 @@ CONVOLUTIONS = r"^convs/\d+/kernel$"
 
 
 class Task(NamedTuple):
-    """A loss ``(params, batch) -> scalar``, of a network in evaluation mode, and its arguments."""
+    """A loss ``(params, batch) -> scalar`` of a network in evaluation mode, and its arguments."""
 
     loss_fn: Callable[[Any, Any], jax.Array]
     params: Any
@@ -44,7 +44,7 @@ def classification(examples: int) -> Task:
 
 
 def denoising(shape: tuple[int, ...]) -> Task:
-    """DnCNN, 17 layers of 64 channels, on patches of that shape."""
+    """DnCNN, 17 layers of 64 channels, on patches of the given shape."""
     model = DnCNN(rngs=nnx.Rngs(0))
     model.eval()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -57,7 +57,7 @@ def denoising(shape: tuple[int, ...]) -> Task:
 
 
 def pss_step(task: Task, granularity: Any = "kernel") -> Callable[[], Any]:
-    """A call is one step of PSS, with the objective "break"."""
+    """A function whose calls are PSS steps with the objective "break"."""
     learner = pss_learner(
         task.loss_fn,
         task.params,
@@ -77,7 +77,7 @@ def pss_step(task: Task, granularity: Any = "kernel") -> Callable[[], Any]:
 
 
 def training_step(task: Task) -> Callable[[], Any]:
-    """A call is one step of training with Adam; its state is donated."""
+    """A function whose calls are training steps with Adam; the state is donated."""
     optimizer = optax.adam(1e-3)
 
     @partial(jax.jit, donate_argnums=0)

@@ -1,4 +1,4 @@
-"""Trees of weights, and what protects them: for the sections that encrypt and decrypt."""
+"""Trees of weights and their masks and keys, for the sections that encrypt and decrypt."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -31,7 +31,7 @@ PERMUTING, STREAM = LosslessCipher(), LosslessCipher(permute=False)
 
 
 class Case(NamedTuple):
-    """What is protected: a tree by its name in `TREES`, the share of it, and how many levels."""
+    """A protection: the name of a tree in `TREES`, the encrypted share, and how many levels."""
 
     tree: str
     share: float
@@ -39,18 +39,18 @@ class Case(NamedTuple):
 
 
 def weights(*shape: int) -> jax.Array:
-    """Normal bfloat16 weights, quickly made even where there are a billion."""
+    """Normal bfloat16 weights, made quickly even for a billion."""
     block = np.random.default_rng(0).standard_normal(BLOCK).astype(np.float32)
     return jnp.asarray(np.resize(block.astype(jnp.bfloat16), shape))
 
 
 def vgg19(width: float = 1.0) -> Any:
-    """Parameters of VGG19."""
+    """The parameters of VGG19."""
     return nnx.state(VGG19(width=width, rngs=nnx.Rngs(0)), nnx.Param)
 
 
 def transformer(layers: int, width: int, vocabulary: int) -> dict[str, Any]:
-    """Parameters in the shapes of a decoder, nine leaves a layer and three more."""
+    """Parameters in the shapes of a decoder, nine leaves per layer and three more."""
     hidden = 64 * round(8 * width / 3 / 64)
 
     def layer() -> dict[str, jax.Array]:
@@ -68,7 +68,7 @@ def transformer(layers: int, width: int, vocabulary: int) -> dict[str, Any]:
 
 
 def dense(count: int) -> dict[str, jax.Array]:
-    """One leaf of so many weights, a multiple of 1024."""
+    """One leaf with that many weights, a multiple of 1024."""
     return {"kernel": weights(count // 1024, 1024)}
 
 
@@ -79,11 +79,11 @@ def learned_masks(params: Any, share: float, levels: int) -> Sequence[Any]:
 
 
 def random_masks(params: Any, share: float, levels: int) -> Sequence[Any]:
-    """Single weights of all matrices, drawn: sorting a billion scores takes minutes."""
+    """Randomly drawn weights of all matrices: sorting a billion scores takes minutes."""
     rng = np.random.default_rng(1)
 
     def level_of(leaf: Any) -> Any:
-        """The level that opens each weight, and above all levels where none does."""
+        """The level that opens each weight; one above the top for unencrypted weights."""
         if leaf.ndim < 2:
             return False
         drawn = rng.integers(0, 2**16, leaf.shape, np.uint16)
@@ -98,7 +98,7 @@ def random_masks(params: Any, share: float, levels: int) -> Sequence[Any]:
 
 
 class Tree(NamedTuple):
-    """How to make parameters, and masks for them at a share and a number of levels."""
+    """Functions that make parameters, and their masks for a share and a number of levels."""
 
     params: Callable[[], Any]
     masks: Callable[[Any, float, int], Sequence[Any]]
@@ -118,20 +118,20 @@ TREES = {
 
 
 def bits_of(leaf: Any) -> np.ndarray:
-    """A leaf as unsigned integers ``[weights]``: the same memory, where it is in memory."""
+    """A leaf as unsigned integers ``[weights]``, in the same memory if it is in host memory."""
     array = np.asarray(leaf)
     return array.reshape(-1).view(f"u{array.dtype.itemsize}")
 
 
 def check_bits(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raises unless the leaves that were found are as expected, bit for bit."""
+    """Raises unless the leaves equal the expected ones, bit for bit."""
     for name, leaf in found.items():
         if not np.array_equal(bits_of(leaf).view(np.uint8), bits_of(expected[name]).view(np.uint8)):
-            raise RuntimeError(f"{name}: not what was protected.")
+            raise RuntimeError(f"{name}: differs from the original.")
 
 
 class Subject:
-    """A tree, its masks, keys and ciphertexts; each is made when it is first asked for."""
+    """A tree, its masks, keys and ciphertexts; each is made on first use."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -154,12 +154,12 @@ class Subject:
 
     @cached_property
     def leaves(self) -> dict[str, Any]:
-        """Name → leaf of the original."""
+        """Name → original leaf."""
         return named_leaves(self.params).leaves
 
     @cached_property
     def rings(self) -> dict[str, list[tuple[np.ndarray, bytes]]]:
-        """Name → the masks of the rings of a leaf, each with the key of its level."""
+        """Name → the masks of the leaf's rings, each with the key of its level."""
         words = [np.asarray(jax.random.key_data(key)).astype("<u4") for key in self.keys]
         found: dict[str, list[tuple[np.ndarray, bytes]]] = {}
         for ring in split_rings(named_leaves(self.params), self.masks):
@@ -168,7 +168,7 @@ class Subject:
 
     @property
     def size(self) -> int:
-        """Bytes of the tree."""
+        """The size of the tree in bytes."""
         return sum(leaf.nbytes for leaf in self.leaves.values())
 
     def protected(self, cipher: LosslessCipher = PERMUTING) -> Any:
@@ -178,17 +178,17 @@ class Subject:
         return self._protected[cipher]
 
     def given(self, cipher: LosslessCipher = PERMUTING) -> tuple[Any, Sequence[Any], Any]:
-        """What `decrypt` gets: the encrypted tree, masks and keys."""
+        """The arguments of `decrypt`: the encrypted tree, masks and keys."""
         return self.protected(cipher), self.masks, self.keys
 
     def given_up(self, cipher: LosslessCipher = PERMUTING) -> tuple[Any, Sequence[Any], Any]:
-        """As `given`, with a copy of the tree, to be used up."""
+        """Like `given`, with a copy of the tree that may be used up."""
         return jax.tree.map(jnp.copy, self.protected(cipher)), self.masks, self.keys
 
     def jitted(self) -> Callable[..., Any]:
-        """`decrypt` as a jitted function of params, which it uses up, and keys."""
+        """`decrypt` as a jitted function of params, which are donated, and keys."""
         return jax.jit(lambda params, keys: decrypt(params, self.masks, keys), donate_argnums=0)
 
     def check(self, found: Any) -> None:
-        """Raises unless a tree is the original."""
+        """Raises unless a tree equals the original."""
         check_bits(named_leaves(found).leaves, self.leaves)

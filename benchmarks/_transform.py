@@ -1,4 +1,4 @@
-"""Section "transform": encrypting and decrypting a tree that is in memory."""
+"""Section "transform": encrypting and decrypting a tree in memory."""
 
 import functools
 import os
@@ -20,13 +20,14 @@ from selcrypt_jax._tree.names import named_leaves
 
 NOTES = {
     "transform": (
-        "Encrypting and decrypting a tree in memory. GB/s are bytes of the whole tree by time, "
-        "whatever the share: how fast a model is opened; ratios are to AES-256-GCM. The peers "
-        "decrypt the whole tree leaf by leaf; cryptography holds the GIL meanwhile, so that "
-        "threads gain them nothing. What a run uses up is copied before it, untimed, and the "
-        "NumPy engine gets its rings ready made. Gather and scatter: NumPy reads and writes the "
-        "selected weights once, in place, which any cipher of them does at least. Peaks are over "
-        "what was held before, which includes the input; first calls are of fresh processes."
+        "Encrypting and decrypting a tree in memory. GB/s divides the bytes of the whole tree by "
+        "the time, whatever the share: how fast a model is opened. Ratios are relative to "
+        "AES-256-GCM. The peers decrypt the whole tree leaf by leaf; cryptography holds the GIL "
+        "meanwhile, so threads would not help them. Inputs that a run uses up are copied "
+        "beforehand, untimed, and the NumPy engine gets its rings precomputed. Gather and scatter: "
+        "NumPy reads and writes the selected weights once, in place, the minimum for any cipher. "
+        "Peaks are above the memory held before, which includes the input; first calls are from "
+        "fresh processes."
     )
 }
 SHARES = (0.01, 0.08, 0.3, 1.0)
@@ -37,14 +38,14 @@ Buffers = Mapping[str, np.ndarray]
 
 
 class OnHost:
-    """What works on the bits of a tree with NumPy and OpenSSL; buffers by the leaves' names."""
+    """Contenders that work on the bits of a tree with NumPy and OpenSSL; buffers by leaf name."""
 
     def __init__(self, subject: Subject):
         self.subject = subject
         self.pool = ThreadPoolExecutor(os.cpu_count())
 
     def on_all_cores(self, function: Callable[[str], Any], names: Iterable[str]) -> None:
-        """Calls a function for every leaf; what it returns is dropped as soon as it is there."""
+        """Calls a function for every leaf, and drops each result at once."""
 
         def call(name: str) -> None:
             function(name)
@@ -59,16 +60,16 @@ class OnHost:
 
     @cached_property
     def copies(self) -> Buffers:
-        """The same in memory that may be written to."""
+        """The same in writable memory."""
         return {name: leaf.copy() for name, leaf in self.original.items()}
 
     def encrypted(self, cipher: LosslessCipher) -> Buffers:
-        """The leaves that have encrypted weights, to be used up."""
+        """Copies of the leaves that have encrypted weights, which may be used up."""
         leaves = named_leaves(self.subject.protected(cipher)).leaves
         return {name: bits_of(leaves[name]).copy() for name in self.subject.rings}
 
     def rewrite(self, cipher: LosslessCipher, buffers: Buffers) -> Buffers:
-        """Decrypts by the NumPy engine, in place."""
+        """Decrypts with the NumPy engine, in place."""
 
         def leaf(name: str) -> None:
             like = self.subject.leaves[name]
@@ -87,7 +88,7 @@ class OnHost:
         return buffers
 
     def positions(self) -> tuple[Buffers, Buffers]:
-        """Leaves to be written to, and where their selected weights are, as NumPy wants it."""
+        """Writable leaves, and the positions of their selected weights, as NumPy indices."""
         found = {}
         for name, rings in self.subject.rings.items():
             shape = self.subject.leaves[name].shape
@@ -108,19 +109,19 @@ class OnHost:
         return leaves
 
     def copy(self, given: tuple[Buffers, Buffers]) -> Buffers:
-        """Copies every leaf into memory that is held already."""
+        """Copies every leaf into memory that is already allocated."""
         source, target = given
         for name, leaf in source.items():
             np.copyto(target[name], leaf)
         return target
 
     def check(self, found: Buffers) -> None:
-        """Raises unless the leaves are those of the original."""
+        """Raises unless the leaves equal the originals."""
         check_bits(found, self.original)
 
 
 class Sealed:
-    """A tree of which every leaf was encrypted and authenticated as a whole."""
+    """A tree in which every leaf is encrypted and authenticated as a whole."""
 
     def __init__(self, host: OnHost, aead: AESGCM | ChaCha20Poly1305):
         self.host = host
@@ -143,11 +144,11 @@ class Sealed:
         }
 
     def buffers(self) -> tuple[Mapping[str, tuple[bytes, bytes]], Buffers]:
-        """What is decrypted, and memory for all leaves."""
+        """The ciphertexts, and memory for all leaves."""
         return self.leaves, {name: leaf.view(np.uint8) for name, leaf in self.host.copies.items()}
 
     def unseal_into(self, given: tuple[Mapping[str, tuple[bytes, bytes]], Buffers]) -> Buffers:
-        """Decrypts every leaf into memory that is held already."""
+        """Decrypts every leaf into memory that is already allocated."""
         leaves, target = given
         for name, (nonce, data) in leaves.items():
             self.aead.decrypt_into(nonce, data, name.encode(), target[name])
@@ -155,7 +156,7 @@ class Sealed:
 
 
 def ours(case: Case, subject: Subject, host: OnHost) -> list[Contender]:
-    """In JAX, and by the NumPy engine."""
+    """The contenders in JAX and on the NumPy engine."""
     jitted = subject.jitted()
 
     def donated(name: str, cipher: LosslessCipher) -> Contender:
@@ -200,7 +201,7 @@ def ours(case: Case, subject: Subject, host: OnHost) -> list[Contender]:
             subject.given_up,
             size=lambda: subject.size,
             check=subject.check,
-            missing="not run: its positions would be constants of gigabytes" if too_large else "",
+            missing="not run: its positions would be gigabytes of constants" if too_large else "",
         ),
         donated("decrypt, stream, donated", STREAM),
         in_numpy("NumPy engine, in place", PERMUTING),
@@ -209,7 +210,7 @@ def ours(case: Case, subject: Subject, host: OnHost) -> list[Contender]:
 
 
 def peers(subject: Subject, host: OnHost) -> list[Contender]:
-    """Authenticated encryption of the whole tree, and what memory allows."""
+    """Authenticated encryption of the whole tree, and the limits that memory sets."""
     aes, chacha = Sealed(host, AESGCM(bytes(32))), Sealed(host, ChaCha20Poly1305(bytes(32)))
 
     def peer(name: str, run: Callable[[Any], Any], prepare: Callable[[], Any]) -> Contender:
@@ -235,14 +236,14 @@ def peers(subject: Subject, host: OnHost) -> list[Contender]:
 
 
 def contenders(case: Case) -> list[Contender]:
-    """All of them."""
+    """All contenders."""
     subject = Subject(case)
     host = OnHost(subject)
     return [*ours(case, subject, host), *peers(subject, host)]
 
 
 def rows(options: Options) -> list[Row]:
-    """Of the section."""
+    """The rows of the section."""
     if options.quick:
         cases = [Case("VGG19, a sixteenth", 0.08, LEVELS)]
         cases += [Case("transformer, tiny", 0.3, 1)] if options.large else []

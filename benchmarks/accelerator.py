@@ -1,10 +1,11 @@
-"""What an accelerator does with all of this: ``python benchmarks/accelerator.py --out DIR``.
+"""Checks and times the package on an accelerator: ``python benchmarks/accelerator.py --out DIR``.
 
-In one process, in under eight minutes, and with nothing but the package: whether every cipher gives
-the bits of the CPU's NumPy engine, for each dtype, jitted and not, and over all devices; how fast
-`decrypt`, `unlocking`, a step of PSS, random bits, and opening a file are; and the peak of memory.
-Writes ``DIR/accelerator.json`` and ``DIR/accelerator.md`` after each part, and says what it could
-not do. ``--quick`` takes small sizes; it runs on a CPU too, where XLA is compared with NumPy.
+In one process, in under eight minutes, and with only the package installed, it checks that every
+cipher gives the bits of the CPU's NumPy engine, for each dtype, with and without jit, and over all
+devices. It times `decrypt`, `unlocking`, a step of PSS, random bits, and opening a file, and
+measures peak memory. It writes ``DIR/accelerator.json`` and ``DIR/accelerator.md`` after each part,
+and lists the parts that failed. ``--quick`` uses small sizes; it also runs on a CPU, where it
+compares XLA with NumPy.
 """
 
 import argparse
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 def timed(function: Callable[[], Any], repeats: int) -> Row:
-    """The first call, and the median of the others, in milliseconds; half a minute at most."""
+    """The first call and the median of the others, in milliseconds; takes at most half a minute."""
     times = []
     began = time.perf_counter()
     while len(times) < 2 or (len(times) <= repeats and time.perf_counter() - began < 30):
@@ -46,7 +47,7 @@ def timed(function: Callable[[], Any], repeats: int) -> Row:
 
 
 def ciphers(params: Any) -> dict[str, sj.Cipher]:
-    """One of each form that is exact."""
+    """One cipher of each exact form."""
     return {
         "lossless": sj.LosslessCipher(),
         "by group": sj.LosslessCipher("group"),
@@ -61,7 +62,7 @@ def bits_of(tree: Any) -> list[bytes]:
 
 
 def equal_bits(quick: bool) -> Iterator[Row]:
-    """Whether XLA here gives what NumPy gives on the host."""
+    """Whether XLA on this device gives the same bits as NumPy on the host."""
     size = 64 if quick else 512
     for dtype in ("float32", "bfloat16") if quick else DTYPES:
         rng = np.random.default_rng(0)
@@ -74,7 +75,7 @@ def equal_bits(quick: bool) -> Iterator[Row]:
 
 
 def compared(leaf: jax.Array, masks: Any, cipher: sj.Cipher) -> Iterator[tuple[str, bool]]:
-    """Each form of a program, and whether it gives the host's bits and takes them back."""
+    """Each form of a program, and whether it gives the host's bits and inverts them."""
     keys, params = sj.ring_keys(sj.level_key(SECRET, MODEL_ID, levels=2)), {"w": leaf}
     with jax.default_device(jax.devices("cpu")[0]):
         expected = bits_of(sj.encrypt({"w": np.asarray(leaf)}, masks, keys, cipher=cipher))
@@ -98,7 +99,7 @@ def compared(leaf: jax.Array, masks: Any, cipher: sj.Cipher) -> Iterator[tuple[s
 
 
 def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """What is timed, by name."""
+    """The timed functions, by name."""
     repeats = 2 if quick else 10
     keys = sj.ring_keys(sj.level_key(SECRET, MODEL_ID, levels=1))
     model = VGG19(width=0.125 if quick else 1.0, rngs=nnx.Rngs(0))
@@ -131,17 +132,17 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
                 clear = timed(lambda: plain(params, images), repeats)["median_ms"]
                 return timed(lambda: run(protected, keys, images), repeats) | {"clear_ms": clear}
 
-            yield "a forward pass that decrypts for itself", forward
+            yield "a forward pass with unlocking", forward
 
     def window() -> Row:
         cipher = sj.WindowCipher.fit(params)
         protected = sj.encrypt(params, [True], keys, cipher=cipher)
         return timed(lambda: sj.decrypt(protected, [True], keys, cipher=cipher), repeats)
 
-    yield "window cipher on all of VGG19", window
+    yield "the window cipher on all of VGG19", window
 
     def moved(send_first: bool) -> Row:
-        """Arrays of this host, sealed and with 8 % in a ring, to plain ones on the device."""
+        """Opens host arrays, sealed and with 8 % in a ring, to plain arrays on the device."""
         masks = sj.nested_masks(sj.importance.l2(params, select=r"convs.*kernel$"), [0.08])
         rings, seal = sj.encrypt(params, masks, keys), sj.WindowCipher.fit(params)
         here = jax.tree.map(np.asarray, sj.encrypt(rings, [True], keys, cipher=seal))
@@ -157,8 +158,8 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
             return timed(lambda: opened(jax.device_put(here)), repeats)
         return timed(lambda: jax.device_put(opened_here(), jax.devices()[0]), repeats)
 
-    yield "VGG19 sent, and opened on the device", lambda: moved(True)
-    yield "VGG19 opened on the host, and sent", lambda: moved(False)
+    yield "VGG19 sent, then opened on the device", lambda: moved(True)
+    yield "VGG19 opened on the host, then sent", lambda: moved(False)
 
     def learn() -> Row:
         def loss(params: Any, batch: Any) -> jax.Array:
@@ -171,7 +172,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
         jax.block_until_ready(scores)
         return {"first_ms": round(1e3 * (time.perf_counter() - start), 1), "steps": steps}
 
-    yield "PSS, with what it compiles", learn
+    yield "PSS, including compilation", learn
     for impl, make in {
         "ChaCha20": lambda: sj.chacha20_key(SECRET),
         "threefry": lambda: jax.random.key(0, impl="threefry2x32"),
@@ -201,7 +202,7 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 
 def peak_mb() -> float | None:
-    """Memory that was held on the first device at most, where it says so."""
+    """The peak memory of the first device, if it reports that."""
     found = jax.devices()[0].memory_stats() or {}
     peak = found.get("peak_bytes_in_use")
     return None if peak is None else round(peak / 1e6, 1)
@@ -214,14 +215,14 @@ def write(folder: Path, result: Row) -> str:
     took = f" {result['seconds']} s in all." if "seconds" in result else ""
     lines = ["# On an accelerator", "", f"{result['device']}; {result['versions']}.{took}", ""]
     good = sum(row["equal"] for row in result["bits"])
-    lines += [f"Bits as on the CPU: {good} of {len(result['bits'])} cases.", ""]
-    lines += [f"- not equal: {row['case']}" for row in result["bits"] if not row["equal"]]
+    lines += [f"Bits identical to the CPU's: {good} of {len(result['bits'])} cases.", ""]
+    lines += [f"- different: {row['case']}" for row in result["bits"] if not row["equal"]]
     lines += ["| | first, ms | median, ms | |", "|---|---|---|---|"]
     for row in result["times"]:
         more = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("case", *_COLUMNS))
         cells = (str(row.get(column, "")) for column in _COLUMNS)
         lines.append(f"| {row['case']} | {' | '.join(cells)} | {more} |")
-    lines += ["", *(f"- could not: {text}" for text in result["failed"]), ""]
+    lines += ["", *(f"- failed: {text}" for text in result["failed"]), ""]
     text = "\n".join(lines)
     (folder / "accelerator.md").write_text(text)
     return text
@@ -231,7 +232,7 @@ _COLUMNS = ("first_ms", "median_ms")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures, and writes what was found."""
+    """Measures, and writes the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,7 +1,7 @@
 """Speed of ChaCha20 against JAX's threefry: ``python benchmarks/bench_chacha.py``.
 
-Each row is a request; both generators make it, jitted, in turns (so that a change in the load
-of the machine hits both), and the table shows the medians.
+Each row is a request. Both generators serve it, jitted, in turns (so a change in the load of the
+machine affects both), and the table shows the medians.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def batched(keys: int, words: int, batch_size: int | None = None) -> Callable[[A
 
 
 def requests(scale: int) -> dict[str, tuple[int, Callable[[Array], Array]]]:
-    """The rows of the table: words made, and the function of a key that makes them."""
+    """The rows of the table: the number of words, and a function of a key that makes them."""
     large, keys = 2**24 // scale, 4096 // scale
     rows = {f"{words} words": (words, bits(words)) for words in (2**10, 2**16, 2**20, large)}
     for name, size in (("vmap", None), ("map, batches of 64", 64), ("map, 1024", 1024)):
@@ -40,7 +40,7 @@ def requests(scale: int) -> dict[str, tuple[int, Callable[[Array], Array]]]:
 
 
 def medians(functions: list[Callable[[], Array]], repeats: int) -> list[float]:
-    """Median seconds of each function, run in turns."""
+    """The median seconds of each function; they run in turns."""
     times: list[list[float]] = [[] for _ in functions]
     for _ in range(repeats):
         for function, taken in zip(functions, times, strict=True):

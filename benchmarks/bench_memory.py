@@ -1,9 +1,10 @@
 """Peak memory of protect, verify and unlock: ``python benchmarks/bench_memory.py``.
 
-Each is a process of its own on a checkpoint of 40 dense tensors, 2 GiB in all. The bar is the size
-of the checkpoint and 1 GB; how far below it a command stays depends on the largest tensor, since
-all of them go tensor by tensor. ``--tensors 1 --size 1`` shows what a single large one costs.
-Files are made in a temporary folder, in need of three times the size.
+Each runs in its own process on a checkpoint of 40 dense tensors, 2 GiB in all. The limit is the
+size of the checkpoint plus 1 GB. How far below it a command stays depends on the largest tensor,
+because all commands work tensor by tensor. ``--tensors 1 --size 1`` shows the cost of a single
+large one.
+Files go to a temporary folder, which needs three times the size.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 from _options import count
 
-# Nothing of the package: every process is to load what its own command needs, and no more.
+# Do not import the package here: every process should load only the code its command needs.
 
 SECRET = bytes(range(32))
 SIGNING = bytes(32)
@@ -34,7 +35,7 @@ BAR = 1_000_000_000
 
 
 def make(path: Path, size: float, tensors: int) -> None:
-    """Writes a checkpoint of random weights, one tensor after the other."""
+    """Writes a checkpoint of random weights, one tensor at a time."""
     rows = math.ceil(size * GIB / tensors / COLUMNS / 4)
     size = rows * COLUMNS * 4
     head = {
@@ -58,11 +59,11 @@ def make(path: Path, size: float, tensors: int) -> None:
 
 
 def nothing() -> None:
-    """What Python and NumPy need by themselves."""
+    """The memory of Python and NumPy alone."""
 
 
 def protect(original: Path, public: Path, fractions: list[float]) -> None:
-    """Protects with the defaults of the command."""
+    """Protects with the command's defaults."""
     from selcrypt_jax import Secret, Select, SigningKey, protect_file
 
     protect_file(
@@ -76,7 +77,7 @@ def protect(original: Path, public: Path, fractions: list[float]) -> None:
 
 
 def verify(public: Path) -> None:
-    """Checks signature and digests, as who has no grant."""
+    """Checks signature and digests, without a grant."""
     from selcrypt_jax import verify_file
 
     verify_file(public)
@@ -92,16 +93,16 @@ def unlock(public: Path, output: Path, levels: int) -> None:
 
 
 def rotate(public: Path, output: Path) -> None:
-    """Gives it new keys."""
+    """Gives the file new keys."""
     from selcrypt_jax import Secret, SigningKey, rotate_file
 
     rotate_file(public, output, secret=Secret(SECRET), signing=SigningKey(SIGNING))
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held at once."""
+    """The peak memory of this process."""
     try:
-        # Not getrusage where this exists: on Linux it has the parent's peak in it.
+        # Preferred over getrusage, which on Linux includes the parent's peak.
         status = Path("/proc/self/status").read_text()
     except FileNotFoundError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,20 +112,20 @@ def peak_bytes() -> int:
 
 
 def timed(function: Callable[..., None], args: tuple[Any, ...]) -> tuple[float, int]:
-    """Runs in the child: seconds, and its peak in bytes."""
+    """Runs in the child: returns seconds, and its peak in bytes."""
     start = time.perf_counter()
     function(*args)
     return time.perf_counter() - start, peak_bytes()
 
 
 def main() -> None:
-    """Prints the table; exit status 1 if something is above the bar."""
+    """Prints the table; exits with status 1 if a command is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=float, default=2.0, help="GiB")
-    parser.add_argument("--tensors", type=count, default=40, help="how many (default: 40)")
-    parser.add_argument("--ratio", type=float, default=0.08, help="share that is encrypted")
-    parser.add_argument("--levels", type=count, default=5, help="how many (default: 5)")
-    parser.add_argument("--dir", type=Path, help="for the files; default: that of TMPDIR")
+    parser.add_argument("--tensors", type=count, default=40, help="number of tensors (default: 40)")
+    parser.add_argument("--ratio", type=float, default=0.08, help="share to encrypt")
+    parser.add_argument("--levels", type=count, default=5, help="number of levels (default: 5)")
+    parser.add_argument("--dir", type=Path, help="folder for the files; default: TMPDIR")
     args = parser.parse_args()
     fractions = [args.ratio * (m + 1) / args.levels for m in range(args.levels)]
     with tempfile.TemporaryDirectory(prefix="bench_memory", dir=args.dir) as name:
@@ -134,7 +135,7 @@ def main() -> None:
         make(original, args.size, args.tensors)
         size = original.stat().st_size
         print(f"{args.tensors} tensors of float32, {args.ratio:.0%} in {args.levels} levels")
-        print(f"original {size / 1e6:,.0f} MB, bar {(size + BAR) / 1e6:,.0f} MB\n")
+        print(f"original {size / 1e6:,.0f} MB, limit {(size + BAR) / 1e6:,.0f} MB\n")
         print(f"{'process':<10} {'peak':>10} {'to the file':>12} {'time':>9}")
         jobs: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
             (nothing, ()),
@@ -161,7 +162,7 @@ def main() -> None:
         grown = public.stat().st_size - size
         print(f"\nprotected file: {grown:+,} bytes ({grown / size:+.3%}); unlocked: identical")
     if above:
-        raise SystemExit("above the bar")
+        raise SystemExit("above the limit")
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from selcrypt_jax import models
 
 
 def lax_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """What `conv3x3` replaces on small maps."""
+    """The convolution that `conv3x3` replaces on small maps."""
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def median_ms(function: Callable, *arguments: Any, repeats: int) -> float:
-    """Median time of a call that is already compiled."""
+    """The median time of a compiled call."""
     jax.block_until_ready(function(*arguments))
     times = []
     for _ in range(repeats):
@@ -38,7 +38,7 @@ def median_ms(function: Callable, *arguments: Any, repeats: int) -> float:
 
 
 def main(repeats: int = 5) -> None:
-    """Measures forward, and forward with backward, for both convolutions."""
+    """Times the forward pass, and forward plus backward, for both convolutions."""
     model = models.VGG19(rngs=nnx.Rngs(0))
     model.eval()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -55,7 +55,7 @@ def main(repeats: int = 5) -> None:
     print(f"VGG19, width 1, batch 64, {jax.devices()[0].device_kind}, median of {repeats}")
     for name, conv in (("conv3x3", models.conv3x3), ("lax", lax_conv)):
         with mock.patch("selcrypt_jax.models._conv.conv3x3", conv):
-            # New functions, lest jit takes the ones traced with the other convolution.
+            # New functions, so that jit does not reuse those traced with the other convolution.
             run = jax.jit(lambda params, images: forward(params, images))
             train = jax.jit(lambda params, images: jax.value_and_grad(loss)(params, images))
             forwards = median_ms(run, params, images, repeats=repeats)

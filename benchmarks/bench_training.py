@@ -1,7 +1,7 @@
-"""A step of PSS and of training, beside PyTorch's on the same processor if it is installed.
+"""PSS and training steps, compared with PyTorch's on the same processor if it is installed.
 
-Run: ``python benchmarks/bench_training.py [repeats]``. Steps are measured in turn, ours and
-PyTorch's, so that other load meets both. Prints medians.
+Run: ``python benchmarks/bench_training.py [repeats]``. Our steps and PyTorch's run in turns, so
+other load affects both. Prints medians.
 
 - PSS of VGG19, full width, batch 64, 32×32: all convolutions have gates ("break", sampled).
 - PSS and training (Adam) of DnCNN, 17×64, 16 grey patches of 40×40.
@@ -61,7 +61,7 @@ def dncnn_training() -> Callable[[], Any]:
 
 
 def torch_dncnn(torch: Any) -> tuple[Any, Any, Any]:
-    """The network as its authors' PyTorch ports build it, and a batch."""
+    """The network as in its authors' PyTorch ports, and a batch."""
     layers = [torch.nn.Conv2d(1, 64, 3, padding=1, bias=False), torch.nn.ReLU()]
     for _ in range(15):
         layers += [
@@ -76,7 +76,7 @@ def torch_dncnn(torch: Any) -> tuple[Any, Any, Any]:
 
 
 def torch_training(torch: Any) -> Callable[[], Any]:
-    """As `dncnn_training`."""
+    """Like `dncnn_training`."""
     net, clean, noisy = torch_dncnn(torch)
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
 
@@ -91,7 +91,7 @@ def torch_training(torch: Any) -> Callable[[], Any]:
 
 
 def torch_pss(torch: Any) -> Callable[[], Any]:
-    """As `pss_step`: sampled hard-concrete gates, noise in place of what they select, Adam."""
+    """Like `pss_step`: sampled hard-concrete gates, noise in place of selected weights, Adam."""
     net, clean, noisy = torch_dncnn(torch)
     net.eval().requires_grad_(False)
     kernels = {n: p for n, p in net.named_parameters() if p.ndim == 4}
@@ -121,7 +121,7 @@ def torch_pss(torch: Any) -> Callable[[], Any]:
 
 
 def main(repeats: int = 10) -> None:
-    """Measures all of it."""
+    """Measures everything."""
     steps = {
         "DnCNN, PSS": pss_step(denoising(PATCHES)),
         "DnCNN, training": dncnn_training(),
@@ -130,7 +130,7 @@ def main(repeats: int = 10) -> None:
     try:
         torch = importlib.import_module("torch")
     except ImportError:
-        print("PyTorch is not installed: ours alone")
+        print("PyTorch is not installed: measuring only our own steps")
     else:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         steps["DnCNN, PSS, PyTorch"] = torch_pss(torch)

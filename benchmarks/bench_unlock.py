@@ -1,13 +1,13 @@
 """Time to open a protected file, as whole processes: ``python benchmarks/bench_unlock.py``.
 
-A VGG19 of 80 MB of float32, or with ``--large`` a transformer of 696 MB of bfloat16; ``--protect``
-passes options on to ``selcrypt protect``.
+The file is an 80 MB VGG19 in float32, or with ``--large`` a 696 MB transformer in bfloat16;
+``--protect`` passes options on to ``selcrypt protect``.
 
-Against CryptoTensors (``pip install cryptotensors``), which encrypts the whole file with AES-GCM,
-and against reading a file that nobody protected. Every row is a process, from its start to its
-end; they run in turns (so that a change in the load of the machine hits all), with the files in
-the page cache, and the table shows medians. ``selcrypt unlock`` writes a file, the others read
-arrays into memory. All files are in a temporary folder, whose place TMPDIR sets.
+It is compared with CryptoTensors (``pip install cryptotensors``), which encrypts the whole file
+with AES-GCM, and with reading an unprotected file. Every row is a process, from start to end. The
+processes run in turns (so a change in the load of the machine affects all), with the files in the
+page cache, and the table shows medians. ``selcrypt unlock`` writes a file, the others read arrays
+into memory. All files are in a temporary folder; TMPDIR says where.
 """
 
 import argparse
@@ -61,13 +61,13 @@ Tensors = dict[str, np.ndarray]
 
 
 class Contender(NamedTuple):
-    """A row of the table: a command, and the file it writes if it writes one."""
+    """A row of the table: a command, and its output file if it has one."""
 
     command: list[str | Path]
     output: Path | None = None
 
     def seconds(self) -> float:
-        """Wall time of one run; its output is removed before."""
+        """The wall time of one run; an earlier output is removed first."""
         if self.output is not None:
             self.output.unlink(missing_ok=True)
         start = time.perf_counter()
@@ -81,12 +81,12 @@ def run(*command: str | Path) -> None:
 
 
 def python(program: str, *arguments: Path, interpreter: str = sys.executable) -> Contender:
-    """A Python program that writes nothing; -P: with the installed packages, not this folder's."""
+    """A Python program without output; -P: with the installed packages, not this folder's."""
     return Contender([interpreter, "-P", "-c", program, *arguments])
 
 
 def reader(program: str, original: Path, *arguments: Path) -> Contender:
-    """One of a library that knows bfloat16 only once NumPy does."""
+    """A program for a library that supports bfloat16 only once NumPy does."""
     with safe_open(original, framework="np") as file:
         kinds = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     return python(("import ml_dtypes\n" if "BF16" in kinds else "") + program, *arguments)
@@ -136,7 +136,7 @@ def transformer() -> Tensors:
 
 
 def check(what: str, found: Tensors, expected: Tensors) -> None:
-    """Stops unless the arrays are those of the original, bit for bit."""
+    """Exits unless the arrays equal the originals, bit for bit."""
     same = found.keys() == expected.keys() and all(
         found[name].dtype == value.dtype
         and found[name].shape == value.shape
@@ -144,11 +144,11 @@ def check(what: str, found: Tensors, expected: Tensors) -> None:
         for name, value in expected.items()
     )
     if not same:
-        raise SystemExit(f"{what}: not what was protected.")
+        raise SystemExit(f"{what}: differs from the original.")
 
 
 def with_cryptotensors(folder: Path, original: Path) -> tuple[Path, Path]:
-    """Encrypts every tensor with AES-256-GCM and signs; the file and the keys that read it."""
+    """Encrypts every tensor with AES-256-GCM and signs; returns the file and its keys."""
     try:
         cryptotensors = importlib.import_module("cryptotensors")
     except ImportError:
@@ -180,7 +180,7 @@ def with_cryptotensors(folder: Path, original: Path) -> tuple[Path, Path]:
 def with_selcrypt(
     folder: Path, original: Path, program: str, options: Sequence[str] = ()
 ) -> tuple[Path, Path]:
-    """Protects by the command line; the file and the grant of the top level."""
+    """Protects with the command; returns the file and the grant of the top level."""
     file, keys = folder / "selcrypt.safetensors", folder / "keys"
     secret, grant = keys / "secret.key", keys / "top.grant"
     run(program, "keygen", "-o", keys)
@@ -197,7 +197,7 @@ def with_selcrypt(
 def contenders(
     folder: Path, original: Path, only: list[str], options: Sequence[str] = ()
 ) -> tuple[dict[str, Contender], dict[str, Path]]:
-    """Makes and checks what is asked for; the rows of the table and the files that they read."""
+    """Makes and checks the requested files; returns the table's rows and the files they read."""
     rows = {"safetensors": reader(SAFETENSORS, original, original), "python": python("pass")}
     files = {"original": original}
     if "cryptotensors" in only:
@@ -207,7 +207,7 @@ def contenders(
     if {"unlock", "open_model"} & set(only):
         program = shutil.which("selcrypt", path=str(Path(sys.executable).parent))
         if program is None:
-            raise SystemExit("selcrypt is not where this Python is: pip install selcrypt-jax")
+            raise SystemExit("selcrypt is not installed with this Python: pip install selcrypt-jax")
         files["selcrypt"], grant = with_selcrypt(folder, original, program, options)
         output = folder / "unlocked.safetensors"
         unlock: list[str | Path] = [program, "unlock", files["selcrypt"], "--grant", grant]
@@ -220,7 +220,7 @@ def contenders(
 
 
 def compile_in(folder: Path) -> None:
-    """Compiled modules for all processes, as once installed, and none beside the sources."""
+    """Compiles modules for all processes, as after installation, but not beside the sources."""
     os.environ["PYTHONPYCACHEPREFIX"] = str(folder / "pycache")
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
@@ -228,7 +228,7 @@ def compile_in(folder: Path) -> None:
 def timings(
     rows: dict[str, Contender], files: dict[str, Path], repeats: int
 ) -> dict[str, list[float]]:
-    """Runs all in turns; name → seconds."""
+    """Runs all contenders in turns; returns name → seconds."""
     for file in files.values():
         file.read_bytes()
     for contender in rows.values():
@@ -243,7 +243,7 @@ def timings(
 
 
 def compare(rows: dict[str, Contender], files: dict[str, Path], repeats: int) -> None:
-    """Runs all in turns and prints the tables."""
+    """Runs all contenders in turns and prints the tables."""
     times = timings(rows, files, repeats)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     print(f"{'process':<16} {'median':>10} {'min':>10}  to CryptoTensors")
@@ -266,7 +266,7 @@ def _file(text: str) -> Path:
             return path.resolve()
     except (OSError, SafetensorError) as error:
         raise argparse.ArgumentTypeError(
-            f"{text}: expected a .safetensors file, got another or a damaged one ({error})"
+            f"{text}: expected a .safetensors file, got a different or damaged file ({error})"
         ) from None
 
 
@@ -274,14 +274,17 @@ def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--repeats", type=count, default=15, metavar="N", help="timed runs of a row (default: 15)"
+        "--repeats", type=count, default=15, metavar="N", help="timed runs per row (default: 15)"
     )
     parser.add_argument(
         "--checkpoint", type=_file, metavar="PATH", help="a .safetensors file (default: a VGG19)"
     )
-    parser.add_argument("--large", action="store_true", help="a transformer in place of VGG19")
+    parser.add_argument("--large", action="store_true", help="a transformer instead of VGG19")
     parser.add_argument(
-        "--protect", type=shlex.split, default=[], help="more options of selcrypt protect, as one"
+        "--protect",
+        type=shlex.split,
+        default=[],
+        help="further options for selcrypt protect, as one argument",
     )
     parser.add_argument(
         "--only",
@@ -292,7 +295,7 @@ def main() -> None:
         help=f"the rows to measure, of {', '.join(NAMES)} (default: all)",
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # lest the folder stays
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is removed
     with tempfile.TemporaryDirectory(prefix="bench_unlock") as name:
         folder = Path(name)
         original = folder / "vgg19.safetensors"

@@ -3,21 +3,21 @@
 Writes ``DIR/performance.json`` and ``DIR/performance.md``, after every section, and prints the
 latter. The sections:
 
-- transform: encrypting and decrypting a tree in memory, beside AES-256-GCM and others;
-- file: opening a protected file, as whole processes, beside CryptoTensors and tensorizer;
-- random: random bits, beside JAX's generators;
-- pss: a step of learning importance, beside one of training;
-- forward: networks that decrypt inside of the program, beside the same in the clear;
-- scaling: how time, work and memory grow with weights, share and devices, and what compiles.
+- transform: encrypting and decrypting a tree in memory, against AES-256-GCM and others;
+- file: opening a protected file, as whole processes, against CryptoTensors and tensorizer;
+- random: random bits, against JAX's generators;
+- pss: a step of learning importance, against a training step;
+- forward: networks that decrypt inside the program, against the same in the clear;
+- scaling: how time, work and memory grow with weights, share and devices, and compile times.
 
-Each is a process of its own. Contenders run in turns, so that other load meets all of them, and
-the tables show medians; first calls and peaks of memory are those of a process for each
-contender. ``--quick`` shows on tiny sizes that all works, in some minutes, with such a process for
-the first contender of each case alone; ``--large`` adds a billion weights, in need of 20 GB and
-hours.
+Each section runs in its own process. Contenders run in turns, so other load affects all of them,
+and the tables show medians. First calls and peak memory are measured in a separate process for each
+contender. ``--quick`` checks in a few minutes, on tiny sizes, that everything works, with a
+separate process only for the first contender of each case. ``--large`` adds a billion weights,
+which takes 20 GB and hours.
 
-The peers: ``pip install -e '.[bench]'``, and for tensorizer, which needs PyTorch, any interpreter
-that has it (``--tensorizer-python``). One that is missing is a row that says so.
+To install the peers: ``pip install -e '.[bench]'``; for tensorizer, which needs PyTorch, name any
+interpreter that has it (``--tensorizer-python``). A missing peer gets a row that says so.
 """
 
 import argparse
@@ -55,7 +55,7 @@ PACKAGES = (
 
 
 def version_of(package: str) -> str:
-    """Of an installed package."""
+    """The version of an installed package."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +63,7 @@ def version_of(package: str) -> str:
 
 
 def tensorizer_version(interpreter: str) -> str:
-    """Of the package in another interpreter."""
+    """The version of tensorizer in another interpreter."""
     program = "import importlib.metadata as m; print(m.version('tensorizer'))"
     try:
         result = subprocess.run(
@@ -75,7 +75,7 @@ def tensorizer_version(interpreter: str) -> str:
 
 
 def cpu_model() -> str:
-    """As the system calls it."""
+    """The processor's name according to the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -85,7 +85,7 @@ def cpu_model() -> str:
 
 
 def environment(options: Options) -> dict[str, str]:
-    """On what is measured."""
+    """The machine, the versions and the settings."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {
         "processor": f"{cpu_model()}, {cores} cores",
@@ -95,24 +95,24 @@ def environment(options: Options) -> dict[str, str]:
     found["tensorizer"] = tensorizer_version(options.tensorizer_python)
     found["runs"] = f"{options.repeats} of each contender, in turns"
     if options.quick:
-        found["sizes"] = "tiny ones (--quick): these times say nothing"
+        found["sizes"] = "tiny (--quick): the times are meaningless"
     return found
 
 
 def measured(section: str, options: Options) -> tuple[list[Row], dict[str, str]]:
-    """The rows of a section, and how to read them; runs in a process of its own."""
+    """The rows of a section, and how to read them; runs in its own process."""
     module = importlib.import_module(MODULES[section])
     return module.rows(options), module.NOTES
 
 
 def main() -> None:
-    """Measures what is asked for."""
+    """Measures the requested sections."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument(
-        "--sections", default=",".join(MODULES), help="some of them, with commas between"
+        "--sections", default=",".join(MODULES), help="a comma-separated list of sections"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--large", action="store_true", help="also a billion weights")
@@ -121,7 +121,7 @@ def main() -> None:
         "--tensorizer-python",
         default=sys.executable,
         metavar="PATH",
-        help="a Python that has tensorizer (default: this one)",
+        help="a Python interpreter that has tensorizer (default: this one)",
     )
     args = parser.parse_args()
     sections = args.sections.split(",")

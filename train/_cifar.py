@@ -1,4 +1,4 @@
-"""CIFAR in endless batches, as VGG19 is trained on."""
+"""CIFAR in endless batches, for training VGG19."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 from selcrypt_jax.models._files import read_split
 
-PADDING = 4  # pixels, of a random crop
+PADDING = 4  # pixels around a random crop
 
 
 def _crop(example: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
@@ -27,16 +27,16 @@ def _as_is(example: dict[str, Any]) -> dict[str, Any]:
 
 
 def batches(folder: Path, batch: int, *, seed: int, augment: bool = True) -> grain.MapDataset:
-    """Shuffled batches of the training images, by index, so that those of a step are known.
+    """Shuffled batches of the training images, in an order fixed by the step's index.
 
     Args:
-        folder: that TFDS prepared, as ``data_dir/cifar10``.
-        batch: images in each.
-        seed: of order and crops.
+        folder: prepared by TFDS, such as ``data_dir/cifar10``.
+        batch: images per batch.
+        seed: for order and crops.
         augment: crop and flip at random.
 
     Returns:
-        Endless; an item is ``{"image": uint8 [batch, 32, 32, 3], "label": int32 [batch]}``.
+        An endless iterator over ``{"image": uint8 [batch, 32, 32, 3], "label": int32 [batch]}``.
     """
     shuffled = grain.MapDataset.source(read_split(folder, "train")).seed(seed).shuffle().repeat()
     return (shuffled.random_map(_crop) if augment else shuffled.map(_as_is)).batch(batch)

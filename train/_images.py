@@ -1,4 +1,4 @@
-"""Patches of images with noise, to learn denoising from."""
+"""Patches of noisy images, to learn denoising from."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,13 +13,13 @@ from selcrypt_jax.models._network import random_patch
 def random_patches(
     images: Sequence[np.ndarray], count: int, size: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """``[count, size, size, C]`` in [0, 1], flipped and turned at random."""
+    """``[count, size, size, C]`` in [0, 1], flipped and rotated at random."""
     chosen = (images[int(rng.integers(len(images)))] for _ in range(count))
     return np.stack([random_patch(image, size, rng) for image in chosen]) / np.float32(255)
 
 
 def checked_sigma(sigma: tuple[float, ...]) -> tuple[float, float]:
-    """The least and the greatest deviation of the noise, for pixels in [0, 1].
+    """The smallest and the largest standard deviation of the noise, for pixels in [0, 1].
 
     Args:
         sigma: one number, or both, for pixels in 0..255.
@@ -36,7 +36,7 @@ def checked_sigma(sigma: tuple[float, ...]) -> tuple[float, float]:
 
 
 def add_noise(clean: jax.Array, sigma: tuple[float, float], key: jax.Array) -> jax.Array:
-    """Images ``[n, H, W, C]`` and normal noise, whose deviation is drawn for each of them."""
+    """Images ``[n, H, W, C]`` plus normal noise, with a standard deviation drawn for each image."""
     deviation_key, noise_key = jax.random.split(key)
     low, high = sigma
     deviation = jax.random.uniform(deviation_key, (len(clean), 1, 1, 1))
@@ -53,7 +53,7 @@ def patch_batches(
     seed: int,
     bgr: bool = False,
 ) -> Callable[[int], Any]:
-    """Number of the step → ``{"clean", "noisy"}``, ``[batch, patch, patch, C]``."""
+    """Step number → ``{"clean", "noisy"}``, ``[batch, patch, patch, C]``."""
     noise = jax.random.key(seed)
 
     def make(number: int) -> Any:

@@ -1,4 +1,4 @@
-"""A training loop that can be killed at any time and goes on where it was, bit for bit."""
+"""A training loop that can be killed at any time and resumes bit for bit."""
 
 import contextlib
 import inspect
@@ -31,17 +31,17 @@ Row = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Options of every script that learns."""
+    """Options of every script that trains or learns scores."""
 
     out: Path
     """The .safetensors file to write, in PyTorch's names and layout."""
 
     checkpoints: Path | None = None
-    """Folder for checkpoints. A run that finds some there goes on from the last one, and ends as if
-    it had never been interrupted."""
+    """Folder for checkpoints. A run that finds some there resumes from the last one, with the same
+    result as an uninterrupted run."""
 
     seed: int = 0
-    """Seed of weights, noise and the order of the data."""
+    """Seed for weights, noise and the order of the data."""
 
 
 def train(
@@ -59,30 +59,30 @@ def train(
 ) -> tuple[Any, list[Row]]:
     """Runs ``steps`` steps.
 
-    What a step does must depend on its number alone: then a run that goes on from a checkpoint
-    gives what an unbroken one gives. Over several devices the batch is split, and weights are
+    A step must depend only on its number: then a run that resumes from a checkpoint gives the same
+    result as an uninterrupted one. On several devices, the batch is split and the weights are
     copied.
 
     Args:
         carry: weights, optimizer state and the like; JAX arrays.
         step: ``(carry, batch, key) -> carry, loss``, jitted; it may donate the carry.
-        batch: number of the step → arrays ``[examples, ...]``.
-        key: the step's key is folded from it and the number.
-        steps: how many, from 1.
-        every: steps between two measurements, and checkpoints.
+        batch: step number → arrays ``[examples, ...]``.
+        key: each step's key is folded from it and the step number.
+        steps: how many, at least 1.
+        every: steps between measurements, and between checkpoints.
         measure: ``(number, carry, rows so far) -> row``; may write the best weights to a file.
-        checkpoints: folder to go on from and to write to; None keeps nothing.
-        config: the dataclass of the command line; a run does not go on with another one.
-        best: file that `measure` writes the best weights to: without it, a run does not go on,
-            since those of before would be lost.
+        checkpoints: folder to resume from and to write to; None keeps nothing.
+        config: the dataclass of the command line; a run resumes only with the same one.
+        best: file that `measure` writes the best weights to. Without it a run does not resume,
+            because the earlier best weights would be lost.
 
     Returns:
-        The last carry, and a row a measurement, of those before a restart too. Each is printed
-        as JSON.
+        The last carry, and one row per measurement, including those before a restart. Each row is
+        printed as JSON.
 
     Raises:
-        SystemExit: a loss or weights that are not finite, of which nothing is kept; checkpoints
-            that are damaged or of other settings.
+        SystemExit: the loss or the weights are not finite (nothing is kept); the checkpoints are
+            damaged or from other settings.
     """
     split, copied = _shardings()
     carry = jax.device_put(carry, copied)
@@ -98,8 +98,8 @@ def train(
             first = latest + 1
             if best is not None and not best.is_file():
                 raise SystemExit(
-                    f"{best}: expected the best weights of the run that {checkpoints} is of, got "
-                    "no such file. Bring it back, or begin anew with another --checkpoints."
+                    f"{best}: expected the best weights of the run that wrote {checkpoints}, got "
+                    "no such file. Restore it, or start over with another --checkpoints."
                 )
     for row in rows:
         print(json.dumps(row), flush=True)
@@ -125,8 +125,8 @@ def train(
                     else f"step {wrong}: expected a finite loss, got {values[~finite][0]}"
                 )
                 raise SystemExit(
-                    f"{what}. Nothing of it was kept. Use a lower --rate"
-                    + (f", and begin anew: not {checkpoints}." if checkpoints else ".")
+                    f"{what}. Nothing was kept. Use a lower --rate"
+                    + (f", and start over: not in {checkpoints}." if checkpoints else ".")
                 )
             row = {"step": number, "loss": float(values[-1]), **measure(number, carry, rows)}
             rows.append(row)
@@ -143,15 +143,15 @@ def gradient_step(
     optimizer: optax.GradientTransformation,
     loss: Callable[[Any, Any, jax.Array], jax.Array],
 ) -> Callable[[Any, Any, jax.Array], tuple[Any, jax.Array]]:
-    """A step for `train` on a carry of ``params, rest, optimizer state``.
+    """A step for `train`, whose carry is ``params, rest, optimizer state``.
 
     Args:
         graph: of the network, split into ``nnx.Param`` and the rest.
         optimizer: of the parameters.
-        loss: ``(model, batch, key) -> scalar``; what it changes in the model, as statistics, stays.
+        loss: ``(model, batch, key) -> scalar``; its changes to the model, such as statistics, stay.
     """
 
-    # Not in a scan: XLA's CPU backend is slow at the gradients of convolutions inside of loops.
+    # Not in a scan: XLA's CPU backend computes the gradients of convolutions in loops slowly.
     @partial(jax.jit, donate_argnums=0)
     def step(carry: Any, batch: Any, key: jax.Array) -> tuple[Any, jax.Array]:
         params, rest, state = carry
@@ -181,17 +181,17 @@ def train_model(
     metadata: dict[str, str],
     key: jax.Array,
 ) -> None:
-    """Trains a network of ours, and writes its best weights under PyTorch's names.
+    """Trains one of our networks, and writes its best weights under PyTorch's names.
 
     Args:
         model: in training mode.
-        config: the dataclass of the command line: out, steps, rate, every and checkpoints count.
+        config: the dataclass of the command line, with out, steps, rate, every and checkpoints.
         optimizer: made from the schedule: warm-up over a twentieth of the steps, then a cosine.
         loss: ``(model, batch, key) -> scalar``.
-        batch: number of the step → arrays ``[examples, ...]``.
+        batch: step number → arrays ``[examples, ...]``.
         quality: graph of the network in evaluation mode → ``params -> metrics``.
-        best: the metric by which weights are best; higher is better.
-        metadata: of the file, beside that metric and the step.
+        best: the metric that decides which weights are best; higher is better.
+        metadata: further metadata of the file, besides that metric and the step.
         key: see `train`.
     """
     graph, params, rest = nnx.split(model, nnx.Param, ...)
@@ -202,7 +202,7 @@ def train_model(
     metrics = quality(nnx.split(model, nnx.Param, ...)[0])
 
     def measure(number: int, carry: Any, rows: list[Row]) -> Row:
-        """Quality on test data; the best weights are written."""
+        """Measures quality on test data; writes the best weights."""
         params, rest, _ = carry
         row = metrics(nnx.merge_state(params, rest))
         if row[best] > max((row[best] for row in rows), default=-math.inf):
@@ -226,10 +226,10 @@ def train_model(
 
 
 def started(model: Any, path: Path | None) -> Any:
-    """The network with the weights of a checkpoint; as it is without one.
+    """The network with the weights of a checkpoint; unchanged without one.
 
     Raises:
-        ValueError: a checkpoint of another architecture.
+        ValueError: the checkpoint has another architecture.
     """
     if path is None:
         return model
@@ -240,7 +240,7 @@ def started(model: Any, path: Path | None) -> Any:
     ]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"--start: {path}: expected a network as the other options make it, got another one. "
+            f"--start: {path}: expected the network that the other options describe, got another. "
             "Give the options that it was trained with."
         )
     nnx.update(model, found)
@@ -249,7 +249,7 @@ def started(model: Any, path: Path | None) -> Any:
 
 @contextlib.contextmanager
 def exits() -> Iterator[None]:
-    """Ends a script with a message and no traceback, where what it was given is wrong."""
+    """Ends a script with a message instead of a traceback if its input is wrong."""
     try:
         yield
     except OSError as error:
@@ -260,10 +260,10 @@ def exits() -> Iterator[None]:
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a .safetensors file; it is whole, or the old one.
+    """Writes a .safetensors file, whole or not at all.
 
     Raises:
-        SystemExit: tensors that are not finite, or a path that cannot be written.
+        SystemExit: a tensor is not finite, or the path cannot be written.
     """
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
@@ -282,11 +282,11 @@ def write_tensors(tensors: Mapping[str, np.ndarray], path: Path, metadata: dict[
 
 
 def check_output(path: Path, *inputs: Path) -> None:
-    """Refuses, before any work, a file that cannot be written or must not be.
+    """Refuses, before any work, an output path that cannot or must not be written.
 
     Args:
-        path: of the output; the folder is made if it does not exist.
-        inputs: files that it must not replace.
+        path: the output; its folder is made if it does not exist.
+        inputs: files that the output must not replace.
 
     Raises:
         SystemExit: if it is one of these.
@@ -307,10 +307,10 @@ def check_output(path: Path, *inputs: Path) -> None:
 
 
 def check_numbers(config: Any) -> None:
-    """Refuses numbers of the command line that no step can be made with.
+    """Refuses numbers on the command line that no step can run with.
 
     Raises:
-        SystemExit: if there is one.
+        SystemExit: one is out of range.
     """
     values = asdict(config)
     for name, least in (("steps", 1), ("every", 1), ("patch", 1), ("seed", 0)):
@@ -319,7 +319,7 @@ def check_numbers(config: Any) -> None:
     if not 0 < values["rate"] < math.inf:
         raise SystemExit(f"--rate: expected a number above 0, got {values['rate']:g}.")
     if not 0 <= values.get("decay", 0) < math.inf:
-        raise SystemExit(f"--decay: expected a number from 0, got {values['decay']:g}.")
+        raise SystemExit(f"--decay: expected a number of at least 0, got {values['decay']:g}.")
     devices = jax.device_count()
     batch = values.get("batch", devices)
     if batch < 1 or batch % devices:
@@ -329,15 +329,15 @@ def check_numbers(config: Any) -> None:
 
 
 def _shardings() -> tuple[NamedSharding, NamedSharding]:
-    """How batches and weights lie on the devices."""
-    # Auto: with explicit axes, JAX refuses to index, reshape or scan what lies on several devices,
-    # and losses of a user's own do that.
+    """The shardings of batches and weights."""
+    # Auto: with explicit axes, JAX refuses to index, reshape or scan arrays on several devices, and
+    # users' losses do that.
     mesh = jax.make_mesh((jax.device_count(),), ("batch",), axis_types=(AxisType.Auto,))
     return NamedSharding(mesh, PartitionSpec("batch")), NamedSharding(mesh, PartitionSpec())
 
 
 def _place(array: Any, *, split: NamedSharding, copied: NamedSharding) -> jax.Array:
-    # Arrays of a user's own need not have a first axis of examples.
+    # In users' arrays, the first axis need not be the examples.
     shared = np.ndim(array) and not np.shape(array)[0] % split.mesh.size
     return jax.device_put(array, split if shared else copied)
 
@@ -348,13 +348,13 @@ def _any_nan(leaves: list[jax.Array]) -> jax.Array:
 
 
 def _has_nan(carry: Any) -> bool:
-    """Whether weights went wrong in the last step, which the loss, taken before it, cannot show."""
+    """Whether the last step broke weights, which its loss, computed before, cannot show."""
     floats = [x for x in jax.tree.leaves(carry) if jnp.issubdtype(x.dtype, jnp.floating)]
     return bool(_any_nan(floats))
 
 
 def _arrays(carry: Any) -> dict[str, jax.Array]:
-    # By number, and keys by their data: whatever containers there are, Orbax sees a plain dict.
+    # Leaves by number, and keys by their data: Orbax sees a plain dict whatever the containers.
     return {
         str(index): jax.random.key_data(leaf)
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
@@ -364,7 +364,7 @@ def _arrays(carry: Any) -> dict[str, jax.Array]:
 
 
 def _settings(config: Any, best: Path | None) -> dict[str, str]:
-    """What the result depends on; not how often it is kept."""
+    """The settings that the result depends on; not how often it is saved."""
     free = {"checkpoints", "every"} | (set() if best else {"out"})
     settings = {name: str(value) for name, value in asdict(config).items() if name not in free}
     script = Path(inspect.getfile(type(config))).name
@@ -405,13 +405,13 @@ def _restore(
 ) -> tuple[Any, list[Row]]:
     damaged = (
         f"{folder / str(number)}: expected a checkpoint of this script, got a damaged one or "
-        "something else. Remove that folder to go on from the one before, if there is one."
+        "something else. Remove that folder to resume from the previous one, if there is one."
     )
 
     def restore(**items: Any) -> Any:
         try:
             return manager.restore(number, args=ocp.args.Composite(**items))
-        except Exception as error:  # of many kinds, by what is missing or half-written
+        except Exception as error:  # the type depends on the missing or half-written part
             raise SystemExit(f"{damaged} ({type(error).__name__}: {str(error)[:200]})") from error
 
     rows: Any = restore(rows=ocp.args.JsonRestore())["rows"]  # pyright: ignore[reportCallIssue]
@@ -424,11 +424,11 @@ def _restore(
         if then.get(name) != settings.get(name)
     ]
     if then.get("script") != settings["script"]:
-        changed = [f"they are of {then.get('script')}"]
+        changed = [f"they are from {then.get('script')}"]
     if changed:
         raise SystemExit(
-            f"{folder}: the checkpoints are of a run with other settings: {'; '.join(changed)}. "
-            "Use another folder, or the settings that they were made with."
+            f"{folder}: the checkpoints are from a run with other settings: {'; '.join(changed)}. "
+            "Use another folder, or the original settings."
         )
     like = jax.tree.map(ocp.utils.to_shape_dtype_struct, _arrays(carry))
     found = restore(carry=ocp.args.StandardRestore(like))  # pyright: ignore[reportCallIssue]

@@ -1,4 +1,4 @@
-"""A trained network with its data: what importance is learned on, and what is measured."""
+"""A trained network with its data: for learning importance, and for measuring quality."""
 
 import zipfile
 from collections.abc import Callable, Iterable
@@ -23,13 +23,13 @@ Metrics = dict[str, float]
 
 
 class Task(NamedTuple):
-    """What PSS needs.
+    """The inputs of PSS.
 
     Attributes:
-        params: a pytree; of a network of ours with its running statistics.
+        params: a pytree; with running statistics for one of our networks.
         loss_fn: ``(params, batch) -> scalar``, in evaluation mode.
-        batch: number of the step → batch of the training data.
-        model: of `params`, if it is one of ours.
+        batch: step number → batch of training data.
+        model: the model of `params`, if it is one of ours.
     """
 
     params: Any
@@ -38,7 +38,7 @@ class Task(NamedTuple):
     model: VGG19 | DnCNN | None
 
 
-# --- what is measured ---------------------------------------------------------------------------
+# --- quality ------------------------------------------------------------------------------------
 
 
 def classification_loss(graph: Any) -> Loss:
@@ -59,7 +59,7 @@ def denoising_loss(graph: Any) -> Loss:
 
 
 def accuracy_of(graph: Any, images: np.ndarray, labels: np.ndarray) -> Callable[[Any], Metrics]:
-    """``params -> {"accuracy"}``, a share of uint8 images."""
+    """``params -> {"accuracy"}``, as a share of the uint8 images."""
     share = accuracy(lambda params, x: nnx.merge(graph, params)(normalised(x)), images, labels)
     return lambda params: {"accuracy": share(params)}
 
@@ -69,8 +69,8 @@ def denoising_of(
 ) -> Callable[[Any], Metrics]:
     """``params -> {"psnr", "ssim"}``, means over uint8 images ``[H, W, C]``.
 
-    PSNR is that of the network's output as it is, SSIM that of it clipped to [0, 1], since it
-    needs a range.
+    PSNR is measured on the network's output as it is, SSIM on the output clipped to [0, 1], because
+    it needs a range.
     """
     pairs = []
     for index, image in enumerate(images):
@@ -107,13 +107,13 @@ class Vgg19Task:
     """The trained network: .safetensors, in PyTorch's names and layout."""
 
     data: Path
-    """Folder with the prepared data, as TFDS's ``data_dir``."""
+    """Folder with the prepared data: TFDS's ``data_dir``."""
 
     dataset: Literal["cifar10", "cifar100"] = "cifar10"
-    """Which one."""
+    """Which data set."""
 
     batch: int = 64
-    """Images in a step."""
+    """Images per step."""
 
     def task(self, seed: int) -> Task:
         """Reads it."""
@@ -133,8 +133,8 @@ class DncnnTask:
     """The trained network: .safetensors, in PyTorch's names and layout."""
 
     images: Path
-    """Folder of images, or of a data set that TFDS prepared; colour and grey are converted as the
-    network needs it."""
+    """Folder of images, or of a data set prepared by TFDS; colour and grey are converted to suit
+    the network."""
 
     sigma: tuple[float, ...] = (25.0,)
     """Standard deviation of the noise, for pixels in 0..255; or a range of two."""
@@ -143,13 +143,13 @@ class DncnnTask:
     """ε of BatchNorm."""
 
     bgr: bool = False
-    """The network wants blue, green, red: so do the weights published with the paper."""
+    """The network expects blue, green, red, like the weights published with the paper."""
 
     batch: int = 8
-    """Patches in a step."""
+    """Patches per step."""
 
     patch: int = 48
-    """Side of a patch, in pixels."""
+    """Side length of a patch, in pixels."""
 
     def task(self, seed: int) -> Task:
         """Reads it."""
@@ -178,19 +178,19 @@ class CustomTask:
     """Import path of ``loss_fn(params, batch) -> scalar``, as my_package.losses:loss_fn."""
 
     batches: str
-    """A file .npz of arrays [batches, ...], or an import path: of a pytree of such arrays, or of a
-    function that gives the batch of a step's number."""
+    """An .npz file of arrays [batches, ...], or an import path to a pytree of such arrays or to a
+    function from step number to batch."""
 
     layout: Literal["HWIO", "OIHW"] = "OIHW"
-    """Where input and output channels of a convolution are; OIHW is PyTorch's."""
+    """The axis order of convolution kernels; OIHW is PyTorch's."""
 
     def task(self, seed: int) -> Task:
-        """Imports and reads it; the order of the batches is yours, and does not heed the seed."""
+        """Imports and reads it; the order of the batches is yours and ignores the seed."""
         del seed
         loss_fn = imported("--loss", self.loss)
         if self.batches.endswith(".npz"):
             try:
-                # Opened here: NumPy leaves open what turns out to be no archive.
+                # Opened here: NumPy leaves a file open if it is not an archive.
                 with open(self.batches, "rb") as file, np.load(file) as arrays:
                     found = dict(arrays)
             except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:

@@ -6,7 +6,7 @@ Examples::
     python train/dncnn.py --images tfds/cifar10/ --test tfds/cifar10/ --tests 200 --colour \
         --sigma 0 55 --patch 32 --out blind.safetensors
 
-Metrics go to standard output, one JSON object a line. Needs Pillow (the extra ``train``).
+Metrics go to standard output, one JSON object per line. Needs Pillow (the extra ``train``).
 
 References:
     Zhang et al., Beyond a Gaussian denoiser: residual learning of deep CNN for image denoising,
@@ -32,20 +32,20 @@ from selcrypt_jax.models._network import squared_error
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    """What to train, on what, for how long."""
+    """The network, the data, and the length of the training."""
 
     images: Path
-    """Folder of images to train on, or of a data set that TFDS prepared (its split "train")."""
+    """Folder of training images, or of a data set prepared by TFDS (its split "train")."""
 
     test: Path
-    """The same to measure PSNR and SSIM on (the split "test"); never trained on."""
+    """The same for measuring PSNR and SSIM (the split "test"); never used for training."""
 
     sigma: tuple[float, ...] = (25.0,)
-    """Standard deviation of the noise, for pixels in 0..255; or a range of two, from which each
-    patch gets one. Tests have the middle of it."""
+    """Standard deviation of the noise, for pixels in 0..255; or two numbers, a range from which
+    each patch draws one. Tests use its midpoint."""
 
     tests: int | None = None
-    """How many test images to measure on; all of them by default."""
+    """Number of test images; all by default."""
 
     depth: int = 17
     """Number of convolutions."""
@@ -57,23 +57,23 @@ class Config(Run):
     """RGB instead of grey."""
 
     start: Path | None = None
-    """A checkpoint to go on from, as of a public network, in place of random weights. It must have
+    """A checkpoint to start from, such as a public network, instead of random weights. It must have
     been trained with the same options."""
 
     steps: int = 20_000
     """Gradient steps."""
 
     batch: int = 64
-    """Patches in a step."""
+    """Patches per step."""
 
     patch: int = 40
-    """Side of a patch, in pixels."""
+    """Side length of a patch, in pixels."""
 
     rate: float = 1e-3
     """Highest learning rate; it warms up over a twentieth of the steps and falls to zero."""
 
     every: int = 500
-    """Steps between two measurements, and between two checkpoints."""
+    """Steps between measurements, and between checkpoints."""
 
 
 @exits()

@@ -1,4 +1,4 @@
-r"""Measures a protected file at every level: what each of them gives.
+r"""Measures the quality of a protected file at every level.
 
 Examples::
 
@@ -6,11 +6,11 @@ Examples::
     python train/evaluate.py dncnn --file public.safetensors --secret keys/secret.key \
         --images set12/ --sigma 25 --out results/
 
-Accuracy of VGG19, PSNR and SSIM of DnCNN. With a grant instead of the secret, up to its level; with
-neither, as everybody gets it. A .safetensors file that is not protected has one row. A metric that
-is not a finite number is null: so broken may a level be. Rows go to standard output,
-one JSON object a line, a table to standard error; with ``--out``, the same as ``levels.json``,
-``levels.md`` and ``levels.png``.
+Measures accuracy for VGG19, PSNR and SSIM for DnCNN. With a grant instead of the secret, it
+measures up to the grant's level; with neither, only level 0. An unprotected .safetensors file has
+one row. A metric that is not a finite number is null: a level may be that broken. Rows go to
+standard output, one JSON object per line, and a table to standard error. With ``--out``, it also
+writes them as ``levels.json``, ``levels.md`` and ``levels.png``.
 """
 
 import io
@@ -48,10 +48,10 @@ UNITS = {"accuracy": "accuracy", "psnr": "PSNR / dB", "ssim": "SSIM"}
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to open, and with which key."""
+    """The file to open, and the key to use."""
 
     file: Path
-    """The protected file (or checkpoint of several), in PyTorch's names and layout."""
+    """The protected file (or multi-file checkpoint), in PyTorch's names and layout."""
 
     secret: Path | None = None
     """The owner's secret: opens every level."""
@@ -71,21 +71,21 @@ class Vgg19(Config):
     """Accuracy of VGG19 on CIFAR's test images."""
 
     data: Path
-    """Folder with the prepared data, as TFDS's ``data_dir``."""
+    """Folder with the prepared data: TFDS's ``data_dir``."""
 
     dataset: Literal["cifar10", "cifar100"] = "cifar10"
-    """Which one."""
+    """Which data set."""
 
     tests: int | None = None
-    """How many test images; all of them by default."""
+    """Number of test images; all by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dncnn(Config):
-    """PSNR and SSIM of DnCNN on images with noise."""
+    """PSNR and SSIM of DnCNN on noisy images."""
 
     images: Path
-    """Folder of images, or of a data set that TFDS prepared (its split "test")."""
+    """Folder of images, or of a data set prepared by TFDS (its split "test")."""
 
     sigma: float = 25.0
     """Standard deviation of the noise, for pixels in 0..255."""
@@ -94,17 +94,17 @@ class Dncnn(Config):
     """ε of BatchNorm."""
 
     bgr: bool = False
-    """The network wants blue, green, red: so do the weights published with the paper."""
+    """The network expects blue, green, red, like the weights published with the paper."""
 
     tests: int | None = None
-    """How many images; all of them by default."""
+    """Number of images; all by default."""
 
     seed: int = 0
-    """Seed of the noise, which is the same at every level."""
+    """Seed for the noise, which is the same at every level."""
 
 
 def levels_of(config: Config) -> list[tuple[int | None, Any]]:
-    """Level → its tensors, or None → those of a file that is not protected."""
+    """Level → its tensors; or None → the tensors of an unprotected file."""
     if config.secret is not None and config.grant is not None:
         raise ValueError("--secret, --grant: expected one of them, got both.")
     if config.file.suffix == ".safetensors" and not is_protected(config.file):
@@ -134,7 +134,7 @@ def levels_of(config: Config) -> list[tuple[int | None, Any]]:
 
 
 def measured(config: Vgg19 | Dncnn) -> list[dict[str, Any]]:
-    """A row a level."""
+    """One row per level."""
     kind = VGG19 if isinstance(config, Vgg19) else DnCNN
     rows = []
     quality = None
@@ -164,7 +164,7 @@ def measure_of(config: Vgg19 | Dncnn, graph: Any, model: Any) -> Any:
 
 
 def name_of(level: int | None) -> str:
-    """How tables call a level."""
+    """The name of a level in tables."""
     return "not protected" if level is None else "0, no key" if level == 0 else str(level)
 
 
@@ -176,7 +176,7 @@ def number(name: str, value: float | None) -> str:
 
 
 def write(config: Config, rows: list[dict[str, Any]], out: Path) -> None:
-    """The three files."""
+    """Writes the three files."""
     metrics = [name for name in rows[0] if name != "level"]
     lines = [
         f"| level | {' | '.join(UNITS[name] for name in metrics)} |",

@@ -8,9 +8,9 @@ Examples::
     python train/importance.py custom --weights mine.safetensors --loss my_module:loss_fn \
         --batches my_module:batches --out ...
 
-Scores are saved under the names of the tensors and in their layout, for ``selcrypt protect
---importance``. Metrics go to standard output, one JSON object a line: the loss with the gates in
-place, and how many gates are expected to be open.
+Scores are saved under the tensors' names and in their layout, for ``selcrypt protect
+--importance``. Metrics go to standard output, one JSON object per line: the loss with the gates
+applied, and the expected number of open gates.
 
 References:
     Tian, Zhou, Duan, CVPR 2021, section 3.1.
@@ -38,35 +38,35 @@ class Config(Run):
     """How importance is learned."""
 
     objective: Literal["break", "keep"] = "break"
-    """What is important: what breaks the network when it is encrypted, or, as in the paper, what
-    must stay for it to work."""
+    """What counts as important: groups that break the network when encrypted ("break"), or, as in
+    the paper, groups that it needs to work ("keep")."""
 
     steps: int = 100
     """Gradient steps."""
 
     penalty: float | None = None
-    """Price of an open gate, λ, about what a gate that is worth it changes in the loss ("keep") or
-    its logarithm ("break"): the more gates, the smaller, as 1e-4 for VGG19. By default 1e-3 for
-    "break", 1e-5 for "keep"."""
+    """Price of an open gate, λ: about the change in the loss ("keep") or its logarithm ("break")
+    that makes a gate worth opening. Use less with more gates, such as 1e-4 for VGG19. By default
+    1e-3 for "break", 1e-5 for "keep"."""
 
     rate: float = 0.1
     """Learning rate of Adam."""
 
     cap: float | None = None
-    """Loss at which the network counts as broken, for "break"."""
+    """For "break": the loss at which the network counts as broken."""
 
     sampled: bool = True
-    """Draw the gates, or take their medians."""
+    """Sample the gates, or use their medians."""
 
     select: str | None = None
-    """Tensors that take part: a regular expression, searched in their names in the file. By
-    default the kernels of convolutions; of a network of your own, floats of two axes or more."""
+    """Tensors that take part: a regular expression matched anywhere in their names in the file. By
+    default the kernels of convolutions; for your own network, floats with two axes or more."""
 
     granularity: Literal["kernel", "filter", "weight"] = "kernel"
-    """What shares a gate."""
+    """The group of weights that shares a gate."""
 
     every: int = 10
-    """Steps between two measurements, and between two checkpoints."""
+    """Steps between measurements, and between checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +127,12 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
     state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
 
     def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
-        # The state has a key of its own, from which the noise of each step follows.
+        # The state has its own key, from which the noise of each step is derived.
         state, metrics = learner.run(task.params, _one(batch), state, 1)
         return state, metrics.loss[0]
 
     def measure(number: int, state: PSSState, rows: list[Row]) -> Row:
-        """How many gates are expected to be open."""
+        """The expected number of open gates."""
         return {"open": float(sum(probability_open(a).sum() for a in state.log_alpha.values()))}
 
     state, _ = train(

@@ -4,15 +4,15 @@ Example::
 
     python train/vgg19.py --data tfds/ --out vgg19.safetensors --checkpoints kept/
 
-Needs the extra ``train``. The data are read by TFDS, without TensorFlow, as ArrayRecord files that
-were prepared before: on a machine with TensorFlow and the internet,
+Needs the extra ``train``. TFDS reads the data, without TensorFlow, from ArrayRecord files prepared
+in advance on a machine with TensorFlow and internet access:
 ``tfds.builder("cifar10", file_format="array_record", data_dir=...).download_and_prepare()``.
 
-Metrics go to standard output, one JSON object a line.
+Metrics go to standard output, one JSON object per line.
 
 References:
     Simonyan, Zisserman, Very deep convolutional networks for large-scale image recognition, 2015;
-    the head of 512, 512 and the classes is that of Tian, Zhou, Duan, CVPR 2021.
+    the head (512, 512, classes) is from Tian, Zhou, Duan, CVPR 2021.
 """
 
 from dataclasses import dataclass
@@ -34,29 +34,29 @@ from selcrypt_jax.models._network import cross_entropy
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Run):
-    """What to train, on what, for how long."""
+    """The network, the data, and the length of the training."""
 
     data: Path
-    """Folder with the prepared data, as TFDS's ``data_dir``."""
+    """Folder with the prepared data: TFDS's ``data_dir``."""
 
     dataset: Literal["cifar10", "cifar100"] = "cifar10"
-    """Which one."""
+    """Which data set."""
 
     width: float = 1.0
-    """Factor on the number of channels."""
+    """Multiplier for the number of channels."""
 
     batch_norm: bool = True
     """Normalise after every convolution. Without it, use a --rate ten times smaller."""
 
     start: Path | None = None
-    """A checkpoint to go on from, as of a public network, in place of random weights. It must have
+    """A checkpoint to start from, such as a public network, instead of random weights. It must have
     been trained with the same options."""
 
     steps: int = 40_000
     """Gradient steps."""
 
     batch: int = 128
-    """Images in a step."""
+    """Images per step."""
 
     rate: float = 0.05
     """Highest learning rate; it warms up over a twentieth of the steps and falls to zero."""
@@ -65,10 +65,10 @@ class Config(Run):
     """Weight decay."""
 
     every: int = 1000
-    """Steps between two measurements, and between two checkpoints."""
+    """Steps between measurements, and between checkpoints."""
 
     tests: int | None = None
-    """How many test images to measure on; all of them by default."""
+    """Number of test images; all by default."""
 
 
 @exits()

@@ -39,7 +39,7 @@ class Grid:
     budget: tuple[float, ...] = (0.02, 0.08, 0.3)
     data: tuple[float, ...] = (0.01, 0.05, 0.1, 0.2)
     steps: tuple[int, ...] = (50, 200, 1000)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3, 1.2e-2)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)
     attacks: tuple[str, ...] = tuple(name for name in ATTACKS if name not in REFERENCES)
     keys: int = 3
     levels: int = 5

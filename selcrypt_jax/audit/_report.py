@@ -59,6 +59,7 @@ def write_report(report: AuditReport, folder: Path) -> None:
                 "report": subject,
                 "figures": figures,
                 "verdict": words.verdict(subject),
+                "rates": words.rates(subject),
                 "advice": words.how_much(subject, report.advice),
                 "stops": _stops(subject),
                 "recommended": recommended(subject.ways),

@@ -140,6 +140,30 @@ def _judgement(rated: Rated, subject: SubjectReport) -> str:
     return f"the file {verb} worth hardly more to them than its {subject.alone} ({rated}){but}."
 
 
+def rates(subject: SubjectReport) -> str:
+    """A warning if a learning rate beyond those that were tried might do better; "" if not."""
+    attacker = _attacker(subject)
+    tried = {a.rate for p in subject.protections for a in p.attempts if a.rate}
+    if attacker is None or not tried:
+        return ""
+    if len(tried) == 1:
+        return f"Only one learning rate was tried ({min(tried):g}). Others may do better."
+    ends = {min(tried), max(tried)}
+    found = {}
+    for where, rows in {
+        "without the file": [subject.baseline],
+        "with it": [protection.best for protection in subject.protections],
+    }.items():
+        best = [_same(each, attacker) for each in rows]
+        found |= {f"{b.rate:g} {where}": None for b in best if b and b.rate in ends}
+    if not found:
+        return ""
+    return (
+        f"The best learning rate is at the end of those tried ({min(ends):g} to {max(ends):g}): "
+        f"{', '.join(found)}. Try rates beyond it."
+    )
+
+
 def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[str]:
     """Sentences: the advice that was asked for, or what those that were tried show."""
     rated, attacker = by_advantage(subject), _attacker(subject)

@@ -614,6 +614,26 @@ def test_where_the_original_is_hardly_better_nothing_is_judged():
     assert "too close" in _report_page(near)
 
 
+@pytest.mark.parametrize(
+    ("tried", "alone", "with_file", "said"),
+    [
+        ([1e-3], 1e-3, 1e-3, "Only one learning rate was tried (0.001)."),
+        ([1e-3, 3e-3, 6e-3], 3e-3, 3e-3, ""),
+        ([3e-3, 1e-3, 6e-3], 1e-3, 3e-3, "(0.001 to 0.006): 0.001 without the file. Try rates"),
+        ([1e-3, 3e-3, 6e-3], 6e-3, 6e-3, ": 0.006 without the file, 0.006 with it. Try rates"),
+        ([1e-3, 3e-3, 6e-3], 0.0, 0.0, ""),  # nothing that was trained is best
+    ],
+)
+def test_a_best_rate_at_the_end_of_those_tried(tried, alone, with_file, said):
+    attempts = [Attempt("fine-tune", 0.2, rate, {2000: [24.0, 25.0]}) for rate in (0.0, *tried)]
+    weaker = dataclasses.replace(best(0.2, 50, [20.0, 20.0], 0.1), rate=tried[0])
+    rows = [weaker, dataclasses.replace(best(0.2, 2000, [26.0, 27.0], 0.3), rate=with_file)]
+    baseline = [dataclasses.replace(best(0.2, 2000, [25.0, 25.5]), rate=alone)]
+    found = _words.rates(subject(protection(best=rows, attempts=attempts), baseline=baseline))
+    assert said in found
+    assert bool(found) == bool(said)
+
+
 def test_a_file_in_which_everything_is_encrypted_has_a_row():
     row = "Everything encrypted, with the same cipher"
     rows = [best(d, s, [24.0, 24.5], 0.2) for d in (0.05, 0.2) for s in (50, 2000)]
@@ -630,7 +650,8 @@ def _report_page(made):
             {
                 "anchor": "s1", "report": made,
                 "figures": dict.fromkeys(("levels", "curves", "advantage"), ""),
-                "verdict": "", "advice": [], "stops": _report._stops(made), "recommended": None,
+                "verdict": "", "rates": "", "advice": [], "recommended": None,
+                "stops": _report._stops(made),
             }
         ],
     )  # fmt: skip

@@ -21,4 +21,6 @@ def test_it_runs_on_a_cpu_and_could_do_everything(tmp_path):
     assert all(row["equal"] for row in found["bits"])
     assert len(found["times"]) >= 12
     text = (tmp_path / "out" / "accelerator.md").read_text()
-    assert f"Bits as on the CPU: {len(found['bits'])} of {len(found['bits'])} cases." in text
+    assert (
+        f"Bits identical to the CPU's: {len(found['bits'])} of {len(found['bits'])} cases." in text
+    )

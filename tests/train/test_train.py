@@ -456,7 +456,7 @@ def test_training_starts_from_a_checkpoint(tmp_path, module):
     found = to_torch(started(small_dncnn(1), tmp_path / "public.safetensors"))
     for name, tensor in to_torch(public).items():
         np.testing.assert_array_equal(found[name], tensor)
-    with pytest.raises(ValueError, match=r"--start: .*expected a network as the other options"):
+    with pytest.raises(ValueError, match=r"--start: .*expected the network that the other options"):
         started(small_dncnn(1, depth=4), tmp_path / "public.safetensors")
     with pytest.raises(ValueError, match="expected a checkpoint of VGG19"):
         started(VGG19(10, width=0.02, rngs=nnx.Rngs(0)), tmp_path / "public.safetensors")

@@ -1,4 +1,4 @@
-"""What the experiments share: the paper's network and crops, keys, masks, results on disk."""
+"""Shared by the experiments: the paper's network and crops, keys, masks, results on disk."""
 
 import json
 import platform
@@ -61,13 +61,13 @@ class Experiment:
 
 
 class Denoiser(NamedTuple):
-    """A trained DnCNN and what its quality is measured on.
+    """A trained DnCNN and its test images.
 
     Attributes:
         graph: of the network, in evaluation mode.
         state: its weights and running statistics.
         clean: images ``[n, H, W, C]`` in [0, 1].
-        noisy: the same with noise, not clipped.
+        noisy: the same images with noise, not clipped.
         quality: ``state -> PSNR in dB`` of each image; pixels are not clipped, as in the release.
     """
 
@@ -82,7 +82,7 @@ def colour_denoiser(data: Path) -> Denoiser:
     """The paper's own network, and the crops that its release was measured on.
 
     Raises:
-        SystemExit: they are not there.
+        SystemExit: they are missing.
     """
     folder = data / "dncnn_color_paper"
     if not folder.is_dir():
@@ -119,7 +119,7 @@ def published_scores(data: Path, state: Any) -> Any:
 def closed_form(
     name: str, state: Any, select: str, *, loss_fn: Any, batches: Any, seed: int
 ) -> Any:
-    """Scores by a strategy of `selcrypt_jax.importance`; those of gradients from the batches."""
+    """Scores from a strategy of `selcrypt_jax.importance`; gradient strategies use the batches."""
     function = getattr(importance, name)
     if name in ("taylor", "fisher"):
         return function(loss_fn, state, batches, select=select)
@@ -128,16 +128,16 @@ def closed_form(
 
 
 def experiment_keys(seed: int, number: int, levels: int) -> Any:
-    """Keys of the protection with this number; a model that is shipped has random ones."""
+    """Keys of the protection with this number; a shipped model has random keys."""
     secret = Secret(np.random.default_rng([seed, number]).bytes(32))
     return ring_keys(level_key(secret, number.to_bytes(16, "big"), levels=levels))
 
 
 def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any = None) -> list[Any]:
-    """The state as everybody gets it, under several keys.
+    """The public state, without a key, under each of several protections.
 
-    By default with the Gaussian cipher, wrapped around, whose ciphertext has the distribution
-    that the release gives it.
+    By default it uses the Gaussian cipher, wrapped around, whose ciphertext has the same
+    distribution as in the published release.
     """
     cipher = cipher or GaussianCipher.fit(state, masks, wrap=True)
     return [
@@ -147,13 +147,13 @@ def without_a_key(state: Any, masks: Any, *, keys: int, seed: int, cipher: Any =
 
 
 def stacked(batch: Callable[[int], Any], numbers: range) -> Any:
-    """The batches of these numbers as `selcrypt_jax.pss` takes them: arrays ``[batches, ...]``."""
+    """The batches with these numbers, as `selcrypt_jax.pss` takes them: ``[batches, ...]``."""
     batches = [batch(number) for number in numbers]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
 
 
 def convolution_weights(state: Any) -> int:
-    """How many weights the kernels of all convolutions have."""
+    """The number of weights in the kernels of all convolutions."""
     leaves = mask_counts(state, jax.tree.map(lambda _: False, state))
     return sum(count.total for name, count in leaves.items() if re.search(CONVOLUTIONS, name))
 
@@ -161,7 +161,7 @@ def convolution_weights(state: Any) -> int:
 def draw(
     axes: Any, strategy: str, x: Sequence[float], y: Sequence[float], error: Sequence[float]
 ) -> None:
-    """The curve of a strategy, on a logarithmic axis of ``x``; that of PSS stands out."""
+    """Plots the curve of a strategy, with logarithmic ``x``; PSS is highlighted."""
     learned = strategy.startswith("PSS")
     axes.errorbar(
         x, y, error, marker="o" if learned else "s", ms=4, lw=2 if learned else 1, capsize=2,
@@ -174,7 +174,7 @@ def draw(
 
 
 def provenance(script: str, config: Any) -> dict[str, Any]:
-    """The command that repeats a result, and the versions that it was made with."""
+    """The command that reproduces a result, and the versions used."""
     options = [
         f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}"
         for name, value in asdict(config).items()

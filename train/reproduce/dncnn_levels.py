@@ -6,8 +6,8 @@ Example::
 
 Encrypts 82 of 4,096 kernels in each of three layers, as the published release does, and measures
 PSNR at every level under many keys: with the Gaussian cipher, wrapped around, whose ciphertext has
-the distribution that the release gives it; with the same as the paper prints it; and with the
-lossless one. Writes ``dncnn_levels.json`` and ``dncnn_levels.png``.
+the same distribution as in the release; with the Gaussian cipher as printed in the paper; and with
+the lossless cipher. Writes ``dncnn_levels.json`` and ``dncnn_levels.png``.
 
 References:
     Tian, Zhou, Duan, CVPR 2021, section 4.2 and figure 5; and its published release.
@@ -48,13 +48,13 @@ LEVELS = 5
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Where the data are and how many keys to try."""
+    """The location of the data, and the number of keys."""
 
     keys: int = 20
-    """Protections under different keys, over which is averaged."""
+    """Number of protections under different keys, to average over."""
 
     seed: int = 0
-    """Seed of the keys. (A model that is shipped has random ones.)"""
+    """Seed for the keys. (A shipped model has random keys.)"""
 
 
 def main(config: Config) -> None:
@@ -118,13 +118,13 @@ def main(config: Config) -> None:
 
 
 def changed_weights(opened: Any, state: Any) -> int:
-    """How many weights have not their own bits."""
+    """The number of weights whose bits differ from the original."""
     pairs = zip(jax.tree.leaves(opened), jax.tree.leaves(state), strict=True)
     return sum(int((np.asarray(a).view("u4") != np.asarray(b).view("u4")).sum()) for a, b in pairs)
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """PSNR against level, for both ciphers and the release."""
+    """Plots PSNR against level, for both ciphers and the release."""
     figure = matplotlib.figure.Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     levels = range(LEVELS + 1)

@@ -4,12 +4,12 @@ Example::
 
     python train/reproduce/dncnn_strategies.py --data DATA --out docs/results --network colour
 
-Encrypts what a strategy selects with the Gaussian cipher, wrapped around, and measures PSNR without
-a key: as many kernels in each of the paper's three layers, as in the release; and as many kernels
-of all convolutions together, wherever each strategy ranks them highest. PSS is learned from
-photographs of scikit-image (colour) or from ``train400`` (grey), never from test images, for each
-of the two selections and both objectives. Writes ``dncnn_strategies_NETWORK.json`` and ``.png``;
-a run that was killed goes on.
+Encrypts the kernels that a strategy selects, with the Gaussian cipher, wrapped around, and measures
+PSNR without a key: with equal numbers of kernels in each of the paper's three layers, as in the
+release; and with the same numbers from all convolutions together, wherever each strategy ranks them
+highest. PSS is learned from photographs of scikit-image (colour) or from ``train400`` (grey), never
+from test images, for each of the two selections and both objectives. Writes
+``dncnn_strategies_NETWORK.json`` and ``.png``; a run that was killed resumes.
 
 References:
     Tian, Zhou, Duan, CVPR 2021, section 4.2 and figure 4; and its published release.
@@ -65,16 +65,16 @@ BATCHES = 40
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Where the data are, and how much is averaged over."""
+    """The location of the data, and the numbers to average over."""
 
     network: Literal["colour", "s15", "s25", "s50"] = "colour"
-    """The paper's colour network, or a grey one for noise of that σ."""
+    """The paper's colour network, or a grey one for noise with that σ."""
 
     keys: int = 5
-    """Protections under different keys, of what PSS selects."""
+    """Number of protections under different keys, for PSS."""
 
     other_keys: int = 3
-    """The same of what other strategies select, and with the lossless cipher."""
+    """The same for other strategies, and with the lossless cipher."""
 
     seeds: int = 3
     """Runs of PSS, and draws of "random"."""
@@ -146,7 +146,7 @@ def main(config: Config) -> None:
         return pss(loss_fn, state, batches, key=key, config=objective, select=select)
 
     def quality(strategy: str, selection: str, seed: int) -> dict[str, Any]:
-        """Number of kernels → dB by key; of PSS over all layers with the lossless cipher too."""
+        """Number of kernels → dB by key; for PSS over all layers also with the lossless cipher."""
         select, counts = selections[selection]
         scores = scores_of(strategy, select, seed)
         scope = "leaf" if selection == "each of three layers" else "model"
@@ -164,7 +164,7 @@ def main(config: Config) -> None:
                         state, masks, keys=config.other_keys, seed=seed, cipher=LosslessCipher()
                     )
                     row["lossless"] = [float(subject.quality(s).mean()) for s in opened]
-                except ValueError:  # too few kernels of a layer to hide among each other
+                except ValueError:  # too few kernels in a layer to hide in
                     pass
             found[str(count)] = row
         return found
@@ -209,7 +209,7 @@ def main(config: Config) -> None:
 
 
 def summary(seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and deviation over keys and seeds, of both ciphers."""
+    """Mean and standard deviation over keys and seeds, for both ciphers."""
     gaussian = np.array([seed["gaussian"] for seed in seeds])
     lossless = [value for seed in seeds for value in seed["lossless"]]
     return {
@@ -226,7 +226,7 @@ def plot(report: dict[str, Any], config: Config, path: Path) -> None:
     for axes, selection in zip(figure.subplots(1, len(found), sharey=True), found, strict=True):
         for strategy, rows in found[selection].items():
             counts = [int(count) for count in rows]
-            # Below 0 dB the picture is long gone; one scale shows what can still be seen.
+            # Below 0 dB nothing of the image is left; one scale shows the visible range.
             quality = [max(row["mean"], 5) for row in rows.values()]
             error = [row["std"] if row["mean"] > 5 else 0 for row in rows.values()]
             draw(axes, strategy, counts, quality, error)

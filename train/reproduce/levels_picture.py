@@ -4,9 +4,9 @@ Example::
 
     python train/reproduce/levels_picture.py --data DATA --out docs
 
-Encrypts the paper's colour DnCNN so that each level gives what is asked for, and denoises a
-photograph with what each level opens. Writes ``levels.jpg``. With some keys there is no such
-release: start it again.
+Encrypts the paper's colour DnCNN so that each level meets its target, and denoises a photograph
+with the network at each level. Writes ``levels.jpg``. With some keys no release meets the targets:
+run it again.
 """
 
 from dataclasses import dataclass
@@ -31,16 +31,16 @@ TITLES = ["everybody", "level 1", "level 2", "level 3", "level 4, exact"]
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Where the network is, and what its levels shall give."""
+    """The location of the network, and the targets of its levels."""
 
     out: Path = Path("docs")
     """Folder for the picture."""
 
     targets: tuple[float, float, float, float] = (12, 17, 21, 25)
-    """PSNR of levels 0, 1, 2, … in dB; one more level gives the original."""
+    """PSNR of levels 0, 1, 2, … in dB; one further level gives the original."""
 
     seed: int = 0
-    """Of the noise. (The key of the file is a new one each time.)"""
+    """Seed for the noise. (The file gets a new key each time.)"""
 
 
 def main(config: Config) -> None:
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     model = nnx.merge(*colour_denoiser(config.data)[:2])
     subject = denoiser(model, clean[None], (clean + noise)[None])
 
-    # Single weights of the inner layers: the outer ones are few, and break everything at once.
+    # Single weights of the inner layers: the outer layers have few, which break everything at once.
     scores = importance.random(
         subject.state,
         key=jax.random.key(1),

@@ -4,13 +4,13 @@ Example::
 
     python train/reproduce/pss_cost.py --data DATA --out docs/results
 
-Learns the importance of all convolutions of the paper's DnCNN, and stops now and then to encrypt
-the best kernels and to measure what is left without a key: with both objectives, all layers
-together, and with the recipe of the published release, one layer after the other. Writes
-``pss_cost.json`` and ``.png``; a run that was killed goes on with the next recipe.
+Learns the importance of all convolutions of the paper's DnCNN, and pauses at intervals to encrypt
+the best kernels and to measure the quality without a key: with both objectives for all layers
+together, and with the published release's recipe, one layer at a time. Writes ``pss_cost.json`` and
+``.png``; a run that was killed resumes with the next recipe.
 
 References:
-    Tian, Zhou, Duan, CVPR 2021, section 3.1, and its published release: 130 epochs a layer.
+    Tian, Zhou, Duan, CVPR 2021, section 3.1, and its published release: 130 epochs per layer.
 """
 
 import time
@@ -59,23 +59,23 @@ RECIPES = {
 DESCRIBED = {
     "break": described(OBJECTIVES["break"]),
     "keep": described(OBJECTIVES["keep"]),
-    "release, layer by layer": f"{STEPS_A_LAYER} steps a layer, λ = 0.0001, SGD, rate 0.1, "
+    "release, layer by layer": f"{STEPS_A_LAYER} steps per layer, λ = 0.0001, SGD, rate 0.1, "
     "Nesterov momentum 0.9, gates not sampled",
 }
 STOPS = (2, 5, 10, 20, 30, 50, 75, 100, 150, 200, 300, 400, 510)
-EPOCHS = 130  # of the release, for each layer
+EPOCHS = 130  # in the release, per layer
 BROKEN = 14.5  # dB; the noisy input has 14.16
 
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Where the data are, and how much is averaged over."""
+    """The location of the data, and the numbers to average over."""
 
     keys: int = 2
-    """Protections under different keys."""
+    """Number of protections under different keys."""
 
     seed: int = 0
-    """Seed of PSS and of the keys."""
+    """Seed for PSS and for the keys."""
 
 
 def main(config: Config) -> None:

@@ -4,11 +4,11 @@ Example::
 
     python train/reproduce/vgg19_strategies.py --data DATA --out docs/results
 
-Encrypts what a strategy selects with the Gaussian cipher, wrapped around, and measures accuracy
-without a key: shares of the paper's four layers (0, 1, 4 and 8), and of all convolutions, as a
-share of each, and wherever a strategy ranks groups highest. PSS (objective "break") is learned from
-training images, for the four layers and for all. Writes ``vgg19_strategies.json`` and ``.png``; a
-run that was killed goes on.
+Encrypts the kernels that a strategy selects, with the Gaussian cipher, wrapped around, and measures
+accuracy without a key: with a share of each of the paper's four layers (0, 1, 4 and 8), with a
+share of every convolution, and with a share of all convolutions together, wherever the strategy
+ranks groups highest. PSS (objective "break") is learned from training images, for the four layers
+and for all. Writes ``vgg19_strategies.json`` and ``.png``; a run that was killed resumes.
 
 References:
     Tian, Zhou, Duan, CVPR 2021, section 4.1 and figure 3.
@@ -50,9 +50,9 @@ class Selection(NamedTuple):
 
     Attributes:
         select: convolutions that take part.
-        scope: the share holds in each of them, or over all.
-        shares: of their kernels that are encrypted.
-        strategies: that are compared.
+        scope: whether the share applies to each of them, or to all together.
+        shares: the encrypted shares of their kernels.
+        strategies: the strategies compared.
     """
 
     select: str
@@ -80,19 +80,19 @@ BATCHES = 40
 
 @dataclass(frozen=True)
 class Config(Experiment):
-    """Where the data are, and how much is averaged over."""
+    """The location of the data, and the numbers to average over."""
 
     panels: tuple[Literal["four", "each", "anywhere"], ...] = ("four", "each", "anywhere")
-    """Shares of each of four layers, of each of all, and of all together."""
+    """Shares of each of four layers, of every layer, and of all layers together."""
 
     keys: int = 2
-    """Protections under different keys."""
+    """Number of protections under different keys."""
 
     tests: int = 2000
-    """Test images; 10,000 are all of them."""
+    """Number of test images; there are 10,000."""
 
     seed: int = 0
-    """Seed of PSS, of "random" and of the keys."""
+    """Seed for PSS, for "random" and for the keys."""
 
 
 def main(config: Config) -> None:
@@ -166,7 +166,7 @@ def main(config: Config) -> None:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Accuracy against share, a panel a selection."""
+    """Accuracy against share, one panel per selection."""
     results = report["accuracy_without_a_key"]
     figure = matplotlib.figure.Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
     grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
