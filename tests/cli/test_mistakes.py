@@ -39,9 +39,9 @@ COMMANDS = {
         r"public.safetensors: is a protected file already, .* Unlock it at the top level first"),
     "unlock what is not protected": (
         "unlock model.safetensors -o new -g alice.grant",
-        r"model.safetensors: is not a protected file: .* Expected what selcrypt protect wrote"),
+        r"model.safetensors: is not a protected file: .* Expected a file written by"),
     "verify what is not protected": (
-        "verify model.safetensors", r"model.safetensors: is not a protected .* Expected what"),
+        "verify model.safetensors", r"model.safetensors: is not a protected .* Expected a file"),
     "PyTorch file": (
         PROTECT.replace("model.safetensors", "model.pt"),
         r"model.pt: .* a zip archive, such as a PyTorch .pt, .* save it with safetensors.torch"),
@@ -89,7 +89,7 @@ COMMANDS = {
         r"nothing.*json: weight_map: expected an object .*, got \{\}. .*: download it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
-        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file to use"),
+        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file to"),
     "missing shard": (
         PROTECT.replace("model.safetensors", "sharded"),
         r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Download them"),
@@ -716,10 +716,10 @@ CALLS = {
         TypeError, r"protected: expected a Protected, got dict. For what encrypt .* use decrypt"),
     "plain file": (
         lambda m: sj.open_model(plain(m), m.key),
-        ValueError, r"plain.safetensors: is not a protected file: .* Expected what selcrypt prot"),
+        ValueError, r"plain.safetensors: is not a protected file: .* Expected a file written by"),
     "unlocked twice": (
         lambda m: sj.unlock_file(unlocked(m), m.path.with_name("new"), m.key),
-        ValueError, r"opened.safetensors: is not a protected file: .* Expected what selcrypt prot"),
+        ValueError, r"opened.safetensors: is not a protected file: .* Expected a file written by"),
     "safetensors as Orbax": (
         lambda m: sj.Protected.load_orbax(m.path, m.params),
         FileNotFoundError, r"expected the folder of an Orbax .* opened with open_model"),
