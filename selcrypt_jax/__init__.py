@@ -1,6 +1,6 @@
 """Selective encryption of neural network weights with nested permission levels.
 
-The way of the data, in pure functions over any parameter pytree::
+A model is encrypted by pure functions over any parameter pytree::
 
     scores    = pss(loss_fn, params, batches, key=key)     # or importance.l2(params), ...
     masks     = nested_masks(scores, [0.02, 0.08])         # M nested boolean pytrees
@@ -15,8 +15,8 @@ References:
 
 import lazy_loader
 
-# The names are listed in __init__.pyi and imported when they are used: opening a protected file
-# does not need JAX, whose start takes longer than the work.
+# The names are listed in __init__.pyi and imported on first use: opening a protected file does not
+# need JAX, which takes longer to start than the whole operation.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Closed-form importance of groups of weights: ``importance.l2(params)`` and the like.
+"""Closed-form importance of groups of weights: ``importance.l2(params)`` and others.
 
 For learned importance see `selcrypt_jax.pss`.
 """

@@ -1,1 +1,1 @@
-"""Levels of a given quality, found by search."""
+"""Finds levels of a given quality by search."""

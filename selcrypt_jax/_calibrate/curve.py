@@ -9,7 +9,7 @@ from jaxtyping import Float
 def isotonic(
     values: Float[np.ndarray, " n"], weights: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
-    """The non-decreasing values that are nearest to given ones, in weighted squares.
+    """The non-decreasing values closest to the given ones, by weighted least squares.
 
     References:
         Ayer et al., An empirical distribution function for sampling with incomplete information,
@@ -27,11 +27,11 @@ def isotonic(
 
 
 class Curve:
-    """What a level gives, by the count of groups that it is made with; everything tried counts.
+    """The quality of a level as a function of its count of groups, from all measurements so far.
 
     Args:
-        rising: whether more groups give more; they give less if not.
-        power: what interpolation and bisection are linear in: this power of the count, or its
+        rising: whether quality rises with the count; otherwise it falls.
+        power: interpolation and bisection are linear in this power of the count, or in its
             logarithm for 0.
     """
 
@@ -39,11 +39,11 @@ class Curve:
         self._power = power
         self._direction = 1.0 if rising else -1.0
         self._points: dict[int, tuple[float, float]] = {}  # count → mean, how many samples
-        self._ends: list[tuple[int | None, int | None]] = []  # that `crossing` looked between
+        self._ends: list[tuple[int | None, int | None]] = []  # the intervals that `crossing` used
         self.measured: set[int] = set()
 
     def place(self, count: float) -> float:
-        """Where a count is on the scale of interpolation."""
+        """The position of a count on the scale of interpolation."""
         return math.copysign(abs(count) ** self._power, count) if self._power else math.log1p(count)
 
     def count(self, place: float) -> int:
@@ -52,17 +52,17 @@ class Curve:
         return round(math.copysign(abs(place) ** power, place) if power else math.expm1(place))
 
     def expect(self, count: int, value: float, weight: float) -> None:
-        """Adds a point that is known without a measurement, which replaces it."""
+        """Adds a point that is known without measuring; a measurement replaces it."""
         self._points[count] = (value, weight)
 
     def add(self, count: int, mean: float, weight: float) -> None:
-        """Adds a measurement, averaged with others of this count."""
+        """Adds a measurement, averaged with others of the same count."""
         old, mass = self._points[count] if count in self.measured else (0.0, 0.0)
         self._points[count] = ((old * mass + mean * weight) / (mass + weight), mass + weight)
         self.measured.add(count)
 
     def forget_beyond(self, count: int) -> None:
-        """Takes out all points of larger counts: far out the metric may come back."""
+        """Removes all points of larger counts: far out, the metric may recover."""
         self._points = {n: point for n, point in self._points.items() if n <= count}
         self.measured = {n for n in self.measured if n <= count}
 
@@ -77,9 +77,10 @@ class Curve:
         return float(np.interp(self.place(count), [self.place(n) for n in counts], fitted))
 
     def crossing(self, target: float, low: int, high: int) -> int:
-        """Where to look next, from ``low`` to ``high``: where the curve should cross the target.
+        """The next count to try, from ``low`` to ``high``: where the curve should cross the target.
 
-        By interpolation between the points about it; halfway if one of them has stayed for long.
+        It interpolates between the points on either side, or bisects if one of them has stayed for
+        long.
         """
         counts, fitted = self._fitted()
         behind = int((self._direction * (fitted - target) < 0).sum())
@@ -94,6 +95,6 @@ class Curve:
         share = 0.5 if stuck or below == above else (target - below) / (above - below)
         share = min(max(share, 0.05), 0.95)
         count = self.count((1 - share) * self.place(first) + share * self.place(last))
-        if last - first > 1:  # neither of the two again
+        if last - first > 1:  # neither endpoint again
             count = min(max(count, first + 1), last - 1)
         return min(max(count, low), high)

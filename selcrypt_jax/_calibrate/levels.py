@@ -1,4 +1,4 @@
-"""Levels that give what their owner wants: what a search for them found."""
+"""Levels that meet their owner's targets: the result of a search for them."""
 
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,17 +23,17 @@ class Calibration(NamedTuple):
 
     Attributes:
         masks: M nested masks, for `encrypt` and `protect`.
-        levels: the share of the groups that each level opens, for `protect` and `protect_file`
-            with the same selection, which make these masks. Where no ring had to be merged upwards
-            and there are no small leaves, ``nested_masks(scores, levels, scope=scope)`` are the
-            masks. In a release they are for information: no others make the same release.
-        values: what levels 0..M-1 give, averaged over keys that the search has not used;
-            non-decreasing in quality, since two that stand in the wrong order by chance are given
-            their mean. In a release, what its own levels give.
-        spreads: their standard deviation over keys, which is what to expect for the one key of a
-            release; NaN for one key, zero in a release.
-        untouched: what level M gives.
-        exact: whether level M gives back every bit.
+        levels: the share of the groups that each level opens. `protect` and `protect_file` make
+            the same masks from it, given the same selection. If no ring had to be merged upwards
+            and there are no small leaves, ``nested_masks(scores, levels, scope=scope)`` makes them
+            too. For a release they are for information only: nothing else makes the same release.
+        values: the quality of levels 0..M-1, averaged over keys that the search has not used;
+            non-decreasing: two levels in the wrong order by chance both get their mean. For a
+            release, the quality of its own levels.
+        spreads: their standard deviation over keys, which is the deviation to expect for the one
+            key of a release; NaN for one key, zero in a release.
+        untouched: the quality of level M.
+        exact: whether level M restores every bit.
         evaluations: how many selections and levels were tried.
         calls: how often `evaluate` was called: an evaluation takes up to `keys` calls, or one in a
             release.
@@ -64,34 +64,34 @@ def calibrate_levels(
     selection: Select = Select(),
     cipher: LosslessCipher | None = None,
 ) -> Calibration:
-    """Finds nested masks whose levels give what is asked for, averaged over keys.
+    """Finds nested masks whose levels have the requested quality, averaged over keys.
 
-    This is for planning: a release has one key, with which a level may be far off. For a release
+    This is for planning: a release has one key, and with it a level may be far off. For a release
     whose own levels meet their targets, pass the `Targets` to `protect` or `protect_file`.
 
     The most important groups are encrypted: the top share f_M of the order, such that the network
-    without a key gives the first target. Level m opens the top share f_m, so that what stays
-    encrypted between the two leaves the next target. Every value is an average over fresh keys.
+    without a key reaches the first target. Level m opens the top share f_m, such that the groups
+    left encrypted between f_m and f_M leave the next target. Every value is an average over fresh
+    keys.
 
     Args:
-        params: pytree of parameters; not changed.
-        targets: what the levels shall give; their `evaluations` do not matter here.
+        params: pytree of parameters; not modified.
+        targets: the quality of the levels; its `evaluations` is not used here.
         key: typed `jax.random` key, from which all keys are derived.
-        keys: how many protections a value is averaged over, at most. Three are enough where the
-            mean is known to a third of the tolerance by then, or two far from the target. If keys
-            matter much, a small tolerance needs many.
-        selection: what is encrypted, see `Select`; the finer the steps of its order, the finer the
-            levels.
-        cipher: `LosslessCipher()` unless given. Rings that are too small to hide in are merged
-            upwards, leaf by leaf, as `protect` does.
+        keys: the largest number of protections to average a value over. Three are used if the
+            mean is then known to a third of the tolerance, two if it is far from the target. If
+            keys matter much, a small tolerance needs many.
+        selection: what is encrypted, see `Select`; finer steps in its order give finer levels.
+        cipher: the cipher; `LosslessCipher()` by default. Rings that are too small to hide in are
+            merged upwards, leaf by leaf, as in `protect`.
 
     Returns:
-        Masks and shares, and what they give.
+        Masks and shares, and the quality they give.
 
     Raises:
-        ValueError: targets that do not ascend; that the budget or the steps of the order do not
-            reach, with what is reachable; a metric that is flat or not finite; no ring that the
-            cipher takes.
+        ValueError: targets that do not ascend; targets that the budget or the steps of the order
+            cannot reach, with the reachable range; a metric that is flat or not finite; no ring
+            that the cipher accepts.
         TypeError: a metric that does not return a number.
 
     Examples:
@@ -102,7 +102,7 @@ def calibrate_levels(
     wanted = checked_targets(targets)
     check_key(key)
     if keys < 1:
-        raise ValueError(f"keys: expected at least 1, got {keys}. 3 tell how much keys matter.")
+        raise ValueError(f"keys: expected at least 1, got {keys}. 3 show how much keys matter.")
     check_options(selection, cipher)
     cipher = LosslessCipher() if cipher is None else cipher
     source = source_of_tree(named_leaves(params))
@@ -118,31 +118,31 @@ def calibrate_levels(
 def release_levels(
     given: Given, *, secret: Secret, twins: Sequence[Sequence[str]], sealed: bool = False
 ) -> tuple[list[Ring], Calibration, bytes]:
-    """What to encrypt so that the levels of a release give their targets, under its own keys.
+    """Finds what to encrypt so that a release's levels meet their targets under its own keys.
 
     From the top level down, counts of groups near the right one are tried until a level is within
-    the tolerance; what is measured is what `unlock` gives, bit for bit. Levels take from the
-    beginning of the order; where that leaves a lower level too little to lose, its ring has groups
-    from the end as well.
+    the tolerance; the measured network is the result of `unlock`, bit for bit. Levels take groups
+    from the beginning of the order; if that leaves a lower level too little to lose, its ring also
+    takes groups from the end.
 
     Args:
-        given: what is released, and what its levels shall give.
-        secret: the owner's.
-        twins: names of leaves that are bit for bit alike, in which the same is encrypted.
-        sealed: whether level 1 takes off a seal and opens no ring: the targets are those of levels
+        given: the network to release, and the targets of its levels.
+        secret: the owner's secret.
+        twins: names of leaves that are bit for bit equal, in which the same is encrypted.
+        sealed: whether level 1 removes a seal and opens no ring: the targets are those of levels
             1, 2, …, and the first ring is that of level 2.
 
     Returns:
-        The rings; what their levels give; and the model id, under which nothing else may be
+        The rings; the quality of their levels; and the model id, under which nothing else may be
         encrypted.
 
     Raises:
-        ValueError, TypeError: as `calibrate_levels`; or no release was found.
+        ValueError, TypeError: as in `calibrate_levels`; or no release was found.
     """
     wanted = checked_targets(given.targets)
     network = Release(given, secret=secret, twins=twins, first=2 if sealed else 1)
     targets, progress = given.targets, given.targets.progress
-    if sealed and progress is not None:  # as the owner counts levels
+    if sealed and progress is not None:  # levels numbered as the owner counts them
         targets = replace(targets, progress=lambda e: progress(e._replace(level=e.level + 1)))
     search = Search(network, wanted, targets, given.selection.budget)
     found = _found(search, network)
@@ -151,7 +151,7 @@ def release_levels(
 
 
 def _found(search: Search, network: Network) -> Calibration:
-    """Runs a search, and says what it found."""
+    """Runs a search, and returns its result."""
     values, spreads = search.run()
     return Calibration(
         masks=network.masks(search.bounds),

@@ -1,4 +1,4 @@
-"""A network that is encrypted in levels by counts, and measured."""
+"""A network whose levels are encrypted by counts of groups, and measured."""
 
 import itertools
 import math
@@ -34,15 +34,15 @@ from .targets import Targets
 
 
 class Given(NamedTuple):
-    """What is measured.
+    """The network to measure, and how.
 
     Attributes:
-        params: that are encrypted.
+        params: the parameters to encrypt.
         scores: importance, by the names of the leaves.
-        selection: for its budget and scope.
+        selection: supplies the budget and scope.
         whole: leaves that are encrypted as a whole.
-        cipher: that encrypts.
-        targets: for their metric.
+        cipher: the cipher.
+        targets: supplies the metric.
     """
 
     params: PyTree
@@ -57,23 +57,23 @@ class Network(ABC):
     """A network that is encrypted by counts of its most important groups, and measured.
 
     A *count* is a number of groups of the whole model; with scope "leaf" it stands for the same
-    share of every leaf. Metrics are such that higher is better: times ``sign``.
+    share of every leaf. Metrics are multiplied by ``sign``, so that higher is better.
 
     Args: see `calibrate_levels`.
     """
 
     keys = 1
-    """How many protections a value is averaged over, at most."""
+    """The largest number of protections that a value is averaged over."""
     steady = False
-    """Whether the keys stay, so that what is measured is what is released."""
+    """Whether the keys are fixed, so that the measured network is the released one."""
 
     def __init__(self, given: Given) -> None:
         self.params, scores, selection, whole, self.cipher, targets = given
         self.tree, self.sign = named_leaves(self.params), targets.sign
         self.scope: Scope = selection.scope
         self._evaluate, self.calls = targets.evaluate, 0
-        # An empty leaf has nothing to rank, and nothing to hide; one that is encrypted as a whole
-        # needs no place in the order.
+        # An empty leaf has nothing to rank and nothing to hide; one that is encrypted as a whole
+        # takes no part in the ranking.
         shapes = {
             name: shape
             for name, shape in scores.shapes.items()
@@ -91,7 +91,7 @@ class Network(ABC):
             )
 
     def fraction(self, count: int) -> float:
-        """The shortest decimal of which ``nested_masks`` takes so many groups."""
+        """The shortest decimal for which ``nested_masks`` takes this many groups."""
         share = Fraction(count, self.groups)
         for digits in itertools.count(1):
             number = Fraction(math.ceil(share * 10**digits), 10**digits)
@@ -102,7 +102,7 @@ class Network(ABC):
     _cut: Cut = staticmethod(merge_upwards)
 
     def rings(self, counts: Sequence[int]) -> list[Ring]:
-        """What each level adds, with leaves that are encrypted as a whole.
+        """The ring of each level, and leaves that are encrypted as a whole.
 
         Raises:
             ValueError: these counts make no rings.
@@ -115,7 +115,7 @@ class Network(ABC):
         return list(rings)
 
     def refusal(self, counts: Sequence[int]) -> str | None:
-        """Why these counts make no rings, or None."""
+        """The reason why these counts make no rings, or None."""
         try:
             self.rings(counts)
         except ValueError as error:
@@ -123,7 +123,7 @@ class Network(ABC):
         return None
 
     def masks(self, counts: Sequence[int], level: int = 0) -> tuple[PyTree, ...]:
-        """Nested masks of what a level leaves encrypted; rings are merged as all levels want it."""
+        """Nested masks of what a level leaves encrypted; rings are merged as for all levels."""
         rings = self.rings(counts)
         above = [r._replace(level=r.level - level) for r in rings if r.level > level]
         levels = max(ring.level for ring in rings)
@@ -132,7 +132,7 @@ class Network(ABC):
     def measure(self, params: PyTree) -> float:
         """The metric; higher is better."""
         self.calls += 1
-        # In containers of its own: a metric may fuse layers in them, or leave some out.
+        # In new containers: a metric may fuse layers in them, or drop some.
         value = self._evaluate(jax.tree.map(lambda leaf: leaf, params))
         try:
             number = float(value)
@@ -150,18 +150,18 @@ class Network(ABC):
 
     @abstractmethod
     def ring_keys(self, count: int) -> list[PRNGKeyArray]:
-        """Keys of the last rings."""
+        """The keys of the last rings."""
 
     def renew(self) -> None:  # noqa: B027
-        """Begins another release, if it is one."""
+        """Starts another release, if this is one."""
 
     def opened(self, counts: Sequence[int]) -> Sequence[int]:
         """How many groups levels 1 to M open."""
         return counts
 
     def draw(self, level: int, counts: Sequence[int]) -> float:
-        """What a level gives, once."""
-        # Keys are in no frame while the metric runs, which may raise: their repr shows them.
+        """One measurement of a level."""
+        # No frame holds the keys while the metric runs, which may raise: their repr shows them.
         return self.measure(self._drawn(level, counts))
 
     def _drawn(self, level: int, counts: Sequence[int]) -> PyTree:
@@ -172,11 +172,11 @@ class Network(ABC):
     def sample(
         self, level: int, counts: Sequence[int], target: float | None, tolerance: float
     ) -> tuple[float, int]:
-        """What a level gives, averaged over keys, and over how many: as few as will do."""
+        """A level's quality averaged over as few keys as suffice, and how many they were."""
         values: list[float] = []
         while len(values) < self.keys and not is_precise(np.array(values), tolerance / 3):
             values.append(self.draw(level, counts))
-            # Far from the target no more is needed than on which side it is.
+            # Far from the target, only the side matters.
             if target is not None and len(values) > 1:
                 doubt = 3 * np.std(values, ddof=1) / math.sqrt(len(values))
                 if abs(np.mean(values) - target) > 4 * tolerance + doubt:
@@ -184,10 +184,10 @@ class Network(ABC):
         return float(np.mean(values)), len(values)
 
     def check(self, counts: Sequence[int], precision: float) -> np.ndarray:
-        """What levels 0 to M-1 give, ``[keys, levels]``.
+        """The quality of levels 0 to M-1, ``[keys, levels]``.
 
         Args:
-            counts: of the levels.
+            counts: the levels' counts.
             precision: see `is_precise`.
         """
         masks = self.masks(counts)
@@ -197,14 +197,14 @@ class Network(ABC):
         return np.array(rows)
 
     def _opened(self, masks: Sequence[PyTree]) -> Iterator[PyTree]:
-        """What levels 0 to M-1 see, one after the other."""
+        """The parameters at levels 0 to M-1, one after the other."""
         keys = self.ring_keys(len(masks))
         protected = encrypt(self.params, masks, keys, cipher=self.cipher)
         for level in range(len(masks)):
             yield decrypt(protected, masks[:level], keys[:level], cipher=self.cipher)
 
     def is_exact(self, counts: Sequence[int]) -> bool:
-        """Whether the top level gives back every bit."""
+        """Whether the top level restores every bit."""
         masks = self.masks(counts)
         keys = self.ring_keys(len(masks))
         protected = encrypt(self.params, masks, keys, cipher=self.cipher)
@@ -216,7 +216,7 @@ class Network(ABC):
 
 
 class Sampled(Network):
-    """Under fresh keys each time.
+    """Uses fresh keys for each measurement.
 
     Args: see `calibrate_levels`, and `Network`.
     """
@@ -226,27 +226,27 @@ class Sampled(Network):
         self._key, self.keys = key, keys
 
     def ring_keys(self, count: int) -> list[PRNGKeyArray]:
-        """Keys that were never used."""
+        """Keys that have never been used."""
         self._key, drawn = jax.random.split(self._key)
         words = np.asarray(jax.random.bits(drawn, (count, 8), "uint32"))
         return [chacha20_key(row.tobytes()) for row in words]
 
 
 class Release(Network):
-    """Under the keys of one release.
+    """Uses the keys of one release.
 
-    There are 2M counts, in ascending order: of what levels 1 to M open, where all levels take from
-    the beginning of the order, and where what rings M to 1 take from behind that ends. So level m
-    can be steered by both sides of ring m + 1 without a change to those above it: what it leaves
-    encrypted follows from its own counts and theirs.
+    There are 2M counts, in ascending order. The first M say what levels 1 to M open, as long as all
+    levels take groups from the beginning of the order; the others say what rings M to 1 take from
+    behind that part. So level m can be steered by both sides of ring m + 1 without changing the
+    levels above it: what it leaves encrypted follows from its own counts and theirs.
 
     The keys encrypt many selections here. That is no reuse: only one of them leaves this process.
 
     Args:
         given: see `Network`.
-        secret: the owner's.
-        twins: names of leaves that are bit for bit alike, in which the same is encrypted.
-        first: level of the first ring.
+        secret: the owner's secret.
+        twins: names of leaves that are bit for bit equal, in which the same is encrypted.
+        first: the level of the first ring.
     """
 
     steady = True
@@ -260,7 +260,7 @@ class Release(Network):
         self.renew()
 
     def renew(self) -> None:
-        """Begins another release."""
+        """Starts another release."""
         spread = any(map(is_spread, self.tree.leaves.values()))
         self.model_id = from_first(new_model_id()) if spread else new_model_id()
         self._ring_keys = ring_keys(level_key(self._secret, self.model_id, levels=self._levels))
@@ -280,7 +280,7 @@ class Release(Network):
         return rings
 
     def rings(self, counts: Sequence[int]) -> list[Ring]:
-        """See `Network.rings`; twins have the same ones."""
+        """See `Network.rings`; twins have equal rings."""
         rings = super().rings(counts)
         for names in self._twins:
             first = next((ring.name for ring in rings if ring.name in names), None)
@@ -297,20 +297,20 @@ class Release(Network):
         return [counts[level] + ends[0] - ends[level + 1] for level in range(levels)]
 
     def ring_keys(self, count: int) -> list[PRNGKeyArray]:
-        """Those of the release."""
+        """The keys of the release."""
         return list(self._ring_keys[-count:])
 
 
 def is_precise(values: np.ndarray, precision: float) -> bool:
-    """Whether the means of three values or more, over the first axis, are known as precisely."""
+    """Whether the means of three values or more, over the first axis, are known to a precision."""
     count = len(values)
     return count >= 3 and bool((values.std(0, ddof=1) <= precision * math.sqrt(count)).all())
 
 
 def settled_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
-    """As `merged_counts`, decided from the top down: lower levels have no say in higher ones.
+    """Like `merged_counts`, but decided from the top down, not affected by lower levels.
 
-    A ring of few orders moves down here, and what would be left below it up.
+    A ring with few orders moves down here, and a remainder below it moves up.
     """
     result = [counts[-1]]
     for count in reversed(counts[:-1]):

@@ -1,4 +1,4 @@
-"""Where levels stand in the order of importance, and where one of them may be put."""
+"""The places of levels in the order of importance, and the range of each."""
 
 from collections.abc import Collection
 
@@ -6,36 +6,36 @@ from .network import Network
 
 
 class Places:
-    """The counts of all levels, and what they become when one of them is moved.
+    """The counts of all levels, and how they change when one level is moved.
 
-    The *place* of a level is how many groups it opens of those that all levels take from the
-    beginning of the order. Below `_floor` it is no more than a number: as many groups as are
-    missing there, ring m + 1 of a release takes from behind the end. The place of level 0, which
-    opens nothing, is where all that is encrypted ends. Where nothing is left behind the end, a
-    place below `_floor` opens less than the floor instead.
+    The *place* of a level is the number of groups that it opens from the beginning of the order.
+    Below `_floor` it is only a number: ring m + 1 of a release takes as many groups as are missing
+    there from behind the end. The place of level 0, which opens nothing, is the end of the
+    encrypted part. If nothing is left behind the end, a place below `_floor` opens less than the
+    floor instead.
 
     Args:
-        network: that is encrypted.
+        network: the network to encrypt.
         levels: M.
         most: how many groups may be encrypted.
     """
 
     def __init__(self, network: Network, levels: int, most: int) -> None:
         self._network, self._levels, self._most = network, levels, most
-        # Level m opens counts[m - 1] groups; counts[-1] is all that is encrypted, but for what
-        # rings M, M-1, ... of a release take from behind its end, up to _ends.
+        # Level m opens counts[m - 1] groups; counts[-1] is the number of encrypted groups, except
+        # for those that rings M, M-1, ... of a release take from behind its end, up to _ends.
         self.counts = [most * level // levels for level in range(1, levels + 1)]
         self._ends: list[int] = []
-        self.steered = False  # whether level 0 has to leave the counts of others alone
+        self.steered = False  # whether level 0 must not change the counts of other levels
 
     @property
     def bounds(self) -> list[int]:
-        """The counts as `Network` takes them: M, or 2M of a release."""
+        """The counts that `Network` expects: M, or 2M for a release."""
         return [*self.counts, *self._ends]
 
     @property
     def end(self) -> int:
-        """Of what is taken."""
+        """The end of the groups that are taken."""
         return self._ends[-1] if self._ends else self.counts[-1]
 
     def begin(self, *, steered: bool) -> None:
@@ -43,7 +43,7 @@ class Places:
         self._ends, self.steered = [], steered
 
     def floor(self, level: int) -> int:
-        """What is left to the rings below, while there is something behind the end to take."""
+        """The number of groups left to lower rings while groups remain behind the end."""
         least = self.counts[level] * level // (2 * self._levels) if self._network.steady else 0
         return max(level, least)
 
@@ -65,7 +65,7 @@ class Places:
         self._ends = bounds[self._levels : 2 * self._levels - level]
 
     def rings(self, level: int, place: int) -> list[int]:
-        """All counts with a level at a place; lower levels keep their parts of what is below."""
+        """All counts with a level at a place; lower levels keep their shares of the part below."""
         if level:
             taken = min(max(self.floor(level) - place, 0), self.behind)
             end, count = self.end + taken, place + taken
@@ -82,7 +82,7 @@ class Places:
         return bounds if self._network.steady else bounds[: self._levels]
 
     def allowed(self, level: int, place: int, without: Collection[int] = ()) -> int:
-        """A place nearby of which the cipher takes every ring: the nearest, or nearly so.
+        """The nearest place, or nearly so, at which the cipher accepts every ring.
 
         Raises:
             ValueError: there is none.
@@ -96,10 +96,10 @@ class Places:
                     if refused is None:
                         return near
                     reason, refusals = reason or refused, refusals + 1
-            # Rings may be too small by far.
+            # Rings may be far too small.
             distance = max(distance + 1, round(1.2 * distance) if refusals > 16 else 0)
         raise ValueError(
             f"targets[{level}]: no groups left to choose from: {(reason or 'none').rstrip('.')}. "
-            "Use smaller groups, scope='leaf', fewer levels, or scores without the leaves that are "
-            "too small."
+            "Use smaller groups, scope='leaf', fewer levels, or exclude the leaves that are too "
+            "small from the scores."
         )

@@ -17,19 +17,19 @@ from .targets import Evaluation, Targets
 class Search:
     """Finds the counts of each level, from the top down.
 
-    Near the place where the curve of a level crosses its target, counts are tried until one is
-    within the tolerance. Averaged over keys, all levels are then checked under keys that the search
-    has not used, and it goes on where they are off.
+    Near the place where a level's curve crosses its target, counts are tried until one is within
+    the tolerance. When averaging over keys, all levels are then checked under keys that the search
+    has not used, and it continues for those that are off.
 
-    Under the keys of one release (`Network.steady`) what a level gives follows from its own counts
-    and those above it, so that what is found stays; and other counts nearby are as good as other
-    keys: they shuffle the ring again. If none is within the tolerance, the search restarts with
-    another release.
+    Under the keys of one release (`Network.steady`) a level's quality follows from its own counts
+    and those above it, so a result stays valid; and nearby counts are as good as other keys: they
+    permute the ring differently. If none is within the tolerance, the search restarts with another
+    release.
 
     Args:
-        network: that is measured.
+        network: the network to measure.
         wanted: see `checked_targets`.
-        asked: for its tolerance, and, in a release, how many evaluations may be taken.
+        asked: supplies the tolerance and, for a release, the number of evaluations.
         budget: see `Select`.
     """
 
@@ -44,10 +44,10 @@ class Search:
         self._levels, self._steady = len(wanted), network.steady
         self._limit = 8 * self._levels + 8
         if not self._steady:
-            self._limit -= self._levels  # which the check takes
+            self._limit -= self._levels  # reserved for the check
         elif asked.evaluations is not None:
             self._limit = asked.evaluations
-        # By default it goes on while a level gives values on both sides of its target: one between
+        # By default it continues while a level has values on both sides of its target: one between
         # them is likely to come.
         on = self._steady and asked.evaluations is None
         self._most_evaluations = 4 * self._limit if on else self._limit
@@ -58,8 +58,8 @@ class Search:
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
             raise ValueError(
-                f"budget: expected room for {self._levels} levels of one group at least, got "
-                f"{self._most} of {network.groups} groups. Raise the budget, or use smaller groups."
+                f"budget: expected at least {self._levels} groups, one per level, got {self._most} "
+                f"of {network.groups}. Raise the budget, or use smaller groups."
             )
         self.untouched = network.measure(network.params)
         self._said(self._levels, network.groups, self.untouched)
@@ -73,23 +73,23 @@ class Search:
             if target is not None and target > self.untouched + tolerance:
                 raise ValueError(
                     f"targets[{level}]: cannot reach {self._show(target)}: the untouched network "
-                    f"gives {self._show(self.untouched)}. Ask for less, or say that lower is "
-                    "better (lower_is_better=True, --lower-is-better)."
+                    f"gives {self._show(self.untouched)}. Choose a worse target, or declare that "
+                    "lower is better (lower_is_better=True, --lower-is-better)."
                 )
-        # An average is not known exactly, and has to be as near when it is checked.
+        # An average is not exact, and has to be as close again when it is checked.
         self._tolerance, self._near = tolerance, tolerance if self._steady else tolerance / 2
         self._aims = list(wanted)
         self._places = Places(network, self._levels, self._most)
-        # Of level 0, by how much is encrypted; and of the level that is looked for.
+        # The curve of level 0 by how much is encrypted; and the curve of the level being searched.
         self._whole = self._curve = Curve(rising=False, power=0)
 
     @property
     def bounds(self) -> list[int]:
-        """The counts that were found: M, or 2M of a release."""
+        """The counts that were found: M, or 2M for a release."""
         return self._places.bounds
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
-        """What levels 0 to M-1 give: mean and standard deviation over keys."""
+        """The quality of levels 0 to M-1: mean and standard deviation over keys."""
         self._reach()
         again, checked, slack = False, None, np.zeros(self._levels)
         while True:
@@ -124,20 +124,20 @@ class Search:
     def _settle_all(
         self, again: bool, checked: np.ndarray | None, slack: np.ndarray
     ) -> np.ndarray | str:
-        """Goes through the levels once, or as far as there is something to find.
+        """Searches all levels once, or until one has nothing to find.
 
         Args:
-            again: whether the counts are those of an earlier attempt.
-            checked: what they gave under fresh keys.
-            slack: how far from the target they may stay where they are.
+            again: whether the counts come from an earlier attempt.
+            checked: their quality under fresh keys.
+            slack: how far from the target a level may be and keep its count.
 
         Returns:
-            What levels 0 to M-1 give, or what is missing.
+            The quality of levels 0 to M-1, or a message about the one that misses its target.
         """
         places, order = self._places, [0, *range(self._levels - 1, 0, -1)]
         places.begin(steered=False)
         if self._steady and self._levels > 1:
-            # Level 0 depends on all others, and so is last. They take less than it needs.
+            # Level 0 depends on all others, so it is last. The others take less than it needs.
             low, high = self._targets[:2]
             if low is not None and high is not None:
                 room = (high - low) / 2
@@ -152,7 +152,7 @@ class Search:
             if aim is None and not places.steered:
                 continue
             near, stays = self._near, slack[level]
-            if aim != self._targets[level]:  # one that meets another halfway has little to spare
+            if aim != self._targets[level]:  # a level that meets another halfway has no slack
                 near = stays = self._near / 4
             if aim is not None and given is not None and abs(given - aim) <= stays:
                 values[level] = given
@@ -180,19 +180,19 @@ class Search:
         first: int | None = None,
         given: float | None = None,
     ) -> float | str:
-        """Tries places of one level until what it gives is as near to the target as it shall be.
+        """Tries places for one level until its quality is close enough to the target.
 
         Args:
             level: 0 to M-1.
-            aim: what it shall give; None for anything.
-            near: how near it shall come.
-            above: what the next higher level gives.
-            strict: whether the nearest place is of no use if it is not near.
+            aim: the target; None for any quality.
+            near: the largest distance from it.
+            above: the quality of the next higher level.
+            strict: whether the closest place is useless if it is not near enough.
             first: where to begin; None for where the target is expected.
-            given: what it gives there, if that is known.
+            given: the quality there, if known.
 
         Returns:
-            What it gives, or what is missing.
+            The level's quality, or a message about the target it misses.
         """
         places = self._places
         curve, (low, high) = self._expect(level, above), places.room(level)
@@ -226,14 +226,14 @@ class Search:
                 value = value if self._steady else curve.at(place)
             values[place] = value
             error = 0.0 if aim is None else value - aim
-            # Of a release, no level is better than a higher one.
+            # In a release, no level is better than a higher one.
             if abs(error) <= near and (value <= above or not strict):
                 places.put(level, place)
-                # What a level took beyond the limit is not missing to those below it.
+                # Evaluations beyond the limit are not taken from lower levels.
                 more = min(self.evaluations + 8, self._most_evaluations)
                 self._limit = max(self._limit, more)
                 return value
-            # The mean does not change faster than this, and nearer by is often the same draw.
+            # The mean does not change faster than this, and closer places often give the same draw.
             wide = max(place, places.end) if level or places.steered else place
             wide = min(wide, high + 1 - place) if level else wide
             skip = math.ceil(wide * abs(error) / self._span / 8)
@@ -245,7 +245,7 @@ class Search:
             return curve.at(places.counts[level - 1])
         places.put(level, place)
         if level and abs(values[place] - aim) > self._tolerance:
-            # It cannot come nearer to a level beside it: the others meet it halfway.
+            # It cannot come closer to an adjacent level: the others meet it halfway.
             lean = float(np.clip((values[place] - aim) / 2, -self._near, self._near))
             for index, target in enumerate(self._targets):
                 if index != level and target is not None:
@@ -253,11 +253,11 @@ class Search:
         return values[place]
 
     def _goes_on(self, aim: float | None, values: Mapping[int, float]) -> bool:
-        """Whether another evaluation may be taken for a level that gave these values."""
+        """Whether a level with these values may take another evaluation."""
         if aim is None and not values:
-            return True  # all that is to be known is what it gives
+            return True  # only its quality is asked for
         sides = {value > aim for value in values.values()} if aim is not None else set()
-        both = self._bracketed or len(sides) == 2  # of an earlier release too
+        both = self._bracketed or len(sides) == 2  # in an earlier release too
         limit = self._most_evaluations if both else self._limit
         return self.evaluations < limit
 
@@ -291,7 +291,7 @@ class Search:
         place: int,
         room: tuple[int, int],
     ) -> bool:
-        """Whether values stay on one side, or there is no place left where the curve is near."""
+        """Whether values stay on one side, or no place is left near the target."""
         if len(values) < 4:
             return False
         errors = np.array(list(values.values())) - aim
@@ -305,7 +305,7 @@ class Search:
         return place != wanted and bool(far)
 
     def _expect(self, level: int, above: float) -> Curve:
-        """The curve of a level, which begins with what is known of it."""
+        """The curve of a level, starting with what is known of it."""
         places = self._places
         if not level and not places.steered:
             self._curve = self._whole
@@ -334,7 +334,7 @@ class Search:
         return value
 
     def _reach(self) -> None:
-        """Tries all of the budget, and less of it where that does not break the network enough."""
+        """Tries the whole budget, and less of it if that does not break the network enough."""
         curve, target, count = self._whole, self._targets[0], self._most
         curve.expect(0, self.untouched, self._network.keys)
         self._worst = self.untouched
@@ -344,14 +344,14 @@ class Search:
             self._worst = min(self._worst, value)
             if target is None or value <= target + self._near:
                 break
-            # A network that is shuffled as a whole may be less wrong than one that is in part.
+            # A network that is permuted as a whole may be less wrong than one permuted in part.
             if count // 4 < self._levels or self.evaluations >= 6:
                 if abs(self._worst - self.untouched) <= 1e-9 * abs(self.untouched):
                     remedy = "The metric is flat: does the metric look at its argument?"
                 else:
                     remedy = (
-                        "Raise the budget, take other scores, encrypt small leaves too "
-                        "(small=0.02), or ask for no less than that."
+                        "Raise the budget, use other scores, encrypt small leaves too "
+                        "(small=0.02), or choose a better target."
                     )
                 raise ValueError(
                     f"targets[0]: cannot reach {self._show(target)}: encrypting up to "
@@ -364,7 +364,7 @@ class Search:
         self._span = max(self.untouched - value, self._tolerance)
 
     def _check_little(self) -> None:
-        """Refuses a first target that is passed already where next to nothing is encrypted."""
+        """Refuses a first target that is missed even if next to nothing is encrypted."""
         curve, target = self._whole, self._targets[0]
         if target is None or any(curve.at(n) >= target - self._tolerance for n in curve.measured):
             return
@@ -374,15 +374,15 @@ class Search:
         raise ValueError(
             f"targets[0]: cannot reach {self._show(target)}: encrypting as little as "
             f"{self._network.fraction(least)} of the groups leaves {self._show(curve.at(least))}. "
-            "Leave small leaves alone (small=0), let the first target be None, use smaller groups "
-            "or scores that spread the damage, such as random ones, or ask for no more than that."
+            "Do not encrypt small leaves (small=0), make the first target None, use smaller groups "
+            "or scores that spread the damage, such as random ones, or choose a worse target."
         )
 
     def _missed(self, level: int) -> str:
-        """What to say of a level that does not meet its target: what came closest, on each side."""
+        """A message about a level that misses its target: the closest values on each side."""
         target = self._targets[level]
         assert target is not None
-        # Without what was near enough, in a release of which another level failed.
+        # Without values that were near enough, in a release where another level failed.
         given = sorted(e for e in self._given[level] if abs(e[0] - target) > self._near)
         ends = [end for end in given if end[0] <= target][-1:]
         ends += [end for end in given if end[0] > target][:1]
@@ -395,7 +395,7 @@ class Search:
         )
 
     def _remedy(self, given: Sequence[tuple[float, int]]) -> str:
-        """What would help a level that does not meet its target."""
+        """The remedy for a level that misses its target."""
         groups = self._network.groups
         steps = (
             "an order with smaller steps (smaller groups, scope='leaf', scores that spread the "

@@ -1,4 +1,4 @@
-"""The quality that levels shall give."""
+"""The target quality of the levels."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,9 +11,10 @@ class Evaluation(NamedTuple):
 
     Attributes:
         number: 1, 2, and so on.
-        level: that was tried; M for the untouched network.
-        share: of the groups, that the level opens, or for the lowest that is encrypted.
-        value: what it gives, mean over keys; or in the release that is sought.
+        level: the level that was tried; M for the untouched network.
+        share: the share of the groups that the level opens; for the lowest level, the share that
+            is encrypted.
+        value: its quality, averaged over keys; or in the release that is sought.
     """
 
     number: int
@@ -24,23 +25,22 @@ class Evaluation(NamedTuple):
 
 @dataclass(frozen=True)
 class Targets:
-    """The quality that levels shall give, for `protect`, `protect_file` and `calibrate_levels`.
+    """The quality that levels should have, for `protect`, `protect_file` and `calibrate_levels`.
 
     Attributes:
-        targets: what levels 0 to M-1 shall give, from the worst to the best; level M gives the
-            original. With a sealed rest they are those of levels 1 to M-1, since level 0 is worth
-            nothing. The first may be None, "as bad as it gets": all of the budget is encrypted,
-            which is all groups unless `Select.budget` says less.
-        evaluate: ``params -> number``: the metric, on data that were not used for training. It has
-            to give the same number for the same params. For a checkpoint on disk the params are a
+        targets: the quality of levels 0 to M-1, from the worst to the best; level M gives the
+            original. With a sealed rest they are those of levels 1 to M-1, since level 0 is
+            useless. The first may be None, "as bad as it gets": then the whole budget is encrypted,
+            which is all groups unless `Select.budget` limits it.
+        evaluate: ``params -> number``: the metric, on data that were not used for training. It must
+            give the same number for the same params. For a checkpoint on disk the params are a
             dict from the names of all tensors to arrays.
-        tolerance: how far a level may be from its target. By default 2 % of the way from the
+        tolerance: how far a level may be from its target. By default 2 % of the distance from the
             first target to the untouched network.
-        evaluations: how often `evaluate` may be called for a release. By default 8 times a target
-            and 8 more, and up to four times as often while a level gives values on both sides of
-            its target. Four targets need about 20 where keys make a difference of three tolerances
-            (standard deviation), 25 where it is five, and 40 where it is eight; some networks need
-            twice as many.
+        evaluations: how often `evaluate` may be called for a release. By default 8 times per target
+            plus 8, and up to four times as often while a level has values on both sides of its
+            target. Four targets need about 20 if the standard deviation over keys is three
+            tolerances, 25 if it is five, and 40 if it is eight; some networks need twice as many.
         lower_is_better: True for a loss: the targets then descend.
         progress: called after each evaluation.
 
@@ -61,20 +61,20 @@ class Targets:
 
     @property
     def sign(self) -> float:
-        """What makes the metric one of which higher is better."""
+        """The factor that turns the metric into one where higher is better."""
         return -1.0 if self.lower_is_better else 1.0
 
     @property
     def small(self) -> float:
-        """The share of small tensors unless given: with them level 0 is hard to steer."""
+        """The default share of small tensors: with them level 0 is hard to steer."""
         return 0.02 if list(self.targets[:1]) == [None] else 0.0
 
 
 def checked_targets(asked: Targets) -> list[float | None]:
-    """Targets of which the higher is the better.
+    """The targets, signed so that higher is better.
 
     Raises:
-        TypeError: not a list of numbers, or a metric that cannot be called.
+        TypeError: they are not a list of numbers, or the metric cannot be called.
         ValueError: there are none, or they are not in order.
     """
     if not isinstance(asked, Targets):
@@ -96,7 +96,8 @@ def checked_targets(asked: Targets) -> list[float | None]:
         )
     if not len(targets):
         raise ValueError(
-            "targets: expected a number for each level but the top one, got none. Pass some."
+            "targets: expected a number for each level but the top one, got none. Pass at least "
+            "one."
         )
     wanted: list[float | None] = []
     for level, target in enumerate(targets):
@@ -106,7 +107,7 @@ def checked_targets(asked: Targets) -> list[float | None]:
         if target is None or isinstance(target, str) or not math.isfinite(target):
             raise ValueError(
                 f"targets[{level}]: expected a finite number, got {target!r}. Only the first may "
-                'be None ("any"), as bad as it gets, with another one behind it.'
+                'be None ("any"), as bad as it gets, and only if another one follows.'
             )
         wanted.append(sign * float(target))
         below = wanted[level - 1] if level else None

@@ -5,22 +5,22 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 BLOCK = 4096
 INDEX_BITS = 12
-PERMUTATION, MASK, SEAL = 0, 1, 2  # domains of the key of a ring in a leaf
+PERMUTATION, MASK, SEAL = 0, 1, 2  # domains of a ring's key in a leaf
 LEAF_DOMAIN = b"selcrypt/v1/leaf\0"
 
 
 @runtime_checkable
 class Form(Protocol):
-    """What an engine needs to know of a `LosslessCipher`."""
+    """The part of a `LosslessCipher` that an engine needs."""
 
     @property
     def unit(self) -> Literal["weight", "group"]:
-        """What the permutation moves."""
+        """What the permutation moves: single weights or whole groups."""
         ...
 
     @property
     def permute(self) -> bool:
-        """Whether anything moves."""
+        """Whether weights are permuted."""
         ...
 
     def fine_mask(self, dtype: Any) -> int:
@@ -34,7 +34,7 @@ def block_count(count: int) -> int:
 
 
 def order_bits(units: int) -> float:
-    """log2 of the number of permutations of ``units`` units in their blocks."""
+    """log2 of the number of permutations of ``units`` units within their blocks."""
     blocks = block_count(units)
     size, larger = divmod(units, max(blocks, 1))
     logarithm = larger * math.lgamma(size + 2) + (blocks - larger) * math.lgamma(size + 1)

@@ -14,7 +14,7 @@ class Cipher(Protocol):
     """Rewrites the weights of rings; the leaves keep their shapes and dtypes.
 
     `encrypt` and `decrypt` check masks and keys, derive a key for each ring, and define the
-    gradient; a cipher need not.
+    gradient; a cipher does none of this.
 
     Examples:
         >>> class SignCipher:
@@ -33,7 +33,7 @@ class Cipher(Protocol):
     """
 
     def check(self, ring: Ring, leaf: Any) -> None:
-        """Raises ValueError where the cipher cannot protect this ring of this leaf."""
+        """Raises ValueError if the cipher cannot protect this ring of this leaf."""
         ...
 
     def run(
@@ -45,15 +45,15 @@ class Cipher(Protocol):
         inverse: bool,
         donate: Collection[str] = (),
     ) -> dict[str, Array]:
-        """Encrypts (or, inverse, decrypts) ``rings[i]`` with key number i.
+        """Encrypts ``rings[i]`` with key number i, or decrypts it if ``inverse``.
 
         Args:
-            leaves: name → array; not to be changed, except for those in ``donate``.
+            leaves: name → array; not to be modified, except for those in ``donate``.
             rings: non-empty, disjoint within a leaf.
-            keys: an iterable of one typed `jax.random` key for each ring; ``keys.array`` is the
-                same as one array, padded at the end.
+            keys: an iterable of one typed `jax.random` key per ring; ``keys.array`` holds the same
+                keys as one array, padded at the end.
             inverse: whether to decrypt.
-            donate: names of leaves that the cipher may use up; it is free to ignore this.
+            donate: names of leaves whose memory the cipher may reuse; it is free to ignore this.
 
         Returns:
             name → new array, for every name in ``leaves``.

@@ -32,39 +32,39 @@ def encrypt(
     cipher: Cipher | None = None,
     donate: bool = False,
 ) -> PyTree:
-    """Encrypts what nested masks select, each ring under its own key.
+    """Encrypts the weights that nested masks select, each ring under its own key.
 
-    Ring m is what ``masks[m - 1]`` adds to ``masks[m - 2]``; it is encrypted in every leaf with a
-    key derived from ``keys[m - 1]`` and the leaf's name. Leaves in which nothing is selected are
+    Ring m is the difference of ``masks[m - 1]`` and ``masks[m - 2]``; in every leaf it is encrypted
+    with a key derived from ``keys[m - 1]`` and the leaf's name. Leaves without selected weights are
     passed through: the same objects. Works under ``jit`` (close over the masks, but pass keys as
-    arguments: what is closed over is written into the program), under ``vmap`` over params *and*
-    keys (over params alone it would use a key twice) and with donation; sharded leaves give the
-    same bits as on one device.
+    arguments: values that are closed over are written into the program), under ``vmap`` over params
+    *and* keys (over params alone, one key would be used twice) and with donation. Sharded leaves
+    give the same bits as on one device.
 
     Gradients of any order flow through weights that are not selected, as if nothing had been
     encrypted. The gradient of a selected weight is zero: its bits are scrambled, so a small change
-    in its ciphertext is not a small change in the weight. To train decrypted weights,
+    in the ciphertext is not a small change in the weight. To train decrypted weights,
     differentiate with respect to the result of `decrypt`.
 
     Args:
         params: any pytree of arrays. Other leaves (functions, strings, numbers) pass through.
-            Copies of a leaf are leaves of their own: select the same in them, or use `protect`.
+            Copies of a leaf are separate leaves: select the same in them, or use `protect`.
         masks: M nested masks for ``params``, see `nested_masks`.
         keys: M typed `jax.random` keys, of any implementation; see `ring_keys`. **A key must
             never encrypt two different trees**: draw a new model id for each. (The bits of
             "rbg" keys differ between devices; those of ChaCha20 and threefry do not.)
-        cipher: `LosslessCipher()` unless given.
-        donate: whether the selected leaves may be used up, as by
+        cipher: the cipher; `LosslessCipher()` by default.
+        donate: whether the memory of selected leaves may be reused, as with
             ``jax.jit(..., donate_argnums=0)``: their JAX arrays are deleted, each as soon as its
-            result is there, so that memory holds few leaves twice. Under ``jit`` and other
-            transformations this does nothing; tell ``jit`` instead.
+            result is ready, so that few leaves are in memory twice. Under ``jit`` and other
+            transformations this does nothing; donate to ``jit`` instead.
 
     Returns:
         A tree of the same structure, shapes and dtypes. Selected leaves are JAX arrays.
 
     Raises:
-        ValueError: masks that do not fit or are not nested, a number of keys that does not fit
-            the levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
+        ValueError: masks that do not fit or are not nested, a number of keys that differs from the
+            number of levels, a ring that is too small to hide in, a dtype that cannot be encrypted.
         TypeError: traced masks; raw integers or old-style keys; keys that a compiled function
             closes over.
 
@@ -89,21 +89,21 @@ def decrypt(
     cipher: Cipher | None = None,
     donate: bool = False,
 ) -> PyTree:
-    """Decrypts the rings that a level opens; the higher ones stay as they are.
+    """Decrypts the rings that a level opens; higher rings stay encrypted.
 
-    Runs wherever `encrypt` does, with the same gradients: zero for weights that are decrypted.
-    Rings that stay encrypted count as plain.
+    Runs wherever `encrypt` does, with the same gradients: zero for the weights that it decrypts.
+    Rings that stay encrypted get gradients like plain weights.
 
     Args:
-        params: what `encrypt` returned.
-        masks: ``masks[:m]`` of the masks that it was encrypted with, for level m.
+        params: the result of `encrypt`.
+        masks: for level m, ``masks[:m]`` of the masks that it was encrypted with.
         keys: ``keys[:m]``.
         cipher: as in `encrypt`.
         donate: as in `encrypt`.
 
     Returns:
-        A tree of the same structure, in which rings 1..m are as before encryption, bit for bit
-        with `LosslessCipher`. With a wrong key they are other noise; nothing tells it apart here.
+        A tree of the same structure, with rings 1..m as before encryption, bit for bit with
+        `LosslessCipher`. A wrong key gives noise; this function cannot detect it.
 
     Raises:
         ValueError, TypeError: as in `encrypt`.
@@ -123,16 +123,16 @@ def unlocking(
     *,
     cipher: Cipher | None = None,
 ) -> Callable[..., Any]:
-    """A function of parameters as one of protected parameters and keys, to be compiled as a whole.
+    """Turns a function of parameters into one of protected parameters and keys, for ``jit``.
 
     Parameters at rest in device memory stay encrypted; a compiled step decrypts the weights that it
-    needs, and frees them. XLA schedules this, leaf by leaf or at the beginning: its schedulers for
-    accelerators save memory, the one for CPUs saves time. Every call decrypts again: use it where
-    parameters must not lie in the clear, and `decrypt` once where they may.
+    needs, and frees them. XLA decides when to decrypt, leaf by leaf or all at the beginning: its
+    schedulers for accelerators save memory, the one for CPUs saves time. Every call decrypts again:
+    use it if parameters must never rest in memory as plaintext; otherwise call `decrypt` once.
 
     It composes with ``grad`` on both sides: ``value_and_grad(unlocking(f, masks))`` differentiates
-    with respect to the protected parameters, of which the selected weights get zero, and
-    ``unlocking(value_and_grad(f), masks)`` with respect to the decrypted ones, all of them.
+    with respect to the protected parameters, where selected weights get zero, and
+    ``unlocking(value_and_grad(f), masks)`` with respect to all decrypted ones.
 
     Args:
         function: ``(params, *args, **kwargs) -> anything``.
@@ -180,11 +180,11 @@ def _transform(
     if not inverse:
         if not masks:
             raise ValueError(
-                "masks: expected one mask a level, got none. The result would be plaintext. Make "
+                "masks: expected one mask per level, got none. The result would be plaintext. Make "
                 "masks with nested_masks."
             )
         _check_keys_differ(words)
-    # Everything is checked before anything is computed: no half-encrypted tree, ever.
+    # Everything is checked before anything is computed: there is never a half-encrypted tree.
     for ring in found:
         _check_leaf(ring.name, tree.leaves[ring.name])
         cipher.check(ring, tree.leaves[ring.name])
@@ -195,7 +195,7 @@ def _transform(
     donated = _donated(given, tree.leaves) if donate else ()
 
     def run(leaves: Mapping[str, Array], keys: Keys) -> dict[str, Array]:
-        # Differentiated eagerly, a NumPy leaf arrives here as one.
+        # When differentiated eagerly, a NumPy leaf arrives here unchanged.
         leaves = {name: _on_device(leaf) for name, leaf in leaves.items()}
         ring_keys = RingKeys(keys, found, words)
         changed = cipher.run(leaves, found, ring_keys, inverse=inverse, donate=donated)
@@ -212,10 +212,10 @@ def _on_device(leaf: Any) -> Array:
 
 
 def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str]:
-    """The leaves that may be used up.
+    """The leaves whose memory may be reused.
 
-    Not a leaf that is in the tree twice, nor one of NumPy: that is its owner's, and JAX may only
-    have borrowed its memory. None at all where some are traced: arrays are constants there.
+    Excluded are leaves that are in the tree twice, and NumPy arrays: the caller owns them, and JAX
+    may have borrowed their memory. If some leaves are traced, none: arrays are constants there.
     """
     if any(isinstance(leaf, Tracer) for leaf in given.values()):
         return set()
@@ -226,7 +226,7 @@ def _donated(given: Mapping[str, Any], everything: Mapping[str, Any]) -> set[str
 def _differentiable(
     run: Callable[[Mapping[str, Array], Keys], dict[str, Array]], rings: Sequence[Ring]
 ) -> Callable[[Mapping[str, Array], Keys], dict[str, Array]]:
-    """``run`` with the derivative of the identity for plain weights, and 0 for those of rings."""
+    """``run`` with the identity's derivative for plain weights, and 0 for weights in rings."""
     differentiable = jax.custom_jvp(run)
 
     @differentiable.defjvp
@@ -242,7 +242,7 @@ def _differentiable(
 
 
 def _zeroed(tangent: Array, selected: np.ndarray) -> Array:
-    if tangent.dtype == jax.dtypes.float0:  # of integers: no values at all
+    if tangent.dtype == jax.dtypes.float0:  # the tangent of integers, which has no values
         return tangent
     return without_explicit_axes(_zero_where, tangent)(tangent, selected)
 
@@ -253,8 +253,8 @@ def _zero_where(tangent: Array, selected: Array) -> Array:
 
 
 def _placed(array: Array, like: Any) -> Array:
-    """Where ``like`` lies, if that is known: the compiler is free to choose another sharding."""
-    # An array that is free to go anywhere has to stay so.
+    """Puts an array where ``like`` lies, if that is known; otherwise the compiler chooses."""
+    # An uncommitted array has to stay uncommitted.
     if isinstance(array, Tracer) or not isinstance(like, jax.Array) or not like.committed:
         return array
     return jax.device_put(array, like.sharding)
@@ -266,7 +266,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
             f"params {name!r}: expected a JAX or NumPy array, got {type(leaf).__name__}. Pass the "
             "arrays themselves, or set its mask to False."
         )
-    dtype = leaf.dtype  # np.dtype() does not take the dtypes of typed keys
+    dtype = leaf.dtype  # np.dtype() does not accept the dtypes of typed keys
     if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
         raise ValueError(
             f"params {name!r}: expected floats or integers, got {dtype}, which has no cipher. "
@@ -280,7 +280,7 @@ def _check_leaf(name: str, leaf: Any) -> None:
     if dtype != jax.dtypes.canonicalize_dtype(dtype):
         raise ValueError(
             f"params {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
-            "would cut to 32 bits. Set jax_enable_x64, or its mask to False."
+            "would truncate to 32 bits. Set jax_enable_x64, or set its mask to False."
         )
     if math.prod(leaf.shape) >= 2**31:
         raise ValueError(
@@ -299,15 +299,15 @@ def _check_keys(keys: Any, levels: int) -> None:
         raise ValueError(
             f"keys: expected {levels}, one for each of the {levels} masks, got "
             f"{type(keys).__name__ if actual is None else actual}. For level m pass masks[:m] and "
-            "keys[:m]; of a LevelKey, ring_keys(level_key)."
+            "keys[:m]; for a LevelKey, pass ring_keys(level_key)."
         )
     first: Any = None
-    # An array of keys is looked at as a whole: JAX cannot take one apart that a jitted function
-    # closes over.
+    # An array of keys is checked as a whole: JAX cannot index one that a jitted function closes
+    # over.
     whole = is_array(keys)
     for index, key in enumerate([keys] if whole else keys):
         if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            # Not the value: it may be a secret.
+            # The message omits the value: it may be a secret.
             actual = f"an array of {key.dtype}" if is_array(key) else type(key).__name__
             raise TypeError(
                 f"keys[{index}]: expected a typed key, got {actual}. Derive keys with "
@@ -327,26 +327,25 @@ def _check_keys(keys: Any, levels: int) -> None:
 
 
 def _check_keys_are_arguments(keys: Any) -> None:
-    """Refuses keys that would be a constant of a compiled program.
+    """Refuses keys that would become constants of a compiled program.
 
     Raises:
-        TypeError: of them.
+        TypeError: there are such keys.
     """
     if not all(isinstance(key, Tracer) for key in ([keys] if is_array(keys) else keys)):
         raise TypeError(
-            "keys: expected arguments of the function that is compiled, got keys that it closes "
-            "over: they would be written into the program, and with it into JAX's cache on the "
-            "disk. Pass them in: jax.jit(lambda params, keys: decrypt(params, masks, keys)), or "
-            "see unlocking."
+            "keys: expected arguments of the compiled function, got keys that it closes over: they "
+            "would be written into the program, and with it into JAX's cache on disk. Pass them "
+            "in: jax.jit(lambda params, keys: decrypt(params, masks, keys)), or see unlocking."
         )
 
 
 def _check_keys_differ(words: np.ndarray | None) -> None:
-    """With one key for two rings, a lower level would open a higher one."""
+    """Refuses one key for two rings: a lower level would open a higher one."""
     rows = [] if words is None else [row.tobytes() for row in words]  # none under jit
     for index, row in enumerate(rows):
         if (first := rows.index(row)) < index:
             raise ValueError(
-                f"keys[{index}]: expected a key of its own for each level, got keys[{first}] "
-                "again. Derive them with ring_keys(level_key(...))."
+                f"keys[{index}]: expected a different key for each level, got keys[{first}] again. "
+                "Derive them with ring_keys(level_key(...))."
             )

@@ -1,8 +1,8 @@
-"""The NumPy engine on JAX arrays: leaves on a CPU, and leaves spread over several devices or hosts.
+"""The NumPy engine on JAX arrays: leaves on a CPU, or sharded over several devices or hosts.
 
-A leaf is copied to this host, rewritten there and handed back, so that no device ever holds more
-than its shard. In the stream form nothing passes between hosts. Permuted weights do, in bounded
-parts, and every host then makes the same permutation.
+A leaf is copied to this host, rewritten there and handed back, so no device ever holds more than
+its shard. In the stream form nothing is sent between hosts. Permuted weights are exchanged, in
+bounded parts, and then every host computes the same permutation.
 """
 
 import os
@@ -20,14 +20,14 @@ from .._tree.names import unsigned
 from .blocks import Form
 from .engine_numpy import leaf_key, rewrite_ring
 
-_ALIGNMENT = 64  # bytes: XLA uses memory so aligned without a copy
-_EXCHANGED = 1 << 20  # weights that hosts tell each other at a time
+_ALIGNMENT = 64  # bytes: XLA uses memory with this alignment without a copy
+_EXCHANGED = 1 << 20  # weights that hosts exchange at a time
 
 
 def on_host(leaf: Array) -> bool:
-    """Whether this engine takes a leaf, given that ChaCha20 keys are known.
+    """Whether this engine handles a leaf, given that ChaCha20 keys are known.
 
-    On CPUs it takes a tenth of the time of XLA's sort. A leaf on one accelerator stays there.
+    On CPUs it takes a tenth of the time of XLA's sort. A leaf on a single accelerator stays there.
     """
     if isinstance(leaf, Tracer):
         return False
@@ -65,14 +65,14 @@ def run_on_host(
         return bits
 
     result = {}
-    # Hosts must exchange leaf by leaf, in one order. Everything else has all cores, the largest
-    # leaf first, so that no core is left with it at the end.
+    # Hosts must exchange leaves in the same order. Other leaves run on all cores, the largest
+    # first, so that none is left over for a single core at the end.
     alone = [name for name in leaves if is_spread(leaves[name])]
     together = sorted(leaves.keys() - set(alone), key=lambda name: -leaves[name].size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for names, mapped in ((alone, map), (together, pool.map)):
             for name, bits in zip(names, mapped(rewritten, names), strict=True):
-                # In this thread: how JAX is configured is a thread's own.
+                # In this thread: JAX's configuration is thread-local.
                 result[name] = handed(bits.view(leaves[name].dtype), leaves[name])
                 if name in donate:
                     leaves[name].delete()
@@ -80,9 +80,9 @@ def run_on_host(
 
 
 def copied(leaf: Array) -> np.ndarray:
-    """The bits of a leaf, or of what this process has of it and zeros elsewhere."""
+    """The bits of a leaf, or of this process's part of it, with zeros elsewhere."""
     word, size = unsigned(leaf), leaf.size * leaf.dtype.itemsize
-    # Aligned, so that JAX takes the memory over. Pages of zeros take none until they are written.
+    # Aligned, so that JAX can take over the memory. Zero pages use no memory until written.
     spread = is_spread(leaf)
     memory = (np.zeros if spread else np.empty)(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
@@ -94,27 +94,27 @@ def copied(leaf: Array) -> np.ndarray:
 
 
 def parts(leaf: Array) -> list[tuple[slice, ...]]:
-    """The parts of a leaf that this process has, each once; the whole where it has that."""
+    """The distinct parts of a leaf that this process holds; the whole leaf if it holds that."""
     if not is_spread(leaf):
         return [(slice(None),) * leaf.ndim]
     return list({repr(shard.index): shard.index for shard in leaf.addressable_shards}.values())
 
 
 def _exchange(bits: np.ndarray, positions: np.ndarray) -> None:
-    """Gives every process the bits at these positions, of which each has some and zeros."""
+    """Exchanges the bits at these positions; each process holds some of them, and zeros."""
     from jax.experimental import multihost_utils
 
     for start in range(0, len(positions), _EXCHANGED):
         here = positions[start : start + _EXCHANGED]
-        # As bytes, which no configuration of JAX cuts.
+        # As bytes, which JAX never truncates, however it is configured.
         found = multihost_utils.process_allgather(bits[here].view(np.uint8))
         bits[here] = np.bitwise_or.reduce(np.asarray(found)).astype(np.uint8).view(bits.dtype)
 
 
 def handed(array: np.ndarray, like: Array) -> Array:
-    """An array that is JAX's from now on, where ``like`` lies."""
+    """Hands an array over to JAX, placed where ``like`` lies."""
     if like.committed:
         return put(array, like.sharding)
     (device,) = like.devices()
-    with jax.default_device(device):  # an array that is free to go anywhere stays so
+    with jax.default_device(device):  # an uncommitted array stays uncommitted
         return jax.device_put(array)

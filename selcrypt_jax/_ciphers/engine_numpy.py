@@ -1,4 +1,4 @@
-"""The lossless cipher in NumPy, with ChaCha20 from OpenSSL: XLA's bits, without JAX.
+"""The lossless cipher in NumPy, with ChaCha20 from OpenSSL: the same bits as XLA's, without JAX.
 
 `lossless` defines the cipher, `selcrypt_jax._keys.chacha` the derivation of keys.
 """
@@ -29,23 +29,23 @@ def rewrite_ring(
     fine: int,
     inverse: bool,
 ) -> np.ndarray:
-    """Encrypts (or, inverse, decrypts) a ring of one leaf, in place.
+    """Encrypts a ring of one leaf in place, or decrypts it if ``inverse``.
 
     Args:
         bits: unsigned integers ``[weights]``, writable: the bit patterns of the leaf in C order.
-        places: of the ring's weights.
-        key: of the ring in this leaf, see `leaf_key`.
+        places: where the ring's weights lie.
+        key: the ring's key in this leaf, see `leaf_key`.
         cipher: see `LosslessCipher`.
         fine: ``cipher.fine_mask(dtype of the leaf)``.
         inverse: whether to decrypt.
 
     Returns:
-        The ring's plaintext ``[weights]``, in the order of the cipher; a view of ``bits`` where it
-        is all of them.
+        The ring's plaintext ``[weights]``, in the order of the cipher; a view of ``bits`` if the
+        ring is the whole leaf.
     """
     runs, size, units = places
     rows = bits.reshape(-1, size) if size > 1 else bits
-    ring = rows[runs].reshape(-1)  # a copy, unless it is everything
+    ring = rows[runs].reshape(-1)  # a copy, unless the ring is the whole leaf
     plain = ring if inverse else ring.copy()
     if cipher.permute and not inverse:
         _permute(ring, units, key, inverse=False)
@@ -69,12 +69,12 @@ def _mask(ring: np.ndarray, key: bytes, fine: int) -> None:
 
 
 def _permute(ring: np.ndarray, units: int, key: bytes, *, inverse: bool) -> None:
-    """Brings the units of a ring into the order of the key; or, inverse, back where they were."""
+    """Permutes the units of a ring by the key; inverse, restores their order."""
     blocks, size = block_count(units), len(ring) // units
     length = -(-units // blocks)  # of the longest block
-    longest = units - (length - 1) * blocks  # so many have it; the others are one unit short
+    longest = units - (length - 1) * blocks  # the number of such blocks; others are a unit shorter
     stream = random_bits(fold_in(key, PERMUTATION))
-    # Block r holds the units r, r + blocks, ...: a column, and a last unit if it is one of the
+    # Block r holds the units r, r + blocks, ...: a column, plus one last unit if it is among the
     # longest.
     columns = ring[: -longest * size].reshape(length - 1, blocks, size)
     last = ring[-longest * size :].reshape(longest, size)
@@ -87,13 +87,13 @@ def _permute(ring: np.ndarray, units: int, key: bytes, *, inverse: bool) -> None
         packed = words.reshape(count, BLOCK)[:, :length]
         packed &= 2**32 - BLOCK
         packed |= np.arange(length, dtype=np.uint32)
-        packed[own:, length - 1 :] = 2**32 - BLOCK + length - 1  # sorts last, and so stays there
+        packed[own:, length - 1 :] = 2**32 - BLOCK + length - 1  # sorts last, so it stays there
         packed.sort(axis=1)
         packed &= BLOCK - 1
         packed += np.arange(0, count * length, length, dtype=np.uint32)[:, None]
         order = _room("order", count * length, np.dtype(np.intp))
         order.reshape(count, length)[...] = packed
-        # As rows they stay in the cache while they move.
+        # As rows they stay in the cache while they are permuted.
         rows, moved = (
             _room(name, count * length * size, ring.dtype).reshape(count, length, size)
             for name in ("rows", "moved")
@@ -110,9 +110,9 @@ def _permute(ring: np.ndarray, units: int, key: bytes, *, inverse: bool) -> None
 
 
 def _room(name: str, count: int, dtype: np.dtype) -> np.ndarray:
-    """An array of this thread, with anything in it, until it is asked for again.
+    """Uninitialised scratch memory of this thread, valid until the next call with this name.
 
-    Fresh pages for each ring would take longer than all that is done with them.
+    Fresh pages for each ring would take longer than the cipher itself.
     """
     size = count * dtype.itemsize
     memory = vars(_kept).get(name)
@@ -124,20 +124,20 @@ def _room(name: str, count: int, dtype: np.dtype) -> np.ndarray:
 
 
 def leaf_digest(name: str) -> np.ndarray:
-    """Eight words that are folded into a level's key, one by one, for the key of a leaf."""
+    """Eight words that are folded into a level's key, one by one, to derive the leaf's key."""
     digest = hashlib.sha256(LEAF_DOMAIN + name.encode("utf-8", "surrogatepass")).digest()
     return np.frombuffer(digest, "<u4")
 
 
 def leaf_key(key: bytes, name: str) -> bytes:
-    """The key of a ring in a leaf, from the 32 bytes of its level's."""
+    """The key of a ring in a leaf, from the 32 bytes of its level's key."""
     for word in leaf_digest(name):
         key = fold_in(key, int(word))
     return key
 
 
 def drawn_words(stream: CipherContext, count: int, dtype: np.dtype) -> np.ndarray:
-    """The next numbers of `random_bits`, in memory that the next ones take over."""
+    """The next numbers of `random_bits`, in memory that the next call reuses."""
     words = _room("words", count, dtype.newbyteorder("<"))
     words[:] = 0
     data = words.view(np.uint8).data
@@ -146,7 +146,7 @@ def drawn_words(stream: CipherContext, count: int, dtype: np.dtype) -> np.ndarra
 
 
 def random_bits(key: bytes, start: int = 0) -> CipherContext:
-    """XORs with the keystream of ``jax.random.bits``, from its byte number ``start`` on."""
+    """XORs with the keystream of ``jax.random.bits``, from byte ``start`` on."""
     block, skipped = divmod(start, _BLOCK_BYTES)
     stream = _stream(key, b"random_bits", block)
     stream.update(bytes(skipped))
@@ -154,7 +154,7 @@ def random_bits(key: bytes, start: int = 0) -> CipherContext:
 
 
 def fold_in(key: bytes, data: int) -> bytes:
-    """As ``jax.random.fold_in``."""
+    """The same as ``jax.random.fold_in``."""
     return _stream(key, b"fold_in", data).update(bytes(_KEY_BYTES))
 
 

@@ -1,4 +1,4 @@
-"""The window cipher on bytes, on arrays of this host, and in XLA. `window` defines it."""
+"""The window cipher on bytes, on host arrays, and in XLA. `window` defines it."""
 
 import functools
 import os
@@ -15,10 +15,10 @@ from .windows import FEWEST, Window, exponent_bits, has_window, offset_and_mask,
 
 
 class Windows(Protocol):
-    """What this engine needs to know of a `WindowCipher`."""
+    """The part of a `WindowCipher` that this engine needs."""
 
     def window(self, name: str, dtype: Dtype) -> Window | None:
-        """Of a leaf."""
+        """The window of a leaf."""
         ...
 
 
@@ -26,7 +26,7 @@ _PIECE = 1 << 18  # bytes that are masked at a time: they stay in a core's cache
 
 
 def find_window(data: memoryview, dtype: Dtype) -> Window | None:
-    """The window of the numbers with these bytes; None if they have no exponents."""
+    """The window of the numbers in these bytes; None if their dtype has no exponents."""
     if not has_window(dtype):
         return None
     dtype = sealed_words(dtype)
@@ -59,11 +59,11 @@ def mask_words(
     """Masks (or unmasks) numbers of a leaf in place.
 
     Args:
-        data: their bytes, little-endian, writable.
-        key: of the keystream: `seal_key_of` the leaf.
-        dtype: of the leaf.
-        window: of the leaf, or None for numbers without exponents.
-        start: of ``data``, in bytes from the beginning of the leaf.
+        data: the numbers' bytes, little-endian, writable.
+        key: the keystream's key: `seal_key_of` the leaf.
+        dtype: the leaf's dtype.
+        window: the leaf's window, or None for numbers without exponents.
+        start: the offset of ``data`` in the leaf, in bytes.
     """
     offset, mask = offset_and_mask(dtype, window)
     word = _word(dtype)
@@ -85,14 +85,14 @@ def mask_words(
 
 
 def seal_key_of(secret: bytes, name: str) -> bytes:
-    """The key of a leaf's keystream, from the cipher key of its level."""
+    """The key of a leaf's keystream, from its level's cipher key."""
     return fold_in(leaf_key(secret, name), SEAL)
 
 
 def run_window(
     cipher: Windows, leaves: Mapping[str, Any], rings: Sequence[Any], keys: Any
 ) -> dict[str, Any]:
-    """See `Cipher.run`: by NumPy where keys and weights are known to it, by XLA elsewhere."""
+    """See `Cipher.run`: in NumPy if it knows keys and weights, otherwise in XLA."""
     from .engine_host import copied, handed, on_host
 
     of_leaf: dict[str, list[tuple[Any, int]]] = {}
@@ -114,13 +114,13 @@ def run_window(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for name, bits in zip(here, pool.map(masked, here), strict=True):
-            # In this thread: how JAX is configured is a thread's own.
+            # In this thread: JAX's configuration is thread-local.
             result[name] = handed(bits.view(leaves[name].dtype), leaves[name])
     return result
 
 
 def _on_host(cipher: Windows, leaf: Any, bits: np.ndarray, ring: Any, secret: bytes) -> None:
-    """Each host masks what it has, in place; nothing of the leaf is sent."""
+    """Each host masks its own part in place; nothing of the leaf is sent."""
     from .engine_host import parts
 
     dtype = DTYPES[str(leaf.dtype)]
@@ -138,7 +138,7 @@ def _on_host(cipher: Windows, leaf: Any, bits: np.ndarray, ring: Any, secret: by
         inner = zip(rest, rows.shape[1:], strict=True)
         whole_rows = all(part.indices(n) == (0, n, 1) for part, n in inner)
         if whole_rows and (everything or mask[index].all()):
-            masked(rows[first], first.indices(len(rows))[0])  # all of it neighbours
+            masked(rows[first], first.indices(len(rows))[0])  # one contiguous run
             continue
         for row in range(*first.indices(len(rows))):
             here = slice(row, row + 1), *rest

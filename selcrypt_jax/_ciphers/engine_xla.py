@@ -24,7 +24,7 @@ from .keys import RingKeys, key_by_key
 _AT_ONCE = 1 << 12  # blocks whose keystream is held in memory together: 16 M weights
 
 # Blocks that are drawn and sorted together. On a CPU the state of a few stays in the cache; an
-# accelerator needs many to be busy, and takes longer for each program that it starts.
+# accelerator needs many to be busy, and has a cost for each program that it starts.
 _CPU_BATCH = 16
 _ACCELERATOR_BATCH = 1 << 10
 
@@ -47,12 +47,12 @@ def run_in_xla(
         masks = _tables(batch, keys.array, "mask")
         for plans in _alike(batch):
             (name, fine), leaf = (plans[0].name, plans[0].fine), result[plans[0].name]
-            # From its second time on, the array is ours to overwrite.
+            # After the first ring, the array is our own and may be overwritten.
             ours = name in started and not isinstance(leaf, Tracer)
             started.add(name)
             positions = np.stack([plan.positions for plan in plans])
             sizes = np.array([(plan.units, plan.weights // plan.units) for plan in plans], np.int32)
-            # Bits are moved, nothing is computed: a NaN in the leaf is not ours to report.
+            # Bits are only moved, not computed with: a NaN in the leaf is no error here.
             with jax.debug_nans(False), jax.debug_infs(False):
                 result[name] = (_rewrite_in_place if ours else _rewrite)(
                     leaf,
@@ -67,7 +67,7 @@ def run_in_xla(
 
 
 def _is_whole(leaf: Array) -> bool:
-    """Whether it lies on one device. Under a jit of the caller's it may be spread over all."""
+    """Whether a leaf lies on one device. Under the caller's jit it may be spread over all."""
     if isinstance(leaf, Tracer):
         return jax.device_count() == 1
     return len(leaf.sharding.device_set) == 1
@@ -76,8 +76,8 @@ def _is_whole(leaf: Array) -> bool:
 def _read(bits: Array, positions: Array, *, flat: bool) -> Array:
     """The values at flat positions; 0 out of bounds.
 
-    Flat arrays are faster. But to flatten a leaf that is sharded along another axis than its first
-    one would gather it on each device.
+    Flat arrays are faster. But flattening a leaf that is sharded along an axis other than its
+    first would gather it on each device.
     """
     if flat:
         return bits.reshape(-1).at[positions].get(mode="fill", fill_value=0)
@@ -85,14 +85,14 @@ def _read(bits: Array, positions: Array, *, flat: bool) -> Array:
 
 
 def _write(bits: Array, positions: Array, values: Array, *, flat: bool) -> Array:
-    """With these values at flat positions; out of bounds nothing is written. See `_read`."""
+    """Writes these values at flat positions, and nothing out of bounds. See `_read`."""
     if flat:
         return bits.reshape(-1).at[positions].set(values, mode="drop").reshape(bits.shape)
     return bits.at[_indices(positions, bits.shape)].set(values, mode="drop")
 
 
 def _indices(positions: Array, shape: Sequence[int]) -> tuple[Array, ...]:
-    """Axis by axis; what is out of bounds stays so, on the first axis."""
+    """Indices axis by axis; out-of-bounds positions stay so, on the first axis."""
     indices = []
     for size in reversed(shape[1:]):
         indices.append(positions % size)
@@ -103,8 +103,8 @@ def _indices(positions: Array, shape: Sequence[int]) -> tuple[Array, ...]:
 class _Plan(NamedTuple):
     """A ring in a leaf, ready to run.
 
-    ``positions`` are flat ones, group by group, padded with the size of the leaf, which is out of
-    bounds: read as 0 and not written. Padding to few sizes keeps the number of compilations low.
+    ``positions`` are flat, group by group, padded with the size of the leaf, which is out of
+    bounds: read as 0 and not written. Padding to a few sizes limits the number of compilations.
     """
 
     ring: int
@@ -127,7 +127,7 @@ def _plan(cipher: Form, index: int, ring: Ring, leaf: Array) -> _Plan:
 
 
 def _alike(plans: Sequence[_Plan]) -> Iterable[list[_Plan]]:
-    """Plans for one leaf with tables of one size, so that one small program does all of them."""
+    """Plans for one leaf with tables of one size, so that one small program runs all of them."""
     groups: dict[Any, list[_Plan]] = {}
     for plan in plans:
         size = len(plan.positions), padded(block_count(plan.units))
@@ -136,7 +136,7 @@ def _alike(plans: Sequence[_Plan]) -> Iterable[list[_Plan]]:
 
 
 def _batches(plans: Sequence[_Plan]) -> list[list[_Plan]]:
-    """Runs of plans of a width with a bounded number of blocks each."""
+    """Runs of plans of equal width with a bounded number of blocks each."""
     batches: list[list[_Plan]] = []
     for width in sorted({plan.dtype.itemsize for plan in plans}):
         size = _AT_ONCE
@@ -199,7 +199,7 @@ def _map_blocks(
 
 
 def _block_of_bits(key: PRNGKeyArray, block: Array, dtype: Any) -> Array:
-    """Number ``block`` of the blocks of random numbers of a key; see `lossless`."""
+    """Block number ``block`` of a key's random numbers; see `lossless`."""
     if jax.random.key_impl(key) == chacha20_impl:
         return bits_from(key, block, BLOCK, dtype)
     return jax.random.bits(jax.random.fold_in(key, block), (BLOCK,), dtype)
@@ -213,7 +213,7 @@ def _permutation_blocks(
         index = jnp.arange(BLOCK, dtype=jnp.uint32)
         bits = _block_of_bits(jax.random.fold_in(key, PERMUTATION), block, jnp.uint32)
         bits = bits >> INDEX_BITS
-        # What lies behind the end of a short block sorts last and so stays there.
+        # Padding behind the end of a short block sorts last and so stays there.
         last = jnp.uint32(2 ** (32 - INDEX_BITS) - 1)
         bits = jnp.where(index < length.astype(jnp.uint32), bits, last)
         order = lax.sort(bits << INDEX_BITS | index, is_stable=False)
@@ -243,12 +243,12 @@ def _rewrite_leaf(
     Args:
         leaf: the array.
         positions: ``[rings, weights]``, see `_Plan`.
-        sizes: ``[rings, 2]``: the number of units, and of weights in each.
-        permutations: of each ring, or None where nothing moves.
-        masks: of each ring, or None where nothing is masked.
+        sizes: ``[rings, 2]``: the numbers of units and of weights in each.
+        permutations: one per ring, or None without permutation.
+        masks: one per ring, or None if nothing is masked.
         options: see `_rewrite_ring`.
     """
-    # On unsigned views only: a float that is moved as a float may lose its NaN payload.
+    # Only on unsigned views: a float that is moved as a float may lose its NaN payload.
     bits = lax.bitcast_convert_type(leaf, unsigned(leaf))
     tables: Any = positions, sizes, *(t and jnp.stack(t) for t in (permutations, masks))
     rewrite = partial(_rewrite_ring, **options)
@@ -273,11 +273,11 @@ def _rewrite_ring(
     """Encrypts or decrypts one ring.
 
     Args:
-        bits: of the leaf, as unsigned integers.
+        bits: the leaf's bits, as unsigned integers.
         positions: ``[weights]``, see `_Plan`.
-        sizes: the number of units, and of weights in each.
-        permutation: see `_tables`; None where nothing moves.
-        mask: see `_tables`; None where nothing is masked.
+        sizes: the numbers of units and of weights.
+        permutation: see `_tables`; None without permutation.
+        mask: see `_tables`; None if nothing is masked.
         fine: mask of the fine bits.
         inverse: whether to decrypt.
         flat: see `_read`.
@@ -296,7 +296,7 @@ def _rewrite_ring(
     if mask is not None:
         mask = mask.reshape(-1) & jnp.array(fine, bits.dtype)
     if permutation is None and mask is not None and not flat:
-        # Where nothing moves, every device can mask what it has: nothing of the leaf is sent.
+        # Without permutation, every device masks its own shard: nothing of the leaf is sent.
         return bits ^ _write(jnp.zeros_like(bits), positions, mask, flat=False)
     ring = _read(bits, read, flat=flat)
     return _write(bits, written, ring if mask is None else ring ^ mask, flat=flat)

@@ -17,15 +17,15 @@ from .._tree.names import named_leaves, padded, without_explicit_axes
 from .._tree.rings import split_rings
 from .keys import RingKeys
 
-# How far outside the range of w + r (or, wrapped, of w, and then as a part of it) its bounds lie.
-# Any closer, and a weight at the edge becomes an infinite quantile; a part in 10⁵ still leaves
-# quantiles of ±4.4 σ.
+# The distance of the bounds from the range of w + r (with wrap: of w, and then as a fraction of
+# it). With smaller margins, a weight at the edge becomes an infinite quantile; a fraction of 1e-5
+# still gives quantiles of ±4.4 σ.
 _MARGIN = 1e-5
 _LEAST = 2.0**-23
 
 
 class GaussianStats(NamedTuple):
-    """The side data of a ring in a leaf that decryption needs.
+    """The side data that decryption of a ring in a leaf needs.
 
     Attributes:
         mean: μ of the leaf.
@@ -44,7 +44,7 @@ class GaussianStats(NamedTuple):
 class GaussianCipher:
     """``c = μ + σ·Φ⁻¹((w + r − h) / (f − h))`` with ``r`` uniform in [0, 1) from the key.
 
-    It hides weights of a range well below 1, as those of networks are: ``r`` is added to ``w``, so
+    It hides weights whose range is well below 1, as in neural networks: ``r`` is added to ``w``, so
     weights much larger than 1 keep their order.
 
     The encrypted weights look like draws from a normal distribution with the leaf's mean and
@@ -54,11 +54,13 @@ class GaussianCipher:
 
     Attributes:
         stats: side data by (leaf name, level). Make it with `fit`, and keep it: decryption needs
-            it. It tells the range of the selected weights.
-        wrap: ours, not the paper's: ``c = μ + σ·Φ⁻¹(((w − h)/(f − h) + r) mod 1)``. As the paper
-            prints it, ``w + r`` is far from uniform once the range of ``w`` is not small against
-            1: on the paper's own DnCNN ``c`` then has less than half of the deviation that it
-            should. Modulo 1 it is uniform, and ``c`` normal and independent of ``w``.
+            it. It reveals the range of the selected weights.
+        wrap: our variant, not the paper's: ``c = μ + σ·Φ⁻¹(((w − h)/(f − h) + r) mod 1)``. With the
+            paper's formula, ``w + r`` is far from uniform unless the range of ``w`` is small
+            against
+            1: on the paper's own DnCNN, ``c`` then has less than half of the standard deviation
+                that
+            it should. Modulo 1 it is uniform, and ``c`` normal and independent of ``w``.
 
     Examples:
         >>> cipher = GaussianCipher.fit(params, masks)
@@ -76,7 +78,7 @@ class GaussianCipher:
     def fit(
         cls, params: PyTree, masks: Sequence[PyTree], *, wrap: bool = False
     ) -> "GaussianCipher":
-        """Takes the side data from the weights that are to be encrypted.
+        """Computes the side data from the weights that are to be encrypted.
 
         Args:
             params: concrete parameters.
@@ -84,7 +86,7 @@ class GaussianCipher:
             wrap: see `wrap`.
 
         Raises:
-            ValueError: masks that do not fit; a leaf that is constant, not finite or no float.
+            ValueError: masks that do not fit; a leaf that is constant, not finite or not a float.
         """
         tree = named_leaves(params)
         stats = {}
@@ -126,18 +128,18 @@ class GaussianCipher:
         inverse: bool,
         donate: Collection[str] = (),
     ) -> dict[str, Array]:
-        """See `Cipher.run`; nothing is used up."""
+        """See `Cipher.run`; ``donate`` is ignored."""
         result = dict(leaves)
         for index, ring in enumerate(rings):
             leaf = result[ring.name]
             found = group_positions(leaf.shape, ring.mask).ravel()
-            # To one of a few lengths, lest every mask is compiled for; what is past the end of the
-            # leaf is not written.
+            # Padded to one of a few lengths, to avoid a compilation for every mask; positions past
+            # the end of the leaf are not written.
             positions = np.full(padded(found.size), leaf.size, found.dtype)
             positions[: found.size] = found
             stats = np.array(self.stats[ring.name, ring.level], np.float32)
             tables = jax.device_put((positions, stats, np.int32(index)))
-            # Each takes another one of them, which JAX's checker of key reuse cannot see.
+            # Each ring takes a different key from it, which JAX's checker of key reuse cannot see.
             own = jax.random.clone(keys.array)
             result[ring.name] = _rewrite(leaf, own, *tables, inverse=inverse, wrap=self.wrap)
         return result
@@ -163,7 +165,7 @@ def _rewrite_leaf(
         values = ((level - r) % 1) * size + low if wrap else level * size + low - r
     else:
         level = ((values - low) / size + r) % 1 if wrap else (values + r - low) / size
-        # Not 0 or 1, whose quantiles are infinite; the margin is larger than what that changes.
+        # Not 0 or 1, whose quantiles are infinite; the margin is larger than the change.
         level = jnp.clip(level, _LEAST, 1 - _LEAST)
         values = mean + std * ndtri(level)
     return flat.at[positions].set(values.astype(leaf.dtype), mode="drop").reshape(leaf.shape)

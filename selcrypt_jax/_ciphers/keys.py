@@ -1,4 +1,4 @@
-"""The key of each ring in its leaf, derived from those of the levels."""
+"""The key of each ring in its leaf, derived from the levels' keys."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -20,12 +20,12 @@ from .engine_numpy import leaf_digest
 class RingKeys:
     """A typed `jax.random` key for each ring: ``zip(rings, keys)`` pairs them.
 
-    No two rings share a key, whatever their leaves and levels. JAX derives the keys when they are
-    first asked for, and none for a cipher that starts from `secrets`.
+    No two rings share a key, whatever their leaves and levels. JAX derives the keys on first use,
+    and not at all for a cipher that starts from `secrets`.
 
     Attributes:
-        secrets: for each ring the 32 bytes of its *level's* key, from which `leaf_key` derives that
-            of the leaf; None where keys are traced or of another implementation than ChaCha20.
+        secrets: for each ring the 32 bytes of its *level's* key, from which `leaf_key` derives the
+            leaf's key; None if keys are traced or of another implementation than ChaCha20.
     """
 
     def __init__(self, levels: Keys, rings: Sequence[Ring], words: np.ndarray | None) -> None:
@@ -43,7 +43,7 @@ class RingKeys:
         numbers = np.zeros(len(words), np.int32)
         numbers[: len(self)] = [ring.level - 1 for ring in self._rings]
         levels: Any = self._levels
-        if not is_array(levels):  # by data: JAX's checker of key reuse takes stacked keys for used
+        if not is_array(levels):  # by data: JAX's checker of key reuse counts stacked keys as used
             data = jnp.stack([jax.random.key_data(key) for key in levels])
             levels = jax.random.wrap_key_data(data, impl=jax.random.key_impl(levels[0]))
         return _fold_names(levels, *jax.device_put((numbers, words)))
@@ -56,7 +56,7 @@ class RingKeys:
 
 
 def key_words(keys: Keys) -> np.ndarray | None:
-    """The data of keys, ``[keys, words]``; None where they are traced."""
+    """The data of keys, ``[keys, words]``; None if they are traced."""
     each: Any = [keys] if is_array(keys) else keys
     data = [jax.random.key_data(key) for key in each]
     if not data or any(isinstance(words, Tracer) for words in data):
@@ -65,10 +65,10 @@ def key_words(keys: Keys) -> np.ndarray | None:
 
 
 def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[..., Any]:
-    """``draw(key, ...)`` that under ``vmap`` still gives every key its own bits.
+    """``draw(key, ...)``, such that under ``vmap`` every key still gives its own bits.
 
-    XLA's generator draws for a batch of keys from the first one alone, so that its bits would
-    depend on which other rings are in the batch: it takes one key after the other.
+    XLA's generator draws for a whole batch of keys from the first one, so the bits would depend
+    on the other rings in the batch: this processes one key after the other.
     """
     if jax.random.key_impl(keys) in ("rbg", "unsafe_rbg"):
         return jax.custom_batching.sequential_vmap(draw)
@@ -77,7 +77,7 @@ def key_by_key(draw: Callable[..., Any], keys: Key[Array, " keys"]) -> Callable[
 
 @jax.jit
 def _fold_names(keys: Key[Array, " levels"], levels: Array, words: Array) -> Key[Array, " keys"]:
-    # fold_in takes 32 bits at a time: the whole digest goes in, word by word.
+    # fold_in takes 32 bits at a time: the whole digest is folded in, word by word.
     def fold(key: PRNGKeyArray, name: Array) -> PRNGKeyArray:
         return lax.scan(lambda k, word: (jax.random.fold_in(k, word), None), key, name)[0]
 

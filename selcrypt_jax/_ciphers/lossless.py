@@ -1,4 +1,4 @@
-"""The lossless cipher: bits that carry the distribution are permuted, the others masked.
+"""The lossless cipher: it permutes the bits that carry the distribution and masks the others.
 
 On the bit patterns of a ring's weights in a leaf, in C order (with ``unit="group"``: group by
 group, in C order of the mask)::
@@ -12,14 +12,14 @@ arrays, and `engine_xla`.
 
 How π and k are made (``B`` = 4096, ``n`` units, ``b = ceil(n / B)`` blocks):
 
-- two random streams belong to the key: of 32-bit numbers, ``bits(fold_in(key, 0))``, and of
-  numbers as wide as the dtype, ``bits(fold_in(key, 1))``. ChaCha20 reads any part of its stream by
-  the block counter. Of other implementations of `jax.random`, number ``i`` of a stream is number
-  ``i mod B`` of ``bits(fold_in(stream's key, i div B), B)``.
+- a key has two random streams: 32-bit numbers, ``bits(fold_in(key, 0))``, and numbers as wide as
+  the dtype, ``bits(fold_in(key, 1))``. ChaCha20 reads any part of its stream by the block counter.
+  With other implementations of `jax.random`, number ``i`` of a stream is number ``i mod B`` of
+  ``bits(fold_in(stream's key, i div B), B)``.
 - block r holds the units ``r, r + b, r + 2b, …``: a sample spread over the whole ring. The units
   of a block are sorted by 20 random bits, ties by position: the upper 20 of numbers ``rB``,
-  ``rB + 1``, … of the first stream. That a pair ties with probability 2⁻²⁰ is a bias of 2⁻²¹ in
-  its order; the information in it is under 2⁻¹⁷ bits a block.
+  ``rB + 1``, … of the first stream. A pair ties with probability 2⁻²⁰, which biases its order by
+  2⁻²¹; the information in this bias is under 2⁻¹⁷ bits per block.
 - weight number i of the ring is masked with number i of the second stream.
 """
 
@@ -44,27 +44,27 @@ class LosslessCipher:
         unit: what the permutation moves: ``"weight"``, single weights; ``"group"``, whole groups
             of the mask, so that a kernel still looks like one.
         permute: ``False`` is the *stream* form: no permutation, and by default the sign and the
-            whole mantissa are masked. It keeps the histogram of octaves of |w| only.
-        fine_bits: how many of the lowest bits are masked. By default all mantissa bits but the
-            top three (20 of float32, 4 of bfloat16, 7 of float16, none of float8), none of an
-            integer's; without `permute`: sign and mantissa, and all bits of an integer.
+            whole mantissa are masked. It preserves only the histogram of octaves of |w|.
+        fine_bits: how many of the lowest bits are masked. By default: all mantissa bits but the
+            top three (20 of float32, 4 of bfloat16, 7 of float16, none of float8), and none of an
+            integer's bits. Without `permute`: sign and mantissa, and all bits of an integer.
 
-    With the defaults the signed histogram in eighths of an octave is kept exactly, in every ring
-    of every leaf and in every block of up to 4,096 of its units; given that histogram nothing
-    else leaks. A lossless cipher in place that keeps the whole histogram can only be a
-    permutation, so this is what there is.
+    With the defaults, the signed histogram in eighths of an octave is preserved exactly, in every
+    ring of every leaf and in every block of up to 4,096 of its units; nothing beyond that histogram
+    leaks. A lossless in-place cipher that preserves the whole histogram can only be a permutation,
+    so this is the best possible.
 
     How much a ring hides depends on its size in each leaf. `check` refuses less than 128 bits,
-    masked bits included; but masked bits move a weight by less than an eighth, so an attacker who
-    is content with *roughly* right weights has to guess the order alone: 18 bits for one 3×3
-    kernel, 237 for six. Give a leaf dozens of weights a ring, rather than one kernel.
+    masked bits included. But masked bits change a weight by less than an eighth, so an attacker who
+    is content with *roughly* right weights only has to guess the order: 18 bits for one 3×3
+    kernel, 237 for six. Give a leaf dozens of weights per ring, rather than one kernel.
 
-    Equal weights cannot hide among each other: of an int8 leaf of zeros nothing changes, and a
-    BatchNorm scale of ones stays within an eighth of one. The size check does not see values.
+    Equal weights do not hide each other: an int8 leaf of zeros does not change at all, and a
+    BatchNorm scale of ones stays within an eighth of one. The size check does not look at values.
 
-    Masking may turn a number into NaN or back where the largest exponent holds both (float8
-    e4m3fn), or Inf into NaN in the stream form. Encrypted weights may then not run; they
-    decrypt to the same bits all the same.
+    Masking may turn a number into NaN, or NaN into a number, if the largest exponent holds both
+    (float8 e4m3fn), and Inf into NaN in the stream form. A network with such weights may not run
+    encrypted, but it decrypts to the same bits.
 
     Examples:
         >>> cipher = LosslessCipher(permute=False)  # the stream form, for large sharded leaves
@@ -107,7 +107,7 @@ class LosslessCipher:
 
     def check(self, ring: Any, leaf: Any) -> None:
         """Refuses dtypes without a cipher, and rings with less than 128 bits to hide in."""
-        import numpy as np  # not for those who only open a file: it starts while the file is read
+        import numpy as np  # imported late: opening a file starts it while the file is read
 
         groups = int(np.count_nonzero(ring.mask))  # ten times as fast as a sum
         weights = groups * (math.prod(leaf.shape) // ring.mask.size)
@@ -124,12 +124,12 @@ class LosslessCipher:
         return True
 
     def check_size(self, what: str, dtype: Dtype, *, groups: int, weights: int) -> None:
-        """As `check`, of a ring of ``groups`` groups with ``weights`` weights altogether."""
+        """Like `check`, for a ring of ``groups`` groups with ``weights`` weights in total."""
         try:
             fine = self.fine_mask(dtype)
         except ValueError as error:
             raise ValueError(
-                f"{what}: {error}. Leave it out (mask False), or change fine_bits."
+                f"{what}: {error}. Exclude it (mask False), or change fine_bits."
             ) from None
         units = groups if self.unit == "group" else weights
         arrangements = order_bits(units) if self.permute else 0.0
@@ -139,7 +139,7 @@ class LosslessCipher:
                 f"{what}: too small to hide in: {weights} weights of {dtype.name} give "
                 f"{hiding:.0f} bits ({arrangements:.0f} of order, {weights * fine.bit_count()} "
                 f"masked), expected at least {MINIMUM_HIDING}. Select more groups in this leaf, "
-                "use fewer levels or larger groups (or unit='weight'), or leave it out (--select, "
+                "use fewer levels or larger groups (or unit='weight'), or exclude it (--select, "
                 "or mask False)."
             )
         if not arrangements and not fine & _coarse_mask(dtype):
@@ -147,7 +147,7 @@ class LosslessCipher:
                 f"{what}: expected a cipher that changes more than fine bits, got {self}, which "
                 f"has {units} {self.unit} to permute and masks none of sign, exponent and top "
                 "three mantissa bits: every weight would stay within an eighth. Use unit='weight' "
-                "or a mask with more groups, or leave fine_bits out."
+                "or a mask with more groups, or do not set fine_bits."
             )
 
     def run(
@@ -159,7 +159,7 @@ class LosslessCipher:
         inverse: bool,
         donate: Collection[str] = (),
     ) -> dict[str, Any]:
-        """See `Cipher.run`: by NumPy where keys and weights are known to it, by XLA elsewhere."""
+        """See `Cipher.run`: in NumPy if it knows keys and weights, otherwise in XLA."""
         from .engine_host import on_host, run_on_host  # the definition alone needs no JAX
         from .engine_xla import run_in_xla
 
@@ -174,16 +174,16 @@ class LosslessCipher:
 
 
 def dtype_of(dtype: Any) -> Dtype:
-    """What is known of a dtype of NumPy, ml_dtypes or JAX.
+    """The table's entry for a dtype of NumPy, ml_dtypes or JAX.
 
     Raises:
-        ValueError: nothing is.
+        ValueError: the dtype is unknown.
     """
     if isinstance(dtype, Dtype):
         return dtype
     import numpy as np
 
-    # NumPy does not know those of typed random keys.
+    # NumPy does not know the dtypes of typed random keys.
     name = str(dtype) if str(dtype).startswith("key<") else np.dtype(dtype).name
     if name not in DTYPES:
         raise ValueError(f"expected one of the dtypes {', '.join(DTYPES)}, got {name}")
@@ -191,7 +191,7 @@ def dtype_of(dtype: Any) -> Dtype:
 
 
 def _coarse_mask(dtype: Dtype) -> int:
-    """The bits that say roughly what a weight is: all but the low mantissa bits of a float."""
+    """The bits that give a weight's rough value: all but the low mantissa bits of a float."""
     if dtype.kind == "integer":
         return (1 << dtype.bits) - 1
     return (1 << dtype.bits) - (1 << max(dtype.mantissa - _COARSE_MANTISSA, 0))

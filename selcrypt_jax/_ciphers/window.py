@@ -1,17 +1,17 @@
-"""The window cipher: every bit of a weight is masked, but where in its range the exponents end.
+"""The window cipher: it masks every bit of a weight within a range of exponents.
 
-It seals whole tensors. A keystream as wide as the dtype masks sign, mantissa and all bits of the
-exponent inside a *window*: exponents ``lowest`` to ``lowest + 2^k - 1``. On the bit pattern b of a
-weight, modulo two to the width of the dtype::
+It seals whole tensors. A keystream as wide as the dtype masks the sign, the mantissa and the
+exponent's offset in a *window*: exponents ``lowest`` to ``lowest + 2^k - 1``. On the bit pattern b
+of a weight, modulo two to the width of the dtype::
 
     c = ((b - o) XOR (r AND m)) + o          b = ((c - o) XOR (r AND m)) + o
 
-with ``o = lowest << mantissa bits`` and m the mantissa, k bits of the exponent, and the sign. With
-all of a leaf's weights inside, all that it tells is its window; and if that ends below the
-exponent of Inf and NaN, none comes up. A weight outside of the window keeps more of its exponent;
-nothing is lost, whatever the weights. Integers are masked whole.
+with ``o = lowest << mantissa bits`` and m the mantissa, k bits of the exponent, and the sign. If
+all weights of a leaf lie inside, they reveal only the window; and if the window ends below the
+exponent of Inf and NaN, neither occurs. A weight outside the window reveals more of its exponent;
+it still decrypts exactly. Integers are masked whole.
 
-No weight moves, so any part of a leaf can be opened alone: number i of the keystream, which is
+No weight is moved, so any part of a leaf can be opened alone: number i of the keystream, which is
 ``bits(fold_in(key of the ring in the leaf, 2))``, masks weight i of the leaf in C order.
 """
 
@@ -25,17 +25,17 @@ from .windows import Window, exponent_bits, fits, has_window
 
 @dataclass(frozen=True)
 class WindowCipher:
-    """Masks whole weights by a keystream; elementwise, exact, and without any order to learn.
+    """Masks whole weights with a keystream: elementwise and exact; it does not preserve any order.
 
-    Nothing of a selected weight is told but its leaf's window. So a leaf must be selected as a
-    whole for nothing to be told of it: what is left plain beside it is plain. It is what seals the
-    tensors of a protected file (``rest="sealed"``), under the key of level 1.
+    It reveals nothing of the selected weights but their leaf's window. To reveal nothing of a leaf,
+    select all of it: weights that are not selected stay plain. This cipher seals the tensors of a
+    protected file (``rest="sealed"``), under the key of level 1.
 
     Attributes:
-        windows: name of a leaf → its window; see `fit`. Without windows, and for leaves that are
-            not named, the whole exponent is masked: Inf and NaN come up. So they do in a leaf that
-            spans more than half of all exponents, as one with both a zero and a 2: what is masked
-            must decrypt exactly, whatever it looks like.
+        windows: a leaf's name → its window; see `fit`. Without windows, and for leaves that are
+            not named, the whole exponent is masked: Inf and NaN occur. They also occur in a leaf
+            that spans more than half of all exponents, for example with both a zero and a 2: the
+            cipher must decrypt every value exactly.
 
     Examples:
         >>> cipher = WindowCipher.fit(params)
@@ -61,13 +61,13 @@ class WindowCipher:
 
     @classmethod
     def fit(cls, params: Any) -> "WindowCipher":
-        """The cipher whose windows are those of these parameters.
+        """A cipher with the windows of these parameters.
 
         Args:
-            params: pytree of arrays, not traced; leaves that have no exponents need no window.
+            params: pytree of arrays, not traced; leaves without exponents need no window.
 
         Raises:
-            TypeError: traced parameters.
+            TypeError: the parameters are traced.
         """
         import numpy as np
         from jax.core import Tracer
@@ -91,7 +91,7 @@ class WindowCipher:
         return cls(windows)
 
     def window(self, name: str, dtype: Dtype) -> Window | None:
-        """Of a leaf; the widest where none is known, None for numbers without exponents."""
+        """The window of a leaf; the widest if none is known, None for numbers without exponents."""
         if not has_window(dtype):
             return None
         return (self.windows or {}).get(name) or Window(0, exponent_bits(dtype), dtype.signed)
@@ -102,7 +102,7 @@ class WindowCipher:
         if dtype is None or dtype.kind == "other" or dtype.bits < 8:
             raise ValueError(
                 f"params {ring.name!r}: expected floats or integers of 8 bits or more, got "
-                f"{leaf.dtype}. Leave it out (mask False)."
+                f"{leaf.dtype}. Exclude it (mask False)."
             )
         window = self.window(ring.name, dtype)
         if window is not None and not fits(window, dtype):
@@ -123,5 +123,5 @@ class WindowCipher:
         """See `Cipher.run`."""
         from .engine_window import run_window  # the definition alone needs no JAX
 
-        del inverse, donate  # its own inverse
+        del inverse, donate  # the cipher is its own inverse
         return run_window(self, leaves, rings, keys)

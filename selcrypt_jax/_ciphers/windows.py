@@ -5,22 +5,22 @@ from typing import NamedTuple
 from .._tree.dtypes import DTYPES, Dtype
 
 FEWEST = 3
-"""No window has fewer than 2^3 exponents: a leaf of ones does not tell that it is one."""
+"""No window has fewer than 2^3 exponents: a leaf of ones does not reveal that it is one."""
 
 
 class Window(NamedTuple):
-    """The exponents of a leaf, as coarsely as the cipher tells them.
+    """The range of a leaf's exponents, as coarse as the cipher reveals it.
 
     It ends with the largest exponent of the leaf and begins at its smallest one or below. A wider
-    one would tell less, but sealed weights are spread over all of it: in one of half of all
-    exponents, some are so much larger than the leaf's own, and some variances so much smaller,
-    that VGG19's outputs overflow.
+    window would reveal less, but sealed weights spread over all of it: with half of all exponents,
+    some are so much larger than the leaf's own, and some variances so much smaller, that VGG19's
+    outputs overflow.
 
     Attributes:
         lowest: the first biased exponent inside.
-        exponents: k, of the 2^k exponents inside.
-        sign: whether the sign is masked too. It is not where all weights have the same one, since
-            a variance that turns negative would make a network NaN.
+        exponents: k; the window has 2^k exponents.
+        sign: whether the sign is masked too. It is not if all weights have the same sign, since a
+            variance that turns negative would make the network's outputs NaN.
 
     Examples:
         >>> Window(lowest=120, exponents=3, sign=True)  # any float32 from 2^-7 to less than 2
@@ -33,7 +33,7 @@ class Window(NamedTuple):
 
 
 def exponent_bits(dtype: Dtype) -> int:
-    """How many bits the exponent of a float has."""
+    """The number of exponent bits of a float."""
     return dtype.bits - dtype.mantissa - dtype.signed
 
 
@@ -50,7 +50,7 @@ def has_window(dtype: Dtype) -> bool:
 
 
 def fits(window: Window, dtype: Dtype) -> bool:
-    """Whether a window is one of this dtype."""
+    """Whether a window is valid for this dtype."""
     dtype = sealed_words(dtype)
     most = exponent_bits(dtype)
     inside = window.exponents <= most and window.lowest + (1 << window.exponents) <= 1 << most
@@ -58,7 +58,7 @@ def fits(window: Window, dtype: Dtype) -> bool:
 
 
 def offset_and_mask(dtype: Dtype, window: Window | None) -> tuple[int, int]:
-    """The numbers o and m of the definition; without a window every bit that a dtype uses."""
+    """The numbers o and m of the definition; without a window, m is every bit that a dtype uses."""
     if dtype.name == "bool":
         return 0, 1  # it stays a boolean
     dtype = sealed_words(dtype)

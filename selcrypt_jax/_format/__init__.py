@@ -1,1 +1,1 @@
-"""The protected file, as FORMAT.md describes it: manifest, boxes, envelope, tensors."""
+"""The protected file, as described in FORMAT.md: manifest, boxes, envelope, tensors."""

@@ -27,15 +27,15 @@ _RULES = {
 
 
 class SealedRing(NamedTuple):
-    """What the box of a level says of one tensor.
+    """The entry of one tensor in a level's box.
 
     Attributes:
         tensor: its name.
-        mask_shape: of the ring's mask, one size an axis of the tensor: 1 inside a group.
-        groups: how many the ring has.
-        coding: of the positions.
+        mask_shape: shape of the ring's mask, one size per axis of the tensor: 1 inside a group.
+        groups: the number of groups in the ring.
+        coding: how the positions are encoded.
         positions: which elements of the mask, in C order, are in the ring; see FORMAT.md.
-        sha256: of the ring's plaintext, in hex.
+        sha256: digest of the ring's plaintext, in hex.
     """
 
     tensor: str
@@ -46,7 +46,7 @@ class SealedRing(NamedTuple):
     sha256: str
 
     def weights(self, shape: Sequence[int]) -> int:
-        """How many weights of a tensor of that shape the ring has."""
+        """The number of weights that the ring has in a tensor of this shape."""
         return self.groups * math.prod(shape) // max(math.prod(self.mask_shape), 1)
 
 
@@ -58,12 +58,12 @@ def seal_box(key: LevelKey, manifest: str, rings: Sequence[SealedRing]) -> str:
     """The box of a level, in base64.
 
     Args:
-        key: of the level.
-        manifest: its text, which the box is bound to.
-        rings: that the box is to hold.
+        key: the level's key.
+        manifest: the manifest's text, which the box is bound to.
+        rings: the rings to put in the box.
     """
-    # The key is new with each protection; the nonce is random all the same, so that sealing a
-    # second time under the same key, as when a protection is repeated, does no harm.
+    # The key is new with each protection. The nonce is random all the same, so that sealing
+    # twice under one key, for example when a protection is repeated, does no harm.
     nonce = os.urandom(_NONCE_BYTES)
     aead = ChaCha20Poly1305(key.seal_key())
     sealed = nonce + aead.encrypt(nonce, _content(rings), box_context(manifest, key.level))
@@ -71,7 +71,7 @@ def seal_box(key: LevelKey, manifest: str, rings: Sequence[SealedRing]) -> str:
 
 
 def box_length(rings: Sequence[SealedRing]) -> int:
-    """How many characters `seal_box` makes of them, whatever their digests are."""
+    """The number of characters that `seal_box` makes of these rings, whatever their digests."""
     sealed = _NONCE_BYTES + len(_content(rings)) + _TAG_BYTES
     return 4 * -(-sealed // 3)
 
@@ -80,15 +80,15 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
     """The rings in a box.
 
     Args:
-        key: of its level.
-        manifest: the text that it is bound to.
+        key: the level's key.
+        manifest: the text that the box is bound to.
         box: see `seal_box`.
-        file: for messages.
-        owner: whether the key comes from the owner's secret.
+        file: the file, for messages.
+        owner: whether the key is derived from the owner's secret.
 
     Raises:
-        GrantError: it does not open to the owner.
-        IntegrityError: it does not open, or is malformed.
+        GrantError: the box does not open, and the key is derived from the owner's secret.
+        IntegrityError: the box does not open, or is malformed.
     """
     what = f"{file}: box of level {key.level}"
     sealed = memoryview(Checker(what, "box").base64(box))
@@ -109,7 +109,7 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
             "again, or ask for the grant again.",
             reason="box",
         ) from None
-    # A key of a level is enough to seal boxes of it, so what is in them is checked too.
+    # A level's key is enough to seal boxes of that level, so their content is checked too.
     check = Checker(what, "ring")
     end = 4 + int.from_bytes(plain[:4], "little")
     check.that(len(plain) >= end, "table", "a table of the given length")
@@ -127,7 +127,7 @@ def open_box(key: LevelKey, manifest: str, box: str, file: str, *, owner: bool) 
 
 
 def box_context(manifest: str, level: int) -> bytes:
-    """Associated data of a box: where it belongs."""
+    """Associated data of a box, which binds it to its place."""
     digest = hashlib.sha256(manifest.encode()).digest()
     return b"selcrypt/v1/box\0" + level.to_bytes(4, "little") + digest
 

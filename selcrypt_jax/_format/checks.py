@@ -13,11 +13,11 @@ DAMAGED = "The file was damaged or altered: download it again from its owner."
 
 
 class Rule(NamedTuple):
-    """What a field of JSON may be.
+    """The valid values of a JSON field.
 
     Attributes:
-        fits: whether a value is.
-        expected: the same, for messages.
+        fits: whether a value is valid.
+        expected: a description of valid values, for messages.
     """
 
     fits: Callable[[Any], bool]
@@ -33,12 +33,12 @@ OBJECT = Rule(lambda value: isinstance(value, dict), "an object")
 
 
 def one_of(*values: str) -> Rule:
-    """One of some texts."""
+    """One of several strings."""
     return Rule(lambda value: value in values, " or ".join(map(repr, values)))
 
 
 def hex_of(size: int) -> Rule:
-    """So many bytes as hex in lower case."""
+    """Bytes in lower-case hex."""
     pattern = re.compile(f"[0-9a-f]{{{2 * size}}}")
     return Rule(
         lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None,
@@ -55,7 +55,7 @@ class Checker(NamedTuple):
     """Checks one part of a file.
 
     Attributes:
-        what: the file and the part, for messages.
+        reason: the reason of its errors.
         reason: of the errors.
     """
 
@@ -63,16 +63,16 @@ class Checker(NamedTuple):
     reason: IntegrityReason
 
     def error(self, problem: str) -> IntegrityError:
-        """The error that says so."""
+        """The error for a problem."""
         return IntegrityError(f"{self.what}: {problem}. {DAMAGED}", reason=self.reason)
 
     def that(self, condition: bool, field: str, expected: str) -> None:
-        """Refuses a field."""
+        """Raises an error for a field unless the condition holds."""
         if not condition:
             raise self.error(f"field {show(field)}: expected {expected}, got something else")
 
     def json(self, raw: bytes) -> dict[str, Any]:
-        """Parses an object."""
+        """Parses a JSON object."""
         try:
             return json_object(raw, self.what, DAMAGED)
         except ValueError as error:
@@ -89,12 +89,12 @@ class Checker(NamedTuple):
         return value
 
     def base64(self, text: str) -> bytes:
-        """Bytes in the one encoding that they have."""
+        """The bytes of base64 text in its only valid encoding."""
         try:
             data = binascii.a2b_base64(text, strict_mode=True)
         except ValueError:
             raise self.error("expected base64, got something else") from None
-        # base64 would let the last character vary.
+        # base64 would allow variants of the last character.
         if base64.b64encode(data[len(data) // 3 * 3 :]) != text[len(data) // 3 * 4 :].encode():
             raise self.error("expected base64, got something else")
         return data

@@ -1,4 +1,4 @@
-"""What makes a safetensors file a protected one: manifest, sealed boxes, signature. See FORMAT.md.
+"""The envelope of a protected file: manifest, sealed boxes, signature. See FORMAT.md.
 
 All of it is text in the file's ``__metadata__``, beside the caller's own entries:
 
@@ -8,8 +8,8 @@ All of it is text in the file's ``__metadata__``, beside the caller's own entrie
 ``selcrypt.signature``  Ed25519 over the manifest and all boxes, in base64; optional
 ======================  ===========================================================================
 
-Nothing is ever encoded again in order to be checked: signature and seals are over the very text
-that stands in the file, so there is no canonical form that two programs could disagree about.
+Nothing is ever re-encoded in order to be checked: signature and seals cover the very text in the
+file, so there is no canonical form that two programs could disagree about.
 """
 
 import base64
@@ -33,20 +33,20 @@ MANIFEST = PROTECTED
 _BOX = "selcrypt.box."
 _SIGNATURE = "selcrypt.signature"
 _SIGNATURE_BYTES = 64
-_MAX_AXES = 63  # NumPy has one more, which the table of positions takes
+_MAX_AXES = 63  # NumPy allows one more, which the table of positions needs
 
 
 Own = Mapping[str, str] | None
-"""The entries of ``__metadata__``, or None if a file has none at all."""
+"""The entries of ``__metadata__``, or None if a file has no ``__metadata__``."""
 ByLevel = Sequence[Sequence[SealedRing]]
 """The rings of level 1..M."""
 
 
 def check_unprotected(metadata: Own, what: str) -> None:
-    """Refuses to protect twice.
+    """Refuses to protect a protected file.
 
     Raises:
-        ValueError: the file has entries of ours.
+        ValueError: the file already has entries of selcrypt's.
     """
     ours = sorted(filter(_is_ours, metadata or {}))
     if MANIFEST in ours:
@@ -62,15 +62,15 @@ def check_unprotected(metadata: Own, what: str) -> None:
 
 @dataclass(frozen=True)
 class Envelope:
-    """Manifest, boxes and signature as they stand in a file.
+    """Manifest, boxes and signature, exactly as in the file.
 
     Attributes:
         what: the file, for messages.
-        text: the manifest's JSON; `manifest` is what it says.
+        text: the manifest's JSON; `manifest` is its parsed form.
         manifest: see `Manifest`.
         boxes: the sealed box of level 1..M, base64.
         signature: 64 bytes, or None.
-        own: the caller's entries of ``__metadata__``, or None if the checkpoint had none at all.
+        own: the caller's entries of ``__metadata__``, or None if the checkpoint had no such entry.
     """
 
     what: str
@@ -93,11 +93,11 @@ class Envelope:
         """Seals ``rings[m - 1]`` for level m, and signs.
 
         Args:
-            manifest: complete, its `signer` the public half of ``signing``.
+            manifest: complete; its `signer` is the public half of ``signing``.
             own: see `own`.
-            rings: one sequence a level.
-            key: of the top level.
-            signing: of the owner, or None.
+            rings: one sequence per level.
+            key: the top level's key.
+            signing: the owner's signing key, or None.
             what: the file, for messages.
         """
         text = manifest.to_text()
@@ -107,14 +107,14 @@ class Envelope:
 
     @classmethod
     def blank(cls, manifest: Manifest, own: Own, rings: ByLevel, what: str) -> "Envelope":
-        """As long as what `seal` makes of the same with digests, but neither sealed nor signed."""
+        """As long as the result of `seal` with digests, but neither sealed nor signed."""
         boxes = tuple("A" * box_length(found) for found in rings)
         signature = None if manifest.signer is None else bytes(_SIGNATURE_BYTES)
         return cls(what, manifest.to_text(), manifest, boxes, signature, own)
 
     @classmethod
     def from_metadata(cls, metadata: Own, what: str) -> "Envelope":
-        """Reads what `entries` made, and checks the caller's entries. No seal is opened yet.
+        """Reads the result of `entries`, and checks the caller's entries. Opens no seal yet.
 
         Raises:
             ValueError: not a protected file, or one of a later version.
@@ -124,8 +124,8 @@ class Envelope:
         if MANIFEST not in metadata:
             raise ValueError(
                 f"{what}: is not a protected file: its metadata have no entry {MANIFEST!r}. "
-                "Expected what selcrypt protect wrote. (Some programs drop metadata when they "
-                "save a file again.)"
+                "Expected a file written by selcrypt protect. (Some programs drop metadata when "
+                "they save a file again.)"
             )
         text = metadata[MANIFEST]
         manifest = Manifest.from_text(text, what)
@@ -161,26 +161,26 @@ class Envelope:
         return result
 
     def check_signature(self, signer: VerifyKey | None = None) -> None:
-        """Checks who made the file.
+        """Checks the signer and the signature.
 
         Args:
-            signer: the owner who is expected; None takes the file's own word for it.
+            signer: the expected owner; None trusts the signer named in the file.
 
         Raises:
-            IntegrityError: another signer, none where one is expected, or a wrong signature.
+            IntegrityError: another signer, no signature where one is expected, or a wrong one.
         """
         actual = self.manifest.signer
         if signer is not None and signer != actual:
             raise IntegrityError(
                 f"{self.what}: expected a file signed by {signer.hex()}, got one "
                 + (f"signed by {actual.hex()}" if actual else "without a signature")
-                + ". It is another's, or was altered: get it from its owner.",
+                + ". It is another's, or was altered: download it from its owner.",
                 reason="signer",
             )
         message = signed_message(self.text, self.boxes)
         if actual is not None and not actual.verify(message, self.signature or b""):
             raise IntegrityError(
-                f"{self.what}: the signature does not fit: the manifest or a box is not what "
+                f"{self.what}: the signature does not match: the manifest or a box is not what "
                 f"{actual.hex()} signed. {DAMAGED}",
                 reason="signature",
             )
@@ -189,7 +189,8 @@ class Envelope:
         """Refuses a key of another model, or of a level that does not exist.
 
         Raises:
-            GrantError: of one or the other.
+            GrantError: the key belongs to another model, or to a level that the model does not
+                have.
         """
         remedy = "Ask the owner for a grant of this file."
         if key.model_id != self.manifest.model_id:
@@ -209,12 +210,12 @@ class Envelope:
         """Opens the boxes of levels 1..m.
 
         Args:
-            key: of level m.
-            owner: whether the key comes from the owner's secret, for messages.
+            key: the key of level m.
+            owner: whether the key is derived from the owner's secret, for messages.
 
         Raises:
             GrantError: a key of another model, or a secret that did not protect the file.
-            IntegrityError: a box that does not open, or does not fit the manifest.
+            IntegrityError: a box does not open, or does not match the manifest.
         """
         self.check_key(key)
         result: dict[str, list[tuple[int, SealedRing]]] = {}
@@ -227,7 +228,7 @@ class Envelope:
                 weights += size
                 groups += ring.groups
                 result.setdefault(ring.tensor, []).append((lower.level, ring))
-                # Before any position is unpacked: rings share no weight.
+                # Before any position is unpacked: no weight may be in two rings.
                 held[ring.tensor] += size
                 if held[ring.tensor] > math.prod(self.manifest.tensors[ring.tensor].shape):
                     raise check.error(
@@ -242,11 +243,11 @@ class Envelope:
         return result
 
     def _weights(self, ring: SealedRing, check: Checker) -> int:
-        """How many weights a ring has, once it is sure to fit its tensor."""
+        """The number of weights in a ring, after checking that it fits its tensor."""
         tensor = self.manifest.tensors.get(ring.tensor)
         if (
             tensor is None
-            # A mask over no weights could be as large as its forger likes.
+            # A mask over no weights could be of any size that its forger likes.
             or 0 in tensor.shape
             or not len(ring.mask_shape) == len(tensor.shape) <= _MAX_AXES
             or any(m not in (1, n) for m, n in zip(ring.mask_shape, tensor.shape, strict=True))
@@ -265,6 +266,6 @@ def _is_ours(key: str) -> bool:
 
 
 def signed_message(text: str, boxes: Sequence[str]) -> bytes:
-    """What the owner signs: the digests of the manifest and of all boxes, as text."""
+    """The signed message: the digests of the manifest and of all boxes, as text."""
     parts = [hashlib.sha256(part.encode()).digest() for part in (text, *boxes)]
     return b"selcrypt/v1/signature\0" + b"".join(parts)

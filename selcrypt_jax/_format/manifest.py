@@ -1,4 +1,4 @@
-"""The manifest of a protected file: what it says of itself in the clear. See FORMAT.md."""
+"""The manifest: a protected file's plaintext description of itself. See FORMAT.md."""
 
 import hashlib
 import json
@@ -20,10 +20,10 @@ FORMAT = "selcrypt-v1"
 _DIGEST_BYTES = 32
 NO_DIGEST = "0" * (2 * _DIGEST_BYTES)
 CHUNK = 1 << 22
-"""Bytes of a tensor that have a digest of their own, so that they can be read alone."""
+"""The number of bytes of a tensor that share a digest, and can be read alone."""
 
 Rest = Literal["sealed", "plain"]
-"""What becomes of weights that are in no ring: sealed under the key of level 1, or left plain."""
+"""Weights that are in no ring: sealed under the key of level 1, or left plain."""
 
 _DIGEST = hex_of(_DIGEST_BYTES)
 _DIGESTS = Rule(
@@ -39,13 +39,13 @@ _WINDOW = or_null(
 
 
 class Tensor(NamedTuple):
-    """A tensor as it is shipped.
+    """A tensor as shipped.
 
     Attributes:
         dtype: safetensors' name, such as ``"F32"``.
         shape: its shape.
-        sha256: of each `CHUNK` of its bytes in the file, in hex; none of an empty tensor.
-        window: of the seal; None where there is none, and for numbers without exponents.
+        sha256: digest of each `CHUNK` of its bytes in the file, in hex; none for an empty tensor.
+        window: the seal's window; None without a seal, and for numbers without exponents.
     """
 
     dtype: str
@@ -55,20 +55,20 @@ class Tensor(NamedTuple):
 
     @classmethod
     def of(cls, entry: Mapping[str, Any]) -> "Tensor":
-        """From what JSON has."""
+        """Reads the JSON value."""
         window = entry["window"]
         if window is not None:
             window = Window(window[0], window[1], window[2] == 1)
         return cls(entry["dtype"], tuple(entry["shape"]), tuple(entry["sha256"]), window)
 
     def entry(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The JSON value."""
         window = None if self.window is None else [int(number) for number in self.window]
         return self._asdict() | {"window": window}
 
 
 class LevelSize(NamedTuple):
-    """How much one level adds to the one below.
+    """The groups and weights that one level adds to the one below.
 
     Attributes:
         groups: number of groups in the ring.
@@ -81,7 +81,7 @@ class LevelSize(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a protected file says of itself, in the clear.
+    """A protected file's plaintext description of itself.
 
     Attributes:
         model_id: 16 random bytes, new for each protection.
@@ -89,10 +89,10 @@ class Manifest:
         rest: see `Rest`.
         levels: size of ring 1..M.
         tensors: every tensor of the file by name, in no particular order.
-        signer: the owner, or None for a file that is not signed.
-        metadata: digest of the caller's own entries of ``__metadata__``, or None if the file that
-            was protected had no ``__metadata__``.
-        shard: number of this file and of all files, from 1, of a checkpoint in several files.
+        signer: the owner, or None for an unsigned file.
+        metadata: digest of the caller's own entries of ``__metadata__``, or None if the original
+            file had no ``__metadata__``.
+        shard: for a checkpoint in several files: the number of this file, from 1, and of all files.
     """
 
     model_id: bytes
@@ -105,7 +105,7 @@ class Manifest:
     shard: tuple[int, int] | None = None
 
     def to_text(self) -> str:
-        """The JSON that is shipped."""
+        """The JSON as shipped."""
         fields = {
             "format": FORMAT,
             "model_id": self.model_id.hex(),
@@ -124,7 +124,7 @@ class Manifest:
         """Reads the JSON, strictly.
 
         Raises:
-            ValueError: of a later version of the format.
+            ValueError: the format has a later version.
             IntegrityError: anything that this version would not have written.
         """
         check = Checker(f"{what}: manifest", "manifest")
@@ -174,17 +174,17 @@ class Manifest:
 
 
 def byte_count(dtype: str, shape: Sequence[int]) -> int:
-    """How many bytes a tensor takes."""
+    """The number of bytes in a tensor."""
     return math.prod(shape) * SAFETENSORS[dtype].bits // 8
 
 
 def chunk_count(dtype: str, shape: Sequence[int]) -> int:
-    """How many chunks a tensor has."""
+    """The number of chunks in a tensor."""
     return -(-byte_count(dtype, shape) // CHUNK)
 
 
 def metadata_digest(metadata: Mapping[str, str]) -> str:
-    """SHA-256 of the caller's entries, in hex: sorted, every text with its length before it."""
+    """SHA-256 of the caller's entries, in hex: sorted, every text preceded by its length."""
     digest = hashlib.sha256(b"selcrypt/v1/metadata\0")
     for key, value in sorted((k.encode(), v.encode()) for k, v in metadata.items()):
         for text in (key, value):

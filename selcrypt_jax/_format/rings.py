@@ -1,4 +1,4 @@
-"""Sealed rings at work: positions packed and unpacked, and the rings of a tensor rewritten."""
+"""Sealed rings in use: packs and unpacks positions, and rewrites the rings of a tensor."""
 
 import hashlib
 import math
@@ -18,8 +18,8 @@ from .boxes import SealedRing
 from .checks import DAMAGED, Checker
 from .manifest import NO_DIGEST
 
-_ESCAPE = 255  # so many elements are skipped, and the gap goes on
-_DENSE = 8  # a bitmap may be used where at least one element in so many is selected
+_ESCAPE = 255  # this many elements are skipped, and the gap continues
+_DENSE = 8  # a bitmap may be used if at least one element in this many is selected
 
 
 def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
@@ -34,7 +34,7 @@ def seal_mask(tensor: str, mask: np.ndarray) -> SealedRing:
 
 
 def _packed(array: np.ndarray) -> bytes:
-    # Runs are what there is to find; zlib's own search takes a hundred times as long.
+    # The data consist of runs; zlib's own search takes a hundred times as long.
     stream = zlib.compressobj(6, strategy=zlib.Z_RLE)
     return stream.compress(array.tobytes()) + stream.flush()
 
@@ -50,19 +50,19 @@ def _gaps(groups: np.ndarray) -> np.ndarray:
 
 
 def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
-    """Which elements of its mask a ring has, ascending.
+    """The elements of its mask that a ring has, ascending.
 
     Args:
-        ring: as it lay in its box.
-        level: of the box, for messages.
+        ring: as read from its box.
+        level: the box's level, for messages.
         what: the file, for messages.
 
     Raises:
-        IntegrityError: positions that do not fit the mask's shape or the number of groups.
+        IntegrityError: positions that do not match the mask's shape or the number of groups.
     """
     size, count = math.prod(ring.mask_shape), ring.groups
     if ring.coding == "bitmap":
-        # One that is nearly empty would cost time and memory for nothing.
+        # A nearly empty one would waste time and memory.
         raw = _unpacked(ring.positions, -(-size // 8)) if count * _DENSE >= size else b""
         bits = np.unpackbits(np.frombuffer(raw, np.uint8)).view(bool)
         good = len(raw) == -(-size // 8) and not bits[size:].any()
@@ -84,7 +84,7 @@ def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
 
 
 def _unpacked(data: bytes | memoryview, most: int) -> bytes:
-    """What was packed; nothing if it is damaged, or more than it can be."""
+    """The unpacked data; empty if they are damaged, or larger than allowed."""
     stream = zlib.decompressobj()
     try:
         raw = stream.decompress(data, most + 1)
@@ -118,7 +118,7 @@ def rewrite_tensor(
         The rings with the digests of their plaintext.
 
     Raises:
-        IntegrityError: decrypted to other weights than were encrypted.
+        IntegrityError: the decrypted weights are not the ones that were encrypted.
     """
     dtype = SAFETENSORS[info.dtype]
     bits = np.frombuffer(data, f"<u{dtype.bits // 8}")
@@ -135,7 +135,7 @@ def rewrite_tensor(
                     f"tensor {ring.tensor!r}: its ring overlaps with that of a lower level"
                 )
             rows[places.runs] = True
-        # No local variable: crash reporters print those.
+        # Not in a local variable: crash reporters print those.
         plain = rewrite_ring(
             bits, places, leaf_key(bytes(keys[level]), ring.tensor),
             cipher=cipher, fine=fine, inverse=inverse,

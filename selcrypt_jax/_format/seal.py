@@ -11,13 +11,13 @@ def seal_tensor(data: memoryview, dtype: Dtype, name: str, secret: DerivedKey) -
     """Seals a tensor in place.
 
     Args:
-        data: its bytes.
-        dtype: of the tensor.
-        name: of the tensor.
-        secret: cipher key of level 1.
+        data: the tensor's bytes.
+        dtype: the tensor's dtype.
+        name: the tensor's name.
+        secret: the cipher key of level 1.
 
     Returns:
-        Its window, if its numbers have exponents.
+        The tensor's window, if its numbers have exponents.
     """
     window = find_window(data, dtype)
     mask_words(data, seal_key_of(bytes(secret), name), dtype, window)
@@ -27,6 +27,6 @@ def seal_tensor(data: memoryview, dtype: Dtype, name: str, secret: DerivedKey) -
 def unseal_part(
     data: memoryview, tensor: Tensor, name: str, secret: DerivedKey, start: int
 ) -> None:
-    """Takes the seal off a part of a tensor, from byte number ``start`` on, in place."""
+    """Removes the seal from a part of a tensor in place, starting at byte ``start``."""
     dtype = SAFETENSORS[tensor.dtype]
     mask_words(data, seal_key_of(bytes(secret), name), dtype, tensor.window, start)

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: encrypted, or decrypted and checked, on all cores."""
+"""Encrypts the tensors of a checkpoint, or decrypts and checks them, on all cores."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ from .checks import Checker
 from .envelope import Envelope
 from .manifest import CHUNK, Rest, Tensor, byte_count
 
-_BATCH = 1 << 27  # bytes that are held together where tensors pass through
+_BATCH = 1 << 27  # bytes that are in memory together when tensors are streamed
 _AT_ONCE = 4  # chunks that a thread takes
 
 
@@ -40,10 +40,10 @@ class TensorSource(Protocol):
 
 @runtime_checkable
 class StoredTensors(TensorSource, Protocol):
-    """Tensors of which parts can be read: a file, or arrays in memory."""
+    """Tensors that can be read in parts: a file, or arrays in memory."""
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills the buffer with bytes of a tensor, from byte number ``start`` on."""
+        """Fills the buffer with bytes of a tensor, from byte ``start`` on."""
         ...
 
 
@@ -70,7 +70,7 @@ def encrypt_tensors(
         name, data = given
         info = source.tensors[name]
         if name in rings:
-            from .rings import rewrite_tensor  # the start of NumPy
+            from .rings import rewrite_tensor  # imports NumPy
 
             found = rings[name]
             done[name] = rewrite_tensor(data, info, found, keys, cipher, inverse=False, what=name)
@@ -82,7 +82,7 @@ def encrypt_tensors(
         digests = tuple(_digest(data[i : i + CHUNK]) for i in range(0, len(data), CHUNK))
         return name, data, Tensor(info.dtype, tuple(info.shape), digests, window)
 
-    # Read in this thread: hosts read in one order.
+    # Read in this thread: all hosts must read in the same order.
     read = ((name, source.read(name)) for name in source.tensors)
     for name, data, table[name] in ahead(encrypted, read, lambda item: len(item[1])):
         write(name, data)
@@ -90,7 +90,7 @@ def encrypt_tensors(
 
 
 def cipher_keys(key: LevelKey) -> dict[int, DerivedKey]:
-    """Level → the key of its ring's cipher, for levels 1 to that of the key."""
+    """Level → the cipher key of its ring, from level 1 to the key's own."""
     return {lower.level: DerivedKey(lower.cipher_key()) for lower in key.all()}
 
 
@@ -112,10 +112,10 @@ class _Load:
     Attributes:
         part: see `_Part`.
         buffer: its bytes.
-        starts: of the pieces of it that are jobs.
-        sealed: where chunks start that were read, and are still sealed.
-        jobs: that are at work on it.
-        done: whether it is as the level sees it.
+        starts: the offsets of its pieces, which are the jobs.
+        sealed: the offsets of chunks that were read, and are still sealed.
+        jobs: the number of jobs at work on it.
+        done: whether it is decrypted for the level.
     """
 
     def __init__(self, part: _Part) -> None:
@@ -127,33 +127,33 @@ class _Load:
         self._left, self._lock = len(self.starts), Lock()
 
     def chunk(self, start: int) -> memoryview:
-        """The chunk that starts with a byte of the tensor."""
+        """The chunk that starts at this byte of the tensor."""
         return self.buffer[start - self.part.start :][:CHUNK]
 
     def count_down(self) -> bool:
-        """Notes that a piece was read; whether it was the last one."""
+        """Records that a piece was read; returns whether it was the last one."""
         with self._lock:
             self._left -= 1
             return not self._left
 
 
 class Unlocked:
-    """The tensors of a protected source as a level sees them, each checked before it is given.
+    """The tensors of a protected source as a level sees them, each checked before it is returned.
 
     Args:
         source: the tensors as shipped.
-        envelope: of the file; its signature and table are checked by the caller.
-        key: of level m, or None for level 0.
-        owner: whether the key comes from the owner's secret, for messages.
+        envelope: the file's envelope; the caller checks its signature and table.
+        key: the key of level m, or None for level 0.
+        owner: whether the key is derived from the owner's secret, for messages.
 
     Attributes:
         tensors: see `TensorSource`.
-        envelope: of the file.
+        envelope: the file's envelope.
         rings: tensor → its rings that the key opens, with their levels.
 
     Raises:
         GrantError: a key of another model.
-        IntegrityError: the file was altered, seen here or while reading.
+        IntegrityError: the file was altered; raised here or while reading.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Unlocked:
         self._ready = False
 
     def changes(self, name: str) -> bool:
-        """Whether the level sees other bytes in a tensor than were shipped."""
+        """Whether the level sees other bytes of a tensor than were shipped."""
         return self._sealed or name in self.rings
 
     def read(self, name: str) -> memoryview:
@@ -181,7 +181,7 @@ class Unlocked:
         return data
 
     def read_part(self, name: str, start: int, stop: int) -> memoryview:
-        """Some bytes of a tensor; all of it is read where the key opens a ring in it."""
+        """Some bytes of a tensor; reads all of it if the key opens a ring in it."""
         if start == stop:
             return new_buffer(0)
         if name in self.rings:
@@ -192,13 +192,13 @@ class Unlocked:
         return data[start - first : stop - first]
 
     def load(self, names: Collection[str]) -> Iterator[tuple[str, memoryview]]:
-        """Some tensors, whole, which are all held at once; large ones first."""
+        """Whole tensors, all in memory at once; large ones first."""
         parts = [_Part(name, 0, self._size(name)) for name in names]
-        # Lest a large one is begun last, when there is nothing left for other cores.
+        # Otherwise a large one might start last, and leave the other cores idle.
         return self._filled([sorted(parts, key=lambda part: -part.size)])
 
     def pieces(self) -> Iterator[tuple[str, memoryview]]:
-        """All tensors, in order, piece by piece: no more is held at once than must be."""
+        """All tensors, in order, piece by piece, with as little in memory at once as possible."""
         parts = []
         for name in self.tensors:
             size = self._size(name)
@@ -212,7 +212,7 @@ class Unlocked:
         return byte_count(info.dtype, info.shape)
 
     def _filled(self, batches: Iterable[Sequence[_Part]]) -> Iterator[tuple[str, memoryview]]:
-        """The parts, one after the other, a batch of them at work on all cores."""
+        """The parts, one after the other, with a batch of them at work on all cores."""
         cores = os.cpu_count() or 1
         pool = ThreadPoolExecutor(cores)
         try:
@@ -229,30 +229,30 @@ class Unlocked:
                 for load in loads:
                     for job in load.jobs:
                         job.result()
-                    if not load.done:  # all of it was read before NumPy was there
+                    if not load.done:  # all of it was read before NumPy was imported
                         load.jobs = [pool.submit(self._finish, load)]
                 while loads:
                     load = loads.pop(0)
                     for job in load.jobs:
                         job.result()
                     yield load.part.name, load.buffer
-                    del load  # not held any longer than it takes
+                    del load  # free it as soon as possible
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _start_numpy(self) -> None:
-        """In the main thread while others read, and not in them, where all would wait for it."""
+        """Imports NumPy in the main thread while others read; in those, all would wait for it."""
         if self._sealed or self.rings:
             from . import rings, seal  # noqa: F401
         self._ready = True
 
     def _read_on(self, pieces: "deque[tuple[_Load, int]]") -> None:
-        """Reads pieces, without NumPy, until it is there."""
+        """Reads pieces without NumPy, until it is imported."""
         while pieces and not self._ready:
             self._fill(*pieces.popleft())
 
     def _fill(self, load: "_Load", first: int) -> None:
-        """Reads chunks and checks them; the last one to be read finishes its part."""
+        """Reads chunks and checks them; the thread that reads the last one finishes the part."""
         for start in range(first, min(first + _AT_ONCE * CHUNK, load.part.stop), CHUNK):
             chunk = load.chunk(start)
             self._source.read_into(load.part.name, start, chunk)
@@ -291,7 +291,7 @@ class Unlocked:
 
 
 def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Neighbours that are held in memory together; large ones alone."""
+    """Adjacent parts that are in memory together; large ones alone."""
     batch: list[_Part] = []
     left = _BATCH
     for part in parts:

@@ -1,4 +1,4 @@
-"""What a file that was unlocked below the top level says of itself: it is not the original."""
+"""The mark of a file that was unlocked below the top level: it is not the original."""
 
 import json
 import re
@@ -10,15 +10,15 @@ from .envelope import Own
 from .manifest import Manifest
 
 UNLOCKED = "selcrypt-unlocked"
-"""The entry of ``__metadata__``. It is the caller's from then on, and not of a protected file."""
+"""The entry of ``__metadata__``. From then on it is the caller's, not a protected file's."""
 
 
 def unlocked_entries(own: Own, manifest: Manifest, level: int) -> Own:
-    """The entries of a file that is unlocked at a level: the caller's alone at the top.
+    """The entries of a file that is unlocked at a level: at the top, only the caller's.
 
     Args:
-        own: the caller's, or None if the checkpoint had none at all.
-        manifest: of the protected file.
+        own: the caller's, or None if the checkpoint had no ``__metadata__``.
+        manifest: the protected file's manifest.
         level: 1..M.
     """
     levels = len(manifest.levels)
@@ -29,7 +29,7 @@ def unlocked_entries(own: Own, manifest: Manifest, level: int) -> Own:
 
 
 def unlocked_level(metadata: Own) -> str | None:
-    """What the entry says, for messages; None where there is none, or none of ours."""
+    """The entry's content, for messages; None if there is none, or it is not ours."""
     try:
         says = json_object((metadata or {}).get(UNLOCKED, "").encode(), UNLOCKED)
     except ValueError:
@@ -42,10 +42,10 @@ def unlocked_level(metadata: Own) -> str | None:
 
 
 def warn_if_unlocked(metadata: Own, what: str) -> None:
-    """Warns before a level is protected in place of the original."""
+    """Warns before a level is protected instead of the original."""
     if (found := unlocked_level(metadata)) is not None:
         warnings.warn(
-            f"{what}: is {found}, not the original: what higher levels open is still scrambled "
-            "in it. Protect the original.",
+            f"{what}: is {found}, not the original: the weights of higher levels are still "
+            "encrypted in it. Protect the original.",
             stacklevel=3,
         )

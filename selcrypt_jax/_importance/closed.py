@@ -1,8 +1,8 @@
-"""Closed-form importance: one float a group of weights, from the weights or from gradients.
+"""Closed-form importance: one float per group of weights, from the weights or from gradients.
 
 Every function returns a pytree of scores with the structure of ``params``: float32 arrays that
 broadcast against their leaf (a kernel score of an HWIO leaf is ``(1, 1, I, O)``), and ``False``
-for the leaves that take no part. Higher is more important. They run under ``jit``.
+for leaves that are not selected. Higher is more important. They run under ``jit``.
 """
 
 import operator
@@ -38,7 +38,7 @@ def _by_leaf(
     granularity: Granularity,
     layout: Layout,
 ) -> PyTree:
-    """Scores by name, leaf and its axes inside a group, put where the leaves were."""
+    """Scores by name, leaf and its axes inside a group, in the tree's structure."""
     with constants_move():
         scores = {
             name: score(name, leaf, inner_axes(leaf.shape, granularity, layout)).astype(jnp.float32)
@@ -49,24 +49,24 @@ def _by_leaf(
 
 def _check_numbers(name: str, leaf: AnyArray) -> None:
     if jnp.issubdtype(leaf.dtype, jnp.unsignedinteger):
-        # Packed low-bit weights come as unsigned bytes; their value says nothing.
+        # Packed low-bit weights come as unsigned bytes, whose values mean nothing.
         raise ValueError(
             f"params {name!r}: expected floats or signed integers, got {leaf.dtype}, whose values "
-            "may be packed codes. Use importance.random (--importance random), or leave it out "
+            "may be packed codes. Use importance.random (--importance random), or exclude it "
             "with `select`."
         )
 
 
 def _numbers(name: str, leaf: AnyArray) -> Array:
-    """The leaf as floats, once it is sure to hold numbers."""
+    """The leaf as floats, after checking that it holds numbers."""
     _check_numbers(name, leaf)
     return _wide(leaf)
 
 
 def _wide(leaf: AnyArray) -> Array:
-    """The leaf as floats, wide enough to add up."""
+    """The leaf as floats, wide enough for sums."""
     narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
-    array = jnp.asarray(leaf)  # of a float64 JAX may hold 32 bits, which will do for scores
+    array = jnp.asarray(leaf)  # JAX may truncate float64 to 32 bits, which is enough for scores
     return array.astype(jnp.float32) if narrow else array
 
 
@@ -75,7 +75,7 @@ def _size(name: str, leaf: AnyArray, axes: Axes) -> Array:
     return jnp.abs(_numbers(name, leaf).mean(axes, keepdims=True))
 
 
-# Compiled, since every step would else take an array of the size of the leaf.
+# Compiled, since otherwise every step would make an array as large as the leaf.
 @partial(jax.jit, static_argnums=1)
 def _norm(leaf: AnyArray, axes: Axes) -> Array:
     return jnp.sqrt(jnp.square(_wide(leaf)).sum(axes, keepdims=True))
@@ -89,12 +89,12 @@ def random(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PyTree:
-    """Uniform noise: the baseline that knows nothing.
+    """Uniform noise: the baseline that uses no information.
 
     Args:
         params: pytree of arrays.
         key: typed `jax.random` key; one is derived for each leaf from its name.
-        select: which leaves take part: a regular expression searched in the leaf's name, a
+        select: which leaves are scored: a regular expression searched in the leaf's name, a
             function ``(name, leaf) -> bool``, or ``None`` for floats with two axes or more.
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``.
         layout: ``"HWIO"`` (JAX) or ``"OIHW"`` (PyTorch).
@@ -103,7 +103,7 @@ def random(
         Scores in [0, 1).
 
     Raises:
-        ValueError: `select` matches nothing, or something that is no array of numbers.
+        ValueError: `select` matches nothing, or a leaf that is not an array of numbers.
 
     Examples:
         >>> from selcrypt_jax import importance
@@ -125,7 +125,7 @@ def descend(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PyTree:
-    """|mean of the group|: the largest first. Arguments as in `random`.
+    """|mean of the group|, the largest first. Arguments as in `random`.
 
     Examples:
         >>> from selcrypt_jax import importance
@@ -144,7 +144,7 @@ def ascend(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PyTree:
-    """−|mean of the group|: the smallest first. Arguments as in `random`.
+    """−|mean of the group|, the smallest first. Arguments as in `random`.
 
     Examples:
         >>> from selcrypt_jax import importance
@@ -163,7 +163,7 @@ def mean(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PyTree:
-    """Nearest first to the leaf's average of |mean of the group|. Arguments as in `random`.
+    """Closeness to the leaf's average of |mean of the group|. Arguments as in `random`.
 
     Examples:
         >>> from selcrypt_jax import importance
@@ -214,22 +214,23 @@ def taylor(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PyTree:
-    """Mean over batches of |Σ w·∂loss/∂w| over the group: what zeroing it would cost.
+    """Mean over batches of |Σ w·∂loss/∂w| over the group: the estimated cost of zeroing it.
 
     Args:
         loss_fn: ``(params, batch) -> scalar``.
         params: pytree of arrays.
-        batches: pytree of arrays ``[batches, ...]``; one gradient a batch.
-        select: as in `random`, as are the following ones; floating-point leaves only.
-        granularity: see `random`.
-        layout: see `random`.
+        batches: pytree of arrays ``[batches, ...]``; one gradient per batch.
+        select: as in `random`, but floating-point leaves only.
+        granularity: as in `random`.
+        layout: as in `random`.
 
     Returns:
         Scores ≥ 0, in units of the loss.
 
     Raises:
-        ValueError: batches of different numbers, a selected leaf without gradients, or as `random`.
-        TypeError: a loss that is no scalar array.
+        ValueError: batches of different numbers, a selected leaf without gradients, or as in
+            `random`.
+        TypeError: the loss is not a scalar array.
 
     Examples:
         >>> from selcrypt_jax import importance
@@ -288,8 +289,8 @@ def _by_gradient(
     chosen = select_differentiable(params, select)
     arrays = tree.arrays
 
-    # Weights come as arguments, since what is closed over becomes part of the program; and one
-    # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside of loops.
+    # Weights are arguments, since values that are closed over become part of the program; and one
+    # batch at a time, since XLA's CPU backend is slow at gradients of convolutions inside loops.
     @jax.jit
     def products(arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
         def loss(chosen: dict[str, AnyArray]) -> Array:
@@ -314,10 +315,10 @@ def _by_gradient(
 
 
 def checked_loss(loss: Any) -> Array:
-    """The loss, once it is sure to be one.
+    """The loss, after checking that it is one.
 
     Raises:
-        TypeError: if it is something else.
+        TypeError: it is something else.
     """
     if not is_array(loss) or loss.shape != ():
         actual = f"shape {loss.shape}" if is_array(loss) else type(loss).__name__
@@ -329,14 +330,14 @@ def batch_count(batches: PyTree) -> int:
     """The common length of the first axis of all arrays in ``batches``.
 
     Raises:
-        ValueError: there is none, or they differ.
+        ValueError: there are no arrays, or their lengths differ.
     """
     leaves = named_leaves(batches, "batches").leaves
     sizes = {name: leaf.shape[0] if np.ndim(leaf) else None for name, leaf in leaves.items()}
     count, *others = {*sizes.values()} or {None}
     if others or not count:
         raise ValueError(
-            f"batches: expected arrays with the same first axis, one batch an entry, got {sizes}. "
+            f"batches: expected arrays with the same first axis, one batch per entry, got {sizes}. "
             "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
         )
     return count

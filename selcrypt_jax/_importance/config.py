@@ -1,4 +1,4 @@
-"""How importance is learned."""
+"""Settings for learning importance."""
 
 import math
 import operator
@@ -12,26 +12,27 @@ from .gates import BETA
 
 @dataclass(frozen=True)
 class PSSConfig:
-    """How importance is learned.
+    """Settings for learning importance with `pss`.
 
     Attributes:
-        objective: ``"keep"`` (the paper): gates say what stays, the rest is zero; what must stay
-            open is important. ``"break"``: gates say what is *encrypted*, that is replaced by
-            noise like the leaf's weights; what breaks the network is important.
-        steps: gradient steps; in each leaf, if `layerwise`.
-        penalty: λ, the price of an open gate in units of the (log) loss: about what a gate that is
-            worth it changes there. The more gates, the smaller: 1e-2 for some tens of thousands,
-            1e-4 for the 2 million of VGG19.
+        objective: ``"keep"`` (the paper): gates select the weights that stay, the others are zero;
+            groups whose gates must stay open are important. ``"break"``: gates select the weights
+            that are *encrypted*, that is, replaced by noise like the leaf's weights; groups that
+            break the network are important.
+        steps: gradient steps; per leaf, if `layerwise`.
+        penalty: λ, the cost of an open gate in units of the (log) loss: about the change in the
+            loss for which a gate is worth it. The more gates, the smaller: 1e-2 for some tens of
+            thousands, 1e-4 for the 2 million of VGG19.
         optimizer: any optax transformation that works from gradients alone (not ``lbfgs``). If
-            ``None``, Adam with rate 0.1 and ε = λ/10, about what the price alone pulls with: with
-            an ε far below that every gate would move by the rate, however little depends on it,
-            and gates would be ranked by how sure their gradients are, and not by how large.
+            ``None``, Adam with rate 0.1 and ε = λ/10, about the size of the penalty's own gradient:
+            with a far smaller ε, every gate would move by the rate, however little depends on it,
+            and gates would be ranked by the certainty of their gradients, not by their size.
         initial_log_alpha: where gates start; by default almost all open (2.5) for ``"keep"``,
             almost all closed (−3.5) for ``"break"``.
         cap: for ``"break"``: the loss at which the network counts as broken. Without one,
             thousands of kernels that are worthless alone are opened together. By default four
-            times the loss with everything selected replaced by noise.
-        sampled: draw gates (the text of the paper), or take the median gate (its release).
+            times the loss with all selected leaves replaced by noise.
+        sampled: sample the gates (the paper's text), or use the median gate (its release).
         layerwise: one leaf at a time, the others' gates at rest (the release), or all together.
         clamp: bounds of log α.
         beta: temperature of the gates.
@@ -69,7 +70,7 @@ class PSSConfig:
         low, high = self.clamp
         if not low <= self.start <= high:
             raise ValueError(
-                f"clamp: expected bounds about the start, log α = {self.start}, got {self.clamp}."
+                f"clamp: expected bounds around the start, log α = {self.start}, got {self.clamp}."
             )
         if not isinstance(self.optimizer, optax.GradientTransformation | None):
             raise TypeError(
@@ -81,7 +82,7 @@ class PSSConfig:
 
     @property
     def start(self) -> float:
-        """The log α that gates start from."""
+        """The initial log α of the gates."""
         if self.initial_log_alpha is not None:
             return self.initial_log_alpha
         return 2.5 if self.objective == "keep" else -3.5

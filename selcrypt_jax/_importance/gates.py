@@ -35,7 +35,7 @@ def hard_concrete(
     """
     noise = jnp.zeros_like(log_alpha)
     if uniform is not None:
-        # Samplers return 0, and rounding 1, whose logits are infinite.
+        # Samplers return 0, and rounding gives 1; their logits are infinite.
         tiny = float(jnp.finfo(log_alpha.dtype).eps)
         u = jnp.clip(uniform.astype(log_alpha.dtype), tiny, 1 - tiny)
         noise = jnp.log(u) - jnp.log1p(-u)

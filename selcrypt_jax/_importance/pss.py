@@ -1,4 +1,4 @@
-"""PSS, probabilistic selection strategy: importance learned by gates on a frozen network.
+"""PSS, the probabilistic selection strategy: learns importance with gates on a frozen network.
 
 Every group of weights gets a hard-concrete gate. Only the gates' ``log α`` are learned, over all
 leaves together (or leaf by leaf); the importance of a group is its ``log α``.
@@ -32,14 +32,14 @@ from .gates import hard_concrete, probability_open
 
 
 class PSSState(NamedTuple):
-    """Everything that learning needs to go on: a pytree, to be saved and restored as such.
+    """The whole state of learning: a pytree that can be saved and restored.
 
     Attributes:
         log_alpha: name → log α of the leaf's groups.
-        opt_state: of the optimiser.
+        opt_state: state of the optimiser.
         step: number of steps taken.
-        key: the noise of step t comes from ``fold_in(key, t)``, so that a resumed run equals a
-            straight one.
+        key: the noise of step t comes from ``fold_in(key, t)``, so a resumed run equals an
+            uninterrupted one.
         cap: log of the loss at which the network counts as broken.
 
     Examples:
@@ -58,7 +58,7 @@ class PSSState(NamedTuple):
 
 
 class PSSMetrics(NamedTuple):
-    """What happened in each step, ``[steps]``.
+    """The metrics of each step, ``[steps]``.
 
     Attributes:
         loss: task loss with the gates in place.
@@ -70,14 +70,14 @@ class PSSMetrics(NamedTuple):
 
 
 class PSSLearner(NamedTuple):
-    """Pure functions that learn importance, in the manner of an optax transformation.
+    """Pure functions that learn importance, in the style of an optax transformation.
 
     Attributes:
         init: ``(params, batches, key=...) -> PSSState``.
-        run: ``(params, batches, state, steps) -> (PSSState, PSSMetrics)``, jitted; batch t modulo
-            their number is used in step t.
+        run: ``(params, batches, state, steps) -> (PSSState, PSSMetrics)``, jitted; step t uses
+            batch t modulo the number of batches.
         scores: ``(state) -> scores``, a pytree of the structure of params.
-        steps: how many steps the configuration asks for in all.
+        steps: the total number of steps in the configuration.
 
     Examples:
         >>> learner = pss_learner(loss_fn, params, config=PSSConfig(steps=4))
@@ -101,22 +101,23 @@ def pss_learner(
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
 ) -> PSSLearner:
-    """Makes the functions that `pss` is a loop over; use them to checkpoint or to stop early.
+    """Makes the functions that `pss` runs in a loop; use them to checkpoint or to stop early.
 
     Args:
-        loss_fn: ``(params, batch) -> scalar``, positive; params frozen and trained.
-        params: pytree, for its structure and shapes; what `init` and `run` are given is used.
+        loss_fn: ``(params, batch) -> scalar``, positive; params are trained and frozen.
+        params: pytree, for its structure and shapes; `init` and `run` use the values passed to
+            them.
         config: see `PSSConfig`.
         select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
             ``None`` for floats with two axes or more.
-        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: the unit that shares a gate.
         layout: ``"HWIO"`` or ``"OIHW"``.
 
     Returns:
-        Functions to begin, to learn for a while, and to look at the scores.
+        Functions to start, to learn for some steps, and to read the scores.
 
     Raises:
-        ValueError: nothing is selected, or a leaf without gradients is.
+        ValueError: nothing is selected, or a selected leaf has no gradients.
 
     Examples:
         >>> learner = pss_learner(loss_fn, params, config=PSSConfig(steps=4))
@@ -142,17 +143,17 @@ def pss_learner(
         loss = loss_fn(tree.rebuild(leaves | changed), batch)
         return checked_loss(loss).astype(jnp.float32)
 
-    # One draw for all leaves: it compiles in a fraction of the time of one draw a leaf.
+    # One draw for all leaves: it compiles in a fraction of the time of one draw per leaf.
     def draw(
         sample: Callable[..., Array], key: PRNGKeyArray, shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Array]:
-        order = sorted(shapes)  # not the order in the container: equal paths, equal noise
+        order = sorted(shapes)  # not the container's order: equal paths give equal noise
         ends = np.cumsum([math.prod(shapes[name]) for name in order])
         parts = jnp.split(sample(key, (int(ends[-1]),), jnp.float32), ends[:-1])
         return {n: part.reshape(shapes[n]) for n, part in zip(order, parts, strict=True)}
 
     def noise(leaves: dict[str, AnyArray], key: PRNGKeyArray) -> dict[str, AnyArray]:
-        """Normal, with the mean and the deviation of each leaf."""
+        """Normal noise with each leaf's mean and standard deviation."""
         normal = draw(jax.random.normal, key, {name: leaves[name].shape for name in names})
         wide = {name: leaves[name].astype(jnp.float32) for name in names}
         return {name: wide[name].mean() + wide[name].std() * normal[name] for name in names}
@@ -190,17 +191,17 @@ def pss_learner(
         if rest >= broken:
             warnings.warn(
                 f"loss_fn: the network's loss on the first batch, {float(rest):.3g}, is no better "
-                f"than with noise in place of what is selected, {float(broken):.3g}. Is it "
-                "trained, and are the batches what it was trained on?",
+                f"than with noise in place of the selected leaves, {float(broken):.3g}. Is it "
+                "trained, and are the batches like its training data?",
                 stacklevel=2,
             )
-        cap = float(jnp.finfo(jnp.float32).max)  # not used, and no infinity to stumble over
+        cap = float(jnp.finfo(jnp.float32).max)  # unused; finite, so that no arithmetic fails
         if config.objective == "break":
-            # Noise may also make a loss overflow; then the network is broken well before.
+            # Noise may also make a loss overflow; the network is broken well before that.
             broken = jnp.where(jnp.isfinite(broken), broken, 100 * rest)
             cap = config.cap or 4 * float(jnp.maximum(broken, rest))
         log_alpha = {n: jnp.full(shape, config.start, jnp.float32) for n, shape in shapes.items()}
-        # Typed as the steps will leave it, so that one compilation serves all calls of `run`.
+        # With the dtypes that steps return, so that one compilation serves all calls of `run`.
         return PSSState(
             log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
         )
@@ -232,16 +233,16 @@ def pss_learner(
                 price += jnp.where(active[name], open_, 0)
             loss = target = task_loss(leaves, changed, batch)
             if config.objective == "break":
-                # Logarithm: what breaks a network multiplies its loss, group by group.
+                # Logarithm: damage multiplies a network's loss, group by group.
                 target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), state.cap)
             return target + config.penalty * price, (loss, price)
 
         gradients, (loss, price) = jax.grad(objective, has_aux=True)(state.log_alpha)
-        # optax itself mixes dtypes; strict promotion is meant for the code of the user.
+        # optax itself mixes dtypes; strict promotion is meant for the user's code.
         with jax.numpy_dtype_promotion("standard"):
             updates: Any
             updates, opt_state = optimizer.update(gradients, opt_state, state.log_alpha)
-        # Momentum left over from a leaf's turn must not go on moving it.
+        # Momentum left over from a leaf's turn must not keep moving it.
         moved = {
             name: jnp.clip(
                 state.log_alpha[name] + jnp.where(active[name], updates[name], 0), *config.clamp
@@ -268,8 +269,8 @@ def pss_learner(
         leaves = arrays(params)
         if jax.default_backend() != "cpu":
             return scan(leaves, batches, state, steps)
-        # Inside of loops, XLA's CPU backend does not rewrite the gradients of convolutions into
-        # its fast form: they take 10 to 40 times as long there.
+        # Inside loops, XLA's CPU backend does not rewrite the gradients of convolutions into its
+        # fast form: they take 10 to 40 times as long there.
         history = []
         for _ in range(steps):
             state, metrics = one_step(leaves, batches, state)
@@ -296,20 +297,20 @@ def pss(
 
     Args:
         loss_fn: ``(params, batch) -> scalar``, positive.
-        params: pytree; not changed.
-        batches: pytree of arrays ``[batches, ...]``; batch t modulo their number in step t.
+        params: pytree; not modified.
+        batches: pytree of arrays ``[batches, ...]``; step t uses batch t modulo their number.
         key: typed key for gates and noise.
         config: see `PSSConfig`.
         select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
             ``None`` for floats with two axes or more.
-        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: what shares a gate.
+        granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: the unit that shares a gate.
         layout: ``"HWIO"`` or ``"OIHW"``.
-        progress: called now and then with the state and the metrics of the steps since
+        progress: called from time to time with the state and the metrics of the steps since
             the last call.
 
     Returns:
-        Scores (log α, one float a group), a pytree of the structure of ``params`` with ``False``
-        for the leaves that take no part; for `nested_masks`.
+        Scores (log α, one float per group), a pytree of the structure of ``params`` with ``False``
+        for leaves that are not selected; for `nested_masks`.
 
     Raises:
         ValueError: nothing selected; weights or a loss that are not finite, with the step.
@@ -325,7 +326,7 @@ def pss(
         loss_fn, params, config=config, select=select, granularity=granularity, layout=layout
     )
     state = learner.init(params, batches, key=key)
-    # A divisor of the steps, so that all calls are of one length and compile once.
+    # A divisor of the number of steps, so that all calls have one length and compile once.
     most = max(learner.steps // 20, 1)
     chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
     for _ in range(learner.steps // chunk):

@@ -1,4 +1,4 @@
-"""Arrays as the bytes of a file, and back; JAX is needed for trees only."""
+"""Converts arrays to the bytes of a file and back; only trees need JAX."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,21 +21,21 @@ class ArrayInfo(NamedTuple):
 def as_array(
     data: bytes | bytearray | memoryview, dtype: str, shape: tuple[int, ...]
 ) -> np.ndarray:
-    """The array that bytes of a file stand for.
+    """The array encoded by bytes of a file.
 
     Args:
-        data: little-endian, in C order; shared by the array.
+        data: little-endian, in C order; the array shares this memory.
         dtype: safetensors' name.
-        shape: of the array.
+        shape: the array's shape.
 
     Raises:
-        ValueError: a dtype that shares bytes between elements.
+        ValueError: the dtype packs several elements into a byte.
     """
     known = SAFETENSORS[dtype]
     if known.bits < 8:
         raise ValueError(
-            f"expected a dtype of 8 bits or more, got {dtype}, of which NumPy has no packed "
-            "arrays. Unlock it into a file, for a program that has them"
+            f"expected a dtype of 8 bits or more, got {dtype}, for which NumPy has no packed "
+            "arrays. Unlock it into a file, for a program that supports them"
         )
     return np.frombuffer(data, _numpy_dtype(known.name)).reshape(shape)
 
@@ -44,12 +44,12 @@ def _advice(array: Any, known: Dtype | None) -> str:
     text = str(array.dtype)
     if type(array).__module__.partition(".")[0] == "torch":
         return (
-            "Pass NumPy arrays: tensor.detach().cpu().numpy(). Of bfloat16, which NumPy lacks, "
+            "Pass NumPy arrays: tensor.detach().cpu().numpy(). For bfloat16, which NumPy lacks, "
             "save a file with safetensors.torch, and use protect_file."
         )
     if known is not None and known.bits < 8:
         wide = "float8_e4m3fn" if known.kind == "float" else known.name.rstrip("0124") + "8"
-        return f"Store it wider, as leaf.astype({wide!r}), and narrow it when it is unlocked."
+        return f"Convert it to a wider dtype, leaf.astype({wide!r}), and back after unlocking."
     if text.startswith("key<"):
         return "Keep random state out of the tree: nnx.state(model, (nnx.Param, nnx.BatchStat))."
     return "Convert it, or keep it out of the tree."
@@ -59,7 +59,7 @@ def _numpy_dtype(name: str) -> np.dtype:
     try:
         return np.dtype(name)
     except TypeError:
-        import ml_dtypes  # noqa: F401 - teaches NumPy bfloat16 and float8
+        import ml_dtypes  # noqa: F401 - registers bfloat16 and float8 with NumPy
 
         return np.dtype(name)
 
@@ -69,10 +69,10 @@ class ArraySource:
 
     Args:
         arrays: name → NumPy or JAX array.
-        what: for messages.
+        what: the arrays, for messages.
 
     Raises:
-        ValueError: a dtype that safetensors does not have.
+        ValueError: safetensors has no such dtype.
     """
 
     def __init__(self, arrays: Mapping[str, Any], what: str = "params") -> None:
@@ -89,9 +89,9 @@ class ArraySource:
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
-        """Reads of this array do not pass through the other hosts: it is gathered once, here.
+        """Reads of this array do not involve other hosts: it is gathered once, here.
 
-        All processes enter this in one order, as JAX wants it, and not in threads.
+        All processes enter this in the same order, as JAX requires, and not in threads.
         """
         array = self._arrays[name]
         if getattr(array, "is_fully_addressable", True):

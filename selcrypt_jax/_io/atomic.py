@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent, whatever happens meanwhile."""
+"""Outputs that are either complete or absent, whatever happens in between."""
 
 import errno
 import io
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _SUFFIX = ".selcrypt-tmp"
-# How file systems say that they do not know a call at all (those of a network, of containers).
+# Errors of file systems (network, container) that do not support a call at all.
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
 
-# How they say that a file cannot be linked: they have no links, or no way out of /proc.
+# Errors if a file cannot be linked: no links, or no access through /proc.
 _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.ENOENT, errno.EMLINK}
 
 
@@ -22,33 +22,33 @@ _NO_LINKS = {errno.EPERM, errno.EXDEV, errno.ENOENT, errno.EMLINK}
 def new_file(
     path: str | os.PathLike[str], *, force: bool = False, private: bool = False, keep: bool = True
 ) -> Iterator[BinaryIO]:
-    """A file to write, which appears under its name when the block ends, and only then.
+    """A file to write, which appears under its name only when the block ends.
 
-    The bytes are on the disk before the name is. After an exception, there is no file, or the old
+    The data are on disk before the name is. After an exception, there is no file, or the old
     one. On Linux the new file has no name while it is written, so that even a killed process
-    leaves nothing behind (but for the moment, with `force`, in which a whole file waits to take
-    the place of another); elsewhere a file ``.NAME.XXXX.selcrypt-tmp`` may stay then, which is in
-    nobody's way.
+    leaves nothing behind (except, with `force`, in the moment in which a complete file waits to
+    replace another one). On other systems a file ``.NAME.XXXX.selcrypt-tmp`` may then remain; it
+    does no harm.
 
     Args:
-        path: of the file. With `force`, a link is followed, and stays a link.
+        path: the file's path. With `force`, a link is followed, and stays a link.
         force: replace an existing file.
-        private: only its owner may read and write a new file, from the first byte on; else it has
-            the permissions that the umask gives it.
-        keep: a file that is replaced keeps its permissions and, where the system allows it, its
-            owner and group (not its hard links).
+        private: only its owner may read and write a new file, from the first byte on; otherwise
+            it gets the permissions that the umask allows.
+        keep: a replaced file keeps its permissions and, if the system allows it, its owner and
+            group (not its hard links).
 
     Yields:
-        A buffered binary file, to write and to seek.
+        A buffered, seekable binary file to write to.
 
     Raises:
-        FileExistsError: there is such a file and no `force`, or it appeared meanwhile.
-        OSError: the folder is missing or closed to us; or the disk is full, and so on, while
-            writing.
-        ValueError: a pipe or device.
+        FileExistsError: the file exists and `force` is not set, or it appeared in the meantime.
+        OSError: the folder is missing or not writable; or writing failed, for example because
+            the disk is full.
+        ValueError: the path is a pipe or device.
 
     Warns:
-        UserWarning: the file system lets more people read it than should.
+        UserWarning: the file system lets more people read the file than it should.
     """
     with new_files() as create:
         yield create(path, force=force, private=private, keep=keep)
@@ -56,14 +56,14 @@ def new_file(
 
 @contextmanager
 def new_files() -> Iterator[Callable[..., BinaryIO]]:
-    """Several such files, which appear together when the block ends, or none of them.
+    """Several such files, which appear together when the block ends, or not at all.
 
     Yields:
-        A function that takes what `new_file` takes, and returns a file.
+        A function that takes the arguments of `new_file`, and returns a file.
 
     Raises:
-        As `new_file`. Files that got their names before another failed to are removed again; one
-        that took the place of an older one stays, and the error says so.
+        The errors of `new_file`. If one file fails to get its name, those that already have one are
+        removed again; one that replaced an older file stays, and the error says so.
     """
     outputs: list[_NewFile] = []
 
@@ -103,17 +103,17 @@ class _NewFile:
         if self._old is not None and (keep or not private):
             self._mode = stat.S_IMODE(self._old.st_mode) & 0o777
         with _blame(self.target):
-            # Never more open than it will be. What the umask takes away is only known of a file
-            # that was made with all there is.
+            # Never more permissive than the result. What the umask removes is only visible on a
+            # file that was made with all permissions.
             closed = self._mode is not None
             self._descriptor, self._temporary = _open(self.target, 0o600 if closed else 0o666)
         self._raw = _Output(self._descriptor, "wb")
         self._raw.target = self.target
-        # Not a `with`, which after an exception would write out what is left, to no purpose.
+        # Not a `with`, which after an exception would write out the rest for nothing.
         self.file = io.BufferedWriter(self._raw)
 
     def finish(self) -> None:
-        """Brings the bytes to the disk, and gives them their permissions."""
+        """Flushes the data to disk, and sets the permissions."""
         self.file.flush()
         with _blame(self.target):
             if self._mode is not None:
@@ -127,13 +127,13 @@ class _NewFile:
                 self._descriptor, self.target, self._force
             )
             if self._temporary is not None:
-                self._raw.close()  # some systems don't rename open files
+                self._raw.close()  # some systems cannot rename open files
                 _rename(self._temporary, self.target, self._force)
                 self._temporary = None
         self._appeared = True
 
     def undo(self) -> bool:
-        """Takes the name away again, if there was no file before; whether nothing of it is left."""
+        """Removes the name again, unless it replaced a file; whether nothing of it is left."""
         if not self._appeared:
             return True
         if self._old is None:
@@ -141,7 +141,7 @@ class _NewFile:
         return self._old is None
 
     def close(self) -> None:
-        """Lets go of it, and of the temporary name if it still has one."""
+        """Closes the file, and removes its temporary name if it still has one."""
         self._raw.close()
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
@@ -149,19 +149,19 @@ class _NewFile:
 
 @contextmanager
 def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterator[Path]:
-    """A folder to fill, which appears under its name when the block ends, and only then.
+    """A folder to fill, which appears under its name only when the block ends.
 
     Args:
-        path: of the folder. There must be nothing of this name yet, not even an empty folder.
-        private: it stays closed to others.
+        path: the folder's path. Nothing may exist there yet, not even an empty folder.
+        private: only its owner may enter it.
 
     Yields:
-        The folder ``.NAME.XXXX.selcrypt-tmp`` beside it, closed to others while it is filled. It
-        is removed after an exception; a killed process leaves it.
+        The folder ``.NAME.XXXX.selcrypt-tmp`` beside it, private while it is filled. It
+        is removed after an exception; a killed process leaves it behind.
 
     Raises:
-        FileExistsError: there is something of this name already.
-        OSError: the folder around it is missing or closed to us, or the writing failed.
+        FileExistsError: something of this name exists already.
+        OSError: the parent folder is missing or not writable, or writing failed.
     """
     target = Path(path).absolute()
     if os.path.lexists(target):
@@ -171,7 +171,7 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
     with _blame(target):
         temporary.mkdir()
     try:
-        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask gives, without asking it
+        mode = stat.S_IMODE(temporary.stat().st_mode)  # what the umask allows, without reading it
         with _blame(target):
             closed = _set_mode(temporary, mode & ~0o077)
         if private and not closed:
@@ -185,14 +185,14 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
             if not private:
                 _set_mode(temporary, mode)
             try:
-                # A rename doesn't merge: it fails if there are files there meanwhile.
+                # A rename doesn't merge: it fails if files have appeared there.
                 temporary.rename(target)
             except OSError:
                 if os.path.lexists(target):
                     raise _appeared(target) from None
                 raise
     except BaseException:
-        import shutil  # with all that it knows to pack, which readers need not wait for
+        import shutil  # slow to import; readers do not need it
 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -200,16 +200,16 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
 
 
 def check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
-    """Checks that an output isn't one of the inputs, by whatever name or link.
+    """Checks that an output isn't one of the inputs, under any name or link.
 
     Raises:
-        ValueError: it is.
+        ValueError: it is one of them.
     """
     for path in inputs:
         try:
             same = os.path.samefile(output, path)
         except FileNotFoundError:
-            continue  # what doesn't exist is nothing else
+            continue  # an output that doesn't exist cannot be an input
         if same:
             raise ValueError(
                 f"{os.fspath(output)}: expected another file than the input, got "
@@ -218,7 +218,7 @@ def check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]
 
 
 class _Output(io.FileIO):
-    """Says whose error it is: that of a full disk has no file name."""
+    """Adds the file's name to errors: that of a full disk has none."""
 
     target: Path
 
@@ -241,7 +241,7 @@ def _blame(target: Path) -> Iterator[None]:
 
 
 def _check_target(path: Path, force: bool) -> tuple[Path, os.stat_result | None]:
-    """Where to write, and what is there."""
+    """The path to write to, and the state of the file there."""
     path = path.absolute()  # the block may change the working folder
     try:
         old = path.stat()
@@ -253,11 +253,11 @@ def _check_target(path: Path, force: bool) -> tuple[Path, os.stat_result | None]
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise ValueError(
             f"{path}: expected a regular file as output, got a pipe or device. Write a file, "
-            "and pass it on when it is whole."
+            "and pass it on when it is complete."
         )
     if not force and os.path.lexists(path):
         raise _exists(path, "Name another file, or replace it with force (--force)")
-    # Followed, since a link to a model on a larger disk is to stay one.
+    # Followed, so that a link to a model on a larger disk stays a link.
     target = Path(os.path.realpath(path)) if force else path
     _check_parent(target)
     return target, old
@@ -274,13 +274,13 @@ def _check_parent(target: Path) -> None:
 
 
 def _open(target: Path, mode: int) -> tuple[int, Path | None]:
-    """A descriptor, and the temporary name if it has one."""
+    """A descriptor, and the temporary name if the file has one."""
     unnamed = getattr(os, "O_TMPFILE", 0)
-    if unnamed and os.path.isdir("/proc/self/fd"):  # without it, no way to a name later
+    if unnamed and os.path.isdir("/proc/self/fd"):  # needed to name the file later
         try:
             return os.open(target.parent, os.O_WRONLY | unnamed, mode), None
         except OSError as error:
-            # How file systems and kernels say that they don't know it.
+            # Errors of file systems and kernels that do not support it.
             if error.errno not in _UNKNOWN | {errno.EISDIR, errno.ENOENT}:
                 raise
     temporary = _sibling(target)
@@ -289,10 +289,10 @@ def _open(target: Path, mode: int) -> tuple[int, Path | None]:
 
 
 def _give(descriptor: int, mode: int, old: os.stat_result | None, target: Path) -> None:
-    """The permissions of a new file, and owner and group of the one that it replaces."""
+    """Sets the permissions of a new file, and the owner and group of the one that it replaces."""
     new = os.fstat(descriptor)
     if old is not None and hasattr(os, "fchown") and (old.st_uid, old.st_gid) != new[4:6]:
-        # The owner is for root to give. A group that is not ours would be let in by its bits.
+        # Only root can set the owner. If the group cannot be set, another group gets no access.
         for owner in ((old.st_uid, old.st_gid), (-1, old.st_gid)):
             with suppress(OSError):
                 os.fchown(descriptor, *owner)
@@ -304,7 +304,7 @@ def _give(descriptor: int, mode: int, old: os.stat_result | None, target: Path) 
 
 
 def _set_mode(file: int | Path, mode: int) -> bool:
-    """Sets permissions, where the file system has any; whether it lets nobody else in."""
+    """Sets permissions, if the file system has any; returns whether nobody else has access."""
     actual = stat.S_IMODE(os.stat(file).st_mode)
     if actual == mode:
         return True
@@ -319,16 +319,16 @@ def _set_mode(file: int | Path, mode: int) -> bool:
 
 def _warn(target: Path, kind: str) -> None:
     warnings.warn(
-        f"{target}: others may read this {kind}: its file system does not let its permissions be "
-        "changed. Move it to one that does.",
+        f"{target}: others may read this {kind}: its file system does not allow changing its "
+        "permissions. Move it to one that does.",
         stacklevel=2,
     )
 
 
 def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:
-    """Gives an unnamed file its name; a temporary one, which is returned, to replace another."""
+    """Gives an unnamed file its name; or a temporary one, which is returned, to replace another."""
     name = _sibling(target) if force else target
-    # For its path alone: a folder may be written to by those who may not list it.
+    # Opened for its path alone: a folder may be writable but not readable.
     folder = os.open(target.parent, getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY)
     try:
         # With a folder's descriptor, since without one Python calls link(2), which would link
@@ -346,7 +346,7 @@ def _name_file(descriptor: int, target: Path, force: bool) -> Path | None:
 
 
 def _copied(descriptor: int, target: Path) -> Path:
-    """The same under a temporary name, where files cannot be linked, or not from /proc."""
+    """Copies the file to a temporary name if it cannot be linked, or not through /proc."""
     import shutil
 
     made = os.fstat(descriptor)
@@ -370,7 +370,7 @@ def _rename(temporary: Path, target: Path, force: bool) -> None:
     if not force:
         try:
             os.link(temporary, target)  # unlike a rename, it replaces nothing
-        except OSError:  # there is such a file, or links are unknown to the file system
+        except OSError:  # the file exists, or the file system does not support links
             if os.path.lexists(target):
                 raise _appeared(target) from None
         else:
@@ -380,7 +380,7 @@ def _rename(temporary: Path, target: Path, force: bool) -> None:
 
 
 def _sibling(target: Path) -> Path:
-    # Cut, since names have a limit of 255 bytes, and a character up to 4.
+    # Truncated, since names have a limit of 255 bytes, and a character takes up to 4.
     return target.with_name(f".{target.name[:40]}.{os.urandom(4).hex()}{_SUFFIX}")
 
 
@@ -388,12 +388,12 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _UNKNOWN:  # there is nothing that could be asked for more
+        if error.errno not in _UNKNOWN:  # if unsupported, nothing more can be done
             raise
 
 
 def _sync_path(path: Path) -> None:
-    if os.name != "nt":  # where only files that are open for writing can be synced
+    if os.name != "nt":  # Windows can only sync files that are open for writing
         descriptor = os.open(path, os.O_RDONLY)
         try:
             _sync(descriptor)
@@ -402,15 +402,15 @@ def _sync_path(path: Path) -> None:
 
 
 def _sync_names(folder: Path) -> None:
-    """Brings new names to the disk, as far as the folder may be opened."""
+    """Flushes new names to disk, if the folder may be opened."""
     try:
         _sync_path(folder)
     except PermissionError:
         pass
     except OSError as error:
         text = (
-            f"{error.strerror}; all was written, but the disk does not confirm the names in this "
-            "folder, which a power failure may undo. Check the disk"
+            f"{error.strerror}; all data were written, but the disk does not confirm the names in "
+            "this folder, so a power failure may undo them. Check the disk"
         )
         raise OSError(error.errno, text, str(folder)) from error
 
@@ -420,11 +420,11 @@ def _exists(path: Path, advice: str) -> FileExistsError:
 
 
 def _appeared(path: Path) -> FileExistsError:
-    return _exists(path, "It appeared meanwhile; nothing was written")
+    return _exists(path, "It appeared in the meantime; nothing was written")
 
 
 def writable_folder(path: Path) -> None:
-    """Makes a folder if it is missing, and tries it: better now than after minutes of work.
+    """Makes a folder if it is missing, and tests that it is writable before minutes of work.
 
     Raises:
         OSError: it cannot be made or written to.

@@ -1,16 +1,16 @@
-"""Memory for tensors: pages that nobody has to fill with zeros first, as large as they come."""
+"""Memory for tensors: large pages that are not filled with zeros first."""
 
 import mmap
 import sys
 
-_LARGE = 1 << 20  # bytes from which pages of its own are worth it
+_LARGE = 1 << 20  # bytes from which separate pages are worth it
 
 
 def new_buffer(size: int) -> memoryview:
-    """Writable bytes, all zero; a large buffer takes memory only as it is filled."""
+    """Writable bytes, all zero; a large buffer uses memory only as it is filled."""
     if size < _LARGE or sys.platform == "win32":
         return memoryview(bytearray(size))
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # a small page costs more to get than to decrypt
+        pages.madvise(mmap.MADV_HUGEPAGE)  # a small page costs more to allocate than to decrypt
     return memoryview(pages)

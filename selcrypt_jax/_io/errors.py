@@ -1,4 +1,4 @@
-"""Errors of arguments, and those that programs tell apart: with a reason in one word."""
+"""Errors about arguments, and errors that programs can distinguish by a one-word reason."""
 
 import functools
 from typing import Any, Literal
@@ -13,16 +13,16 @@ GrantReason = Literal[
 
 
 def check_type(value: object, kind: Any, expected: str, remedy: str) -> None:
-    """Refuses an argument of another type; the message does not show it, for it may be a secret.
+    """Refuses an argument of another type; the message omits the value: it may be a secret.
 
     Args:
-        value: of the argument.
-        kind: type, or union of types.
-        expected: the argument and what it should be.
-        remedy: what to do about it.
+        value: the argument's value.
+        kind: a type, or a union of types.
+        expected: the argument's name and expected type.
+        remedy: the remedy.
 
     Raises:
-        TypeError: it is of another type.
+        TypeError: the value has another type.
     """
     if not isinstance(value, kind):
         raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
@@ -40,23 +40,23 @@ class _ReasonedError(ValueError):
 
 
 class IntegrityError(_ReasonedError):
-    """A protected file is not as its owner made it.
+    """A protected file was altered: it is not as its owner made it.
 
     Attributes:
-        reason: what did not fit, in the order in which a file is checked:
+        reason: which check failed, in the order in which a file is checked:
 
             - ``"manifest"``: the manifest is malformed;
-            - ``"metadata"``: an entry of the metadata is missing, unknown or changed;
-            - ``"signer"``: signed by nobody, or by another signer than the one expected;
-            - ``"signature"``: the signature does not fit the manifest and the boxes;
-            - ``"model"``: another model id than the one expected;
-            - ``"table"``: other names, dtypes or shapes than in the manifest;
-            - ``"shard"``: a shard of another protection, one that is missing, or other weights
-              beside them;
+            - ``"metadata"``: a metadata entry is missing, unknown or changed;
+            - ``"signer"``: the file is not signed, or by another signer than the one expected;
+            - ``"signature"``: the signature does not match the manifest and the boxes;
+            - ``"model"``: the model id is not the one expected;
+            - ``"table"``: names, dtypes or shapes differ from the manifest;
+            - ``"shard"``: a shard belongs to another protection or is missing, or there are other
+              weights beside the shards;
             - ``"box"``: a sealed box does not open;
-            - ``"ring"``: a box opens, but its content does not fit the tensors;
-            - ``"digest"``: a tensor has other bytes than it was shipped with;
-            - ``"plaintext"``: weights were decrypted to others than were encrypted.
+            - ``"ring"``: a box opens, but its content does not match the tensors;
+            - ``"digest"``: a tensor's bytes are not the ones that were shipped;
+            - ``"plaintext"``: the decrypted weights are not the ones that were encrypted.
 
     Examples:
         >>> try:
@@ -70,19 +70,21 @@ class IntegrityError(_ReasonedError):
 
 
 class GrantError(_ReasonedError):
-    """A grant or key does not open what it was used on.
+    """A grant or key does not open the file it was used on.
 
     Attributes:
         reason: one of
 
             - ``"kind"``: the file holds no key, one of another kind, or one of a later version;
             - ``"damaged"``: the file was cut off or mistyped;
-            - ``"passphrase"``: locked, and the passphrase is missing or wrong;
-            - ``"recipient"``: sealed, and the private key is missing, malformed or another's;
-            - ``"model"``: for another model, or for the model before its rotation;
-            - ``"level"``: for a lower level than the one asked for, or one the model does not have;
+            - ``"passphrase"``: the file is locked, and the passphrase is missing or wrong;
+            - ``"recipient"``: the file is sealed, and the private key is missing, malformed or not
+              the recipient's;
+            - ``"model"``: the grant is for another model, or for the model before its rotation;
+            - ``"level"``: the grant is for a lower level than requested, or the model has no such
+              level;
             - ``"secret"``: the secret is not the one that protected the file;
-            - ``"signer"``: the grant asks for another signer than the caller does.
+            - ``"signer"``: the grant requires another signer than the caller does.
 
     Examples:
         >>> try:

@@ -1,4 +1,4 @@
-"""Folders of unknown origin: files that are regular and no larger than they should be."""
+"""Untrusted folders: checks that files are regular and not larger than they should be."""
 
 import os
 import stat
@@ -6,17 +6,17 @@ from pathlib import Path
 
 
 def regular_files(folder: str | os.PathLike[str]) -> dict[str, int]:
-    """All files of a folder, once none of them can lead elsewhere or make a reader wait.
+    """All files of a folder, after checking that none leads elsewhere or blocks a reader.
 
     Args:
-        folder: may be a link itself; its name comes from the caller, and not from the folder.
+        folder: may be a link itself, since its name comes from the caller.
 
     Returns:
-        Path from the folder, with ``/`` between steps → bytes.
+        Path relative to the folder, with ``/`` between steps → size in bytes.
 
     Raises:
-        ValueError: a symbolic link, pipe, socket or device anywhere in it.
-        OSError: it cannot be read.
+        ValueError: there is a symbolic link, pipe, socket or device anywhere in it.
+        OSError: the folder cannot be read.
     """
     found: dict[str, int] = {}
     steps = [""]
@@ -36,20 +36,20 @@ def regular_files(folder: str | os.PathLike[str]) -> dict[str, int]:
 def read_regular(
     path: str | os.PathLike[str], most: int, start: int = 0, stop: int | None = None
 ) -> bytes:
-    """The bytes of a file, or some of them, once it is known how many that are.
+    """The bytes of a file, or some of them, after checking their number.
 
     Args:
-        path: of the file.
-        most: bytes to read.
-        start: of what is read.
-        stop: behind the last byte; by default the end of the file.
+        path: the file's path.
+        most: the largest number of bytes to read.
+        start: the first byte to read.
+        stop: one past the last byte; by default the end of the file.
 
     Raises:
-        ValueError: a link, pipe or device; or larger than `most`, or too small for `stop`.
-        OSError: it cannot be read.
+        ValueError: it is a link, pipe or device; or larger than `most`, or too small for `stop`.
+        OSError: the file cannot be read.
     """
     path = Path(path)
-    # Before opening it, since opening a pipe waits for its other end; and again, when it is open.
+    # Checked before opening it, since opening a pipe blocks; and again once it is open.
     _check_regular(path, path.lstat().st_mode)
     flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with open(os.open(path, os.O_RDONLY | flags), "rb") as file:
@@ -59,14 +59,14 @@ def read_regular(
         if stop - start > most:
             raise ValueError(
                 f"{path}: expected at most {most} bytes, got {stop - start}. It was damaged or "
-                "altered: get it again."
+                "altered: download it again."
             )
         file.seek(start)
         data = file.read(stop - start)
     if len(data) != stop - start:
         raise ValueError(
-            f"{path}: expected {stop} bytes or more, got {start + len(data)}. It is cut off: get "
-            "it again."
+            f"{path}: expected {stop} bytes or more, got {start + len(data)}. It is cut off: "
+            "download it again."
         )
     return data
 
@@ -74,10 +74,10 @@ def read_regular(
 def _check_regular(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         actual = "a pipe, socket or device"
-        remedy = "No checkpoint holds one: remove it, or get the folder again."
+        remedy = "No checkpoint holds one: remove it, or download the folder again."
         if stat.S_ISDIR(mode):
-            actual, remedy = "a folder", "Get the folder around it again."
+            actual, remedy = "a folder", "Download the whole checkpoint again."
         if stat.S_ISLNK(mode):
-            actual, remedy = "a symbolic link", "If you trust the folder, copy what its links "
-            remedy += "point to (cp -rL), and name the copy."
+            actual, remedy = "a symbolic link", "If you trust the folder, copy the targets of its "
+            remedy += "links (cp -rL), and name the copy."
         raise ValueError(f"{path}: expected a regular file, got {actual}. {remedy}")

@@ -1,4 +1,4 @@
-"""Weights in other formats: what a file is that is no safetensors file, and how to convert it."""
+"""Weights in other formats: recognises a file that is not safetensors, and how to convert it."""
 
 import re
 from pathlib import Path, PurePath
@@ -8,11 +8,11 @@ from .strict_json import listing
 
 
 class _Kind(NamedTuple):
-    """A format.
+    """A file format.
 
     Attributes:
         name: with its article.
-        remedy: what to do with a file of it.
+        remedy: what to do with such a file.
     """
 
     name: str
@@ -22,7 +22,7 @@ class _Kind(NamedTuple):
 _NUMPY = "save its arrays under their names with safetensors.numpy.save_file"
 _TORCH = _Kind(
     "a PyTorch checkpoint",
-    "load it with torch.load(path, weights_only=True) and save its tensors (of Lightning those "
+    "load it with torch.load(path, weights_only=True) and save its tensors (for Lightning, those "
     "under 'state_dict') with safetensors.torch.save_file",
 )
 _FLAX = _Kind(
@@ -47,7 +47,7 @@ _ZIP = _Kind(
     "load it there and save it with safetensors.torch or safetensors.numpy",
 )
 
-# Only asked for once the file is refused: the length of a header may look like any of them.
+# Only tried after the file is refused: the length of a header may look like any of them.
 _MAGIC = {
     b"version https://git-lfs": _Kind(
         "a Git LFS pointer", "get the file itself with `git lfs pull`"
@@ -77,24 +77,25 @@ _SUFFIXES = {
     ".pb": _TENSORFLOW,
 }
 WEIGHTS = frozenset({".safetensors", *_SUFFIXES})
-"""How the names of files end that loaders take for the weights of a model."""
+"""Suffixes of files that loaders treat as a model's weights."""
 
-# What trainers leave beside a model; none of it holds weights that a loader of models looks for.
+# Files that trainers leave beside a model; none of them holds weights that a model loader reads.
 _OF_TRAINING = re.compile(
     r"(training_args\.bin|(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth)$"
 )
 
 
 def format_of(first: bytes, name: str, *, certain: bool) -> str | None:
-    """What a refused file is, and how to convert it.
+    """The format of a refused file, and how to convert it.
 
     Args:
-        first: its first bytes, 16 or more unless it is shorter.
-        name: of the file.
-        certain: whether those bytes cannot begin a safetensors file, so that one of them is enough.
+        first: its first bytes, 16 or more unless the file is shorter.
+        name: the file's name.
+        certain: whether those bytes cannot begin a safetensors file, so that weak evidence
+            suffices.
 
     Returns:
-        Text for a message, two sentences; None for a format that is not known.
+        Text for a message, two sentences; None for an unknown format.
     """
     kind = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
     if kind is None and certain:
@@ -120,12 +121,12 @@ def _by_a_few_bytes(first: bytes) -> _Kind | None:
         return _Kind("a web page", "download the file itself")
     if one == b"{":
         return _Kind("JSON text", "the index of a sharded model is called *.safetensors.index.json")
-    # A map, as all of Flax's files are, whose first key is text.
+    # A map, as in all Flax files, whose first key is text.
     is_map = b"\x80" < one <= b"\x8f" or one in (b"\xde", b"\xdf")
     key = first[{b"\xde": 3, b"\xdf": 5}.get(one, 1) :][:1]
     if is_map and (b"\xa0" <= key <= b"\xbf" or key in (b"\xd9", b"\xda", b"\xdb")):
         return _FLAX
-    # Its first field is a small version, and its second one the producer's name or what follows.
+    # Its first field is a small version, and its second one the producer's name or a later field.
     if one == b"\x08" and two and two[0] < 32 and first[2:3] in (b"\x12", b"\x1a", b"\x3a", b"B"):
         return _ONNX
     return None
@@ -138,7 +139,7 @@ def _by_name(name: str) -> _Kind | None:
 
 
 def weights_in(folder: Path) -> list[str]:
-    """Names of the files in a folder that some loader takes for weights, or for their index."""
+    """Names of the files in a folder that some loader treats as weights, or as their index."""
     found = (item.name for item in folder.iterdir())
     return sorted(
         name
@@ -149,15 +150,15 @@ def weights_in(folder: Path) -> list[str]:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file is called like the index of a checkpoint in several files.
+    """Whether a file name is that of an index of a checkpoint in several files.
 
-    Variants have a name of their own, as in ``model.safetensors.index.fp16.json``.
+    Variants have their own names, such as ``model.safetensors.index.fp16.json``.
     """
     return ".safetensors.index." in name and name.endswith(".json")
 
 
 def components_in(folder: Path) -> list[str]:
-    """Names of the folders in a folder that hold safetensors files, as pipelines have them."""
+    """Names of subfolders that hold safetensors files, as in pipelines."""
     return sorted(
         item.name
         for item in folder.iterdir()
@@ -166,7 +167,7 @@ def components_in(folder: Path) -> list[str]:
 
 
 def other_weights(folder: Path) -> str:
-    """What a folder without safetensors files holds in place of them, as a sentence; or nothing."""
+    """A sentence about the weights in a folder without safetensors files; or nothing."""
     for name in weights_in(folder):
         if (kind := _by_name(name)) is not None:
             return f" {listing([name])} looks like {kind.name}; {kind.remedy}."

@@ -1,4 +1,4 @@
-"""Functions of the user's own, by import path."""
+"""The user's own functions, given by import path."""
 
 import contextlib
 import functools
@@ -11,19 +11,19 @@ from typing import Any
 
 
 def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = False) -> Any:
-    """The object that an import path ``module:name`` stands for; the working folder is searched.
+    """The object at an import path ``module:name``; the working folder is searched too.
 
     Args:
-        what: it is for, for messages.
+        what: its purpose, for messages.
         path: import path.
-        known: names that would have meant something as well, for messages.
-        data: whether it may be something else than a function.
+        known: names that would also have been valid, for messages.
+        data: whether it may be something other than a function.
 
     Returns:
-        A function whose errors are `blamed` on it, or with `data` whatever it is.
+        A function whose errors are attributed to it (`blamed`), or with `data` any object.
 
     Raises:
-        ValueError: no such path, or something that cannot be imported or called.
+        ValueError: the path does not exist, or its object cannot be imported or called.
     """
     module, colon, name = path.partition(":")
     if not colon or not module or not name or module.startswith(".") or module.endswith(".py"):
@@ -36,10 +36,10 @@ def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = Fa
         sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the module does as it is imported
+    except Exception as error:  # a module may raise anything on import
         raise ValueError(
             f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}. Correct "
-            "the path or the module; modules of the working folder are found too."
+            "the path or the module; modules in the working folder are found too."
         ) from error
     if not callable(found):
         if data:
@@ -52,9 +52,9 @@ def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = Fa
 
 
 def blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, whose errors are said to be its own, with the place in its file.
+    """Attributes a function's errors to it, with the line in its file.
 
-    What it prints goes to stderr: stdout is for results, which may be JSON.
+    Its output goes to stderr: stdout is for results, which may be JSON.
     """
 
     @functools.wraps(function)
@@ -64,7 +64,7 @@ def blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., 
                 return function(*args, **kwargs)
         except MemoryError:
             raise
-        except Exception as error:  # whatever the function does
+        except Exception as error:  # a user's function may raise anything
             frames = traceback.extract_tb(error.__traceback__)[1:]
             own = [frame for frame in frames if frame.filename == frames[0].filename]
             place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""

@@ -1,12 +1,12 @@
-"""The database in which Orbax keeps arrays, OCDBT: bounded before TensorStore unpacks it.
+"""OCDBT, the database in which Orbax stores arrays: bounds it before TensorStore unpacks it.
 
 ::
 
     manifest.ocdbt = 0x0cdb3a2a ‖ length (8 bytes) ‖ version ‖ compression ‖ content ‖ CRC-32C (4)
     a node in a file = 0x0cdb20de ‖ the same
 
-TensorStore decompresses the content of both, whatever it grows to: 34 kB become 2 GB. Chunks of
-arrays are no such danger, since it decompresses no more of them than their shape takes.
+TensorStore decompresses the content of both, however large it gets: 34 kB become 2 GB. Chunks of
+arrays are no such danger, since it decompresses only as much of them as their shape needs.
 
 References:
     https://google.github.io/tensorstore/kvstore/ocdbt, "Storage format"; RFC 8878, Zstandard.
@@ -25,14 +25,14 @@ MANIFEST = "manifest.ocdbt"
 
 _REMEDY = f"{DAMAGED[:-1]}, or save it again with Orbax."
 
-_MAX_BYTES = 100_000_000  # of all nodes together; the format's bound of one, in Orbax
-# All nodes together may have so many bytes, and so many more for each byte of the folder. For each
+_MAX_BYTES = 100_000_000  # of all nodes together; in Orbax, the format's bound for one
+# All nodes together may have this many bytes, and this many more per byte of the folder. For each
 # array Orbax writes 150 bytes of JSON and about 400 into nodes, or 1,400 if it is small and not
 # compressed by itself; in the file, nodes may be a thousandth of that. Zeros are a 30,000th.
 _FREE = 1 << 20
 _RATIO = 16
-_MAX_INNER = 1 << 16  # bytes of a node above the leaves, of which Orbax needs none
-_MAX_LEAF = 1 << 18  # bytes of a leaf whose entries are looked at: Python takes far more for them
+_MAX_INNER = 1 << 16  # bytes of a node above the leaves; Orbax needs none
+_MAX_LEAF = 1 << 18  # bytes of a leaf whose entries are parsed: Python takes far more for them
 _HEAD, _TAIL = 14, 4
 _ZSTD, _SKIPPABLE = 0xFD2FB528, 0x184D2A50
 _BLOCK = 1 << 17
@@ -41,16 +41,16 @@ _BLOCK = 1 << 17
 def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
     """Refuses a database that takes far more memory than the file, or that lacks a piece.
 
-    A piece that is missing or cut off is found here and not by Orbax, which reads many at once and
-    says neither which file it is nor what to do; and the reads that still run when it gives up
+    A missing or truncated piece is found here and not by Orbax, which reads many at once and
+    does not name the file or a remedy; and reads that are still running when it gives up
     print errors of their own.
 
     Args:
-        folder: that holds the manifest.
+        folder: the folder of the manifest.
         files: from `regular_files`.
 
     Raises:
-        ValueError: it does, or is damaged.
+        ValueError: the database does, or is damaged.
     """
     import tensorstore as ts
 
@@ -90,7 +90,7 @@ def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
 
 @contextmanager
 def _database(folder: Path) -> Iterator[None]:
-    """Says which file it is: on one that is damaged, TensorStore may raise anything."""
+    """Adds the file to errors: on a damaged one, TensorStore may raise anything."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -100,21 +100,21 @@ def _database(folder: Path) -> Iterator[None]:
 
 
 def _check_piece(folder: Path, files: Mapping[str, int], name: str, stop: int) -> None:
-    """Refuses a database of which a file is missing or cut off."""
+    """Refuses a database with a missing or truncated file."""
     if name not in files:
         raise ValueError(
             f"{folder / MANIFEST}: expected the file {show(name)} in the folder, got none. "
-            "Get the whole folder again, or save it again with Orbax."
+            "Download the whole folder again, or save it again with Orbax."
         )
     if stop > files[name]:
         raise ValueError(
             f"{folder / name}: expected at least {stop} bytes, got {files[name]}. It is cut off: "
-            "get the whole folder again, or save it again with Orbax."
+            "download the whole folder again, or save it again with Orbax."
         )
 
 
 def _place(location: str, expected: str) -> tuple[str, int, int]:
-    """File, and first and last byte of ``KIND:BASE:PATH:OFFSET:LENGTH``."""
+    """The file, and the first and last byte, of ``KIND:BASE:PATH:OFFSET:LENGTH``."""
     kind, base, path, start, length = location.split(":")
     if kind != expected:
         raise ValueError(f"expected a {expected}, got {show(location)}")
@@ -122,7 +122,7 @@ def _place(location: str, expected: str) -> tuple[str, int, int]:
 
 
 class _Budget:
-    """How much nodes may have in memory."""
+    """The memory that nodes may use."""
 
     def __init__(self, folder: Path, size: int) -> None:
         self._folder, self._size = folder, size
@@ -130,10 +130,10 @@ class _Budget:
         self._spent = 0
 
     def spend(self, name: str, node: bytes) -> int:
-        """At most how large the content of a node is in memory.
+        """An upper bound of the size of a node's content in memory.
 
         Raises:
-            ValueError: it is too large, with those before it.
+            ValueError: the total is too large.
         """
         if len(node) <= _HEAD + _TAIL or node[12]:
             raise ValueError(
@@ -146,23 +146,23 @@ class _Budget:
         except ValueError as error:
             raise ValueError(
                 f"{self._folder / name}: expected a node of OCDBT, compressed with {error}. It is "
-                "cut off or damaged: get the whole folder again, or save it again with Orbax."
+                "cut off or damaged: download the whole folder again, or save it again with Orbax."
             ) from None
         self._spent += size
         if self._spent > self._most:
             raise ValueError(
                 f"{self._folder / name}: expected at most {self._most} bytes of arrays' names and "
                 f"places in a folder of {self._size} bytes, got up to {self._spent}. It was made "
-                "to fill the memory: get it again from its owner."
+                "to exhaust the memory: download it again from its owner."
             )
         return size
 
 
 def zstd_bound(data: bytes | memoryview) -> int:
-    """At most how many bytes come out of Zstandard frames, from the headers of their blocks.
+    """An upper bound of the decompressed size of Zstandard frames, from their block headers.
 
     Raises:
-        ValueError: they are cut off or malformed; for the caller, who knows the file.
+        ValueError: they are cut off or malformed; the caller adds the file.
     """
 
     def number(start: int, size: int) -> int:
@@ -183,7 +183,7 @@ def zstd_bound(data: bytes | memoryview) -> int:
         single = flags >> 5 & 1
         position += 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
         length = (single, 2, 4, 8)[flags >> 6]
-        # The size that it tells is only believed where the decoder holds it to it: in each block.
+        # The declared size is only trusted where the decoder enforces it: in each block.
         told = number(position, length) + (256 if length == 2 else 0)
         block = min(told, _BLOCK) if single else _BLOCK
         position += length

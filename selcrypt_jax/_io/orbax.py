@@ -1,4 +1,4 @@
-"""Orbax checkpoints: a folder with a pytree, and our metadata as one more file in it."""
+"""Orbax checkpoints: a folder with a pytree, and our metadata as an additional file in it."""
 
 import json
 import os
@@ -18,13 +18,13 @@ from .strict_json import DAMAGED, check_json, json_object, listing, show
 from .zarr import stored_shapes
 
 METADATA_FILE = "selcrypt.json"
-_REMEDY = "Get the whole folder again, or save it again with Orbax."
+_REMEDY = "Download the whole folder again, or save it again with Orbax."
 _INNER = "checkpoint"
 _VALUE = "/value"
 _DETAILS = "array_metadatas/"  # where Orbax says which arrays are random keys
 _IMPLEMENTATION = "random_key_impl"
-_TREE = "_METADATA"  # what Orbax calls the description of a pytree
-# What Orbax and TensorStore parse before there is anything that could be checked.
+_TREE = "_METADATA"  # Orbax's name for the description of a pytree
+# Files that Orbax and TensorStore parse before anything can be checked.
 _JSON = (_TREE, "_CHECKPOINT_METADATA", "_sharding", "_strings.json")
 
 
@@ -32,11 +32,11 @@ def is_orbax(path: str | os.PathLike[str]) -> bool:
     """Whether a folder is an Orbax checkpoint.
 
     Raises:
-        ValueError: it holds some, as a checkpoint of several items does, but is none; or lacks
-            what describes the pytree.
+        ValueError: it contains checkpoints, as one of several items does, but is not one; or it
+            lacks the description of the pytree.
     """
     path = Path(path)
-    if os.path.lexists(path / _TREE):  # whether it is a regular file is checked later
+    if os.path.lexists(path / _TREE):  # checked later to be a regular file
         return True
     inside = sorted(item.parent.name for item in path.glob(f"*/{_TREE}"))
     if inside:
@@ -56,10 +56,10 @@ def _without_tree(path: Path) -> ValueError:
 
 
 class OrbaxCheckpoint:
-    """A pytree that Orbax saved: a `TensorSource` of NumPy arrays.
+    """A pytree saved by Orbax: a `TensorSource` of NumPy arrays.
 
-    Names are the steps of a path, joined by ``/``. The folder may come from anyone, so it is read
-    in three steps, each of which bounds what the next one may allocate: our metadata, whose
+    Names are the steps of a path, joined by ``/``. The folder is not trusted, so it is read
+    in three steps, each of which bounds the memory of the next one: our metadata, whose
     signature the caller checks; names, dtypes and shapes (`tensors`), which the caller compares
     with the manifest; and the arrays, all of them at the first `read`.
 
@@ -68,10 +68,10 @@ class OrbaxCheckpoint:
 
     Attributes:
         path: the folder.
-        metadata: of ours, or None if there are none.
+        metadata: our metadata, or None if there are none.
 
     Raises:
-        ValueError: metadata of ours that are malformed; here and later, files that are not
+        ValueError: our metadata are malformed; here and later, files that are not
             regular, or would grow in memory beyond the arrays that they hold; a checkpoint that
             Orbax cannot read; a leaf that a safetensors file could not hold.
     """
@@ -79,13 +79,13 @@ class OrbaxCheckpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.metadata = _read_metadata(self.path)
-        self._lock = threading.Lock()  # the first one reads, and the others wait for it
+        self._lock = threading.Lock()  # the first caller reads, and the others wait for it
         if self.metadata is None:
-            _ = self.tensors  # there is nothing to check before, so it is refused at once
+            _ = self.tensors  # nothing to check before, so errors are raised at once
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files in bytes."""
         return sum(self._files.values())
 
     @property
@@ -102,7 +102,7 @@ class OrbaxCheckpoint:
 
     @cached_property
     def tree(self) -> Any:
-        """The named leaves of the pytree, which it reads."""
+        """The named leaves of the pytree; reads it."""
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
@@ -133,9 +133,9 @@ class OrbaxCheckpoint:
         return {name: found[at] for name, at in names.items() if at in found}
 
     def typed(self, name: str, array: Any) -> Any:
-        """An array to be written, as keys if it holds some of an implementation of JAX's own.
+        """An array to write, as keys if it holds keys of one of JAX's own implementations.
 
-        Orbax cannot read others, such as our ChaCha20: those stay the numbers that they are.
+        Orbax cannot read others, such as our ChaCha20: those are stored as numbers.
         """
         import jax
 
@@ -159,13 +159,13 @@ class OrbaxCheckpoint:
         arrays.read_into(name, start, buffer)
 
     def load(self, like: Any) -> Any:
-        """The pytree, each process what it is to have.
+        """The pytree; each process gets its own part.
 
         Args:
             like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
 
         Raises:
-            ValueError: another tree.
+            ValueError: the checkpoint holds another tree.
         """
         import orbax.checkpoint as ocp
 
@@ -189,12 +189,12 @@ class OrbaxCheckpoint:
 
     @cached_property
     def _tree(self) -> Any:
-        """What Orbax says of each leaf, once it is safe to ask it."""
+        """Orbax's description of each leaf, read once that is safe."""
         import orbax.checkpoint as ocp
 
         from .._tree.names import named_leaves
 
-        folder = self.path.resolve()  # TensorStore takes no ".."
+        folder = self.path.resolve()  # TensorStore does not accept ".."
         if _TREE not in self._files:
             raise _without_tree(self.path)
         for name in _JSON:
@@ -211,12 +211,12 @@ class OrbaxCheckpoint:
             tree = found.item_metadata.tree
         for name, leaf in named_leaves(tree, str(self.path)).leaves.items():
             actual = shapes.get(getattr(leaf, "name", None) or "")
-            # Orbax takes the shape of a scalar for granted.
+            # Orbax does not check the shape of a scalar.
             if actual is None or not hasattr(leaf, "dtype") or actual != tuple(leaf.shape):
                 raise ValueError(
                     f"{self.path}: {name!r}: expected an array in the folder, got "
-                    f"{type(leaf).__name__} where shape {actual} is stored. Keep what is no "
-                    "array out of the tree, or get the folder again if it was altered."
+                    f"{type(leaf).__name__} where shape {actual} is stored. Keep leaves that are "
+                    "not arrays out of the tree, or download the folder again if it was altered."
                 )
         return tree
 
@@ -234,7 +234,7 @@ class OrbaxCheckpoint:
         if found.tensors != self.tensors:
             raise ValueError(
                 f"{self.path}: expected the dtypes and shapes as when it was opened, got others. "
-                "Something changed it meanwhile."
+                "Another program changed it meanwhile: open it again."
             )
         return found
 
@@ -250,17 +250,17 @@ class OrbaxCheckpoint:
             (jax.Array, _reading_all(kinds.ArrayHandler)),
         )
         handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
-        remedy = "Pass the tree that was saved, or get the whole folder again."
+        remedy = "Pass the tree that was saved, or download the whole folder again."
         remedy = remedy if "item" in arguments else _REMEDY
         with _orbax(self.path, remedy), ocp.Checkpointer(handler) as checkpointer:
             return checkpointer.restore(self.path.resolve(), **arguments)
 
 
 def _reading_all(kind: Any) -> Any:
-    """A reader of Orbax's, which ends when all of its reads have ended, also after an error.
+    """Orbax's reader, except that it returns only after all of its reads, also after an error.
 
-    Its own gives up at the first error and closes its event loop, while TensorStore still reads the
-    others; each of those then prints a traceback, since it finds the loop closed.
+    The original gives up at the first error and closes its event loop while TensorStore still reads
+    the others; each of those then prints a traceback, since the loop is closed.
     """
     import asyncio
 
@@ -282,7 +282,7 @@ def _reading_all(kind: Any) -> Any:
 
 @contextmanager
 def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Says which folder it was: on one that is damaged, Orbax may raise anything."""
+    """Adds the folder to errors: on a damaged one, Orbax may raise anything."""
     try:
         yield
     except MemoryError:
@@ -298,15 +298,15 @@ def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
 def orbax_output(
     path: str | os.PathLike[str], like: OrbaxCheckpoint, *, private: bool = False
 ) -> Iterator[tuple[dict[str, memoryview], dict[str, str]]]:
-    """A new Orbax checkpoint, which appears when the block ends, and only then.
+    """A new Orbax checkpoint, which appears only when the block ends.
 
     Args:
-        path: of the folder; there must be nothing of this name.
+        path: the folder's path; nothing may exist there.
         like: the checkpoint whose tree, dtypes and shapes it has.
         private: only its owner may enter the folder.
 
     Yields:
-        Name → bytes, and metadata of ours: both to be filled.
+        Name → bytes, and our metadata: both to be filled.
     """
     import orbax.checkpoint as ocp
 
@@ -324,7 +324,7 @@ def orbax_output(
 
 
 def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
-    """Moves what Orbax wrote, into a new folder as it wants it, to where it belongs."""
+    """Moves Orbax's output, which it insists on writing into a new folder, to its final place."""
     inner = folder / _INNER
     for item in list(inner.iterdir()):
         item.rename(folder / item.name)
@@ -335,9 +335,9 @@ def _put_together(folder: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _stored_names(stored: Iterable[str]) -> dict[str, str]:
-    """Names as `named_leaves` has them → those in the checkpoint.
+    """Names as in `named_leaves` → names in the checkpoint.
 
-    For an ``nnx.State``, Orbax stores one more step, ``value``, for each variable.
+    For an ``nnx.State``, Orbax stores an additional step, ``value``, for each variable.
     """
     names = list(stored)
     of_state = bool(names) and all(name.endswith(_VALUE) for name in names)
@@ -345,7 +345,7 @@ def _stored_names(stored: Iterable[str]) -> dict[str, str]:
 
 
 def _nested(leaves: Mapping[str, Any]) -> Any:
-    """Leaves by name as dictionaries in dictionaries, which is how Orbax names them as we do."""
+    """Leaves by name as nested dictionaries, for which Orbax uses the same names as we do."""
     from flax.traverse_util import unflatten_dict
 
     return leaves[""] if list(leaves) == [""] else unflatten_dict(dict(leaves), sep="/")
@@ -365,17 +365,17 @@ def _read_metadata(path: Path) -> dict[str, str] | None:
 
 
 def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, str]) -> None:
-    """Writes a pytree with metadata of ours, from all processes together.
+    """Writes a pytree with our metadata, from all processes together.
 
-    It appears under its name when all have written their part, and only then; see `new_folder`.
+    It appears under its name only when all have written their part; see `new_folder`.
 
     Args:
-        path: of the folder, which all processes see; there must be nothing of this name.
-        tree: of arrays.
-        metadata: of ours.
+        path: the folder's path, visible to all processes; nothing may exist there.
+        tree: a tree of arrays.
+        metadata: our metadata.
 
     Raises:
-        ValueError, OSError: it cannot be written; in all processes.
+        ValueError, OSError: it cannot be written; raised in all processes.
     """
     import jax
     import orbax.checkpoint as ocp
@@ -403,7 +403,7 @@ def save_tree(path: str | os.PathLike[str], tree: Any, metadata: Mapping[str, st
 
 
 def _agreed_on(text: str, problem: OSError | None) -> str:
-    """What the first process says; or what it saw go wrong, for the others must not wait for it."""
+    """The first process's text; or the error that it met, for which the others must not wait."""
     from .._tree.hosts import from_first
 
     said = json.dumps([text, None if problem is None else str(problem)])
@@ -416,15 +416,15 @@ def _agreed_on(text: str, problem: OSError | None) -> str:
 def load_tree(
     path: str | os.PathLike[str], like: Any, check: Callable[[OrbaxCheckpoint], object]
 ) -> tuple[Any, dict[str, str]]:
-    """Reads a pytree and metadata of ours; each process what it is to have.
+    """Reads a pytree and our metadata; each process gets its own part.
 
     Args:
-        path: of the folder.
+        path: the folder's path.
         like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
-        check: raises an error unless the metadata are right, and the tensors those that they name.
+        check: raises an error unless the metadata are valid and match the tensors.
 
     Raises:
-        ValueError: no checkpoint of ours, or one of another tree.
+        ValueError: not a checkpoint of ours, or one of another tree.
         OSError: it cannot be read.
     """
     if not Path(path).is_dir():

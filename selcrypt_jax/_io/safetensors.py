@@ -1,13 +1,13 @@
-"""The safetensors format, strictly and tensor by tensor; without JAX and NumPy.
+"""The safetensors format, read strictly and tensor by tensor; without JAX and NumPy.
 
 ::
 
     file   = length of the header (8 bytes, little-endian) ‖ header ‖ data
     header = {"__metadata__": {key: text}, name: {"dtype", "shape", "data_offsets"}, ...} (JSON)
 
-The tensors cover the data without holes and overlaps. What a file leaves open to interpretation
-(a key twice, unknown fields, bytes that belong to nothing) is refused here even where the stock
-reader takes it: two readers of one signed file must not see two models.
+The tensors cover the data without holes and overlaps. Files that could be interpreted in two ways
+(a repeated key, unknown fields, bytes outside all tensors) are refused here even if the stock
+reader accepts them: two readers of one signed file must not see two models.
 
 References:
     https://github.com/huggingface/safetensors, README, "Format".
@@ -33,20 +33,20 @@ MAX_HEADER = 100_000_000
 """Bytes; the format's own bound."""
 
 _METADATA = "__metadata__"
-PROTECTED = "selcrypt"  # the metadata entry that a protected file has
-_DAMAGED = "The header is damaged: get the file again, or save it again."
+PROTECTED = "selcrypt"  # the metadata entry of a protected file
+_DAMAGED = "The header is damaged: download the file again, or save it again."
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor is, and what.
+    """A tensor and its place in the file.
 
     Attributes:
         name: as in the header, code point by code point.
         dtype: code of the format, such as ``"F32"``; a key of `SAFETENSORS`.
-        shape: in elements, also where two of them share a byte.
-        start: of its bytes, from the beginning of the file.
-        stop: behind its last byte.
+        shape: in elements, also if two of them share a byte.
+        start: its first byte, from the beginning of the file.
+        stop: one past its last byte.
     """
 
     name: str
@@ -59,22 +59,22 @@ class TensorInfo(NamedTuple):
 class SafetensorsFile(AbstractContextManager[Any]):
     """A safetensors file whose header has been checked; a context manager.
 
-    The data are read when asked for, from one descriptor: who replaces the file under its name
-    meanwhile changes nothing, and a file that shrinks is noticed. May be used by several threads.
+    The data are read on demand, from one descriptor: replacing the file under its name in the
+    meantime changes nothing, and a file that shrinks is noticed. Several threads may use it.
 
     Args:
-        path: of a regular file.
+        path: the path of a regular file.
 
     Attributes:
         path: as given.
         tensors: by name, in the order of the header.
-        metadata: ``__metadata__`` of the file, maybe empty; None if there is no such entry.
+        metadata: ``__metadata__`` of the file, possibly empty; None if there is no such entry.
         size: bytes of the file.
 
     Raises:
-        ValueError: not a safetensors file, or a damaged or ambiguous one. (Nothing gets through
-            that the stock reader refuses; `ask_stock_reader` asks it all the same.)
-        OSError: a file that can't be read.
+        ValueError: not a safetensors file, or a damaged or ambiguous one. (Every file that the
+            stock reader refuses is refused here; `ask_stock_reader` asks it all the same.)
+        OSError: the file can't be read.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -84,7 +84,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
             raise ValueError(
                 f"{self.path}: expected a safetensors file, got a folder. Name a file in it."
             )
-        # Before opening it, since opening a pipe waits for its other end.
+        # Before opening it, since opening a pipe blocks.
         if not stat.S_ISREG(mode):
             raise ValueError(
                 f"{self.path}: expected a regular file, got a pipe or device. Save it to a file."
@@ -107,14 +107,14 @@ class SafetensorsFile(AbstractContextManager[Any]):
         self.close()
 
     def close(self) -> None:
-        """Closes the file; what has been read stays."""
+        """Closes the file; data that have been read stay valid."""
         self._file.close()
 
     def read(self, name: str) -> memoryview:
         """The bytes of a tensor, little-endian and in C order; the caller may change them.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: there is no such tensor.
             ValueError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
@@ -123,10 +123,10 @@ class SafetensorsFile(AbstractContextManager[Any]):
         return data
 
     def read_into(self, name: str, start: int, buffer: memoryview) -> None:
-        """Fills a buffer with bytes of a tensor, from its byte number ``start`` on.
+        """Fills a buffer with bytes of a tensor, from byte ``start`` on.
 
         Raises:
-            KeyError: no such tensor.
+            KeyError: there is no such tensor.
             ValueError: the file has become shorter since it was opened.
         """
         info = self.tensors[name]
@@ -140,7 +140,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
             if not count:
                 raise ValueError(
                     f"{self.path}: expected {self.size} bytes as when it was opened, got "
-                    f"{stop - len(buffer)}. Something changed it meanwhile: start again when "
+                    f"{stop - len(buffer)}. Another program changed it meanwhile: start again when "
                     "nothing writes to it."
                 )
             buffer, start = buffer[count:], start + count
@@ -158,30 +158,30 @@ class SafetensorsFile(AbstractContextManager[Any]):
         return data
 
     def _data_start(self) -> int:
-        """Offset of the data, from the length of the header; before the header costs memory."""
+        """Offset of the data, from the header's length; checked before the header uses memory."""
         first = bytes(self._read(0, min(self.size, 64)))
         length = int.from_bytes(first[:8], "little")
-        hint = "It is cut off, or no safetensors file: get it again, or convert it first."
+        hint = "It is cut off, or not a safetensors file: download it again, or convert it first."
         certain = length > MAX_HEADER
         if certain or 8 + length > self.size or not first.startswith(b"{", 8):
             other = format_of(first, self.path.name, certain=certain)
             if other is not None:
                 raise ValueError(other)
         if len(first) < 8:
-            hint = hint if first else "It is empty; get it again."
+            hint = hint if first else "It is empty; download it again."
             raise ValueError(f"expected at least 8 bytes, got {len(first)}. {hint}")
         if length > MAX_HEADER:
             raise ValueError(f"header: expected at most {MAX_HEADER} bytes, got {length}. {hint}")
         if 8 + length > self.size:
             raise ValueError(
-                f"header: expected {length} bytes, as it says, got {self.size - 8}. {hint}"
+                f"header: expected {length} bytes, its own length, got {self.size - 8}. {hint}"
             )
         if not length or not first.startswith(b"{", 8):
             raise ValueError(f"header: expected '{{' first, got {first[8:9]!r}. {hint}")
         return 8 + length
 
     def ask_stock_reader(self) -> None:
-        """What we call good must open elsewhere too: the last word is the reference's.
+        """Asks the reference library too: a file that we accept must open elsewhere.
 
         Raises:
             ValueError: the safetensors library refuses the file.
@@ -191,12 +191,12 @@ class SafetensorsFile(AbstractContextManager[Any]):
                 pass
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{self.path}: the safetensors library refuses it: {error}. Get the file again, "
-                "or save it again."
+                f"{self.path}: the safetensors library refuses it: {error}. Download the file "
+                "again, or save it again."
             ) from None
         except MemoryError:
-            # It maps the whole file, which a limit on address space forbids, and has no opinion
-            # then. The checks above let nothing through that it refuses (a test compares them).
+            # It maps the whole file, which a limit on address space forbids; then it has no answer.
+            # The checks above already refuse whatever it refuses (a test compares them).
             pass
 
 
@@ -206,19 +206,19 @@ def header(
     *,
     size: int = 0,
 ) -> bytes:
-    """All that comes before the data, byte for byte as the stock library writes it.
+    """The part before the data, byte for byte as the stock library writes it.
 
     Args:
         tensors: name, dtype code and shape (in elements) of each, in the order of their data.
         metadata: None for no ``__metadata__`` entry, which differs from an empty one.
-        size: fill it with spaces up to this many bytes.
+        size: pad it with spaces up to this many bytes.
 
     Returns:
         The length (8 bytes), compact JSON, and spaces up to a multiple of 8 bytes.
 
     Raises:
-        ValueError: a name twice or reserved, an unknown dtype, a shape that doesn't fit it, text
-            that isn't Unicode, or a header above the format's bound of 100,000,000 bytes.
+        ValueError: a repeated or reserved name, an unknown dtype, a shape that doesn't fit it,
+            text that isn't Unicode, or a header above the format's bound of 100,000,000 bytes.
     """
     entries: dict[str, Any] = {}
     if metadata is not None:
@@ -235,12 +235,12 @@ def header(
         except ValueError as error:
             raise ValueError(f"tensor {show(name)}: {error}") from None
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, stop)}
-    # The escapes are those of serde_json, for every code point (a test compares them).
+    # Escapes are those of serde_json, for every code point (a test compares them).
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * max(-len(text) % 8, size - 8 - len(text))
     if len(text) > MAX_HEADER:
         raise ValueError(
-            f"header: expected at most {MAX_HEADER} bytes, got {len(text)}. Nothing could read "
+            f"header: expected at most {MAX_HEADER} bytes, got {len(text)}. No program could read "
             "it; store less in the metadata, or the tensors in several files."
         )
     return len(text).to_bytes(8, "little") + text
@@ -262,7 +262,8 @@ def _parse_header(
         if end > size - start:
             raise ValueError(
                 f"tensor {show(name)}: data_offsets: expected at most the {size - start} bytes of "
-                f"data that the file has, got {show([begin, end])}. It is cut off; get it again."
+                f"data that the file has, got {show([begin, end])}. It is cut off; download it "
+                "again."
             )
         shape = tuple(entry["shape"])
         tensors[name] = TensorInfo(name, entry["dtype"], shape, start + begin, start + end)
@@ -277,14 +278,14 @@ def _parse_header(
         position = info.stop
     if position != size:
         raise ValueError(
-            f"expected {position} bytes, got {size}: {size - position} bytes behind the last "
-            "tensor that belong to nothing. The file is damaged: get it again, or save it again."
+            f"expected {position} bytes, got {size}: {size - position} bytes after the last tensor "
+            "belong to no tensor. The file is damaged: download it again, or save it again."
         )
     return tensors, metadata
 
 
 def _parse_entry(entry: Any) -> tuple[int, int]:
-    """The offsets in the data of one tensor, checked but for the end of the data."""
+    """The data offsets of one tensor, checked except against the end of the data."""
     if not isinstance(entry, dict) or set(entry) != _FIELDS:
         raise ValueError(f"expected an object of dtype, shape and data_offsets, got {show(entry)}.")
     shape, offsets = entry["shape"], entry["data_offsets"]

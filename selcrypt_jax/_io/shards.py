@@ -14,10 +14,10 @@ class ShardIndex(NamedTuple):
     """The index of a model in several files.
 
     Attributes:
-        path: of the index.
-        shards: file name to path, sorted by name.
-        weight_map: tensor name to file name.
-        text: the index as it is.
+        path: the index's path.
+        shards: file name → path, sorted by name.
+        weight_map: tensor name → file name.
+        text: the index, unchanged.
     """
 
     path: Path
@@ -35,15 +35,15 @@ def find_shards(path: str | os.PathLike[str]) -> ShardIndex | Path:
             safetensors file.
 
     Raises:
-        ValueError: a folder that holds neither, or several; an index that isn't one, or that
-            names files that are missing or not beside it.
-        OSError: what can't be read, or doesn't exist.
+        ValueError: the folder holds neither, or several; the index isn't one, or it names files
+            that are missing or not beside it.
+        OSError: a file can't be read, or doesn't exist.
     """
     path = Path(path)
     if path.is_dir():
         path = _only_one(path)
     if not is_index(path.name):
-        path.stat()  # a name that doesn't exist is no plain file either
+        path.stat()  # a missing name is not a plain file either
         return path
     try:
         return _parse_index(path)
@@ -59,49 +59,49 @@ def _only_one(folder: Path) -> Path:
         return folder / (indexes or files)[0]
     if not names and (parts := components_in(folder)):
         raise ValueError(
-            f"{folder}: expected one model, got a folder of {listing(parts)}, each with weights of "
-            f"its own. Name one after the other, such as {folder / parts[0]}, and copy the rest."
+            f"{folder}: expected one model, got a folder of {listing(parts)}, each with its own "
+            f"weights. Name them one by one, such as {folder / parts[0]}, and copy the rest."
         )
     if indexes:
         raise ValueError(
-            f"{folder}: expected one index in this folder, got {listing(indexes)}. Name the one "
-            "that you mean."
+            f"{folder}: expected one index in this folder, got {listing(indexes)}. Name the right "
+            "one."
         )
     got = listing(files) if files else f"none.{other_weights(folder)}"
     raise ValueError(
         f"{folder}: expected one *.safetensors.index.json or one *.safetensors in this folder, got "
-        f"{got.removesuffix('.')}. Name the file that you mean."
+        f"{got.removesuffix('.')}. Name the file to use."
     )
 
 
 def check_no_others(folder: Path, known: Collection[str]) -> None:
-    """Refuses weights in a folder that are none of a checkpoint's: a loader may prefer them.
+    """Refuses weights in a folder that do not belong to a checkpoint: a loader may prefer them.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         known: names of its files.
 
     Raises:
-        ValueError: files that hold weights, or say where some are.
+        ValueError: there are other files that hold weights, or an index of some.
     """
     others = [name for name in weights_in(folder) if name not in known]
     if others:
         raise ValueError(
             f"{folder}: expected no other weights than those of the checkpoint, got "
-            f"{listing(others)}, which its owner did not sign, and which a program may load in "
-            "their place. Remove them, or name the file that you mean."
+            f"{listing(others)}, which its owner did not sign, and which a program may load "
+            "instead. Remove them, or name the file to use."
         )
 
 
 def check_shards(index: ShardIndex, files: Mapping[str, SafetensorsFile]) -> None:
-    """Checks that the shards hold what the index says: no more, no less, nothing twice.
+    """Checks that the shards hold exactly the tensors of the index, each once.
 
     Args:
         index: from `find_shards`.
         files: by file name, one for each of `index.shards`.
 
     Raises:
-        ValueError: the names of tensors that differ.
+        ValueError: they differ; with the names of the tensors.
     """
     listed = set(index.weight_map.items())
     held = {(name, file_name) for file_name in files for name in files[file_name].tensors}
@@ -109,7 +109,7 @@ def check_shards(index: ShardIndex, files: Mapping[str, SafetensorsFile]) -> Non
         raise ValueError(
             f"{index.path}: expected the shards to hold the tensors that it lists. Only listed: "
             f"{listing(sorted(listed - held))}. Only held: {listing(sorted(held - listed))}. "
-            "A shard is damaged or of another model: get all of them again, with their index."
+            "A shard is damaged or of another model: download all of them again, with their index."
         )
 
 
@@ -130,7 +130,7 @@ def _parse_index(path: Path) -> ShardIndex:
             f"weight_map: expected an object of tensors, got {show(weight_map)}. {DAMAGED}"
         )
     for name, file_name in weight_map.items():
-        # Also what another system would take for a path: an index must work everywhere or nowhere.
+        # Also other systems' path separators: an index must work everywhere or nowhere.
         if (
             not isinstance(file_name, str)
             or file_name in {"", ".", ".."}
@@ -146,12 +146,12 @@ def _parse_index(path: Path) -> ShardIndex:
     if missing:
         raise ValueError(
             f"expected {len(shards)} shards beside the index, got {len(shards) - len(missing)}; "
-            f"missing: {listing(missing)}. Get them first."
+            f"missing: {listing(missing)}. Download them first."
         )
     others = [name for name, shard in shards.items() if not shard.is_file()]
     if others:
         raise ValueError(
             f"expected shards that are regular files, got {listing(others)}: folders, pipes, "
-            "devices, or links that lead nowhere. Put the files themselves there."
+            "devices, or broken links. Put the files themselves there."
         )
     return ShardIndex(path, shards, weight_map, text)

@@ -1,16 +1,16 @@
-"""JSON of unknown origin, read strictly: it has one meaning, or it is refused."""
+"""Reads untrusted JSON strictly: it has one meaning, or it is refused."""
 
 import json
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-DAMAGED = "It was damaged or altered: get it again."
-"""What to do about JSON that nobody wrote like that."""
+DAMAGED = "It was damaged or altered: download it again."
+"""The remedy for JSON that no program of ours wrote."""
 
 # An empty list takes three bytes, and 72 in memory. A tensor has three lists and objects in the 51
-# bytes or more of its entry, so this bound refuses no header. It keeps JSON at about twelve times
-# its own size; headers of tensors take seven times theirs.
+# bytes or more of its entry, so this bound refuses no valid header. It limits JSON to about twelve
+# times its own size in memory; headers of tensors take seven times theirs.
 _BYTES_PER_CONTAINER = 16
 _MANY_CONTAINERS = 100_000
 _SURROGATE = re.compile(r"\\u[dD]")
@@ -22,13 +22,13 @@ def json_object(raw: bytes | bytearray, what: str, remedy: str = DAMAGED) -> dic
 
     Args:
         raw: UTF-8.
-        what: for messages.
-        remedy: what to do about JSON that is refused, for messages.
+        what: the document, for messages.
+        remedy: the remedy, for messages.
 
     Raises:
-        ValueError: not JSON, or no object; a key twice in an object (parsers do not agree which
-            one counts); NaN or Infinity; lone surrogates, which are no text; nested too deeply;
-            so many lists and objects that they would take far more memory than the text.
+        ValueError: not JSON, or not an object; a repeated key in an object (parsers disagree on
+            which one counts); NaN or Infinity; lone surrogates, which are not text; nesting that is
+            too deep; so many lists and objects that they would take far more memory than the text.
     """
     _check_brackets(raw, what)
     try:
@@ -36,7 +36,7 @@ def json_object(raw: bytes | bytearray, what: str, remedy: str = DAMAGED) -> dic
         value = json.loads(
             text, object_pairs_hook=_unique, parse_int=_parse_int, parse_constant=_refuse
         )
-        if _SURROGATE.search(text):  # only an escape can smuggle one in
+        if _SURROGATE.search(text):  # only an escape can encode one
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError(f"{what}: expected Unicode, got a lone surrogate. {remedy}") from None
@@ -50,7 +50,7 @@ def json_object(raw: bytes | bytearray, what: str, remedy: str = DAMAGED) -> dic
 
 
 def check_json(raw: bytes | bytearray, what: str) -> None:
-    """Refuses JSON that others cannot parse without harm; which keys it has is theirs to judge.
+    """Refuses JSON that other parsers cannot parse safely; its keys are not checked.
 
     Raises:
         ValueError: not JSON; nested too deeply, or with too many lists and objects.
@@ -63,7 +63,7 @@ def check_json(raw: bytes | bytearray, what: str) -> None:
 
 
 def show(value: object) -> str:
-    """A value for an error message, cut where it is long."""
+    """A value for an error message, truncated if long."""
     try:
         text = repr(value)
     except RecursionError:
@@ -72,23 +72,23 @@ def show(value: object) -> str:
 
 
 def listing(names: Sequence[object], most: int = 6) -> str:
-    """Names for an error message: whole ones, and how many more there are."""
+    """Names for an error message: the first ones whole, and how many more there are."""
     text = f"[{', '.join(map(show, names[:most]))}]"
     return text + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _check_brackets(raw: bytes | bytearray, what: str) -> None:
     most = _MANY_CONTAINERS + len(raw) // _BYTES_PER_CONTAINER
-    # Counted with and then without those in strings, since the first takes next to no time.
+    # First counts brackets including those in strings, since that takes next to no time.
     if _many_brackets(raw, most) and (actual := _brackets_outside_strings(raw)) > most:
         raise ValueError(
             f"{what}: expected at most {most} lists and objects in {len(raw)} bytes of JSON, got "
-            f"{actual}. It was made to fill the memory: get it again from its owner."
+            f"{actual}. It was made to exhaust the memory: download it again from its owner."
         )
 
 
 def _many_brackets(raw: bytes | bytearray, most: int) -> bool:
-    # One after the other, since bytes.count is ten times slower where there are few.
+    # One after the other, since bytes.count is ten times slower for rare characters.
     for bracket in b"[", b"{":
         at = raw.find(bracket)
         while at >= 0 and most >= 0:
@@ -98,7 +98,7 @@ def _many_brackets(raw: bytes | bytearray, most: int) -> bool:
 
 
 def _brackets_outside_strings(raw: bytes | bytearray) -> int:
-    """The count is right up to the first byte that no JSON has there, where the parser ends."""
+    """The count is right up to the first byte that no JSON has there, where the parser stops."""
     raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     return len(b"".join(raw.translate(None, _NO_BRACKETS).split(b'"')[::2]))
 
@@ -113,7 +113,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parse_int(text: str) -> int | float:
-    # As serde_json reads them, to which "-0" and what needs more than 64 bits are no integers.
+    # As serde_json reads them: "-0" and numbers of more than 64 bits are not integers.
     return float(text) if text == "-0" or len(text) > 20 else int(text)
 
 

@@ -1,4 +1,4 @@
-"""How Orbax stores an array, Zarr 2 and 3: no chunk may take more memory than the array."""
+"""Zarr 2 and 3, Orbax's format for an array: no chunk may take more memory than the array."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,18 @@ from .strict_json import DAMAGED, json_object, show
 
 _REMEDY = f"{DAMAGED[:-1]}, or save it again with Orbax."
 _ZARR2, _ZARR3 = ".zarray", "zarr.json"
-# Deep nesting in larger ones ends the process: TensorStore's parser of JSON is recursive.
+# Deep nesting in larger ones crashes the process: TensorStore's JSON parser is recursive.
 _MAX_BYTES = 10_000
-_CACHE = 100_000_000  # bytes, as Orbax has it
-# These are decompressed as far as the shape of a chunk goes, unlike Blosc.
+_CACHE = 100_000_000  # bytes, as in Orbax
+# These are decompressed only up to the size of a chunk's shape, unlike Blosc.
 _COMPRESSORS = {"zstd", "gzip", "zlib", "bz2"}
 _CODECS = {"bytes", "transpose", "crc32c"} | _COMPRESSORS
-# Types that have a size of their own, such as |V1000000.
+# Types that contain their own size, such as |V1000000.
 _SIZED = re.compile(r"[<>|=]?[VSUO]|r[0-9]")
 
 
 def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The arrays that are stored in a folder, once none can grow beyond its shape.
+    """The arrays stored in a folder, after checking that none can grow beyond its shape.
 
     Args:
         folder: an Orbax checkpoint.
@@ -32,8 +32,8 @@ def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int
         Orbax's name → shape.
 
     Raises:
-        ValueError: chunks that are larger than their array, a compression that is unbounded, or
-            metadata that are malformed.
+        ValueError: chunks that are larger than their array, unbounded compression, or
+            malformed metadata.
     """
     found: dict[str, tuple[int, ...]] = {}
     for name, raw in _described(folder, files):
@@ -49,14 +49,14 @@ def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int
         array = name.rpartition("/")[0]
         if found.setdefault(array, shape) != shape:
             raise ValueError(
-                f"{what}: expected shape {show(found[array])} as another file says, got "
+                f"{what}: expected shape {show(found[array])}, as in another file, got "
                 f"{show(shape)}. {_REMEDY}"
             )
     return found
 
 
 def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, bytes]]:
-    """The metadata of all arrays, in files or in a database, by name."""
+    """The metadata of all arrays, from files or a database, by name."""
     for name in files:
         if name.rpartition("/")[2] in (_ZARR2, _ZARR3):
             yield name, read_regular(folder / name, _MAX_BYTES)
@@ -67,7 +67,7 @@ def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, by
 
     base = {"driver": "file", "path": f"{folder.absolute()}/"}
     try:
-        # Without a cache each array reads the database once more.
+        # Without a cache, each array reads the database once more.
         context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE}})
         store = ts.KvStore.open({"driver": "ocdbt", "base": base}, context=context).result()
         for key in store.list().result():
@@ -102,7 +102,7 @@ def _check_codecs(codecs: list[Any]) -> None:
     for codec in codecs:
         name = codec["name"]
         if name == "sharding_indexed":
-            # Its own chunks divide the chunk, or it is refused.
+            # Its inner chunks divide the chunk, otherwise it is refused.
             for inner in ("codecs", "index_codecs"):
                 _check_codecs(codec["configuration"][inner])
         elif name not in _CODECS:

@@ -1,4 +1,4 @@
-"""Files sealed to a recipient's age or SSH key, with the extra ``age``."""
+"""Files sealed to a recipient's age or SSH key; needs the extra ``age``."""
 
 import os
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ def sealed(data: bytes, recipients: Sequence[str]) -> bytes:
     """Seals a file to age (``age1...``) or SSH public keys.
 
     Raises:
-        ValueError: something that is no recipient.
+        ValueError: one of them is not a recipient.
         ModuleNotFoundError: the extra ``age`` is not installed.
     """
     pyrage = _pyrage()
@@ -25,19 +25,19 @@ def sealed(data: bytes, recipients: Sequence[str]) -> bytes:
         try:
             keys.append(kind.Recipient.from_str(text.strip()))
         except pyrage.RecipientError:
-            # Not the text: it may be a private key that was passed by mistake.
+            # The message omits the text: it may be a private key that was passed by mistake.
             raise ValueError(
                 "recipient: expected an age (age1...) or SSH (ssh-ed25519 ...) public key, got "
-                "something else. Copy it again, whole and in one line."
+                "something else. Copy it again, whole and on one line."
             ) from None
     return pyrage.encrypt(data, keys, armored=True)
 
 
 def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]]) -> bytes | None:
-    """Opens what `sealed` made; None for data that are not sealed.
+    """Opens what `sealed` made; None if the data are not sealed.
 
     Raises:
-        GrantError: sealed to others, or damaged.
+        GrantError: the data are sealed to other keys, or damaged.
         ModuleNotFoundError: the extra ``age`` is not installed.
     """
     data = data.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -45,8 +45,8 @@ def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]
         return None
     if not identities:
         raise GrantError(
-            f"{what}: is sealed to somebody's age or SSH key, expected that private key, got "
-            "none. Pass it: --identity FILE, or Grant.read(path, identities=[FILE]).",
+            f"{what}: is sealed to an age or SSH key, expected the matching private key, got none. "
+            "Pass it: --identity FILE, or Grant.read(path, identities=[FILE]).",
             reason="recipient",
         )
     for path in identities:
@@ -57,8 +57,9 @@ def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]
         return pyrage.decrypt(data, keys)
     except pyrage.DecryptError:
         raise GrantError(
-            f"{what}: is not sealed to the keys in {', '.join(map(str, identities))}, or damaged. "
-            "Name another identity, or send the owner your public key and ask for a new grant.",
+            f"{what}: is not sealed to any key in {', '.join(map(str, identities))}, or is "
+            "damaged. Name another identity, or send the owner your public key and ask for a new "
+            "grant.",
             reason="recipient",
         ) from None
 

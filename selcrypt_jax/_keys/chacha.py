@@ -1,9 +1,9 @@
 """ChaCha20 (RFC 8439) as a ``jax.random`` implementation with 256-bit keys.
 
 A key made by ``chacha20_key`` works with everything in ``jax.random``: ``bits``, ``split``,
-``fold_in``, ``normal``, ``permutation`` and the rest. Every way to derive something from a key
-is the RFC's block function under a nonce of its own, its *domain*, so that no two of them ever
-read the same keystream:
+``fold_in``, ``normal``, ``permutation`` and the rest. Every derivation from a key uses the RFC's
+block function under its own nonce, its *domain*, so no two derivations ever read the same
+keystream:
 
 ================  ======================  ==================================================
 derivation        nonce (12 ASCII bytes)  output
@@ -34,14 +34,14 @@ _BLOCK_WORDS = 16
 _KEY_WORDS = 8
 _MAX_BLOCKS = 2**32  # the counter is one word; a block after the last would repeat block 0
 
-# A longer stream is made in pieces, because between two rounds the state of a whole piece
-# (64 bytes a block) is in memory. On a CPU half a MiB stays in a core's own cache: in one
-# piece, 16 M words take twice as long. An accelerator needs more blocks to be busy; there the
-# pieces only bound the memory.
+# A longer stream is made in pieces, because the state of a whole piece (64 bytes per block) is in
+# memory between two rounds. On a CPU half a MiB stays in a core's own cache: in one piece, 16 M
+# words take twice as long. An accelerator needs more blocks to be busy; there the pieces only bound
+# the memory.
 _CPU_CHUNK = 2**13
 _ACCELERATOR_CHUNK = 2**20
-# Two double rounds a step: a GPU then moves half of the state, and that is what it waits for
-# (0.7 against 1.1 ms for 16 M words). Five gain a quarter more, and compile for four seconds.
+# Two double rounds per step: a GPU then moves half as much state, which is its bottleneck (0.7
+# against 1.1 ms for 16 M words). Five gain another quarter, but take four seconds to compile.
 _ACCELERATOR_UNROLL = 2
 
 _COLUMNS = ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15))
@@ -95,10 +95,10 @@ def _block(key: Array, counter: Array, nonce: Array, unroll: int = 1) -> Array:
     """The block function (RFC 8439, section 2.3), with its final addition.
 
     Args:
-        key: uint32 ``[..., 8]``, little-endian words, as all of these.
+        key: uint32 ``[..., 8]``, little-endian words, like the other arguments.
         counter: uint32 ``[...]``, the number of the block.
         nonce: uint32 ``[..., 3]``.
-        unroll: how many double rounds are one step of the loop.
+        unroll: the number of double rounds in one step of the loop.
 
     Returns:
         uint32 ``[..., 16]``, a block of keystream.
@@ -109,7 +109,7 @@ def _block(key: Array, counter: Array, nonce: Array, unroll: int = 1) -> Array:
     start = [jnp.broadcast_to(word, shape) for word in words]
     # A loop's carry can't start to vary over a mesh axis later. XLA removes this.
     start = tuple(word | _zero(start[4], start[12], start[13]) for word in start)
-    # A loop, because the unrolled rounds take five times as long to compile and more to run:
+    # A loop, because the unrolled rounds take five times as long to compile and longer to run:
     # XLA fuses across two of them by computing most words twice.
     end = lax.fori_loop(0, 10, _double_round, start, unroll=unroll)
     return jnp.stack([x + y for x, y in zip(start, end, strict=True)], axis=-1)
@@ -120,8 +120,8 @@ def _blocks(key: Array, nonce: Array, blocks: int, chunk: int, unroll: int) -> A
     steps = -(-blocks // chunk)
     if steps <= 1:
         return _block(key, lax.iota(np.uint32, blocks), nonce, unroll)
-    # Chunks of one size, the last one moved back over the end of the one before it: at most
-    # `steps` blocks are made twice, and no second copy of the stream is needed to cut it.
+    # Chunks of equal size, the last one shifted back so that it overlaps the one before it: at most
+    # `steps` blocks are made twice, and no second copy of the stream is needed to trim it.
     chunk = -(-blocks // steps)
 
     def write(step: Array, stream: Array) -> Array:
@@ -147,14 +147,14 @@ def _keystream(key: Array, nonce: Array, words: int) -> Array:
     make = partial(_blocks, blocks=blocks)
     on_cpu = partial(make, chunk=_CPU_CHUNK, unroll=1)
     elsewhere = partial(make, chunk=_ACCELERATOR_CHUNK, unroll=_ACCELERATOR_UNROLL)
-    if words <= _CPU_CHUNK * _BLOCK_WORDS:  # one piece everywhere
+    if words <= _CPU_CHUNK * _BLOCK_WORDS:  # one piece on every platform
         stream = on_cpu(key, nonce)
     else:
         stream = lax.platform_dependent(key, nonce, cpu=on_cpu, default=elsewhere)
     return stream.reshape(-1)[:words]
 
 
-# Jitted, so that a call outside of jit is one dispatch and its constants are no transfers.
+# Jitted, so that a call outside jit is one dispatch and its constants are not transferred.
 @partial(jax.jit, static_argnums=(1, 2))
 def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
     dtype = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}.get(bit_width)
@@ -168,8 +168,8 @@ def _random_bits(key: Array, bit_width: int, shape: tuple[int, ...]) -> Array:
 
 
 def _numbers(words: Array, bit_width: int, dtype: Any) -> Array:
-    """The numbers of another width that 32-bit words hold, little-endian, ``[numbers]``."""
-    # Shifts and not a bit cast: that they are little-endian doesn't depend on the platform.
+    """The numbers of another width held in 32-bit words, little-endian, ``[numbers]``."""
+    # Shifts rather than a bit cast: they are little-endian on every platform.
     if bit_width == 64:
         low, high = (lax.convert_element_type(words[i::2], dtype) for i in (0, 1))
         return low | (high << np.uint64(32))
@@ -180,13 +180,13 @@ def _numbers(words: Array, bit_width: int, dtype: Any) -> Array:
 
 
 def bits_from(key: Array, part: Array, count: int, dtype: Any) -> Array:
-    """A part of what ``jax.random.bits`` gives for a key, without what comes before it.
+    """A part of the output of ``jax.random.bits`` for a key, without computing what precedes it.
 
     Args:
         key: a typed key of `chacha20_impl`.
-        part: unsigned or signed integer, which part: numbers ``part * count`` and those after it.
-        count: how many numbers a part has; whole blocks of 64 bytes.
-        dtype: of the numbers, unsigned.
+        part: unsigned or signed integer: numbers ``part * count`` and the following.
+        count: how many numbers a part has; a whole number of 64-byte blocks.
+        dtype: the dtype of the numbers, unsigned.
 
     Returns:
         ``[count]``, as ``jax.random.bits(key, (n,), dtype)[part * count:][:count]``.
@@ -207,7 +207,7 @@ def _split(key: Array, shape: tuple[int, ...]) -> Array:
 
 @jax.jit
 def _fold_in(key: Array, data: Array) -> Array:
-    # jax.random.fold_in has made a uint32 of the data (and refused an int that isn't one).
+    # jax.random.fold_in has converted the data to uint32 (and refused an int that doesn't fit).
     return _block(key, lax.convert_element_type(data, np.uint32), _FOLD_IN)[:_KEY_WORDS]
 
 
@@ -217,13 +217,13 @@ def _seed(seed: Array) -> Array:
     if seed.dtype.itemsize < 4:
         seed = lax.convert_element_type(seed, np.int32)
     half = np.asarray(16, seed.dtype)
-    parts = (seed, (seed >> half) >> half)  # no shift by all the bits of an int32
+    parts = (seed, (seed >> half) >> half)  # never shifts an int32 by all of its bits
     words = jnp.stack([lax.convert_element_type(part, np.uint32) for part in parts])
     key = jnp.concatenate([words, jnp.zeros(_KEY_WORDS - 2, np.uint32)])
     return _block(key, np.uint32(0), _SEED)[:_KEY_WORDS]
 
 
-# Once, here: JAX takes two implementations for the same one only if their functions are.
+# Defined once, here: JAX considers two implementations equal only if their functions are.
 chacha20_impl: Any = jax.extend.random.define_prng_impl(
     key_shape=(_KEY_WORDS,),
     seed=_seed,
@@ -235,13 +235,13 @@ chacha20_impl: Any = jax.extend.random.define_prng_impl(
 )
 """ChaCha20 for ``jax.random``. Make keys with `chacha20_key`.
 
-``jax.random.key(seed, impl=chacha20_impl)`` works too but is for tests only: such a key has at
+``jax.random.key(seed, impl=chacha20_impl)`` works too, but only use it in tests: such a key has at
 most 64 bits of entropy, and 32 without ``jax_enable_x64`` (then -1 and ``2**32 - 1`` are the
-same seed, because JAX cuts the integer before this module sees it).
+same seed, because JAX truncates the integer before this module sees it).
 
-More than ``2**32`` blocks from one key (``2**36`` words of bits, ``2**33`` children) are a
+Drawing more than ``2**32`` blocks from one key (``2**36`` words of bits, ``2**33`` children) raises
 ``ValueError``. Without ``jax_enable_x64``, ``jax.random.bits(key, shape, "uint64")`` warns and
-returns uint32 words, as JAX does for its own implementations.
+returns uint32 words, as it does for JAX's own implementations.
 """
 
 
@@ -249,17 +249,17 @@ returns uint32 words, as JAX does for its own implementations.
 def chacha20_key(secret: bytes) -> Array:
     """A typed ``jax.random`` key from 32 secret bytes.
 
-    The key is exactly these bytes. JAX shows them in the ``repr`` of a key: don't log it.
+    The key consists of exactly these bytes. The ``repr`` of a JAX key shows them: don't log it.
 
     Args:
         secret: 32 bytes from a cryptographic source (``secrets.token_bytes(32)``, a key
             derivation function).
 
     Returns:
-        A scalar key array of the implementation ``chacha20_impl``.
+        A scalar key array with the implementation ``chacha20_impl``.
 
     Raises:
-        TypeError: ``secret`` is not ``bytes``; a call inside of a function that is compiled.
+        TypeError: ``secret`` is not ``bytes``, or the call is inside a compiled function.
         ValueError: ``secret`` is not 32 bytes long.
 
     Examples:
@@ -272,8 +272,8 @@ def chacha20_key(secret: bytes) -> Array:
     words = jax.device_put(np.frombuffer(secret, "<u4").astype(np.uint32))
     if isinstance(words, Tracer):
         raise TypeError(
-            "chacha20_key, ring_keys: expected a call outside of what is compiled, got one inside: "
-            "the key would be written into the program, and with it into JAX's cache on the disk. "
-            "Make keys first, and pass them in as arguments."
+            "chacha20_key, ring_keys: expected a call outside compiled functions, got one inside: "
+            "the key would be written into the program, and with it into JAX's cache on disk. Make "
+            "the keys first, and pass them in as arguments."
         )
     return jax.random.wrap_key_data(words, impl=chacha20_impl)

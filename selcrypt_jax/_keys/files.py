@@ -25,9 +25,9 @@ _NONCE_BYTES, _TAG_BYTES = 12, 16
 _COSTS = {"iterations": 3, "lanes": 4, "memory_kib": 65536}
 _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
-_MOST_WORK = 1 << 21  # KiB times iterations: some three seconds
+_MOST_WORK = 1 << 21  # KiB times iterations: about three seconds
 _SPACES = " \t\r"
-# 32 bytes as base64, also that of URLs, or in hex; or the whole text of a key file.
+# 32 bytes as base64, also URL-safe, or in hex; or the whole text of a key file.
 _KEY_ITSELF = re.compile(
     r"([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|age-secret-key-|-----begin|selcrypt-[a-z-]+-v\d+[\r\n]",
     re.IGNORECASE,
@@ -35,17 +35,17 @@ _KEY_ITSELF = re.compile(
 
 
 class Kind(NamedTuple):
-    """A kind of file.
+    """A kind of key file.
 
     Attributes:
-        name: in its first line, before the version.
-        called: in messages.
-        made: what it is called where its owner has it, for messages.
-        comment: what its owner should know.
+        name: the name on its first line, before the version.
+        called: its name in messages.
+        made: the name that its owner knows it by, for messages.
+        comment: the comment in the file, for its owner.
         private: whether it holds a secret.
-        fields: the ones in the clear; ``key`` comes after them.
+        fields: the plaintext fields; ``key`` comes after them.
         optional: those of them that may be missing.
-        lost: what is gone when a file of this kind is replaced, for messages.
+        lost: the consequence of replacing a file of this kind, for messages.
     """
 
     name: str
@@ -87,11 +87,11 @@ _OTHERS = {
     "age1": "the public key of a recipient",
     "ssh-": "the public key of a recipient",
 }
-"""How else a file may begin; where two fit, the later one counts."""
+"""What else a file may start with; if two entries match, the later one counts."""
 
 
 class StoredKey(KeyMaterial):
-    """Key material with a text file of its own."""
+    """Key material that is stored in a text file."""
 
     __slots__ = ()
     _kind: ClassVar[Kind]
@@ -102,12 +102,13 @@ class StoredKey(KeyMaterial):
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works, and is waited for.
-            passphrase: or a function that asks for it, called only if the file is locked.
+            path: the file's path; a pipe works too, and is waited for.
+            passphrase: the passphrase, or a function that asks for it, called only if the file is
+                locked.
 
         Raises:
-            GrantError: a file of another kind, a damaged one, or a wrong passphrase.
-            OSError: it cannot be read.
+            GrantError: the file is of another kind or damaged, or the passphrase is wrong.
+            OSError: the file cannot be read.
         """
         return cls(read_key_file(path, cls._kind, passphrase)[1])
 
@@ -116,13 +117,14 @@ class StoredKey(KeyMaterial):
         """Writes a file that only its owner may read.
 
         Args:
-            path: of the file, in a folder that exists.
-            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that gives it.
-            force: replace an existing file; without a copy, what needs the key in it is then lost.
+            path: the file's path, in a folder that exists.
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that returns it.
+            force: replace an existing file. Without a copy of the old key, everything that needs it
+                is lost.
 
         Raises:
-            FileExistsError: there is such a file, and no `force`.
-            OSError: it cannot be written.
+            FileExistsError: the file exists, and `force` is not set.
+            OSError: the file cannot be written.
         """
         write_key_file(path, self._kind, bytes(self), passphrase=passphrase, force=force)
 
@@ -140,15 +142,15 @@ def write_key_file(
     sealed: Callable[[bytes], bytes] = bytes,
     force: bool,
 ) -> None:
-    """Writes a key file, whole or not at all; a private one for its owner alone.
+    """Writes a key file, whole or not at all; a private one is readable by its owner only.
 
     Args:
-        path: of the file.
-        kind: of the key.
+        path: the file's path.
+        kind: the kind of key.
         value: 32 bytes.
-        fields: in the clear.
+        fields: plaintext fields.
         passphrase: locks the file.
-        sealed: seals its text to a recipient.
+        sealed: seals the file's text to a recipient.
         force: replace an existing file.
     """
     data = sealed(key_text(kind, value, fields, passphrase=passphrase))
@@ -184,7 +186,7 @@ def key_text(
 
 
 def checksum(lines: Sequence[str]) -> str:
-    """Tells a typing error from a wrong key."""
+    """Distinguishes a typing error from a wrong key."""
     return hashlib.sha256(b"selcrypt/v1/file\0" + "\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -211,14 +213,14 @@ def read_key_file(
     """The fields and the 32 bytes of a key file.
 
     Args:
-        path: of the file.
-        kind: that is expected.
-        passphrase: or a function that asks for it.
-        unsealed: opens a file that is sealed to a recipient, and gives None for any other.
+        path: the file's path.
+        kind: the expected kind.
+        passphrase: the passphrase, or a function that asks for it.
+        unsealed: opens a file that is sealed to a recipient, and returns None for any other.
 
     Raises:
         GrantError: see `StoredKey.read`.
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     check_path(path)
     with open(path, "rb") as file:  # once, since it may be a pipe
@@ -240,17 +242,17 @@ def read_key_file(
 
 
 def check_path(path: AnyPath) -> None:
-    """Refuses a key in the place of its file, before a message shows it."""
+    """Refuses a key that was passed instead of its file, before a message shows it."""
     text = os.fspath(path)
     if isinstance(text, str) and _KEY_ITSELF.match(text.strip()):
         raise ValueError(
-            "key: expected the path of a file, got a key itself. Save it in a file that only you "
-            "can read, and name that."
+            "key: expected the path of a file, got a key itself. Save the key in a file that only "
+            "you can read, and name that file."
         )
 
 
 def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
-    """The lines of a key file that say something."""
+    """The lines of a key file without comments and blank lines."""
     actual, text = "", ""
     if len(data) > MAX_BYTES:
         actual = f"more than {MAX_BYTES} bytes"
@@ -264,7 +266,7 @@ def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
     if actual:
         message = f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}"
         raise GrantError(message, reason="kind")
-    # Not splitlines() and strip(), which know more ends of lines and spaces than FORMAT.md does.
+    # Not splitlines() and strip(), which accept more line ends and spaces than FORMAT.md does.
     lines = (line.strip(_SPACES) for line in text.split("\n"))
     return [line for line in lines if line and not line.startswith("#")]
 
@@ -274,7 +276,7 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     lines = text_lines(data, what, kind.called, f"Name {kind.made}.")
     _check_kind(lines[0] if lines else "", what, kind)
     if any(line.startswith("selcrypt-") for line in lines[1:]):
-        message = f"{what}: expected one key in a file, got another. Split them."
+        message = f"{what}: expected one key per file, got more than one. Split the file."
         raise GrantError(message, reason="kind")
     pairs = [[part.strip(_SPACES) for part in line.partition(":")[::2]] for line in lines[1:]]
     fields = dict(pairs)
@@ -283,12 +285,12 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     needed = sorted({*known} - kind.optional)
     missing = [name for name in needed if name not in fields]
     if missing or not fields.keys() <= {*known} or len(fields) < len(pairs):
-        got = f"no {', '.join(missing)}" if missing else "unknown ones too, or one of them twice"
+        got = f"no {', '.join(missing)}" if missing else "unknown or repeated ones too"
         raise damaged(what, f"expected the fields {', '.join(needed)}, got {got}")
     order = [name for name in known if name in fields and name != "checksum"]
     canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
     if fields["checksum"] != checksum(canonical):
-        raise damaged(what, "the checksum does not fit")
+        raise damaged(what, "the checksum does not match")
     return fields, canonical
 
 
@@ -299,7 +301,7 @@ def _check_kind(first: str, what: str, kind: Kind) -> None:
     if name == kind.name and version.isdecimal():
         problem = f"expected version 1, got version {version[:9]}. Update selcrypt-jax."
     else:
-        actual = "no file of selcrypt's" if first else "an empty file"
+        actual = "a file that is not selcrypt's" if first else "an empty file"
         for start, text in _OTHERS.items():
             if first.startswith(start):
                 actual = text
@@ -336,7 +338,8 @@ def _unlocked(
         return lock.decrypt(nonce, sealed[_NONCE_BYTES:], text.encode())
     except InvalidTag:
         raise GrantError(
-            f"{what}: wrong passphrase. Use the one that it was locked with, letter by letter.",
+            f"{what}: wrong passphrase. Use the one that the file was locked with, letter by "
+            "letter.",
             reason="passphrase",
         ) from None
 
@@ -346,16 +349,16 @@ def _decoded(text: str, what: str, field: str, size: int) -> bytes:
         data = base64.b64decode(text, validate=True)
     except ValueError:
         data = b""
-    # A content has one encoding: others differ in bits that say nothing.
+    # Each value has one encoding: any other differs only in bits that carry no data.
     if len(data) != size or _encoded(data) != text:
-        raise damaged(what, f"field {field!r}: expected {size} bytes in base64, got others")
+        raise damaged(what, f"field {field!r}: expected {size} bytes in base64, got something else")
     return data
 
 
 def damaged(what: AnyPath, problem: str) -> GrantError:
-    """The error for a key file that nobody wrote like that."""
+    """The error for a damaged or mistyped key file."""
     return GrantError(
-        f"{what}: {problem}. The file is cut off, damaged or mistyped: take another copy, or ask "
+        f"{what}: {problem}. The file is cut off, damaged or mistyped: use another copy, or ask "
         "for it again.",
         reason="damaged",
     )

@@ -1,4 +1,4 @@
-"""The grant: a level key with the signer that files must have, and its file."""
+"""The grant: a level key, the signer that files must have, and the grant's file."""
 
 import re
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from .signing import VerifyKey
 
 @dataclass(frozen=True)
 class Grant:
-    """What a customer is given to open a level of one protected model.
+    """What a customer receives to open one level of one protected model.
 
     Attributes:
-        key: of the level; it names the model.
+        key: the level's key; it names the model.
         signer: the owner, who must have signed the files that the grant opens; or None.
 
     Raises:
-        TypeError: a key or a signer of another type.
+        TypeError: the key or the signer has another type.
 
     Examples:
         >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
@@ -45,23 +45,25 @@ class Grant:
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works, and is waited for.
-            passphrase: or a function that asks for it, called only if the file is locked.
+            path: the file's path; a pipe works too, and is waited for.
+            passphrase: the passphrase, or a function that asks for it, called only if the file is
+                locked.
             identities: files with age or SSH private keys, for a grant that is sealed to one of
                 them.
 
         Raises:
-            GrantError: a file of another kind, a damaged one, a wrong passphrase, or sealed to
-                others.
-            ModuleNotFoundError: it is sealed, and the extra ``age`` is not installed.
-            OSError: it cannot be read.
+            GrantError: the file is of another kind, damaged or sealed to other keys, or the
+                passphrase is wrong.
+            ModuleNotFoundError: the file is sealed, and the extra ``age`` is not installed.
+            OSError: the file cannot be read.
         """
         fields, value = read_key_file(
             path, GRANT, passphrase, lambda data: unsealed(data, str(path), identities)
         )
         model_id = _unhexed(path, "model-id", fields["model-id"], MODEL_ID_BYTES)
         level, signer = fields["level"], fields.get("signer")
-        # Not int() alone, which takes 0_2 and other scripts' digits, and shows what it refuses.
+        # Not int() alone, which accepts 0_2 and digits of other scripts, and whose errors show the
+        # text.
         if not (re.fullmatch("[1-9][0-9]{0,8}", level) and int(level) <= MAX_LEVELS):
             raise damaged(path, f"level: expected a number 1..{MAX_LEVELS}, got something else")
         if signer is not None:
@@ -80,17 +82,17 @@ class Grant:
         """Writes a file that only its owner may read.
 
         Args:
-            path: of the file, in a folder that exists.
-            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that gives it.
-            recipients: seals the file to these age (``age1...``) or SSH public keys, so that it
-                can travel in the open. Needs the extra ``age``.
+            path: the file's path, in a folder that exists.
+            passphrase: locks the file (Argon2id, ChaCha20-Poly1305); or a function that returns it.
+            recipients: seals the file to these age (``age1...``) or SSH public keys, so that it can
+                be sent over an open channel. Needs the extra ``age``.
             force: replace an existing file.
 
         Raises:
-            ValueError: something that is no recipient.
-            FileExistsError: there is such a file, and no `force`.
-            ModuleNotFoundError: recipients, and the extra ``age`` is not installed.
-            OSError: it cannot be written.
+            ValueError: one of the recipients is not a public key.
+            FileExistsError: the file exists, and `force` is not set.
+            ModuleNotFoundError: there are recipients, and the extra ``age`` is not installed.
+            OSError: the file cannot be written.
         """
         fields = {"model-id": self.key.model_id.hex(), "level": str(self.key.level)}
         if self.signer is not None:
@@ -102,9 +104,7 @@ class Grant:
 
 
 def _unhexed(path: AnyPath, field: str, text: str, size: int) -> bytes:
-    # fromhex() takes upper case and spaces, too.
+    # fromhex() also accepts upper case and spaces.
     if not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", text):
-        raise damaged(
-            path, f"{field}: expected {size} bytes as hex in lower case, got something else"
-        )
+        raise damaged(path, f"{field}: expected {size} bytes in lower-case hex, got something else")
     return bytes.fromhex(text)

@@ -1,4 +1,4 @@
-"""Secrets, and the one-way chain of level keys that follows from them.
+"""Secrets, and the one-way chain of level keys derived from them.
 
 ::
 
@@ -7,8 +7,8 @@
     cipher key of ring m = HKDF-SHA256(K_m, info = "selcrypt/v1/cipher")
     seal key of level m  = HKDF-SHA256(K_m, info = "selcrypt/v1/seal")
 
-M is a 32-bit little-endian number. A level key gives all lower ones and no higher one. The model
-id is random and new for each protection, so that no keystream is ever used twice.
+M is a 32-bit little-endian number. A level key gives all lower level keys and no higher one. The
+model id is random and new for each protection, so no keystream is ever used twice.
 """
 
 import operator
@@ -19,7 +19,7 @@ from .._io.errors import GrantError, check_type
 from .files import SECRET, StoredKey
 from .material import KEY_BYTES, KeyMaterial, checked_bytes, forgetting, hkdf, stretched
 
-if TYPE_CHECKING:  # keys alone must not cost the start of JAX
+if TYPE_CHECKING:  # using keys alone must not import JAX
     from jaxtyping import PRNGKeyArray
 
 MODEL_ID_BYTES = 16
@@ -27,14 +27,14 @@ MAX_LEVELS = 256
 
 
 class Secret(StoredKey):
-    """The owner's 32 random bytes, from which all keys of all their models follow.
+    """The owner's 32 random bytes, from which the keys of all their models are derived.
 
     Args:
         value: 32 bytes, uniformly random. Use `Secret.generate` or `Secret.from_passphrase`.
 
     Raises:
-        TypeError: not bytes.
-        ValueError: not 32 of them.
+        TypeError: the value is not bytes.
+        ValueError: it is not 32 bytes long.
 
     Examples:
         >>> secret = Secret.generate()
@@ -66,27 +66,27 @@ class Secret(StoredKey):
 
         Args:
             passphrase: one line of at most 1,000 bytes in UTF-8, without control characters. It is
-                read in Unicode normal form C, so that the keyboard does not matter; spaces count.
+                normalised to Unicode form C, so the keyboard does not matter; spaces count.
             salt: at least 16 random bytes, new for each secret (`os.urandom`). It is not secret,
-                but the secret cannot be made again without it.
+                but without it the secret cannot be derived again.
             iterations: passes over the memory.
             lanes: degree of parallelism.
             memory_kib: memory in KiB.
 
         Raises:
-            TypeError: a passphrase that is not text.
-            ValueError: a passphrase that is empty, too long or could not be typed; or a salt that
-                is too short.
+            TypeError: the passphrase is not text.
+            ValueError: the passphrase is empty, too long or cannot be typed, or the salt is too
+                short.
 
         References:
-            RFC 9106, section 4: the second recommended option is the default.
+            RFC 9106, section 4: the defaults are its second recommended option.
         """
         costs = {"iterations": iterations, "lanes": lanes, "memory_kib": memory_kib}
         return cls(stretched(passphrase, salt, **costs))
 
 
 def new_model_id() -> bytes:
-    """16 random bytes that name one protection of one model. Public; never to be used twice.
+    """16 random bytes that identify one protection of one model. Public; never use one twice.
 
     Examples:
         >>> key = level_key(secret, new_model_id(), levels=3)
@@ -95,15 +95,15 @@ def new_model_id() -> bytes:
 
 
 class LevelKey(KeyMaterial):
-    """The key of levels 1..`level` of one protected model, which a `Grant` carries.
+    """The key of levels 1..`level` of one protected model; a `Grant` carries it.
 
     Args:
         value: 32 bytes, K_level of the chain.
         level: 1..M.
-        model_id: of the protection that it belongs to.
+        model_id: the id of the protection that the key belongs to.
 
     Raises:
-        TypeError, ValueError: bytes of another number or type, or a level out of range.
+        TypeError, ValueError: bytes of another length or type, or a level out of range.
 
     Examples:
         >>> key = Grant.read("alice.grant").key
@@ -127,14 +127,14 @@ class LevelKey(KeyMaterial):
         """The key of a lower level of the same model.
 
         Raises:
-            GrantError: a level that is higher than this one, or below 1.
+            GrantError: the level is higher than this one, or below 1.
         """
         level = operator.index(level)
         if not 1 <= level <= self.level:
             remedy = (
-                "A level key gives the lower levels only: ask the owner for one of that level."
+                "A level key opens lower levels only: ask the owner for a key of that level."
                 if level > self.level
-                else "Level 0 needs no key: it is the protected model as it is."
+                else "Level 0 needs no key: it is the protected model itself."
             )
             message = f"level: expected 1..{self.level}, got {level}. {remedy}"
             raise GrantError(message, reason="level")
@@ -174,16 +174,16 @@ class LevelKey(KeyMaterial):
 def level_key(
     secret: Secret | bytes, model_id: bytes, *, level: int | None = None, levels: int
 ) -> LevelKey:
-    """The key of one level, for the customer of that level.
+    """The key of one level, for a customer of that level.
 
     Args:
-        secret: the owner's.
+        secret: the owner's secret.
         model_id: 16 bytes, see `new_model_id`.
         level: 1..levels; the top one by default.
-        levels: M, how many levels the model has.
+        levels: M, the number of levels of the model.
 
     Raises:
-        TypeError, ValueError: a secret or model id of another type or length, or a level that
+        TypeError, ValueError: the secret or model id has another type or length, or the level
             does not exist.
 
     Examples:
@@ -209,13 +209,13 @@ def ring_keys(key: LevelKey) -> "tuple[PRNGKeyArray, ...]":
     """The `jax.random` keys (ChaCha20) of the rings that a level key opens.
 
     Args:
-        key: of level m. The top level's key gives the keys of all rings, for `encrypt`.
+        key: the key of level m. The top level's key gives the keys of all rings, for `encrypt`.
 
     Returns:
-        m typed keys, one for each ring.
+        m typed keys, one per ring.
 
     Raises:
-        TypeError: not a `LevelKey`; a call inside of a function that is compiled.
+        TypeError: the key is not a `LevelKey`, or the call is inside a compiled function.
 
     Examples:
         >>> keys = ring_keys(level_key(secret, model_id, levels=3))

@@ -16,22 +16,22 @@ R = TypeVar("R")
 KEY_BYTES = 32
 SALT_BYTES = 16
 MAX_PASSPHRASE = 1000
-"""Bytes of UTF-8: some terminals cut a line after 1,023."""
+"""Bytes of UTF-8: some terminals truncate a line after 1,023."""
 
-# Controls (ends of lines among them), lone surrogates, separators of lines and paragraphs, and what
-# this Python's Unicode does not know, whose normal form may change.
+# Control characters (line ends among them), lone surrogates, line and paragraph separators, and
+# characters unassigned in this Python's Unicode, whose normal form may change.
 _UNTYPED = frozenset({"Cc", "Cs", "Zl", "Zp", "Cn"})
 
 
 def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
-    """Bytes of a given number.
+    """Checks for bytes of a given length.
 
     Raises:
-        TypeError, ValueError: not bytes, or another number of them.
+        TypeError, ValueError: the value is not bytes, or has another length.
     """
     expected = f"{name}: expected {size} bytes"
     if not isinstance(value, bytes | bytearray | memoryview):
-        # Not the value: a passphrase may have been passed for a key.
+        # The message omits the value: a passphrase may have been passed as a key.
         raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
     if len(bytes(value)) != size:
         raise ValueError(f"{expected}, got {len(bytes(value))}. {remedy}")
@@ -39,9 +39,9 @@ def checked_bytes(value: object, size: int, name: str, remedy: str) -> bytes:
 
 
 def forgetting(function: Callable[P, R]) -> Callable[P, R]:
-    """What the function raises has no traceback below it, where secrets are local variables.
+    """Drops the traceback below the function from its errors: secrets are local variables there.
 
-    Crash reporters and verbose tracebacks print those. Its own arguments are gone too.
+    Crash reporters and verbose tracebacks print local variables. The arguments are dropped too.
     """
 
     @functools.wraps(function)
@@ -57,14 +57,14 @@ def forgetting(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _without_frames(error: BaseException) -> BaseException:
-    """The error, and those that led to it, without their tracebacks."""
+    """The error and its causes, without tracebacks."""
     todo: list[BaseException | None] = [error]
     while todo:
         if (each := todo.pop()) is None:
             continue
         each.__traceback__ = None
         if each.__suppress_context__:
-            each.__context__ = None  # it may hold what it could not read
+            each.__context__ = None  # it may hold the text that it could not parse
         todo += [each.__cause__, each.__context__]
     return error
 
@@ -90,21 +90,21 @@ class KeyMaterial:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __reduce__(self) -> NoReturn:
-        # A pickle is the easiest way to leave a secret in a cache or a checkpoint.
-        raise TypeError(f"cannot pickle {type(self).__name__}: write bytes(...) where it belongs")
+        # A pickle is the easiest way to leak a secret into a cache or a checkpoint.
+        raise TypeError(f"cannot pickle {type(self).__name__}: write bytes(...) to its own file")
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(<{KEY_BYTES} bytes>)"
 
 
 class DerivedKey(KeyMaterial):
-    """A key that a level key gives, for one purpose."""
+    """A key derived from a level key, for one purpose."""
 
     __slots__ = ()
 
 
 def hkdf(key: bytes, domain: bytes, salt: bytes | None = None) -> bytes:
-    """32 bytes of HKDF-SHA256 (RFC 5869) under a domain of ours."""
+    """32 bytes of HKDF-SHA256 (RFC 5869) under one of the package's domains."""
     kdf = HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=b"selcrypt/v1/" + domain)
     return kdf.derive(key)
 
@@ -133,8 +133,8 @@ def passphrase_bytes(passphrase: str) -> bytes:
     """A passphrase in normal form C and UTF-8: one line that any terminal or file can hold.
 
     Raises:
-        TypeError: not text.
-        ValueError: empty or only spaces, too long, or with characters that are not typed.
+        TypeError: it is not text.
+        ValueError: it is empty or only spaces, too long, or has characters that cannot be typed.
     """
     if not isinstance(passphrase, str):
         raise TypeError(f"passphrase: expected text, got {type(passphrase).__name__}. Pass a str.")
@@ -143,10 +143,10 @@ def passphrase_bytes(passphrase: str) -> bytes:
     if not text.strip():
         actual = "an empty one"
     elif _UNTYPED & {unicodedata.category(character) for character in text}:
-        actual = "a control character, an end of a line, or something that is no character"
+        actual = "a control character, a line end, or a code point that is no character"
     elif (size := len(text.encode())) > MAX_PASSPHRASE:
         actual = f"{size} bytes"
-    if actual:  # without any of its characters
+    if actual:  # the message shows none of its characters
         raise ValueError(
             f"passphrase: expected one line of at most {MAX_PASSPHRASE} bytes of text, got "
             f"{actual}. Choose one that can be typed."

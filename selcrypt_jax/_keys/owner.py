@@ -1,4 +1,4 @@
-"""The owner's three files of keys, which are made together."""
+"""The owner's three key files, which are made together."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -17,22 +17,22 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
     """Makes a secret and a signing pair, and writes all three files or none.
 
     Args:
-        folder: for the files; made if it does not exist.
-        passphrase: locks the private ones; or a function that gives it.
+        folder: the folder for the files; made if it does not exist.
+        passphrase: locks the private files; or a function that returns it.
         force: replace existing files.
 
     Returns:
         The public key.
 
     Raises:
-        FileExistsError: one of the files exists, and no `force`.
-        OSError: they cannot be written.
+        FileExistsError: one of the files exists, and `force` is not set.
+        OSError: the files cannot be written.
     """
     for name in (SECRET_FILE, SIGNING_FILE, PUBLIC_FILE):
         if not force and (folder / name).exists():
             raise FileExistsError(
                 f"{folder / name}: exists already. Name another folder; --force would replace it, "
-                "and what was protected with it could never be opened again."
+                "and models protected with it could never be opened again."
             )
     there = folder.exists()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)

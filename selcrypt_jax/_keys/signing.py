@@ -19,8 +19,8 @@ class VerifyKey:
         value: 32 bytes, the public key of RFC 8032.
 
     Raises:
-        TypeError: not bytes.
-        ValueError: not 32 of them.
+        TypeError: the value is not bytes.
+        ValueError: it is not 32 bytes long.
 
     Examples:
         >>> public = VerifyKey.read("keys/signing.pub")
@@ -38,11 +38,11 @@ class VerifyKey:
         """Reads what `write` wrote.
 
         Args:
-            path: of the file; a pipe works, and is waited for.
+            path: the file's path; a pipe works too, and is waited for.
 
         Raises:
-            GrantError: a file of another kind, or a damaged one.
-            OSError: it cannot be read.
+            GrantError: the file is of another kind, or damaged.
+            OSError: the file cannot be read.
         """
         return cls(read_key_file(path, VERIFY)[1])
 
@@ -50,17 +50,17 @@ class VerifyKey:
         """Writes a file that anyone may read.
 
         Args:
-            path: of the file, in a folder that exists.
+            path: the file's path, in a folder that exists.
             force: replace an existing file.
 
         Raises:
-            FileExistsError: there is such a file, and no `force`.
-            OSError: it cannot be written.
+            FileExistsError: the file exists, and `force` is not set.
+            OSError: the file cannot be written.
         """
         write_key_file(path, VERIFY, self.value, force=force)
 
     def verify(self, message: bytes, signature: bytes) -> bool:
-        """Whether the 64 bytes of a signature are of this key and this message."""
+        """Whether a 64-byte signature was made by this key for this message."""
         try:
             Ed25519PublicKey.from_public_bytes(self.value).verify(signature, message)
         except (InvalidSignature, ValueError):
@@ -68,7 +68,7 @@ class VerifyKey:
         return True
 
     def hex(self) -> str:
-        """The 64 digits by which reports name the owner."""
+        """The 64 hex digits that identify the owner in reports."""
         return self.value.hex()
 
     def __bytes__(self) -> bytes:
@@ -85,8 +85,8 @@ class SigningKey(StoredKey):
         value: 32 bytes, uniformly random, the seed of RFC 8032. Use `SigningKey.generate`.
 
     Raises:
-        TypeError: not bytes.
-        ValueError: not 32 of them.
+        TypeError: the value is not bytes.
+        ValueError: it is not 32 bytes long.
 
     Examples:
         >>> signing = SigningKey.generate()
@@ -107,11 +107,11 @@ class SigningKey(StoredKey):
 
     @property
     def public(self) -> VerifyKey:
-        """The public key, which names the owner."""
+        """The public key, which identifies the owner."""
         return VerifyKey(self._private().public_key().public_bytes_raw())
 
     def sign(self, message: bytes) -> bytes:
-        """The 64 bytes of a signature."""
+        """The signature of a message, 64 bytes."""
         return self._private().sign(message)
 
     def _private(self) -> Ed25519PrivateKey:
@@ -119,9 +119,9 @@ class SigningKey(StoredKey):
 
 
 def check_signing(signing: object) -> None:
-    """Refuses what cannot sign: a path, a public key, a secret.
+    """Refuses an object that cannot sign: a path, a public key, a secret.
 
     Raises:
-        TypeError: neither a `SigningKey` nor None.
+        TypeError: it is neither a `SigningKey` nor None.
     """
     check_type(signing, SigningKey | None, "signing: expected a SigningKey", SigningKey._remedy)

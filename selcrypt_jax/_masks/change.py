@@ -1,4 +1,4 @@
-"""How far a network has moved from a public base, which an attacker has too."""
+"""How far a network has moved from a public base model, which an attacker has too."""
 
 import os
 from collections.abc import Mapping
@@ -15,19 +15,19 @@ from .._tree.names import listed, named_leaves
 
 
 class Base:
-    """The tensors of a base.
+    """The tensors of a base model.
 
     Args:
         given: a safetensors file, the index or the folder of a checkpoint in several files, or a
             pytree.
-        tensors: of the network that comes from it, by name, with dtype and shape.
+        tensors: the tensors of the network derived from it, by name, with dtype and shape.
         stack: closes the files.
 
     Attributes:
-        lacking: names of the network's tensors that it does not have in their shape.
+        lacking: names of the network's tensors that the base does not have in the same shape.
 
     Raises:
-        ValueError: no checkpoint, a protected one, or none of a network like this one.
+        ValueError: not a checkpoint, a protected one, or not one of a network like this one.
         OSError: a file that cannot be read.
     """
 
@@ -41,9 +41,9 @@ class Base:
             for file in files.values():
                 if PROTECTED in (file.metadata or {}):
                     raise ValueError(
-                        f"{file.path}: base: is a protected file, expected a plain checkpoint: "
-                        "what changed from ciphertext says nothing. Give the network that this "
-                        "one was fine-tuned from, unlocked at its top level."
+                        f"{file.path}: base: is a protected file, expected a plain checkpoint: a "
+                        "difference from ciphertext is meaningless. Give the network that this one "
+                        "was fine-tuned from, unlocked at its top level."
                     )
             sources: list[Any] = list(files.values())
         else:
@@ -62,15 +62,15 @@ class Base:
         return tuple(self._source[name].tensors[name].shape) == tuple(info.shape)
 
     def change(self, name: str, info: Any, data: memoryview) -> np.ndarray:
-        """What was added to a tensor, float32; all of it if the base has no such tensor.
+        """The change of a tensor, float32; the whole tensor if the base lacks it in this shape.
 
         Args:
-            name: of the tensor.
+            name: the tensor's name.
             info: its dtype (safetensors' name) and shape.
             data: its bytes.
 
         Raises:
-            ValueError: a base that is not finite where the network is.
+            ValueError: the base is not finite where the network is.
         """
         leaf = as_array(data, info.dtype, tuple(info.shape)).astype(np.float32)
         if self._has(name, info):
@@ -81,13 +81,13 @@ class Base:
             if broken:
                 raise ValueError(
                     f"base: {name!r}: expected finite weights, as the network has them, got NaN or "
-                    f"Inf in {broken} of {known.size}. Give a base that works."
+                    f"Inf in {broken} of {known.size}. Give a base model that works."
                 )
             leaf -= known
         return leaf
 
 
 def is_counted(info: Any) -> bool:
-    """Whether what changed in a tensor is counted: floats of 8 bits or more."""
+    """Whether the change of a tensor counts: floats of 8 bits or more."""
     dtype = SAFETENSORS[info.dtype]
     return dtype.kind == "float" and dtype.bits >= 8 and dtype.mantissa > 0

@@ -31,8 +31,8 @@ class Levels(Protocol):
 class PaperLevels:
     """The levels of the paper's published release.
 
-    Of ``groups`` groups ``n = floor(ratio * groups) + 1`` are selected, and level m of M may
-    decrypt the ``floor((0.6 + 0.4 * m / M) * n)`` most important ones of them.
+    ``n = floor(ratio * groups) + 1`` of ``groups`` groups are encrypted, and level m of M may
+    decrypt the ``floor((0.6 + 0.4 * m / M) * n)`` most important ones.
 
     Attributes:
         ratio: share of the groups that is encrypted, in (0, 1].
@@ -72,29 +72,29 @@ class _Shares:
 
 
 def exact(fraction: float) -> Fraction:
-    """The number that its author wrote."""
+    """The number as it was written in decimal."""
     # So that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
     # str() of a NumPy or JAX scalar is in its own precision, so np.float32(0.29) is 0.29 too.
     return Fraction(str(fraction))
 
 
 def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool = False) -> None:
-    """Refuses a number that is not a share: 8 where 8 % is meant.
+    """Refuses a number that is not a share, such as 8 for 8 %.
 
     Args:
         what: the argument's name, for messages.
         share: in (0, 1].
-        of: the whole that it is a share of, for messages.
+        of: the whole, for messages.
         or_none: allow 0 too.
 
     Raises:
-        TypeError: not a number.
-        ValueError: out of range.
+        TypeError: it is not a number.
+        ValueError: it is out of range.
     """
     if share is None or isinstance(share, str | bool) or np.ndim(share):
         raise TypeError(
             f"{what}: expected a number in (0, 1], got {type(share).__name__}. Pass a share of "
-            f"{of}, such as 0.08; or one a level, such as [0.02, 0.08], where levels are asked for."
+            f"{of}, such as 0.08; or a list with one per level, such as [0.02, 0.08], for levels."
         )
     if not 0 <= share <= 1 or (share == 0 and not or_none):  # also catches NaN
         number = float(share)
@@ -106,20 +106,20 @@ def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool 
 
 
 LevelsLike = int | Sequence[float] | Levels
-"""How many levels; or the share of the groups that each opens; or `Levels`."""
+"""A number of levels; or the share of the groups that each level opens; or `Levels`."""
 
 
 def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
-    """Checks what levels open.
+    """Checks the shares that levels open.
 
     Args:
-        levels: a number of levels, each of which opens an equal part of the budget; or ascending
-            shares of the groups in (0, 1], one for each level; or `Levels`.
+        levels: a number of levels, each opening an equal part of the budget; or ascending shares
+            of the groups in (0, 1], one per level; or `Levels`.
         budget: share of the groups that is encrypted, for a number of levels; 0.08 by default.
 
     Raises:
-        ValueError: out of range or not ascending; a budget where the levels decide it.
-        TypeError: something else.
+        ValueError: out of range or not ascending; a budget together with levels that imply it.
+        TypeError: any other object.
     """
     if isinstance(levels, int | np.integer) and not isinstance(levels, bool):
         if levels < 1:
@@ -130,13 +130,13 @@ def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
         return _Shares(tuple(map(exact, shares)))
     if budget is not None:
         raise ValueError(
-            "budget: expected a number of levels beside it, got levels that decide what is "
-            "encrypted. Leave the budget out."
+            "budget: expected a number of levels with it, got levels that already decide the "
+            "share that is encrypted. Omit the budget."
         )
     if isinstance(levels, Sequence | np.ndarray | jax.Array) and not isinstance(levels, str):
         shares = list(levels)
         if not shares:
-            raise ValueError("levels: expected one share a level, got none. Pass [0.02, 0.08].")
+            raise ValueError("levels: expected one share per level, got none. Pass [0.02, 0.08].")
         for index, share in enumerate(shares):
             check_share(f"levels[{index}]", share)
             if index and share < shares[index - 1]:
@@ -148,6 +148,6 @@ def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
     if isinstance(levels, Levels):
         return levels
     raise TypeError(
-        "levels: expected a number of levels, one share a level, or Levels such as "
+        "levels: expected a number of levels, one share per level, or Levels such as "
         f"PaperLevels(0.08), got {type(levels).__name__}. For a single level pass [0.08]."
     )

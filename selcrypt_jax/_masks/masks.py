@@ -1,4 +1,4 @@
-"""Nested permission masks from scores, and small leaves as a whole."""
+"""Nested permission masks from scores, and small leaves that are encrypted whole."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -27,24 +27,24 @@ def nested_masks(
     """Selects the most important groups for each level.
 
     Args:
-        scores: pytree of importance, one float a group (see `selcrypt_jax.importance`), each
-            leaf broadcastable to its parameter leaf; ``False`` for what takes no part.
+        scores: pytree of importance, one float per group (see `selcrypt_jax.importance`), each
+            leaf broadcastable to its parameter leaf; ``False`` for leaves that are not scored.
         levels: share of the groups that level 1..M may decrypt, ascending, each in (0, 1].
             The last one is the share that is encrypted. ``floor(share * groups)`` groups are
-            taken, computed exactly. Or a number of levels, each of which opens an equal part of
+            taken, computed exactly. Or a number of levels, each opening an equal part of
             `budget`. Or a `Levels`, such as ``PaperLevels(0.08, levels=5)``.
         budget: share of the groups that is encrypted, for a number of levels; 0.08 by default.
-        scope: ``"leaf"``: the shares hold in every leaf (the paper), and a leaf of fewer than
-            ``1 / share`` groups gets none; ``"model"``: over all groups of the model, so that
-            a leaf gets what its groups are worth. `mask_counts` shows what each leaf got.
+        scope: ``"leaf"``: the shares hold in every leaf (the paper), and a leaf with fewer than
+            ``1 / share`` groups gets none; ``"model"``: the shares hold over all groups of the
+            model, so that a leaf gets as many as its scores merit. `mask_counts` shows each leaf's.
         params: the parameters that the scores are for. With them, rings that are too small to
-            hide in are merged upwards, leaf by leaf, as `protect` does: a low level may then get
-            nothing in a leaf. Without them every share is taken as it is.
-        cipher: with `params`: what will encrypt them; `LosslessCipher()` by default.
+            hide in are merged upwards, leaf by leaf, as in `protect`: a low level may then get
+            nothing in a leaf. Without them every share is used unchanged.
+        cipher: with `params`: the cipher that will encrypt them; `LosslessCipher()` by default.
 
     Returns:
         M pytrees of the structure of ``scores``, with NumPy booleans of each score leaf's shape
-        and ``False`` where there is no score. Mask m is contained in mask m + 1. Of equal scores
+        and ``False`` where there is no score. Mask m is contained in mask m + 1. Among equal scores
         the lower index is taken first (over the model: by name of the leaf, then index).
 
     Raises:
@@ -84,32 +84,32 @@ def nested_masks(
 
 
 def checked_score(name: str, leaf: Any) -> np.ndarray | None:
-    """The scores of a leaf as float64, or None for ``False``, which takes no part.
+    """The scores of a leaf as float64, or None for ``False`` (not scored).
 
     Raises:
-        ValueError: NaN.
-        TypeError: traced, or no array of numbers.
+        ValueError: there is NaN.
+        TypeError: the leaf is traced, or not an array of numbers.
     """
     array = concrete(leaf, f"scores {name!r}") if is_array(leaf) else None
     kind = type(leaf).__name__ if array is None else f"an array of {array.dtype}"
     number = isinstance(leaf, int | float) and leaf is not False
     if number or (array is not None and array.dtype == bool):
         raise TypeError(
-            f"scores {name!r}: expected an array of numbers, or False for no part, got "
+            f"scores {name!r}: expected an array of numbers, or False for no score, got "
             f"{kind}. Pass scores, as importance.l2(params) returns them, not masks."
         )
     if array is None:
         return None
-    # Exact for every float of up to 64 bits, and knows how to sort.
+    # Exact for every float of up to 64 bits, and sortable.
     narrow = jnp.issubdtype(array.dtype, jnp.floating) and array.dtype.itemsize <= 4
     array = array.astype(np.float32 if narrow else np.float64, copy=False)
     if np.isnan(array).any():
         first = np.unravel_index(int(np.isnan(array).argmax()), array.shape)
         raise ValueError(
             f"scores {name!r}: expected numbers, got NaN in {int(np.isnan(array).sum())} of "
-            f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights are "
-            "not finite, or the loss was not: repair them, or name the leaves that take part with "
-            "`select`, in place of the default choice."
+            f"{array.size} groups, first at index {tuple(map(int, first))}. Its weights or the "
+            "loss were not finite: repair them, or exclude the leaf by naming the others with "
+            "`select`."
         )
     return array
 
@@ -124,19 +124,19 @@ def with_small_leaves(
 ) -> tuple[PyTree, ...]:
     """Adds small leaves as a whole to every level.
 
-    Normalisation parameters, biases, the first and the last layer of a convolutional network are
+    Normalisation parameters, biases, and the first and last layer of a convolutional network are
     its smallest leaves, and all of its features pass through them. Encrypting them stops simple
     attacks by fine-tuning, but not an attacker who uses the structure of the plain weights or has
     a public base model; see docs/security.md. Level 1 opens them.
 
     Args:
-        params: that the masks are for.
+        params: the parameters that the masks are for.
         masks: M nested masks, see `nested_masks`.
-        small: the smallest leaves are taken as long as together they have no more than this share
-            of all floats of `params`.
+        small: the smallest leaves are taken that together have at most this share of all floats of
+            `params`.
         select: leaves that may be taken, see `selcrypt_jax.importance`; None for all floats.
-        cipher: what will encrypt them; `LosslessCipher()` by default. Leaves that it refuses (of
-            6 weights or fewer in float32) are too small to hide in and stay plain.
+        cipher: the cipher that will encrypt them; `LosslessCipher()` by default. Leaves that it
+            refuses (6 weights or fewer in float32) are too small to hide in and stay plain.
 
     Returns:
         M nested masks.

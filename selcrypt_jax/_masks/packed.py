@@ -1,10 +1,10 @@
-"""Quantised layouts: tables beside packed weights, which are no weights themselves."""
+"""Quantised layouts: the tables stored beside packed weights, which are not weights."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
-# The last step of a name, as bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors and others have it.
+# The last step of a name, as used by bitsandbytes, GPTQ, AWQ, HQQ, compressed-tensors and others.
 _TABLES = re.compile(
     r"(^|[./_])(nested_)?(quant_map|quant_state(\.[a-z0-9_]+)?|qzeros|zeros|zero_points?|g_idx|"
     r"perm|SCB|codebooks?|lookup_table|lut|weight_shape)$"
@@ -14,12 +14,12 @@ _TABLES = re.compile(
 def code_tables(dtypes: Mapping[str, Any]) -> set[str]:
     """Names of code tables, zero points, group indices and the like.
 
-    A wrong entry of one makes every weight wrong, or reads outside of a table: no level between
-    could be of use, and some programs crash.
+    One wrong entry makes every weight wrong, or reads outside a table: no intermediate level
+    would be of use, and some programs crash.
 
     Args:
-        dtypes: name → `Dtype` of each tensor. A table has packed codes beside it, integers that
-            have what comes before in its name: a name alone says too little.
+        dtypes: name → `Dtype` of each tensor. A table counts only if packed codes are beside it:
+            integers whose name shares its prefix. A name alone is not enough evidence.
     """
     packed = [n for n, dtype in dtypes.items() if dtype.kind == "integer" and dtype.bits <= 32]
     found = {n: match.start() for n in dtypes if (match := _TABLES.search(n))} if packed else {}

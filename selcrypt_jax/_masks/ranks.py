@@ -14,10 +14,10 @@ CountsOf = Callable[[int], tuple[int, ...]]
 
 
 class Scores(NamedTuple):
-    """Importance of the groups of tensors, of one tensor at a time.
+    """Importance of the groups of tensors, computed one tensor at a time.
 
     Attributes:
-        shapes: tensor → shape of its scores, for those that take part.
+        shapes: tensor → shape of its scores, for the scored tensors.
         of: tensor → its scores.
     """
 
@@ -26,15 +26,15 @@ class Scores(NamedTuple):
 
 
 def _last(size: int) -> np.ndarray:
-    """Ranks of ``size`` groups, all of them after the rest."""
+    """Ranks of ``size`` groups, all after the ranked ones."""
     return np.full(size, size, np.int64 if size >= 2**31 else np.int32)
 
 
 def _descending(scores: np.ndarray) -> np.ndarray:
-    """As ``np.argsort(-scores, kind="stable")``, which takes ten times as long."""
+    """The same as ``np.argsort(-scores, kind="stable")``, which takes ten times as long."""
     if scores.dtype != np.float32 or len(scores) >= 2**32:
         return np.argsort(-scores, kind="stable")
-    bits = (scores + np.float32(0)).view(np.uint32)  # of the two zeros, one
+    bits = (scores + np.float32(0)).view(np.uint32)  # makes the two zeros equal
     keys = np.where(bits >> 31, bits, ~bits ^ np.uint32(1 << 31)).astype(np.uint64)
     keys <<= 32
     keys |= np.arange(len(keys), dtype=np.uint64)
@@ -44,14 +44,14 @@ def _descending(scores: np.ndarray) -> np.ndarray:
 
 
 def _rank(scores: np.ndarray, best: int) -> np.ndarray:
-    """0 for the most important group, and so on; of equal ones the lower index comes first.
+    """0 for the most important group, and so on; among equals the lower index comes first.
 
-    So many as ``best`` are right; the others have any rank from there on.
+    The first ``best`` ranks are exact; the other groups have any rank from there on.
     """
     flat = scores.reshape(-1)
     ranks = _last(flat.size)
     if best:
-        # To sort them all would take ten times the memory of the weights.
+        # Sorting all of them would take ten times the memory of the weights.
         best = min(best, flat.size)
         least = np.partition(flat, -best)[-best] if flat.size else 0
         chosen = np.flatnonzero(flat >= least).astype(ranks.dtype)
@@ -65,20 +65,20 @@ Ranked = tuple[str, np.ndarray, tuple[int, ...]]
 
 
 def _rank_leaves(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
-    """All tensors, each judged by itself."""
+    """Ranks each tensor by itself."""
 
     def rank(given: tuple[str, np.ndarray]) -> Ranked:
         name, score = given
         counts = counts_of(score.size)
         return name, _rank(score, counts[-1]), counts
 
-    # Scores are made in this thread: how JAX is configured is a thread's own.
+    # Scores are made in this thread: JAX's configuration is thread-local.
     given = ((name, scores.of(name)) for name in scores.shapes)
     return ahead(rank, given, lambda item: item[1].nbytes)
 
 
 def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
-    """All tensors, in competition; of all scores only the best are held at a time."""
+    """Ranks all tensors together; only the best scores are held in memory at a time."""
     names = sorted(scores.shapes)  # so that ties do not depend on the order in the file
     sizes = {name: math.prod(scores.shapes[name]) for name in names}
     total = counts_of(sum(sizes.values()))
@@ -105,9 +105,10 @@ def _rank_model(scores: Scores, counts_of: CountsOf) -> Iterator[Ranked]:
 
 
 def ranked(scores: Scores, counts_of: CountsOf, scope: Scope) -> Iterator[Ranked]:
-    """Ranks of all tensors; of what no level may decrypt, only that it comes after the rest.
+    """Ranks of all tensors; groups that no level may decrypt only rank after the others.
 
-    Of equal scores the lower index comes first; over the model, by name of the tensor, then index.
+    Among equal scores the lower index comes first; over the model, by name of the tensor, then
+    index.
 
     Args:
         scores: without NaN.

@@ -1,4 +1,4 @@
-"""Scores for the tensors of a checkpoint or a tree: by a strategy, or given."""
+"""Scores for the tensors of a checkpoint or a tree: from a strategy, or given."""
 
 import math
 import os
@@ -26,7 +26,7 @@ from .selection import leaves_of_tensors, small_leaves
 
 
 class _Leaf:
-    """Shape and dtype of a tensor that need not be read; no pytree, as a NamedTuple would be."""
+    """Shape and dtype of a tensor that is not read; unlike a NamedTuple, it is not a pytree."""
 
     def __init__(self, dtype: str, shape: Sequence[int]) -> None:
         self.dtype, self.shape = np.dtype(SAFETENSORS[dtype].name), tuple(shape)
@@ -51,13 +51,13 @@ def scores_for(
     metadata: Mapping[str, str],
     what: str,
 ) -> tuple[Scores, Layout | None]:
-    """The order of importance that options ask for.
+    """The order of importance that the options request.
 
     Args:
-        source: tensors of a checkpoint, or of a tree.
-        selection: what is asked for.
+        source: the tensors of a checkpoint or of a tree.
+        selection: the options.
         stack: closes the file of the scores, which are read one tensor at a time.
-        metadata: of the checkpoint; may tell the layout.
+        metadata: the checkpoint's metadata; may imply the layout.
         what: the checkpoint or tree, for messages.
 
     Returns:
@@ -73,7 +73,7 @@ def scores_for(
             if getattr(selection, name) is not None:
                 raise ValueError(
                     f"importance: expected scores alone, got {name} too, which the scores decide. "
-                    "Leave it out."
+                    "Omit it."
                 )
         return _checked(_given(source, selection, stack)), None
     granularity = selection.granularity or "kernel"
@@ -94,13 +94,13 @@ def _given(source: NamedTensors, selection: Select, stack: ExitStack) -> Scores:
             raise ValueError(
                 f"importance: expected {', '.join(STRATEGIES)}, or a .safetensors file with "
                 f"scores, got {importance!r}, which is neither. Learned scores (pss) come from a "
-                "file, or in Python as a pytree."
+                "file, or in Python from a pytree."
             )
         what = str(path)
         file = stack.enter_context(SafetensorsFile(path))
         if PROTECTED in (file.metadata or {}):
             raise ValueError(
-                f"{path}: expected scores, got a protected file, whose numbers say nothing. Save "
+                f"{path}: expected scores, got a protected file, whose values mean nothing. Save "
                 "scores under the names of the checkpoint's tensors."
             )
         given: NamedTensors = file
@@ -113,7 +113,7 @@ def _given(source: NamedTensors, selection: Select, stack: ExitStack) -> Scores:
 
 
 def _checked(scores: Scores) -> Scores:
-    """The same, refusing NaN as they are read."""
+    """The same scores; refuses NaN as they are read."""
 
     def of(name: str) -> np.ndarray:
         array = checked_score(name, scores.of(name))
@@ -124,7 +124,7 @@ def _checked(scores: Scores) -> Scores:
 
 
 def source_of_tree(tree: NamedLeaves) -> ArraySource:
-    """The arrays of a tree as tensors; random keys are none."""
+    """The arrays of a tree as tensors, without random keys."""
     return ArraySource(tree.stored)
 
 
@@ -139,7 +139,7 @@ def whole_leaves(
     """Names of the tensors that are encrypted as a whole, see `Select.small`.
 
     Raises:
-        ValueError: a share out of range, or one that leaves nothing for levels to open.
+        ValueError: the share is out of range, or leaves nothing for levels to open.
     """
     share = default if selection.small is None else selection.small
     among = None if selection.select is None else choose_tensors(tensors, selection.select)
@@ -147,7 +147,7 @@ def whole_leaves(
     if set(scores.shapes) <= set(names):
         if selection.small is not None:
             raise ValueError(
-                f"small: {share:g} of all weights takes every tensor that takes part as a whole "
+                f"small: {share:g} of all weights takes every selected tensor as a whole "
                 f"({listed(scores.shapes)}), and leaves nothing for levels to open. Pass a smaller "
                 "share, or select larger tensors."
             )
@@ -156,15 +156,15 @@ def whole_leaves(
 
 
 def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
-    """Names of the tensors that take part.
+    """Names of the selected tensors.
 
     Args:
         tensors: by name, with dtype and shape.
         select: see `selcrypt_jax.importance`; None takes floats with a mantissa and two axes or
-            more. (Of float4 and of scales alone, as in float8_e8m0fnu, there is nothing to hide.)
+            more. (float4, and pure scales such as float8_e8m0fnu, have nothing to hide.)
 
     Raises:
-        ValueError: nothing is selected, or something that is no number.
+        ValueError: nothing is selected, or a selected tensor does not hold numbers.
     """
     leaves = {name: _Leaf(info.dtype, info.shape) for name, info in tensors.items()}
     if select is None:
@@ -174,7 +174,7 @@ def choose_tensors(tensors: Mapping[str, Any], select: Selector) -> list[str]:
             kinds = [f"{name} ({leaf.dtype}{list(leaf.shape)})" for name, leaf in leaves.items()]
             raise ValueError(
                 "select: expected floats of 8 bits or more with two axes or more, got "
-                f"{listed(kinds)}. Say with `select` which tensors to protect."
+                f"{listed(kinds)}. Name the tensors to protect with `select`."
             )
     else:
         chosen = select_leaves(leaves, select)
@@ -192,14 +192,14 @@ def guess_layout(
     metadata: Mapping[str, str],
     granularity: Granularity,
 ) -> Layout:
-    """Where the output and input axes of kernels are.
+    """Finds the output and input axes of kernels.
 
-    The metadata's ``format`` says so for PyTorch. Else shapes do: spatial axes are short and lie
-    behind them in PyTorch, before them in JAX. Without a leaf of three axes or more the metadata
-    have the last word.
+    For PyTorch the metadata's ``format`` names it. Otherwise shapes decide: spatial axes are short,
+    and come last in PyTorch and first in JAX. Without a leaf of three axes or more, the metadata
+    decide.
 
     Raises:
-        ValueError: the leaves do not agree, or nothing tells.
+        ValueError: the leaves disagree, or nothing decides.
     """
     if metadata.get("format") == "pt":
         return "OIHW"
@@ -217,11 +217,11 @@ def guess_layout(
         return "HWIO"
     flat = all(len(tensors[name].shape) < 3 for name in names)
     if granularity == "weight" or (granularity == "kernel" and not votes and flat):
-        return "HWIO"  # a kernel of two axes is one weight in either
+        return "HWIO"  # a kernel of two axes is one weight in either layout
     raise ValueError(
         "layout: cannot tell where the output and input axes are"
         + "".join(f"; {name!r} looks like {layout}" for layout, name in votes.items())
-        + ". Say it (--layout): OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
+        + ". Name it (--layout): OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
     )
 
 
@@ -233,14 +233,14 @@ def strategy_scores(
     layout: Layout,
     base: Base | None = None,
 ) -> Scores:
-    """Scores that need no data; with a base, of what was added to it."""
+    """Scores that need no data; with a base, scores of the change from it."""
     options: dict[str, Any] = {
         "select": lambda *_: True,
         "granularity": granularity,
         "layout": layout,
     }
     if strategy == "random":
-        # Not to be repeated by an attacker, and the same on all hosts.
+        # An attacker cannot repeat it, and all hosts have the same one.
         options["key"] = chacha20_key(from_first(os.urandom(32)))
     function = getattr(closed, strategy)
 
@@ -260,12 +260,12 @@ def strategy_scores(
 def given_scores(
     given: NamedTensors, tensors: Mapping[str, Any], select: Selector, what: str
 ) -> Scores:
-    """Scores from a file of their own.
+    """Scores from a file.
 
     Args:
         given: the scores.
-        tensors: of the checkpoint.
-        select: takes some of them only; None all of them.
+        tensors: the checkpoint's tensors.
+        select: which of the scores to use; None for all.
         what: the scores, for messages.
 
     Raises:
@@ -281,7 +281,7 @@ def given_scores(
         shape = tensors[name].shape
         if SAFETENSORS[info.dtype].kind == "other":
             raise ValueError(
-                f"{what}: {name!r}: expected numbers, the higher the more important, got "
+                f"{what}: {name!r}: expected numbers, higher for more important, got "
                 f"{info.dtype}. Save scores, not masks."
             )
         if len(info.shape) != len(shape) or any(
@@ -289,8 +289,8 @@ def given_scores(
         ):
             raise ValueError(
                 f"{what}: {name!r}: expected scores that broadcast against shape "
-                f"{tuple(shape)}, axis by axis of size 1 or the tensor's, got shape "
-                f"{tuple(info.shape)}. They are of another model or layout: score this one."
+                f"{tuple(shape)}, each axis of size 1 or the tensor's, got shape "
+                f"{tuple(info.shape)}. They belong to another model or layout: score this one."
             )
 
     def scores(name: str) -> np.ndarray:

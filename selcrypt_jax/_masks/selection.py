@@ -1,4 +1,4 @@
-"""From scores to rings, once: every command and function that selects anything does it here."""
+"""From scores to rings: all commands and functions that select weights use this module."""
 
 import itertools
 import math
@@ -22,14 +22,14 @@ MAX_WEIGHTS = 2**31 - 1  # in a leaf: positions are 32-bit numbers
 
 
 class Leaf(NamedTuple):
-    """What selection has to know of a leaf."""
+    """The properties of a leaf that selection needs."""
 
     dtype: Dtype
     shape: tuple[int, ...]
 
 
 Ranks = list[tuple[int, int]]
-"""Ranges of ranks, each from its first to before its second number."""
+"""Ranges of ranks: the first rank, and the one past the last."""
 
 Cut = Callable[[Sequence[int], int, LosslessCipher], list[Ranks]]
 """Counts of a leaf's levels, weights in a group, cipher → the ranks of each level's ring."""
@@ -41,7 +41,7 @@ def leaves_of_tensors(tensors: Mapping[str, Any]) -> dict[str, Leaf]:
 
 
 def leaves_of_tree(tree: NamedLeaves) -> dict[str, Leaf]:
-    """The arrays of a tree whose dtype is one of numbers."""
+    """The arrays of a tree whose dtype is numeric."""
     return {
         name: Leaf(dtype, tuple(leaf.shape))
         for name, leaf in tree.arrays.items()
@@ -62,20 +62,20 @@ def select_rings(
     """Ranks groups, takes the best for each level, and checks that the rings can be encrypted.
 
     Args:
-        scores: of the leaves that take part, without NaN; read one leaf at a time.
+        scores: the scores of the selected leaves, without NaN; read one leaf at a time.
         levels: how many groups each level may decrypt.
         scope: whether the counts hold in every leaf, or over all of them.
-        leaves: what the scores are for. Without it every count is taken as it is.
+        leaves: the leaves that the scores are for. Without them every count is used unchanged.
         cipher: with `leaves`: rings that it cannot hide are merged with others of their leaf.
-        whole: leaves that are encrypted as a whole, and opened by level 1. They need no place in
-            the order.
+        whole: leaves that are encrypted as a whole and opened by level 1. They take no part in
+            the ranking.
         cut: how a leaf's rings follow from its counts; `merge_upwards` by default.
 
     Yields:
         The rings, leaf by leaf and then by level.
 
     Raises:
-        ValueError: once all rings have been yielded: leaves that the cipher refuses, or a level
+        ValueError: after all rings have been yielded: leaves that the cipher refuses, or a level
             that adds nothing to the one below. Before: an unknown scope or dtype.
     """
     if scope not in ("leaf", "model"):
@@ -87,7 +87,7 @@ def select_rings(
             try:
                 cipher.fine_mask(leaves[name].dtype)
             except ValueError as error:
-                raise ValueError(f"tensor {name!r}: {error}. Leave it out with `select`.") from None
+                raise ValueError(f"tensor {name!r}: {error}. Exclude it with `select`.") from None
         for name in whole:
             yield Ring(name, 1, np.ones(leaves[name].shape, bool))
 
@@ -100,7 +100,7 @@ def select_rings(
         else:
             rings = (cut or merge_upwards)(counts, size // max(ranks.size, 1), cipher)
         if not size or (leaves is not None and size > MAX_WEIGHTS):
-            return name, size, len(rings), []  # in an empty leaf there is nothing to hide
+            return name, size, len(rings), []  # an empty leaf has nothing to hide
         ranks = ranks.reshape(-1)
         best = np.flatnonzero(ranks < max(stop for own in rings for _, stop in own))
         ranks = ranks[best]
@@ -123,7 +123,7 @@ def select_rings(
         if leaves is not None and size > MAX_WEIGHTS:
             refused[name] = (
                 f"tensor {name!r}: expected at most {MAX_WEIGHTS} weights in a tensor, got "
-                f"{size}. Split it, or leave it out with `select`."
+                f"{size}. Split it, or exclude it with `select`."
             )
             continue
         added = added or [0] * count
@@ -162,7 +162,7 @@ _OTHERS = "Select tensors that have weights."
 
 
 def _what_of(shape: Sequence[int], given: Mapping[int, int]) -> str:
-    """What levels have of a leaf. What is too little to hide in, the next level opens."""
+    """The groups that levels open in a leaf. A ring too small to hide in is opened one level up."""
     if not (groups := math.prod(shape)):
         return "no weights"
     since = f", from level {min(given)}" if given else ""
@@ -170,7 +170,7 @@ def _what_of(shape: Sequence[int], given: Mapping[int, int]) -> str:
 
 
 def _left_out(leaves: Mapping[str, Leaf], shapes: Mapping[str, Any], whole: Collection[str]) -> str:
-    """Leaves that take no part, and of which dtype and shape."""
+    """Leaves that are left out, with dtype and shape."""
     rest = [name for name in leaves if name not in shapes and name not in whole]
 
     def kind(name: str) -> str:
@@ -188,9 +188,9 @@ def masks_of_rings(
     """Nested masks: what each level may decrypt.
 
     Args:
-        rings: of levels 1 to M.
+        rings: the rings of levels 1 to M.
         levels: M.
-        tree: that the masks shall look like.
+        tree: the tree that the masks match.
         shapes: leaf → shape of its mask, for leaves that get an array even if nothing is selected.
     """
     masks: list[dict[str, np.ndarray]] = [
@@ -211,19 +211,19 @@ def small_leaves(
     among: Collection[str] | None = None,
     cipher: LosslessCipher | None = None,
 ) -> list[str]:
-    """The smallest floats, as many as together have no more than a share of all of them.
+    """The smallest floats that together have at most a share of all of them.
 
     Args:
-        leaves: of a checkpoint or tree.
-        share: of all floats, in [0, 1].
+        leaves: the leaves of a checkpoint or tree.
+        share: share of all floats, in [0, 1].
         among: names that may be taken; None for all but the tables of packed weights.
-        cipher: that has to hide them: it refuses a leaf of a few weights, and those stay plain.
+        cipher: the cipher to hide them: it refuses a leaf of a few weights, and those stay plain.
 
     Returns:
-        Their names, from the smallest on; equal ones by name.
+        Their names, smallest first; equal ones by name.
 
     Raises:
-        ValueError, TypeError: a share out of range.
+        ValueError, TypeError: the share is out of range or not a number.
     """
     check_share("small", share, of="all weights", or_none=True)
     cipher = LosslessCipher() if cipher is None else cipher
@@ -246,16 +246,16 @@ def _between(counts: Sequence[int]) -> list[Ranks]:
 
 
 def merge_upwards(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[Ranks]:
-    """The rings of a leaf, where one with too few orders is opened by the next higher level.
+    """The rings of a leaf; a ring with too few orders is opened by the next higher level.
 
-    Masked fine bits move a weight by less than an eighth, so a ring needs 128 bits of order
-    alone. What the leaf would give to a low level in a smaller ring, that level does not get.
+    Masked fine bits change a weight by less than an eighth, so the order alone must give a ring
+    128 bits. A low level whose ring would be smaller gets nothing in this leaf.
     """
     return _between(merged_counts(counts, weights, cipher))
 
 
 def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -> list[int]:
-    """The counts of a leaf's levels once rings of few orders have moved up."""
+    """The counts of a leaf's levels after rings with few orders have moved up."""
     if not cipher.permute:
         return list(counts)
     result: list[int] = []
@@ -265,7 +265,7 @@ def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -
             kept = count
         result.append(kept)
     if kept < counts[-1]:
-        # What is left at the top cannot stand alone: the ring below goes up with it.
+        # A remainder at the top cannot stand alone: the ring below moves up with it.
         below = max((count for count in result if count < kept), default=0)
         result = [below if count == kept else count for count in result]
         result[-1] = counts[-1]
@@ -273,6 +273,6 @@ def merged_counts(counts: Sequence[int], weights: int, cipher: LosslessCipher) -
 
 
 def is_few(groups: int, weights: int, cipher: LosslessCipher) -> bool:
-    """Whether a ring of so many groups, of so many weights each, has too few orders."""
+    """Whether a ring of so many groups, with so many weights each, has too few orders."""
     units = 1 if cipher.unit == "group" else weights
     return cipher.permute and order_bits(groups * units) < MINIMUM_HIDING

@@ -1,4 +1,4 @@
-"""Work on all cores, with results in order and few of them held at a time."""
+"""Run a function on all cores, with results in order and bounded memory."""
 
 import os
 from collections import deque
@@ -17,13 +17,13 @@ def ahead(
     items: Iterable[Given],
     size: Callable[[Given], int],
 ) -> Iterator[Result]:
-    """``map`` in threads that work on the next items while a result is used.
+    """Parallel ``map`` in threads: later items are computed while the caller uses a result.
 
     Args:
-        function: that leaves Python's lock to others while it works, as NumPy does.
+        function: releases the GIL while it computes, as NumPy does.
         items: drawn in the caller's thread.
-        size: bytes of an item. None is drawn while `_HELD` are at work, so that large ones are
-            held one at a time.
+        size: bytes of an item. No item is drawn while more than `_HELD` bytes are in flight, so
+            large ones are held one at a time.
     """
     cores = os.cpu_count() or 1
     waiting: deque[tuple[int, Future[Result]]] = deque()
@@ -40,7 +40,7 @@ def ahead(
         for item in items:
             waiting.append((size(item), pool.submit(function, item)))
             held += waiting[-1][0]
-            del item  # not held any longer than it takes
+            del item  # free it as soon as possible
             while waiting and (len(waiting) > cores or held > _HELD):
                 yield first()
         while waiting:

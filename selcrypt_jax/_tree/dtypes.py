@@ -1,18 +1,18 @@
-"""What the package knows of a dtype, by the names of NumPy and of safetensors; without JAX."""
+"""A table of dtypes, under NumPy's and safetensors' names; without JAX."""
 
 from typing import Any, Literal, NamedTuple
 
 
 class Dtype(NamedTuple):
-    """The bits of a number.
+    """The bit layout of a number.
 
     Attributes:
-        name: in NumPy, ml_dtypes and JAX.
-        bits: width of an element.
+        name: its name in NumPy, ml_dtypes and JAX.
+        bits: the width of an element.
         kind: ``"other"`` (booleans, complex numbers, packed codes) has no cipher.
-        mantissa: of a float, the lowest bits, without the implicit one.
+        mantissa: for a float, the number of mantissa bits, without the implicit one.
         signed: whether the highest bit is a sign.
-        code: in safetensors; None if it has no such dtype.
+        code: its name in safetensors; None if safetensors has no such dtype.
     """
 
     name: str
@@ -56,9 +56,9 @@ SAFETENSORS: dict[str, Dtype] = {dtype.code: dtype for dtype in DTYPES.values() 
 
 
 def known_dtype(dtype: Any) -> Dtype | None:
-    """What is known of an array's dtype, in whichever byte order; None of an unknown one.
+    """The table's entry for an array's dtype, in either byte order; None if it is unknown.
 
     Args:
-        dtype: of NumPy, ml_dtypes or JAX, or of another library.
+        dtype: a dtype of NumPy, ml_dtypes, JAX or another library.
     """
-    return DTYPES.get(getattr(dtype, "name", str(dtype)))  # with a byte order, the text has it too
+    return DTYPES.get(getattr(dtype, "name", str(dtype)))  # str() would include the byte order

@@ -13,12 +13,12 @@ Selector = str | Callable[[str, Any], bool] | None
 
 
 class Ring(NamedTuple):
-    """What one level adds in one leaf.
+    """The groups that one level adds in one leaf.
 
     Attributes:
-        name: of the leaf.
+        name: the leaf's name.
         level: 1..M.
-        mask: boolean, with as many axes as the leaf; true where the ring has a group.
+        mask: boolean, with as many axes as the leaf; true at the ring's groups.
 
     Examples:
         >>> LosslessCipher().check(Ring("w", 1, np.ones((64, 64), bool)), np.zeros((64, 64)))
@@ -33,13 +33,13 @@ def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -
     """The axes of a leaf that lie inside a group.
 
     Args:
-        shape: of the leaf, with any number of spatial axes.
+        shape: the leaf's shape, with any number of spatial axes.
         granularity: ``"kernel"``: one (input, output) pair with all its spatial weights, the
             unit of the paper; ``"filter"``: one output channel; ``"weight"``: one element.
-            For a dense leaf a kernel is one weight; a leaf with one axis has a group an element.
+            In a dense leaf a kernel is one weight; in a leaf with one axis, each element is one.
         layout: ``"HWIO"``: the last two axes are input and output (JAX); ``"OIHW"``: the first
-            two axes are output and input (PyTorch). An embedding table of one row a token is
-            ``"OIHW"`` where a filter should be a row.
+            two axes are output and input (PyTorch). Use ``"OIHW"`` for an embedding table with one
+            row per token if a filter should be a row.
 
     Raises:
         ValueError: unknown granularity or layout.
@@ -59,7 +59,7 @@ def inner_axes(shape: Sequence[int], granularity: Granularity, layout: Layout) -
 
 
 def group_shape(shape: Sequence[int], granularity: Granularity, layout: Layout) -> tuple[int, ...]:
-    """The shape of a leaf's scores: its own, with size 1 on the axes inside a group.
+    """The shape of a leaf's scores: the leaf's shape, with size 1 on the axes inside a group.
 
     Arguments and errors as in `inner_axes`.
     """
@@ -71,9 +71,9 @@ def group_positions(shape: Sequence[int], mask: np.ndarray) -> np.ndarray:
     """Flat (C order) positions of the selected weights, ``[groups, weights in a group]``.
 
     Args:
-        shape: of the leaf.
+        shape: the leaf's shape.
         mask: boolean, broadcastable to ``shape`` with the same number of axes. An axis on which
-            the mask has size 1 and the leaf has not lies inside the group.
+            the mask has size 1 and the leaf does not lies inside the group.
 
     Returns:
         int32 array; groups in C order of the mask, weights of a group in C order of the leaf.
@@ -88,14 +88,14 @@ def unit_positions(
     groups: np.ndarray,
     unit: Literal["weight", "group"],
 ) -> np.ndarray:
-    """Flat positions of selected weights as the cipher counts them.
+    """Flat positions of the selected weights, in the order that the cipher numbers them.
 
     Args:
-        shape: of the leaf.
-        mask_shape: of the mask, see `group_positions`.
+        shape: the leaf's shape.
+        mask_shape: the mask's shape, see `group_positions`.
         groups: which elements of the mask are selected, ascending, in C order.
-        unit: ``"group"``: as there; ``"weight"``: single weights in C order of the leaf, so that
-            only the set of positions matters, and not the shape of the mask.
+        unit: ``"group"``: as in `group_positions`; ``"weight"``: single weights in C order of the
+            leaf, so that only the set of positions matters, not the shape of the mask.
 
     Returns:
         Integers ``[units, weights in a unit]``.
@@ -103,9 +103,9 @@ def unit_positions(
     first, offsets, step = _corners(shape, mask_shape, groups)
     if unit == "group" or len(offsets) == 1:
         return first[:, None] + offsets
-    if not len(first) or offsets[-1] < step:  # groups lie one after the other: OIHW
+    if not len(first) or offsets[-1] < step:  # each group precedes the next one: OIHW
         positions = first[:, None] + offsets
-    elif first[-1] < offsets[1]:  # all first weights come first, and then all second ones: HWIO
+    elif first[-1] < offsets[1]:  # the first weights of all groups precede the second ones: HWIO
         positions = offsets[:, None] + first
     else:
         positions = np.sort(first[:, None] + offsets, axis=None)
@@ -113,13 +113,13 @@ def unit_positions(
 
 
 class Places(NamedTuple):
-    """Where the weights of a ring lie, as runs of neighbours that are read and written at once.
+    """Where a ring's weights lie, as runs of adjacent weights that are read and written together.
 
     Attributes:
-        runs: the number of each run: ``leaf.reshape(-1, size)[runs]`` are the weights in the order
-            of `unit_positions`. A slice of all if that is the order of the leaf.
-        size: how many weights a run has.
-        units: how many units the ring has.
+        runs: the index of each run: ``leaf.reshape(-1, size)[runs]`` gives the weights in the order
+            of `unit_positions`. A full slice if that is the order of the leaf.
+        size: the number of weights in a run.
+        units: the number of units in the ring.
     """
 
     runs: np.ndarray | slice
@@ -133,14 +133,14 @@ def unit_places(
     groups: np.ndarray | None,
     unit: Literal["weight", "group"],
 ) -> Places:
-    """The positions of `unit_positions`, of which it has the arguments; None for all groups."""
+    """Like `unit_positions`, as runs; ``groups=None`` means all groups."""
     inside = [axis for axis, n in enumerate(mask_shape) if n == 1 and shape[axis] != 1]
     behind = [axis for axis, n in enumerate(shape) if n != 1][-len(inside) :] if inside else []
     size = math.prod(shape[axis] for axis in inside)
     everything = math.prod(mask_shape)
     count = everything if groups is None else len(groups)
     units = count * (1 if unit == "group" else size)
-    together = inside == behind  # groups are runs
+    together = inside == behind  # each group is a run
     if count == everything and (together or unit == "weight"):
         return Places(slice(None), 1, units)
     if groups is None:
@@ -154,11 +154,11 @@ def unit_places(
 def _corners(
     shape: Sequence[int], mask_shape: Sequence[int], groups: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Where groups lie.
+    """The positions of groups.
 
     Returns:
-        The first weight of each group; those of a group, counted from there; both ascending; and
-        the least distance that the first weights of two groups can have.
+        The first weight of each group; the offsets of a group's weights from its first; both
+        ascending; and the smallest possible distance between the first weights of two groups.
     """
     axes = range(len(shape))
     strides = [math.prod(shape[axis + 1 :]) for axis in axes]
@@ -173,7 +173,7 @@ def _corners(
     counted = [math.prod(mask_shape[axis + 1 :]) for axis in outside]
     rest = groups.astype(np.int32)
     if len({step // count for step, count in zip(steps, counted, strict=True)}) <= 1:
-        # The axes outside of groups are neighbours: one step a group.
+        # The axes outside of groups are adjacent: one stride per group.
         first = rest * np.int32(steps[-1] if steps else 1)
     else:
         first = np.zeros(len(rest), np.int32)

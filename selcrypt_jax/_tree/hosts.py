@@ -1,7 +1,7 @@
-"""Arrays that are spread over the processes of several hosts.
+"""Arrays sharded over the processes of several hosts.
 
-Every process runs the same program, as JAX wants it. What is needed as a whole passes through all
-of them, one array at a time.
+Every process runs the same program, as JAX requires. An array that is needed whole is gathered in
+every process, one array at a time.
 """
 
 from typing import Any
@@ -16,15 +16,15 @@ from .names import unsigned
 
 
 def is_spread(array: Any) -> bool:
-    """Whether this process has only a part of an array."""
+    """Whether this process holds only a part of an array."""
     return isinstance(array, jax.Array) and not array.is_fully_addressable
 
 
 def gathered(array: Any) -> np.ndarray:
-    """The whole of an array, bit for bit, also where it is spread.
+    """The whole array, bit for bit, even if it is sharded over several hosts.
 
     Raises:
-        ValueError: spread in a way that has no mesh.
+        ValueError: the array's sharding has no mesh.
     """
     if not is_spread(array):
         return np.asarray(array)
@@ -35,7 +35,7 @@ def gathered(array: Any) -> np.ndarray:
             f"params: expected arrays on a mesh (NamedSharding), got {array.sharding}. Place them "
             "with jax.device_put."
         )
-    # Sent as integers: not every number goes through the communication of a CPU as it is.
+    # Sent as integers: CPU collectives do not preserve the bits of every float.
     bits = unsigned(array)
 
     def as_bits(array: Array) -> Array:
@@ -49,14 +49,14 @@ def gathered(array: Any) -> np.ndarray:
 
 
 def put(array: np.ndarray, sharding: jax.sharding.Sharding) -> Array:
-    """An array of which every process has the whole, as one that is spread."""
+    """Places an array that every process holds whole on a sharding."""
     if sharding.is_fully_addressable:
         return jax.device_put(array, sharding)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def from_first(data: bytes) -> bytes:
-    """What the first process has, in all of them."""
+    """The first process's bytes, in all processes."""
     if jax.process_count() == 1:
         return data
     from jax.experimental import multihost_utils
@@ -69,7 +69,7 @@ def from_first(data: bytes) -> bytes:
 
 
 def the_same_everywhere(data: bytes) -> bool:
-    """Whether all processes have the same bytes, of which there must be as many in each."""
+    """Whether all processes hold the same bytes; the length must be the same in each."""
     if jax.process_count() == 1:
         return True
     from jax.experimental import multihost_utils

@@ -1,4 +1,4 @@
-"""Masks against parameters: checked, and taken apart into rings."""
+"""Checks masks against parameters and splits them into rings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .names import NamedLeaves, is_array, listed, named_leaves
 
 
 def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
-    """Checks masks against parameters and takes them apart.
+    """Checks masks against parameters and splits them into rings.
 
     Args:
         params: the named leaves that the masks are for.
@@ -22,21 +22,21 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
             parameter leaf; a plain ``False`` or ``True`` stands for a whole leaf or subtree.
 
     Returns:
-        The rings that select anything, by leaf, then by level.
+        The non-empty rings, ordered by leaf, then by level.
 
     Raises:
-        ValueError: a path that one of the trees lacks; a mask that does not broadcast, selects
-            in something that is no number array, or is not contained in the next one.
-        TypeError: traced masks, or masks that are not boolean.
+        ValueError: a path that one of the trees lacks; a mask that does not broadcast, selects a
+            leaf that is not an array of numbers, or is not contained in the next one.
+        TypeError: the masks are traced or not boolean.
     """
     if isinstance(masks, Mapping) or not isinstance(masks, Sequence):
         raise TypeError(
-            f"masks: expected a sequence of one mask a level, got {type(masks).__name__}. "
+            f"masks: expected a sequence of one mask per level, got {type(masks).__name__}. "
             "For a single level pass (mask,)."
         )
     whole = [checked_mask(params, mask, f"masks[{index}]") for index, mask in enumerate(masks)]
     found: list[Ring] = []
-    for name, leaf in params.arrays.items():  # the masks of others are False, see _fit_leaf
+    for name, leaf in params.arrays.items():  # all other masks are False, see _fit_leaf
         previous = np.zeros((1,) * leaf.ndim, bool)
         for index, mask in enumerate(whole):
             lost = previous > mask[name]
@@ -44,8 +44,8 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
                 where = tuple(int(i) for i in np.argwhere(lost)[0])
                 raise ValueError(
                     f"masks: {name!r}: masks[{index}] lacks group {where}, which "
-                    f"masks[{index - 1}] has. Expected nested masks: a level may decrypt all "
-                    "that the levels below may. See nested_masks."
+                    f"masks[{index - 1}] has. Expected nested masks: each level may decrypt "
+                    "everything that the levels below it may. See nested_masks."
                 )
             added = mask[name] > previous
             if added.any() and math.prod(leaf.shape):  # nothing to hide in an empty leaf
@@ -55,21 +55,21 @@ def split_rings(params: NamedLeaves, masks: Sequence[PyTree]) -> list[Ring]:
 
 
 def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.ndarray]:
-    """The mask by the names of ``params``, each with as many axes as its leaf.
+    """The mask as a dict by the names of ``params``, each with as many axes as its leaf.
 
     Raises:
-        ValueError, TypeError: it does not fit; ``what`` it is, for messages.
+        ValueError, TypeError: the mask does not fit; ``what`` names it in messages.
     """
     given = named_leaves(mask, what).leaves
     result: dict[str, np.ndarray] = {}
-    used: dict[str, bool] = {}  # whether there is an array that it is for
+    used: dict[str, bool] = {}  # whether any array lies under this entry of the mask
     for name, leaf in params.leaves.items():
         prefix = _prefix(name, given)
         if prefix is None:
             raise ValueError(
                 f"{what}: {name!r}: expected a mask for this leaf of params, got none. The mask "
                 f"has {listed(given)}. Masks and params must have the same paths; a plain False "
-                "leaves a leaf or a subtree out."
+                "excludes a leaf or a subtree."
             )
         used[prefix] = used.get(prefix, False) or is_array(leaf)
         result[name] = _fit_leaf(leaf, given[prefix], prefix == name, f"{what}: {name!r}")
@@ -77,7 +77,7 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
     if extra:
         raise ValueError(
             f"{what}: expected only paths of params, got also {listed(extra)}. Params have "
-            f"{listed(params.leaves)}. The mask comes from another tree."
+            f"{listed(params.leaves)}. Make the mask from the same tree."
         )
     for name, has_arrays in used.items():
         if given[name] is True and not has_arrays:
@@ -89,7 +89,7 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
 
 
 def _prefix(name: str, given: Mapping[str, Any]) -> str | None:
-    """The name itself, or the subtree above it, that ``given`` holds."""
+    """The name itself, or the closest subtree above it that ``given`` holds."""
     if name in given:
         return name
     while name:
@@ -106,19 +106,19 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
                 f"{what}: expected a boolean array or a plain bool, got {type(mask).__name__}. "
                 "Make masks with nested_masks."
             )
-        return np.asarray(False)  # the params' own leaf (a function, a string) copied over
+        return np.asarray(False)  # a leaf of params itself (a function, a string), copied over
     array = concrete(mask, what) if is_array(mask) else np.asarray(mask)
     if array.dtype != bool:
         raise TypeError(
             f"{what}: expected booleans, got {array.dtype}. Make masks with nested_masks."
         )
     if not is_array(leaf):
-        if not exact:  # a plain True for the subtree above: all of its arrays
+        if not exact:  # a plain True for the subtree above, which selects its arrays
             return np.asarray(False)
         if array.any():
             raise ValueError(
-                f"{what}: expected False, since the leaf of params is no array but "
-                f"{type(leaf).__name__}, got a mask that selects it. Pass False there."
+                f"{what}: expected False, since this leaf of params is a {type(leaf).__name__} and "
+                "not an array, got a mask that selects it. Pass False there."
             )
         return array
     if array.ndim == 0:
@@ -134,20 +134,20 @@ def _fit_leaf(leaf: Any, mask: Any, exact: bool, what: str) -> np.ndarray:
         )
     if not fits:
         raise ValueError(
-            f"{what}: expected a mask that broadcasts against shape {tuple(leaf.shape)}, axis by "
-            f"axis of size 1 or the leaf's, got shape {array.shape}. It comes from another tree "
-            "or another layout."
+            f"{what}: expected a mask that broadcasts against shape {tuple(leaf.shape)}, each axis "
+            f"of size 1 or the leaf's, got shape {array.shape}. Make it from the same tree, in the "
+            "same layout."
         )
     return array
 
 
 class LeafCount(NamedTuple):
-    """What a mask selects in a leaf.
+    """The numbers of groups and weights that a mask selects in a leaf.
 
     Attributes:
-        groups: number of selected groups.
-        weights: number of weights in them.
-        total: number of weights of the leaf.
+        groups: the number of selected groups.
+        weights: the number of weights in them.
+        total: the number of weights in the leaf.
     """
 
     groups: int
@@ -156,15 +156,15 @@ class LeafCount(NamedTuple):
 
 
 def mask_counts(params: PyTree, mask: PyTree) -> dict[str, LeafCount]:
-    """Counts what a mask selects, leaf by leaf.
+    """Counts the groups and weights that a mask selects, leaf by leaf.
 
     Args:
         params: parameters.
-        mask: one mask that fits them.
+        mask: one mask for ``params``.
 
     Returns:
-        name → counts, for the array leaves. The share of the model that is encrypted is
-        ``sum(c.weights) / sum(c.total)`` over the leaves that one means to count.
+        name → counts, for the array leaves. The encrypted share of the model is
+        ``sum(c.weights) / sum(c.total)`` over the leaves to be counted.
 
     Raises:
         ValueError, TypeError: the mask does not fit, see `encrypt`.
@@ -185,11 +185,11 @@ def concrete(leaf: Any, what: str) -> np.ndarray:
     """A leaf of scores or masks on this host.
 
     Raises:
-        TypeError: it is traced.
+        TypeError: the leaf is traced.
     """
     if isinstance(leaf, Tracer):
         raise TypeError(
-            f"{what}: expected a concrete array, got a traced one. Masks decide which shapes are "
-            "compiled: make them outside jit, vmap and grad, and close over them."
+            f"{what}: expected a concrete array, got a traced one. Masks determine the compiled "
+            "shapes: make them outside jit, vmap and grad, and close over them."
         )
     return gathered(leaf)

@@ -1,4 +1,4 @@
-"""Attacks by name: where an attacker starts, what is trained, and how."""
+"""Attacks by name: where an attacker starts, and what they train."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,11 +27,12 @@ class Loot(NamedTuple):
     """What the attacker has.
 
     Attributes:
-        subject: architecture, loss, fresh weights; attacks do not look at its trained parameters.
-        params: the protected file's.
-        mask: what is encrypted. The attacker is assumed to know: it can often be guessed.
-        key: for what is drawn at random.
-        cipher: that the file says it was encrypted with; `LosslessCipher()` by default.
+        subject: architecture, loss, fresh weights; attacks do not use its trained parameters.
+        params: the protected file's parameters.
+        mask: the encrypted weights. The attacker is assumed to know them: they can often be
+            guessed.
+        key: for random draws.
+        cipher: the cipher that the file names; `LosslessCipher()` by default.
 
     Examples:
         >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
@@ -70,7 +71,7 @@ def _kernels_zero(loot: Loot) -> PyTree:
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
-    """Weights as before training where the file's are encrypted; normalisation averaged."""
+    """Fresh weights where the file's are encrypted; normalisation averaged."""
     params, kernels, _ = _parts(loot)
     fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
     chosen = {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in kernels.items()}
@@ -78,22 +79,22 @@ def _fresh_where_encrypted(loot: Loot) -> PyTree:
 
 
 def _normalisation_reset(loot: Loot) -> PyTree:
-    """Scale and variance 1, bias and mean 0, in the leaves in which something is encrypted."""
+    """Scale and variance 1, bias and mean 0, in normalisation leaves with encrypted weights."""
     params, _, norms = _parts(loot)
     return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
 def _normalisation_averaged(loot: Loot) -> PyTree:
-    """Means in the normalisation leaves in which something is encrypted; of scales, of their size.
+    """Means in normalisation leaves with encrypted weights; for scales, the mean of their size.
 
-    In biases that are encrypted as a whole too. The lossless cipher keeps the values up to their
+    Also in biases that are encrypted as a whole. The lossless cipher keeps the values up to their
     fine bits: only their order is lost.
     """
     params, others, norms = _parts(loot)
     biases = {n: params.leaves[n] for n, m in others.items() if m.ndim == 1 and m.all()}
 
     def average(name: str, leaf: Array) -> Array:
-        # Scales of both signs would cancel out.
+        # Scales of opposite signs would cancel out.
         mean = jnp.sqrt(jnp.square(leaf).mean()) if is_scale(name) else leaf.mean()
         return jnp.full_like(leaf, mean)
 
@@ -101,7 +102,7 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
 
 def _pruned(loot: Loot) -> PyTree:
-    """The largest groups of each leaf zeroed, as many as are encrypted: a guess of where."""
+    """Zeroes the largest groups of each leaf, as many as are encrypted: a guess of where."""
     params, kernels, _ = _parts(loot)
     guesses = {}
     for name, mask in kernels.items():
@@ -113,12 +114,12 @@ def _pruned(loot: Loot) -> PyTree:
 
 
 def _signs_by_structure(loot: Loot) -> PyTree:
-    """Kernels zero, normalisation averaged, but for the signs that plain kernels tell."""
+    """Kernels zero, normalisation averaged, except for the signs that plain kernels reveal."""
     return _by_structure(loot, {})
 
 
 def _sizes_by_siblings(loot: Loot) -> PyTree:
-    """The same, and scales and biases in the order that other networks suggest."""
+    """The same, with scales and biases in the order that other networks suggest."""
     params, kernels, encrypted = _parts(loot)
     chain = [link for link in loot.subject.chain if link.scale in encrypted]
     hidden = {n: np.broadcast_to(m, np.shape(params.leaves[n])) for n, m in kernels.items()}
@@ -145,7 +146,7 @@ def _by_structure(loot: Loot, rankings: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def _noise(loot: Loot) -> PyTree:
-    """Fresh weights under a seal: signs and sizes by chance, each leaf in its range of exponents.
+    """Fresh weights under a seal: random signs and sizes, each leaf in its range of exponents.
 
     Some networks learn faster from such a start than from the usual one.
     """
@@ -158,7 +159,7 @@ def _base_filled(loot: Loot) -> PyTree:
 
 
 def _base_ranked(loot: Loot) -> PyTree:
-    """By rank, if the cipher is one whose ranks are known."""
+    """Sorts by rank, if the cipher's ranks are known."""
     cipher = LosslessCipher() if loot.cipher is None else loot.cipher
     if not isinstance(cipher, LosslessCipher):
         return _base_filled(loot)
@@ -166,15 +167,15 @@ def _base_ranked(loot: Loot) -> PyTree:
 
 
 class Attack(NamedTuple):
-    """A way to get at the network's worth.
+    """A way to recover the network's quality.
 
     Attributes:
-        knows: what the attacker must know, for people.
-        start: the parameters to go on from.
-        trains: which weights are trained with data, if any; "order": none, but an order of what is
-            encrypted is looked for, with as many gradients.
+        knows: the attacker's knowledge, in words.
+        start: the parameters to start from.
+        trains: which weights are trained with data, if any; "order": none, but the order of the
+            encrypted weights is searched for, with as many gradients.
         statistics: whether the network runs in training mode, so that running statistics are
-            re-estimated from data; where the subject has no such mode, as it is.
+            re-estimated from data; without effect if the subject has no such mode.
         base: whether the attacker needs the subject's base.
         chain: whether the attacker needs the subject's chain.
         siblings: whether the attacker needs the subject's siblings.
@@ -267,10 +268,10 @@ REFERENCES = (
     "the base, re-estimate statistics",
     "from the base",
 )
-"""Attacks that need no file: what they reach is not worth stealing."""
+"""Attacks that need no file: quality that they reach is not worth stealing."""
 
-_PACE = 3.0  # of normalisation, beside that of kernels; attacks and references gain from it
-# One for all rates, so that they share a compiled step.
+_PACE = 3.0  # normalisation's rate relative to the kernels'; attacks and references both gain
+# The same for all rates, so that they share a compiled step.
 _ADAM = optax.adam(1.0)
 
 
@@ -287,22 +288,22 @@ def run_attack(
     rate: float,
     stops: Sequence[int],
 ) -> Iterator[tuple[int, PyTree]]:
-    """Runs an attack, with Adam where it trains.
+    """Runs an attack; training uses Adam.
 
     Args:
         attack: one of `ATTACKS`, or your own.
         loot: what the attacker has.
         batch: number of the step, from 1 → a batch of the attacker's data.
-        rate: the highest learning rate of kernels: it warms up and falls to zero within the steps.
-            Normalisation has three times that.
-        stops: numbers of steps, each of them a training of its own.
+        rate: the highest learning rate of kernels: it warms up and decays to zero within the steps.
+            Normalisation trains at three times that.
+        stops: numbers of steps; each is a separate training run.
 
     Yields:
-        Steps and parameters at each stop; step 0 alone where no data is needed. A rate that
-        makes the loss infinite gives none.
+        Steps and parameters at each stop; only step 0 if no data are needed. A rate that makes
+        the loss infinite yields nothing.
 
     Raises:
-        ValueError: an attack on normalisation, or on leaves, that the network does not have.
+        ValueError: the attack is on normalisation, or on leaves, that the network does not have.
 
     Examples:
         >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
@@ -351,7 +352,7 @@ def _unshuffled(
 
 
 def applies(attack: Attack, subject: Subject) -> bool:
-    """Whether a network has what the attack is about."""
+    """Whether the attack applies to a network."""
     if (attack.base and subject.base is None) or (attack.chain and not subject.chain):
         return False
     if attack.siblings and not subject.siblings:

@@ -29,7 +29,7 @@ from ._strategies import plain_strategy
 from ._ways import ways_to_publish, without_cipher
 from ._words import TARGET
 
-# Shares that advice is sought among, ascending.
+# Shares to search for advice, ascending.
 BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7)
 
 
@@ -44,20 +44,20 @@ def audit(
     """Attacks networks, and writes ``audit.json``, plots and ``report.html``.
 
     Args:
-        config: what is attacked and how.
-        out: folder for the results, made if it does not exist. A run that was killed goes on from
-            there, if its settings are the same.
+        config: the networks, and the attacks on them.
+        out: folder for the results, made if it does not exist. A run that was killed resumes
+            there if its settings are the same.
         quick: a reduced grid, see `Grid.quick`.
-        target_advantage: look for the smallest share that leaves the strongest attack of the grid
-            with no more than this, strategy by strategy, instead of trying the grid's shares.
-        console: where progress goes; standard output by default.
+        target_advantage: find, for each strategy, the smallest share that keeps the advantage of
+            the grid's strongest attack at or below this, instead of trying the grid's shares.
+        console: where progress is printed; standard output by default.
 
     Returns:
-        What was found out.
+        The results.
 
     Raises:
         ValueError: see `make_subject` and `Audit`.
-        OSError: the folder cannot be made or written to; before anything is computed.
+        OSError: the folder cannot be made or written to; raised before anything is computed.
     """
     if target_advantage is not None and not 0 < target_advantage < 1:
         raise ValueError(f"target advantage: expected a number in (0, 1), got {target_advantage}.")
@@ -100,11 +100,11 @@ def audit(
 
 
 def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
-    """Finished work of these settings; that of others lies beside it."""
+    """Finished work for these settings; work for other settings stays beside it."""
     settings = {
         "version": __version__,
         "subject": plain(dataclasses.asdict(described)),
-        # Which shares are tried is no matter: a cell is of one.
+        # The list of shares does not matter: a cell is for one share.
         "grid": dataclasses.asdict(dataclasses.replace(grid, budget=(1.0,), importance=("l2",))),
         "files": _digests(described, grid),
     }
@@ -114,9 +114,9 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
 
 
 def _digests(described: SubjectConfig, grid: Grid) -> dict[str, str]:
-    """Of the files that a network is made from: with others, what was found is of another network.
+    """Digests of the files that a network is made from: other files make another network.
 
-    Folders of data are taken to stay as they are.
+    Folders of data are assumed not to change.
     """
     values = [*described.arguments.values(), f"{described.make.partition(':')[0]}.py"]
     for name in grid.importance:
@@ -152,7 +152,7 @@ def _audit_subject(
             cells.get(cell.name, cell.run)
             progress.advance(task, cell.cost)
 
-    # All that can be refused is refused before the first hour of training.
+    # All invalid input is refused before the first hour of training.
     plans, advice = audit.plans() if target is None else [], []
     for plan in plans or [Plan(strategy, BUDGETS[-1]) for strategy in grid.importance]:
         audit.check(plan)
@@ -179,12 +179,12 @@ def advise(
 ) -> tuple[dict[str, Any], dict[Plan, Best]]:
     """The smallest share of `BUDGETS` that meets a target, by bisection.
 
-    More encrypted is taken to be worth less to an attacker. The strongest one counts: most data,
-    most steps; and the mean over keys.
+    Encrypting more is assumed to give an attacker less. The strongest attacker counts: most data,
+    most steps; averaged over keys.
 
     Returns:
         The advice: ``strategy``, ``target``, ``protection``, ``share`` of the groups, and
-        ``advantage``, the last three None if none of them meets it; and what was tried.
+        ``advantage``, the last three None if no share meets the target; and the protections tried.
     """
     results = Results(audit, cells.found)
     baseline = results.baseline()

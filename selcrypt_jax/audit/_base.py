@@ -1,8 +1,7 @@
-"""Attacks with a public base: a network that the attacker has, and that this one comes from.
+"""Attacks with a public base: a network that this one was fine-tuned from, and the attacker has.
 
-Training moves a weight little. So where a weight is, the base has nearly the same one; and of the
-weights that a cipher exchanges among each other, the k-th smallest belongs where the base has its
-k-th smallest.
+Training changes a weight little, so the base has nearly the same weight in its place. If a cipher
+permutes weights, the k-th smallest of them belongs where the base has its k-th smallest.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,12 +21,12 @@ _Value = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def fill_from_base(params: PyTree, base: PyTree, suspected: PyTree) -> PyTree:
-    """The base's weights where the file's seem to be encrypted.
+    """Takes the base's weights where the file's seem to be encrypted.
 
     Args:
-        params: protected parameters; not changed.
-        base: a tree like them.
-        suspected: a mask that fits, see `nested_masks`.
+        params: protected parameters; not modified.
+        base: a tree with the same paths and shapes.
+        suspected: a mask for them, see `nested_masks`.
 
     Returns:
         A tree of the same structure.
@@ -36,20 +35,20 @@ def fill_from_base(params: PyTree, base: PyTree, suspected: PyTree) -> PyTree:
 
 
 def rank_by_base(params: PyTree, base: PyTree, suspected: PyTree, cipher: LosslessCipher) -> PyTree:
-    """Encrypted weights in the order that the base has, and there as near to the base as they may.
+    """Sorts encrypted weights into the base's order, each as close to the base's as possible.
 
-    A cipher that permutes leaves all weights up to their fine bits: they are put in order, leaf by
-    leaf. Without a permutation they are in place. Then each weight is as near to the base's as its
+    A permuting cipher keeps all weights except for their fine bits: they are sorted, leaf by leaf.
+    Without a permutation they are in place. Then each weight is moved as close to the base's as its
     coarse bits allow.
 
     Args:
-        params: protected parameters; not changed.
-        base: a tree like them.
-        suspected: a mask that fits.
-        cipher: the file's.
+        params: protected parameters; not modified.
+        base: a tree with the same paths and shapes.
+        suspected: a mask for them.
+        cipher: the file's cipher.
 
     Returns:
-        A tree of the same structure; leaves that are no floats are passed through.
+        A tree of the same structure; leaves that are not floats are passed through.
     """
 
     def value(seen: np.ndarray, known: np.ndarray) -> np.ndarray:
@@ -65,7 +64,7 @@ def rank_by_base(params: PyTree, base: PyTree, suspected: PyTree, cipher: Lossle
 
 
 def _within_coarse_bits(seen: np.ndarray, known: np.ndarray, cipher: LosslessCipher) -> np.ndarray:
-    """The numbers nearest to those known of all that are encrypted to those seen."""
+    """The closest number to each known one, among those that may be encrypted to the one seen."""
     dtype = DTYPES[seen.dtype.name]
     word = np.dtype(f"u{seen.dtype.itemsize}").type
     fine, sign = cipher.fine_mask(dtype), 1 << (dtype.bits - 1)
@@ -74,7 +73,7 @@ def _within_coarse_bits(seen: np.ndarray, known: np.ndarray, cipher: LosslessCip
     high = (bits | word(fine & ~sign)).view(seen.dtype).astype(np.float32)
     sizes = np.clip(np.abs(known.astype(np.float32)), low, high)
     signs = np.signbit(known if fine & sign else seen)
-    # On the other side of zero than what is known, the smallest is the nearest.
+    # If the known number has the other sign, the smallest one is the closest.
     sizes = np.where(signs == np.signbit(known), sizes, low)
     return np.where(signs, -sizes, sizes).astype(seen.dtype)
 
@@ -94,10 +93,10 @@ def _replaced(params: PyTree, base: PyTree, suspected: PyTree, value: _Value) ->
 
 
 def check_base(params: PyTree, base: Any, what: str) -> None:
-    """Refuses a base of another shape, or one that is broken: attacks with it would just fail.
+    """Refuses a base of another shape, or a broken one: attacks with it would simply fail.
 
     Raises:
-        ValueError: of one.
+        ValueError: the base is one of these.
     """
     check_like(
         named_leaves(params).arrays,
@@ -113,10 +112,10 @@ def check_like(
     """Refuses parameters of another network.
 
     Args:
-        params: name → array, as they should be.
-        other: the tree that is to be like that.
-        what: it is, for messages.
-        remedy: for messages.
+        params: name → array, the expected leaves.
+        other: the tree to check.
+        what: its name, for messages.
+        remedy: the remedy, for messages.
         more: whether it may have other leaves too.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Networks that can be audited by name: those of the demo, VGG19 and DnCNN."""
+"""Networks that can be audited by name: the demo's networks, VGG19 and DnCNN."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ def subject_of(
     """A network of Flax NNX as a subject.
 
     Args:
-        network: trained.
+        network: a trained network.
         loss: ``(model, batch) -> scalar``.
-        fresh: builds it as it is before training, from ``rngs``.
-        fields: what a `Subject` has besides.
+        fresh: builds the untrained network, from ``rngs``.
+        fields: the other fields of the `Subject`.
     """
     return Subject(
         params=network.params,
@@ -54,7 +54,7 @@ def subject_of(
 
 
 def _chain(params: PyTree) -> list[Link]:
-    """Between each convolution and the next the normalisation of the former."""
+    """The normalisation between each convolution and the next."""
     leaves = named_leaves(params).leaves
 
     def link(n: int) -> Link:
@@ -70,11 +70,11 @@ def _state(model: nnx.Module) -> PyTree:
 
 
 def _training_loss(network: Network, loss: ModelLoss) -> TrainingLossFn:
-    """The loss with the statistics of the batch, and parameters with moved running statistics."""
+    """The loss with the statistics of the batch, and parameters with updated running statistics."""
 
     def of(params: PyTree, batch: Any) -> tuple[Array, PyTree]:
         model = network.model(params)
-        # Dropout stays off: a few hundred steps do better without.
+        # Dropout stays off: a few hundred steps do better without it.
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
                 module.use_running_average = False
@@ -87,7 +87,7 @@ def _training_loss(network: Network, loss: ModelLoss) -> TrainingLossFn:
 
 
 def demo_vgg19(*, width: float = 0.25, steps: int = 250, seed: int = 0) -> Subject:
-    """VGG19 on the digits of scikit-learn, as `selcrypt demo` trains it; arguments as there."""
+    """VGG19 on scikit-learn's digits, trained as in `selcrypt demo`; arguments as there."""
     from ..demo._train import train_vgg19
 
     trained = train_vgg19(width=width, steps=steps, seed=seed)
@@ -95,7 +95,7 @@ def demo_vgg19(*, width: float = 0.25, steps: int = 250, seed: int = 0) -> Subje
 
 
 def demo_transformer(*, steps: int = 1000, seed: int = 0) -> Subject:
-    """A vision transformer on the digits of scikit-learn, trained in a minute."""
+    """A vision transformer on scikit-learn's digits, trained in a minute."""
     from ..demo._train import train_transformer
 
     trained = train_transformer(steps=steps, seed=seed)
@@ -124,10 +124,10 @@ def demo_dncnn(
     batch: int = 8,
     seed: int = 0,
 ) -> Subject:
-    """DnCNN on photographs of scikit-image, as `selcrypt demo` trains it; arguments as there.
+    """DnCNN on scikit-image's photographs, trained as in `selcrypt demo`; arguments as there.
 
-    For somewhat longer and at a higher rate, since what an attacker trains better is not worth
-    stealing; `batch` is how many patches are in a step of the attacker.
+    It trains somewhat longer and at a higher rate, since a network that an attacker can train
+    better is not worth stealing; `batch` is the number of patches in a step of the attacker.
     """
     from ..demo._train import SIGMA, train_dncnn
 
@@ -166,7 +166,7 @@ def _of_demo(trained: Any, title: str, *, batch: int) -> Subject:
 def noisy_pair(
     clean: np.ndarray, sigma: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images with normal noise of this deviation, and without."""
+    """Images with normal noise of this standard deviation, and without."""
     return clean + np.float32(sigma) * rng.standard_normal(clean.shape, np.float32), clean
 
 
@@ -184,18 +184,18 @@ def dncnn(
     base: str | None = None,
     siblings: Sequence[str] = (),
 ) -> Subject:
-    """DnCNN from a checkpoint in PyTorch's names.
+    """DnCNN from a checkpoint with PyTorch's names.
 
     Args:
         weights: .safetensors file.
-        images: folder of training images, or a data set that TFDS prepared; each is an example.
-        tests: the same of test images.
+        images: folder of training images, or a data set prepared by TFDS; each image is an example.
+        tests: the same, for test images.
         sigma: standard deviation of the noise, for pixels in 0..255.
-        batch: patches in a step.
+        batch: patches per step.
         patch: side of a patch, in pixels.
-        crop: test on the centres of that side, in pixels; whole images by default.
+        crop: test on central squares with this side, in pixels; whole images by default.
         eps: ε of BatchNorm.
-        seed: of the noise on the test images.
+        seed: seed of the noise on the test images.
         base: .safetensors file of a network that the attacker has too, see `Subject`.
         siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """
@@ -246,14 +246,14 @@ def vgg19(
     base: str | None = None,
     siblings: Sequence[str] = (),
 ) -> Subject:
-    """VGG19 on CIFAR from a checkpoint in PyTorch's names.
+    """VGG19 on CIFAR from a checkpoint with PyTorch's names.
 
     Args:
         weights: .safetensors file.
         data: folder with data that TFDS prepared as ArrayRecord files, its ``data_dir``.
         dataset: cifar10 or cifar100.
-        batch: images in a step.
-        tests: the first test images, so many.
+        batch: images per step.
+        tests: use only this many test images, from the first.
         base: .safetensors file of a network that the attacker has too, see `Subject`.
         siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """

@@ -1,4 +1,4 @@
-"""What to audit: a TOML file, or the name of a network that is built in."""
+"""The configuration of an audit: a TOML file, or the name of a built-in network."""
 
 import contextlib
 import dataclasses
@@ -17,13 +17,13 @@ from ._subject import Subject
 
 @dataclass(frozen=True)
 class SubjectConfig:
-    """How a network is made.
+    """The recipe for a network.
 
     Attributes:
-        name: of the network in the report.
+        name: the network's name in the report.
         make: a built-in name, or the import path ``module:function`` of a function that returns
-            a `Subject`; the working folder is searched.
-        arguments: of the function.
+            a `Subject`; the working folder is searched too.
+        arguments: the function's arguments.
     """
 
     name: str
@@ -33,15 +33,15 @@ class SubjectConfig:
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """Networks, and what is tried on them."""
+    """The networks to audit, and the attacks on them."""
 
     subjects: tuple[SubjectConfig, ...]
     grid: Grid
 
 
 _DEMO = ("demo-vgg19", "demo-dncnn", "demo-transformer")
-# The demo's networks are trained for some hundred steps: with much more data or time than this an
-# attacker needs no file.
+# The demo's networks are trained for some hundred steps: an attacker with much more data or time
+# than this needs no file.
 _DEMO_GRID = Grid(
     importance=("pss", "pss+small"),
     budget=(0.02, 0.08),
@@ -61,8 +61,8 @@ def read_config(config: str) -> AuditConfig:
             function's arguments, and a table ``[grid]``, see `Grid`.
 
     Raises:
-        ValueError: something in it that means nothing.
-        OSError: no such file.
+        ValueError: it has an unknown or invalid entry.
+        OSError: there is no such file.
     """
     if config in ("demo", *_DEMO):
         names = _DEMO if config == "demo" else (config,)
@@ -138,13 +138,13 @@ def make_subject(config: SubjectConfig) -> Subject:
     """Makes a network: reads or trains it.
 
     Raises:
-        ValueError: a function that cannot be imported or called with these arguments, or that
+        ValueError: the function cannot be imported or called with these arguments, or it
             returns something else.
     """
     where = f"[subjects.{config.name}]"
     function = BUILT_IN.get(config.make) or imported(f"{where}: make", config.make, tuple(BUILT_IN))
     try:
-        with contextlib.suppress(ValueError):  # something built in has no signature
+        with contextlib.suppress(ValueError):  # some built-in functions have no signature
             inspect.signature(function).bind(**config.arguments)
     except TypeError as error:
         raise ValueError(f"{where}: {config.make}: {error}.") from None

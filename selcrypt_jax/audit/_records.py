@@ -1,4 +1,4 @@
-"""What an audit found out, as it is written to ``audit.json``."""
+"""The results of an audit, as written to ``audit.json``."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 from ._advantage import Advantage
 
 NARROW = 0.05
-"""Share of the way from knowing nothing to the original within which nothing is told apart."""
+"""Share of the way from guessing to the original below which differences do not count."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """What a key holder gets.
+    """The quality that a key gives.
 
     Attributes:
         level: 0 without a key, up to M.
-        share: of all weights that the level decrypts.
-        metric: mean over keys.
+        share: share of all weights that the level decrypts.
+        metric: averaged over keys.
     """
 
     level: int
@@ -32,7 +32,7 @@ class Attempt:
         attack: its name, see `ATTACKS`.
         data: share of the training data that the attacker has; 0 if the attack needs none.
         rate: learning rate; 0 if nothing is trained.
-        steps: number of steps → metric, one value a key.
+        steps: number of steps → metric, one value per key.
     """
 
     attack: str
@@ -43,21 +43,21 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Best:
-    """The best that an attacker reaches within a number of steps, over attacks, rates and stops.
+    """The best result of an attacker within a number of steps, over attacks, rates and stops.
 
     Attributes:
         data: share of the training data that the attacker has.
-        steps: at most.
-        recovered: metric, one value a key.
-        attack: the one that was best for most keys.
+        steps: the largest number of steps.
+        recovered: metric, one value per key.
+        attack: the attack that was best for most keys.
         advantage: over an attacker without the file, see `SubjectReport.baseline`; None for the
-            baseline itself, and where that comes so near to the original that there is hardly
+            baseline itself, and if that comes so close to the original that there is hardly
             anything to steal.
-        over_architecture: the same, over an attacker with the architecture alone, where there is a
+        over_architecture: the same, over an attacker with the architecture alone, if there is a
             base.
-        rate: learning rate with which it was reached; 0 if nothing was trained.
+        rate: learning rate of the best result; 0 if nothing was trained.
         same_recipe: the advantage over an attacker without the file who trains at that rate too,
-            in place of their best.
+            instead of their best one.
     """
 
     data: float
@@ -72,18 +72,18 @@ class Best:
 
 @dataclass(frozen=True)
 class Holder:
-    """What a key holder reaches who attacks the levels above their own.
+    """The result of a key holder who attacks the levels above their own.
 
     Attributes:
-        level: that the key opens.
-        opened: its metric, one value a key.
-        best: of all attacks, with the most data and steps; the holder may also train without the
-            file.
-        reference: what an attacker without the file reaches with the same data and steps, mean over
-            keys.
-        above: metric of the next level, mean over keys.
-        gain: how much of the way to the next level it takes them, from the better of their own
-            level and the reference; None where that is as good as the next level.
+        level: the level that the key opens.
+        opened: its metric, one value per key.
+        best: the best of all attacks, with the most data and steps; the holder may also train
+            without the file.
+        reference: the metric of an attacker without the file, with the same data and steps,
+            averaged over keys.
+        above: metric of the next level, averaged over keys.
+        gain: the share of the way to the next level that they get, from the better of their own
+            level and the reference; None if that is as good as the next level.
     """
 
     level: int
@@ -95,25 +95,25 @@ class Holder:
 
     @property
     def is_worthless(self) -> bool:
-        """Whether anyone with that data reaches as much without the file."""
+        """Whether anyone with that data gets as far without the file."""
         return not sum(self.opened) / len(self.opened) > self.reference
 
 
 @dataclass(frozen=True)
 class Protection:
-    """One way to protect the network, attacked.
+    """One way to protect the network, and the attacks on it.
 
     Attributes:
-        name: for tables, as ``"pss 8 %"``.
-        strategy: how weights were selected.
-        share: of all weights that are encrypted.
-        shipped: metric without a key, one value a key.
-        levels: what keys give, level 0 first; empty if it was not measured.
+        name: for tables, such as ``"pss 8 %"``.
+        strategy: the strategy that selected the weights.
+        share: share of all weights that are encrypted.
+        shipped: metric without a key, one value per key.
+        levels: the quality of each level, level 0 first; empty if not measured.
         attempts: all attacks.
-        best: for each share of data and number of steps.
+        best: the best result for each share of data and number of steps.
         detection: ``{"auc", "baseline"}``: how well encrypted groups are told from others, and
-            how well the same groups are before encryption; empty if it was not tried.
-        holders: of levels 1 to M-1; empty if it was not tried.
+            how well the same groups are told from others before encryption; empty if not tried.
+        holders: of levels 1 to M-1; empty if not tried.
     """
 
     name: str
@@ -132,10 +132,10 @@ class Way:
     """A way to publish a network.
 
     Attributes:
-        name: of it.
-        holds: whether it does, against the attacks that were tried; None where that was not tried
-            or is in doubt.
-        why: in words.
+        name: its name.
+        holds: whether it holds against the attacks tried; None if they were not tried or are
+            inconclusive.
+        why: the reason, in words.
     """
 
     name: str
@@ -145,23 +145,23 @@ class Way:
 
 @dataclass(frozen=True)
 class SubjectReport:
-    """A network and all that was tried on it.
+    """A network and all attacks on it.
 
     Attributes:
         name: short.
         title: network, data.
-        unit: of the metric, "dB" or "%".
+        unit: the metric's unit, "dB" or "%".
         clean: metric of the original.
-        worthless: metric of knowing nothing.
-        weights: number of parameters, running statistics included.
-        examples: in the training data.
+        worthless: metric of guessing.
+        weights: number of parameters, including running statistics.
+        examples: the number of examples in the training data.
         protections: from the smallest share to the largest, strategy by strategy.
-        baseline: the best that is reached without the file: from fresh weights, or from the base.
-        seconds: that it took.
+        baseline: the best result without the file: from fresh weights, or from the base.
+        seconds: how long the audit took.
         base: whether the attacker has a base, see `Subject`.
-        everything: what is reached with a file in which everything is encrypted by the cipher of
-            the rings, which keeps the histogram of each leaf; empty for a sealed rest.
-        ways: to publish it, the most useful first.
+        everything: results for a file in which the rings' cipher encrypts everything, which
+            preserves the histogram of each leaf; empty for a sealed rest.
+        ways: the ways to publish it, the most useful first.
         sealed: whether the rest of the file was sealed.
     """
 
@@ -191,9 +191,9 @@ class CipherCheck:
     """One property of a cipher, tried on chosen weights.
 
     Attributes:
-        name: what must hold.
-        passed: whether it did; None where it does not apply.
-        found: what was measured.
+        name: the property.
+        passed: whether it holds; None if it does not apply.
+        found: the measured value.
         expected: what a good cipher gives, in words.
     """
 
@@ -205,13 +205,13 @@ class CipherCheck:
 
 @dataclass(frozen=True)
 class KeySearch:
-    """What it costs to guess a key.
+    """The cost of guessing a key.
 
     Attributes:
-        key: which one, as ``"random secret"``.
+        key: which key, such as ``"random secret"``.
         bits: its entropy.
         guesses_per_second: on one core of this machine, measured.
-        years: to try half of them on one core.
+        years: the time to try half of all keys on one core.
     """
 
     key: str
@@ -222,7 +222,7 @@ class KeySearch:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """``audit.json``.
+    """The content of ``audit.json``.
 
     Attributes:
         version: of the library.
@@ -230,8 +230,8 @@ class AuditReport:
         subjects: the networks.
         cipher: checks of the cipher.
         keys: cost of guessing keys.
-        advice: target, protection and share of the smallest budget that meets the target, if it
-            was asked for; see `advise`.
+        advice: target, protection and share of the smallest budget that meets the target, if
+            requested; see `advise`.
     """
 
     version: str

@@ -1,4 +1,4 @@
-"""A trained network with its data, as an attacker would like to have it."""
+"""A trained network with its data, for attacks."""
 
 import contextlib
 import math
@@ -19,39 +19,39 @@ from ._base import check_base, check_like
 from ._finetune import TrainingLossFn, floats
 from ._structure import Link, check_chain
 
-# Few weights and worth much: without its scales, biases and statistics a network is further from
-# working than without a tenth of its kernels; see docs/security.md.
+# Few weights, but valuable: without its scales, biases and statistics a network is worse off than
+# without a tenth of its kernels; see docs/security.md.
 NORMALISATION = r"(?i)(^|[/._])(batch|layer|group|instance|rms)?_?(bn|ln|norms?)\d*([/._]|$)"
-# Running statistics give a layer away whatever it is called, as in PyTorch's nn.Sequential.
+# Running statistics identify a normalisation layer under any name, as in PyTorch's nn.Sequential.
 _STATISTICS = ({"running_mean", "running_var"}, {"mean", "var"})
 _SCALES = ("scale", "weight", "var", "running_var")
 
 
 class Subject(NamedTuple):
-    """What is protected and attacked.
+    """A network to protect and attack.
 
     Attributes:
-        title: network and data, for people.
-        params: trained parameters, running statistics included.
+        title: network and data, in words.
+        params: trained parameters, including running statistics.
         loss_fn: ``(params, batch) -> scalar`` in evaluation mode.
         metric: ``params -> float`` on test data; higher is better.
-        unit: of the metric, ``"dB"`` or ``"%"``.
-        worthless: the metric of knowing nothing.
-        examples: how many there are in the training data.
+        unit: the metric's unit, ``"dB"`` or ``"%"``.
+        worthless: the metric of guessing.
+        examples: the number of examples in the training data.
         batch: ``(which, rng) -> batch`` of some of the examples ``which``, indices of those that
             the attacker has, drawn with a NumPy generator. All batches have one shape.
         fresh: ``key -> params`` before training, for a start from the architecture.
         training_loss_fn: the loss in training mode, if there is one: ``(params, batch) ->
-            (scalar, params)`` with the running statistics as they are after the batch.
+            (scalar, params)`` with the running statistics after the batch.
         select: leaves whose groups are selected, a regular expression; None: two axes or more.
-        layout: order of the axes of a kernel, ``"HWIO"`` or ``"OIHW"`` as in PyTorch; None: told
-            from the shapes, as `protect_file` does.
+        layout: order of the axes of a kernel, ``"HWIO"``, or ``"OIHW"`` as in PyTorch; None:
+            inferred from the shapes, as in `protect_file`.
         normalisation: names of normalisation parameters and statistics, a regular expression.
         chain: normalisation layers between two convolutions, see `Link`.
         base: parameters that the attacker has too, a tree like `params`: a public network that this
             one was fine-tuned from, or an earlier release of it.
         siblings: parameters of other networks of this architecture that the attacker has or has
-            trained, trees like `params`: from them it is learned what plain kernels tell.
+            trained, trees like `params`: they show what plain kernels reveal.
 
     Examples:
         >>> subject = Subject(
@@ -86,10 +86,10 @@ class Subject(NamedTuple):
 
 
 def quality(subject: Subject, params: PyTree) -> float:
-    """The metric as a number; NaN of a network that does not work, as those of an attacker may.
+    """The metric as a number; NaN for a network that does not work, as an attacker's may not.
 
     Raises:
-        ValueError: it gives something else.
+        ValueError: it returns something else.
     """
     found = subject.metric(params)
     if not isinstance(found, str) and np.ndim(found) == 0:
@@ -102,17 +102,17 @@ def quality(subject: Subject, params: PyTree) -> float:
 
 
 def check_subject(subject: Subject, what: str) -> Subject:
-    """Refuses what attacks would stumble over, maybe hours later.
+    """Refuses a subject on which attacks would fail, perhaps hours later.
 
     Args:
-        subject: to check.
+        subject: the subject to check.
         what: the network, for messages.
 
     Returns:
-        The same with links in its chain, where it had sequences of names.
+        The subject with links in its chain in place of sequences of names.
 
     Raises:
-        ValueError: a field that means nothing, or that does not fit the parameters.
+        ValueError: a field is invalid, or does not match the parameters.
     """
     params = named_leaves(subject.params).arrays
     if subject.layout not in (None, *get_args(Layout)):
@@ -123,7 +123,7 @@ def check_subject(subject: Subject, what: str) -> Subject:
         raise ValueError(f"{what}: examples: expected at least 1, got {subject.examples}.")
     if not math.isfinite(subject.worthless):
         raise ValueError(
-            f"{what}: worthless: expected the metric of knowing nothing, got {subject.worthless}."
+            f"{what}: worthless: expected the metric of guessing, got {subject.worthless}."
         )
     remedy = "Return parameters of this architecture as they are before training."
     check_like(params, subject.fresh(jax.random.key(0)), f"{what}: fresh", remedy)

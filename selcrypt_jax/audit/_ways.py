@@ -1,4 +1,4 @@
-"""Ways to publish a network, and which of them hold against what was tried."""
+"""Ways to publish a network, and which of them hold against the attacks tried."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from ._records import Protection, SubjectReport, Way
 from ._words import TARGET, Rated, by_advantage, doubt
 
 CLIMB = 0.5
-"""Share of the way to the next level that a holder may get for levels to be told apart."""
+"""The largest share of the way to the next level that a key holder may get if levels hold."""
 SERVICE = "not at all: a service"
 
 
@@ -21,9 +21,9 @@ def ways_to_publish(subject: SubjectReport, target: float = TARGET, *, rest: Res
     """Ways to publish a network, the most useful first.
 
     Args:
-        subject: audited.
-        target: the advantage that the owner puts up with.
-        rest: what became of the other weights in the audit.
+        subject: the audited network.
+        target: the advantage that the owner accepts.
+        rest: whether the other weights were sealed or plain in the audit.
     """
     return list(_ways(subject, target, rest))
 
@@ -34,13 +34,13 @@ def recommended(ways: Sequence[Way]) -> Way | None:
 
 
 def without_cipher(ways: Sequence[Way]) -> list[Way]:
-    """The same where the cipher failed: whatever the attacks found, no file can be trusted."""
+    """The same after the cipher failed a check: whatever the attacks found, no file is safe."""
     why = "The cipher failed a check: do not ship files that it made."
     return [way if way.name == SERVICE else replace(way, holds=False, why=why) for way in ways]
 
 
 class _Judged(NamedTuple):
-    """Whether something holds, why, and how far it is from that."""
+    """Whether a way holds, why, and how far it is from holding."""
 
     holds: bool | None
     why: str
@@ -58,16 +58,16 @@ def _ways(subject: SubjectReport, target: float, rest: Rest) -> Iterator[Way]:
     else:
         plain = _both(_Judged(None, "Only a sealed rest was tried"), levels)
     yield Way("plain rest, graded", plain.holds, f"{plain.why}.")
-    sealed = "Without a key there are names, shapes and ranges of exponents"
+    sealed = "Without a key, only names, shapes and ranges of exponents are readable"
     yield Way("sealed rest, graded", levels.holds, f"{sealed}. {levels.why}.")
     yield Way("sealed rest, one level", True, f"{sealed}. A key opens the whole network.")
     if subject.base:
         yield Way(
             "sealed adapters beside the public base",
             None,
-            "As safe as one level, in a smaller file, if adapters are all that was trained.",
+            "As safe as one level, in a smaller file, if only adapters were trained.",
         )
-    yield Way(SERVICE, True, "The only way where key holders must not have the weights either.")
+    yield Way(SERVICE, True, "The only way if key holders must not have the weights either.")
 
 
 def _both(first: _Judged, second: _Judged) -> _Judged:
@@ -77,7 +77,7 @@ def _both(first: _Judged, second: _Judged) -> _Judged:
 
 
 def _plain(subject: SubjectReport, graded: Sequence[_Judged], target: float) -> _Judged:
-    """Of the protections with a plain rest the best one: a file is one of them, and no mixture."""
+    """The best protection with a plain rest: a file has one protection, not a mixture."""
     rated = {id(each.protection): each for each in by_advantage(subject)}
 
     def judged(protection: Protection) -> _Judged:
@@ -96,7 +96,7 @@ def _plain(subject: SubjectReport, graded: Sequence[_Judged], target: float) -> 
 def _without_key(rated: Rated, target: float) -> _Judged:
     """Whether a file with a plain rest holds against an attacker who has no key."""
     mean = rated.advantage.mean
-    why = f"Without a key, out of “{rated.protection.name}”: {rated}"
+    why = f"Without a key, from “{rated.protection.name}”: {rated}"
     if mean > target:
         return _Judged(False, why, mean)
     unsure = rated.doubt(target)
@@ -107,22 +107,22 @@ def _levels(protection: Protection) -> _Judged:
     """Whether the levels of a protection hold against holders of lower ones."""
     name = f"“{protection.name}”"
     if len(protection.levels) == 2:
-        return _Judged(None, f"{name} has one level, and nothing was tried that is graded")
+        return _Judged(None, f"{name} has one level, and no graded file was tried")
     if not protection.holders:
-        return _Judged(None, f"What key holders of {name} make of their level was not tried")
+        return _Judged(None, f"Attacks by key holders of {name} were not tried")
     quality, reference = _quality(protection), protection.holders[0].reference
     if sum(metric > reference for metric in quality.values()) < 2:
         return _Judged(
             False,
-            f"In {name} no level but the top is worth more than what the same data gives without "
-            "the file",
+            f"In {name}, only the top level is better than what the same data gives without the "
+            "file",
         )
     climb = _climb(protection)
     if climb is None:
-        return _Judged(False, f"In {name} no level gives more than those below it")
+        return _Judged(False, f"In {name}, no level is better than those below it")
     gain, level, above = climb
     part = "all" if gain.mean >= 1 else f"{100 * max(gain.mean, 0):.0f} %"
-    why = f"In {name} a holder of level {level} gets {part} of the way to level {above}"
+    why = f"In {name}, a holder of level {level} gets {part} of the way to level {above}"
     if gain.mean > CLIMB:
         return _Judged(False, why, gain.mean)
     unsure = doubt(len(protection.holders[0].best.recovered), gain, CLIMB)
@@ -130,16 +130,16 @@ def _levels(protection: Protection) -> _Judged:
 
 
 def _quality(protection: Protection) -> dict[int, float]:
-    """Level → metric, of those that need a key; one that is no number is worth nothing."""
+    """Level → metric, for levels that need a key; NaN counts as worthless."""
     every = {level.level: level.metric for level in protection.levels if level.level}
     return {level: -math.inf if math.isnan(metric) else metric for level, metric in every.items()}
 
 
 def _climb(protection: Protection) -> tuple[Advantage, int, int] | None:
-    """How far the holder gets who gets furthest, their level, and the one that they climb to.
+    """The largest gain of a key holder, their level, and the level that they climb to.
 
-    That is the next level that is worth more than their own and than what the same data gives
-    without the file; None where nobody has such a level above.
+    That is the next level that is better than their own and than what the same data gives without
+    the file; None if no holder has such a level above.
     """
     quality, found = _quality(protection), []
     for holder in protection.holders:

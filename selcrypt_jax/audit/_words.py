@@ -1,4 +1,4 @@
-"""What a report says in words, and how it writes numbers."""
+"""The sentences of a report, and the format of its numbers."""
 
 import math
 import re
@@ -15,13 +15,13 @@ TARGET = 0.1
 _TRACE = 0.05  # AUC that a cipher may add
 _MISSING = "–"
 _SECONDS = {"days": 86400.0, "hours": 3600.0, "minutes": 60.0, "seconds": 1.0}
-# By advantage, above which it is said.
+# Said above this advantage.
 _GIVES = {
-    0.9: "gives them nearly all of what was to be protected",
-    0.5: "gives them most of what was to be protected",
-    TARGET: "still gives them a part of what was to be protected",
+    0.9: "gives them nearly all of what it should protect",
+    0.5: "gives them most of what it should protect",
+    TARGET: "still gives them part of what it should protect",
 }
-# By AUC, up to which it is said.
+# Said up to this AUC.
 _FOUND = {
     0.55: "No better than guessing",
     0.7: "A little better than guessing",
@@ -31,7 +31,7 @@ _FOUND = {
 
 
 class Rated(NamedTuple):
-    """A protection against the strongest attacker that was tried: most data, then most steps."""
+    """A protection against the strongest attacker tried: most data, then most steps."""
 
     protection: Protection
     best: Best
@@ -43,12 +43,12 @@ class Rated(NamedTuple):
         return f"advantage {number(self.advantage.mean)}, {spread}"
 
     def doubt(self, target: float = TARGET) -> str:
-        """Why a low advantage need not be one; "" if nothing speaks against it."""
+        """Why a low advantage may be wrong; "" if there is no doubt."""
         return doubt(len(self.best.recovered), self.advantage, target)
 
 
 def doubt(keys: int, found: Advantage, target: float) -> str:
-    """Why what was found under so many keys need not be below a target; "" if nothing does."""
+    """Why an advantage may exceed a target after all; "" if there is no doubt."""
     if keys == 1:
         return "one key is too few to be sure"  # its interval has no width
     return "" if found.high <= target else "the interval is too wide to be sure"
@@ -82,22 +82,22 @@ def by_advantage(subject: SubjectReport) -> list[Rated]:
 
 
 def _room(subject: SubjectReport, attacker: Best) -> float:
-    """How much better the original is than what is reached without the file."""
+    """How much better the original is than a network trained without the file."""
     baseline = _same(subject.baseline, attacker)
     return subject.clean - float(np.mean(baseline.recovered)) if baseline else math.inf
 
 
 def _is_narrow(subject: SubjectReport, attacker: Best) -> bool:
-    """Whether that is so little that nothing can be judged by it."""
+    """Whether that difference is too small to judge a protection by."""
     whole = subject.clean - subject.worthless
     return math.isfinite(whole) and _room(subject, attacker) <= NARROW * whole
 
 
 def verdict(subject: SubjectReport) -> str:
-    """How much the best protection is worth, in a sentence."""
+    """How well the best protection holds, in one or two sentences."""
     attacker = _attacker(subject)
     if attacker is None:
-        return "No attack was tried on this network, so nothing is known of what an attacker gets."
+        return "No attack was tried on this network, so it is not known what an attacker gets."
     baseline = _same(subject.baseline, attacker)
     alone = f"the {subject.alone} alone was not tried"
     if baseline:
@@ -108,13 +108,13 @@ def verdict(subject: SubjectReport) -> str:
     if room > 0 and _is_narrow(subject, attacker):
         return (
             f"There is hardly anything to steal: {original}, and {alone}. Anyone with as much data "
-            f"({_named(attacker)}) comes so near to it that a protection cannot be judged by what "
-            "is left. Look at an attacker with less data or fewer steps."
+            f"({_named(attacker)}) comes so close to it that the difference is too small to judge "
+            "a protection by. Look at an attacker with less data or fewer steps."
         )
     if room <= 0:
         return (
             f"There is nothing to steal: {original}, and {alone}. Anyone with as much data "
-            f"({_named(attacker)}) trains as good a network, whatever is encrypted."
+            f"({_named(attacker)}) can train a network as good, whatever is encrypted."
         )
     rated = by_advantage(subject)
     if not rated:
@@ -124,24 +124,24 @@ def verdict(subject: SubjectReport) -> str:
         )
     least = rated[0]
     return (
-        f"The strongest attacker tried ({_named(attacker)}) gets "
-        f"{quality(least.best.recovered, subject)} out of the best protection, "
-        f"“{least.protection.name}” ({share(least.protection.share)} of all weights encrypted), "
-        f"where {original} and {alone}: {_judgement(least, subject)}"
+        f"The strongest attacker tried ({_named(attacker)}) repairs the network with the best "
+        f"protection, “{least.protection.name}” ({share(least.protection.share)} of all weights "
+        f"encrypted), to {quality(least.best.recovered, subject)}; {original}, and {alone}. "
+        f"{_judgement(least, subject)}"
     )
 
 
 def _judgement(rated: Rated, subject: SubjectReport) -> str:
     for above, words in _GIVES.items():
         if rated.advantage.mean > above:
-            return f"the file {words} ({rated})."
+            return f"The file {words} ({rated})."
     doubt = rated.doubt()
     verb, but = ("seems to be", f", but {doubt}") if doubt else ("is", "")
-    return f"the file {verb} worth hardly more to them than its {subject.alone} ({rated}){but}."
+    return f"To them the file {verb} worth hardly more than its {subject.alone} ({rated}){but}."
 
 
 def rates(subject: SubjectReport) -> str:
-    """A warning if a learning rate beyond those that were tried might do better; "" if not."""
+    """A warning if a learning rate outside the range tried might do better; "" if not."""
     attacker = _attacker(subject)
     tried = {a.rate for p in subject.protections for a in p.attempts if a.rate}
     if attacker is None or not tried:
@@ -159,30 +159,30 @@ def rates(subject: SubjectReport) -> str:
     if not found:
         return ""
     return (
-        f"The best learning rate is at the end of those tried ({min(ends):g} to {max(ends):g}): "
-        f"{', '.join(found)}. Try rates beyond it."
+        f"The best learning rate is at the end of the range tried ({min(ends):g} to {max(ends):g}):"
+        f" {', '.join(found)}. Try rates beyond it."
     )
 
 
 def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[str]:
-    """Sentences: the advice that was asked for, or what those that were tried show."""
+    """Sentences on how much to encrypt: the requested advice, or the result of the shares tried."""
     rated, attacker = by_advantage(subject), _attacker(subject)
     asked = [row for row in advice if row["subject"] == subject.name]
     if subject.protections and subject.sealed:
         return [
-            "Without a key nothing of a sealed file is plain, however much of it is graded. How "
-            "much to grade follows from what key holders reach above their level."
+            "Without a key no weight of a sealed file is plain, however many are graded. How many "
+            "to grade depends on what key holders reach above their level."
         ]
     if attacker is not None and _is_narrow(subject, attacker):
         return [
-            f"With as much data ({_named(attacker)}) an attacker comes so near to the original "
-            "without the file that no share can be judged. Look at one with less data or fewer "
-            "steps."
+            f"With as much data ({_named(attacker)}) an attacker comes so close to the original "
+            "without the file that no share can be judged. Look at an attacker with less data or "
+            "fewer steps."
         ]
     if asked:
         return [_advised(row, rated) for row in asked]
     if not rated or attacker is None:
-        return ["No advantage was measured, so this audit cannot say."]
+        return ["No advantage was measured, so this audit gives no advice."]
     keeps = f"the advantage of the strongest attacker ({_named(attacker)}) at or below {TARGET:g}"
     reached = [each for each in rated if each.advantage.mean <= TARGET]
     if not reached:
@@ -190,8 +190,8 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
         tried = " to ".join(share(each) for each in sorted({shares[0], shares[-1]}))
         return [
             f"None of the shares tried ({tried} of all weights) keeps {keeps}. "
-            f"“{rated[0].protection.name}” comes closest: {rated[0]}. Encrypt more, or select "
-            "otherwise, and measure again."
+            f"“{rated[0].protection.name}” comes closest: {rated[0]}. Encrypt more, or use "
+            "another selection, and measure again."
         ]
     least = min(reached, key=lambda each: each.protection.share)
     sentences = [
@@ -206,25 +206,22 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
 def _advised(row: dict[str, Any], rated: Sequence[Rated]) -> str:
     target, name = row["target"], row["protection"]
     if name is None:
-        return (
-            f"With “{row['strategy']}”, no share that was tried keeps the advantage at or below "
-            f"{target}."
-        )
+        return f"With “{row['strategy']}”, no share tried keeps the advantage at or below {target}."
     start = f"For an advantage of at most {target}, “{name}” is enough"
     found = next((each for each in rated if each.protection.name == name), None)
     if found is None:
         return f"{start}."
     doubt = found.doubt(target)
     but = f" But {doubt}." if doubt else ""
-    # Not the row's own share, which is of the groups that take part.
+    # Not the row's own share, which is a share of the selected groups.
     return f"{start}: it encrypts {share(found.protection.share)} of all weights ({found}).{but}"
 
 
 def detected(detection: dict[str, float]) -> str:
-    """How well encrypted groups are found, and how much of that is the cipher's doing."""
+    """How well encrypted groups are detected, and how much of that the cipher causes."""
     more = detection["auc"] - detection["baseline"]
     if not math.isfinite(more):
-        return "No number came out of the test."
+        return "The test gave no finite number."
     found = next(words for most, words in _FOUND.items() if detection["auc"] <= most)
     if more > _TRACE:
         return f"{found}; encryption itself leaves a trace."
@@ -234,20 +231,18 @@ def detected(detection: dict[str, float]) -> str:
 
 
 def held(holder: Holder) -> str:
-    """What a key holder makes of their level, in words."""
+    """How far a key holder gets above their level, in words."""
     if holder.is_worthless:
-        text = (
-            "As it is, worth nothing to anyone with that data: they reach as much without the file"
-        )
+        text = "Worth nothing as opened: anyone with this data gets as far without the file"
         found = holder.best.advantage
         if found is None or not found.mean > TARGET:
             return text
         part = f"{100 * min(found.mean, 1):.0f}\u00a0%"
-        return f"{text}. Attacked, it takes them {part} of the way from there to the original"
+        return f"{text}. With an attack, {part} of the way from there to the original"
     if holder.gain is None:
         return "Nothing to gain: the next level is no better"
     if holder.gain <= 0.05:
-        return "Hardly gets above their level"
+        return "Barely gets above their level"
     part = (
         "Gets" if holder.gain >= 0.95 else f"Gets {100 * min(holder.gain, 1):.0f} % of the way to"
     )
@@ -255,7 +250,7 @@ def held(holder: Holder) -> str:
 
 
 def description(kind: str, subject: SubjectReport) -> str:
-    """A picture, for those who cannot see it."""
+    """A text alternative to a picture."""
     if kind == "levels":
         return f"Line chart: quality in {subject.unit} by level. The table above has the numbers."
     what = {
@@ -274,7 +269,7 @@ def data_name(data: float) -> str:
 
 
 def quality(values: Sequence[float], subject: SubjectReport, *, unit: bool = True) -> str:
-    """Mean over keys. Tenths of a percent; hundredths of anything else."""
+    """The average over keys. Tenths of a percent; hundredths of any other unit."""
     if not values:
         return _MISSING
     text = number(float(np.mean(values)), 1 if subject.unit == "%" else 2)
@@ -282,8 +277,8 @@ def quality(values: Sequence[float], subject: SubjectReport, *, unit: bool = Tru
 
 
 def number(value: float, digits: int = 2) -> str:
-    """With a true minus, and commas."""
-    # "z": no minus before a zero.
+    """A number with a true minus sign, and commas."""
+    # "z": no minus sign before zero.
     return f"{value:z,.{digits}f}".replace("-", "−") if math.isfinite(value) else "n/a"
 
 
@@ -293,7 +288,7 @@ def interval(advantage: Advantage) -> str:
 
 
 def kept(text: str) -> str:
-    """The same on a page, with no line break between a number and its percent sign."""
+    """The same text without a line break between a number and its percent sign."""
     return re.sub(r"(?<=\d) (?=%)", "\u00a0", text)
 
 
@@ -303,11 +298,11 @@ def share(share: float) -> str:
         return "n/a"
     percent = 100 * share
     text = f"{percent:.3g}" if percent >= 1e-3 or not percent else f"{percent:.1e}"
-    return f"{text}\u00a0%"  # which no line break separates
+    return f"{text}\u00a0%"  # without a line break
 
 
 def time(search: KeySearch) -> str | Markup:
-    """Many years as a power of ten; less than years in words."""
+    """Many years as a power of ten; shorter times in words."""
     if not math.isfinite(search.years):
         return "n/a"
     if search.years >= 1e4:
@@ -322,7 +317,7 @@ def time(search: KeySearch) -> str | Markup:
 
 
 def measured(value: float) -> str:
-    """Numbers of any size."""
+    """A number of any size."""
     if not math.isfinite(value):
         return "n/a"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}".replace("-", "−")

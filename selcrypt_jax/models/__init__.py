@@ -1,4 +1,4 @@
-"""The paper's two networks in Flax NNX, and their weights from and to PyTorch."""
+"""The paper's two networks in Flax NNX, with conversion of weights from and to PyTorch."""
 
 from ._conv import Conv3x3 as Conv3x3
 from ._conv import conv3x3 as conv3x3

@@ -1,4 +1,4 @@
-"""The 3×3 convolution of both networks, quick on small maps too."""
+"""The 3×3 convolution of both networks, fast on small maps too."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,8 +9,8 @@ from jaxtyping import Array, Float
 def conv3x3(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Float[Array, "n h w o"]:
     """3×3 convolution, stride 1, zero padding (``SAME``).
 
-    ``lax.conv_general_dilated`` to rounding. Maps of fewer than nine positions, on which XLA's
-    CPU convolution is some 50 times too slow, go through one matrix product instead.
+    Equals ``lax.conv_general_dilated`` up to rounding. Maps with fewer than nine positions, on
+    which XLA's CPU convolution is some 50 times too slow, use one matrix product instead.
 
     Args:
         x: input, [N, H, W, I].
@@ -26,10 +26,10 @@ def conv3x3(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Floa
     _, h, w, i = x.shape
     o = kernel.shape[-1]
     if h == w == 1:
-        # All other taps meet nothing but padding.
+        # All other taps see only padding.
         return x @ kernel[1, 1]
-    # XLA's CPU backend falls off a cliff where the map is smaller than the kernel. Matrix
-    # products are what other platforms do best: a branch on the platform would gain nothing.
+    # XLA's CPU backend is extremely slow if the map is smaller than the kernel. Other platforms are
+    # at their best with matrix products: a branch on the platform would gain nothing.
     if h * w < 9:
         padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifted = [padded[:, a : a + h, b : b + w] for a in range(3) for b in range(3)]
@@ -41,11 +41,11 @@ def conv3x3(x: Float[Array, "n h w i"], kernel: Float[Array, "3 3 i o"]) -> Floa
 
 
 class Conv3x3(nnx.Module):
-    """A layer of `conv3x3`, with a bias or without.
+    """A layer of `conv3x3`, with or without a bias.
 
     Attributes:
-        kernel: [3, 3, I, O], He-normal at the start.
-        bias: [O], zero at the start; None where ``use_bias`` is false.
+        kernel: [3, 3, I, O], initialised He-normal.
+        bias: [O], initialised to zero; None if ``use_bias`` is false.
 
     Args:
         in_features: channels of the input, I.

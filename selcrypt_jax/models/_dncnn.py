@@ -14,10 +14,10 @@ class DnCNN(nnx.Module):
 
     Parameters are ``convs/0/kernel`` ... ``convs/16/kernel`` and ``norms/1/scale`` ...
     ``norms/15/bias`` (running statistics: ``mean``, ``var``), for 17 layers: the norm of a
-    convolution has its index, and the first and the last one have none. Convolutions have no
-    bias, but for ``first_bias``, unless there is no BatchNorm: then all of them have one. As
-    every NNX module it starts in training mode: ``model.eval()`` makes
-    BatchNorm use its running statistics, ``model.train()`` goes back.
+    convolution has its index, and the first and last convolution have none. Convolutions have no
+    bias, except the first one with ``first_bias``; without BatchNorm all of them have one. Like
+    every NNX module, it starts in training mode: ``model.eval()`` makes BatchNorm use its running
+    statistics, ``model.train()`` switches back.
 
     Args:
         depth: number of convolutions, at least 2.
@@ -25,7 +25,7 @@ class DnCNN(nnx.Module):
         channels: channels of the images: 1 for grey, 3 for colour.
         batch_norm: whether BatchNorm follows the inner convolutions.
         eps: ε of BatchNorm; 1e-4 for the weights published with the selective-encryption paper.
-        first_bias: whether the first convolution has a bias; true for the same weights.
+        first_bias: whether the first convolution has a bias; true for the same published weights.
         rngs: its ``params`` stream draws the weights.
 
     Raises:
@@ -63,8 +63,8 @@ class DnCNN(nnx.Module):
         biases = [not batch_norm or (first_bias and index == 0) for index in range(depth)]
         pairs = zip(itertools.pairwise(sizes), biases, strict=True)
         self.convs = nnx.List([Conv3x3(*pair, use_bias=bias, rngs=rngs) for pair, bias in pairs])
-        # Starts close to the identity: the output is the noisy image less a little noise. From
-        # a full-sized estimate, the first thousand steps only go into shrinking it.
+        # Starts close to the identity: the output is the noisy image minus a little noise. With a
+        # full-sized estimate, the first thousand steps would only shrink it.
         self.convs[-1].kernel[...] *= 0.1
         norms = [
             nnx.BatchNorm(width, momentum=0.9, epsilon=eps, rngs=rngs) if batch_norm else None
@@ -82,13 +82,13 @@ class DnCNN(nnx.Module):
             Denoised images of the same shape, not clipped either.
 
         Raises:
-            ValueError: not four axes, or another number of channels.
-            TypeError: images are not of the weights' dtype.
+            ValueError: the images do not have four axes, or another number of channels.
+            TypeError: the images do not have the weights' dtype.
         """
         return images - self.estimate_noise(images)
 
     def estimate_noise(self, images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-        """The noise in the images, which is what the network learns.
+        """Estimates the noise in the images, which is the output of the network.
 
         Args:
             images: as for `__call__`.
@@ -97,8 +97,8 @@ class DnCNN(nnx.Module):
             The estimate, [N, H, W, C], on the scale of the images.
 
         Raises:
-            ValueError: not four axes, or another number of channels.
-            TypeError: images are not of the weights' dtype.
+            ValueError: the images do not have four axes, or another number of channels.
+            TypeError: the images do not have the weights' dtype.
         """
         x = checked_images(
             images, channels=self.channels, dtype=self.convs[0].kernel.dtype, model="DnCNN"

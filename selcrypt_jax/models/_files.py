@@ -1,4 +1,4 @@
-"""Files that the two networks are made of and judged on: checkpoints, CIFAR, images."""
+"""Files to make the two networks from and to evaluate them on: checkpoints, CIFAR, images."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from ._dncnn import DnCNN
 from ._torch import model_of
 from ._vgg import VGG19
 
-# Of ImageNet's colours.
+# ImageNet's colours.
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
 _STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
@@ -30,7 +30,7 @@ def is_protected(path: Path) -> bool:
     """Whether a .safetensors file has a manifest.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: the file is not a .safetensors file.
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, Array]:
     """All tensors of a .safetensors file.
 
     Raises:
-        ValueError: it is none, or a protected one, whose weights are not those of the network.
+        ValueError: it is not such a file, or a protected one, whose weights are not the network's.
     """
     if path.is_dir():
         raise ValueError(
@@ -66,16 +66,16 @@ def read_model(
     eps: float = 1e-5,
     tensors: Mapping[str, Any] | None = None,
 ) -> Any:
-    """The network of a checkpoint in PyTorch's names, in evaluation mode.
+    """The network of a checkpoint with PyTorch's names, in evaluation mode.
 
     Args:
-        path: of a .safetensors file.
-        kind: what it must be.
+        path: the path of a .safetensors file.
+        kind: the required class.
         eps: ε of BatchNorm in DnCNN.
-        tensors: of the file, if they have been read; `path` then is for messages alone.
+        tensors: the file's tensors, if they have been read; `path` is then for messages alone.
 
     Raises:
-        ValueError: a checkpoint of another architecture.
+        ValueError: the checkpoint has another architecture.
     """
     tensors = read_tensors(path) if tensors is None else tensors
     try:
@@ -95,7 +95,7 @@ def read_model(
 
 
 def prepared(folder: Path) -> list[Path]:
-    """The versions of a TFDS set in a folder as ``data_dir/cifar10``, or that folder itself."""
+    """Versions of a TFDS data set in a folder like ``data_dir/cifar10``, or that folder."""
 
     def number(version: Path) -> tuple[int, ...]:
         return tuple(int(part) for part in version.name.split(".") if part.isdigit())
@@ -108,14 +108,14 @@ def read_split(folder: Path, split: str) -> Any:
     """A split of the newest version in a folder, by index: no TensorFlow, no network.
 
     Args:
-        folder: as ``data_dir/cifar10``, or with a version.
-        split: as ``"train"``.
+        folder: such as ``data_dir/cifar10``, or with a version.
+        split: such as ``"train"``.
 
     Returns:
         A sequence of examples, dicts of arrays.
 
     Raises:
-        ValueError: nothing that TFDS prepared, or not as ArrayRecord files.
+        ValueError: the folder holds nothing prepared by TFDS, or not as ArrayRecord files.
         ModuleNotFoundError: TFDS is not installed.
     """
     found = prepared(folder)
@@ -134,11 +134,11 @@ def read_split(folder: Path, split: str) -> Any:
     try:
         builder: Any = tfds.builder_from_directory(found[-1])
         source = builder.as_data_source(split)
-        for index in (0, len(source) - 1):  # files are opened when something is read of them
+        for index in (0, len(source) - 1):  # files are opened on the first read
             if "image" not in source[index]:
                 raise ValueError(f"no image in example {index}")
         return source
-    except Exception as error:  # of many kinds, by what is missing or half-written
+    except Exception as error:  # many kinds, depending on what is missing or half-written
         raise ValueError(
             f"{found[-1]}: expected {folder.name} in ArrayRecord files with a split {split!r}, got "
             f"{type(error).__name__}: {str(error)[:200]}. {_HOW}"
@@ -146,7 +146,7 @@ def read_split(folder: Path, split: str) -> Any:
 
 
 def read_cifar(folder: Path, split: str, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Images, uint8 ``[n, 32, 32, 3]``, and labels ``[n]``, or the first ones of them."""
+    """Images, uint8 ``[n, 32, 32, 3]``, and labels ``[n]``, or the first ``most`` of them."""
     source = read_split(folder, split)
     rows = [source[index] for index in range(_at_most(most, len(source)))]
     images = np.stack([row["image"] for row in rows])
@@ -154,7 +154,7 @@ def read_cifar(folder: Path, split: str, most: int | None = None) -> tuple[np.nd
 
 
 def normalised(images: Any) -> Float[Array, "n h w 3"]:
-    """Colour pixels of 0..255 as VGG19 sees them."""
+    """Colour pixels of 0..255, normalised for VGG19."""
     return (jnp.asarray(images).astype(jnp.float32) / 255 - _MEAN) / _STD
 
 
@@ -168,7 +168,7 @@ def _at_most(most: int | None, count: int) -> int:
 
 
 class _TfdsImages(Sequence[np.ndarray]):
-    """Those of a data set, each decoded when it is asked for: they may be many."""
+    """The images of a data set, each decoded on access: there may be many."""
 
     def __init__(self, folder: Path, split: str, most: int | None, channels: int, smallest: int):
         self.source = read_split(folder, split)
@@ -194,13 +194,13 @@ def _pixels(image: Any, what: str, channels: int, smallest: int) -> np.ndarray:
 
     if image.mode == "F":
         raise ValueError(f"{what}: expected integer pixels, got floats. Save them as 8 or 16 bits.")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion cuts at 255
+    if image.mode.startswith("I"):  # 16 bits, which Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
     pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     if min(pixels.shape[:2]) < smallest:
         raise ValueError(
             f"{what}: expected at least {smallest}×{smallest} pixels, got {pixels.shape[1]}×"
-            f"{pixels.shape[0]}. Use smaller patches or crops, or leave the image out."
+            f"{pixels.shape[0]}. Use smaller patches or crops, or exclude the image."
         )
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -208,14 +208,14 @@ def _pixels(image: Any, what: str, channels: int, smallest: int) -> np.ndarray:
 def read_images(
     folder: Path, *, split: str, channels: int, smallest: int = 1, most: int | None = None
 ) -> Sequence[np.ndarray]:
-    """The images of a folder, in the order of their names, or of a split of a TFDS set.
+    """The images of a folder, in the order of their names, or of a split of a TFDS data set.
 
     Args:
-        folder: with image files, or one that TFDS prepared, as ``data_dir/NAME``.
-        split: which part of a TFDS set.
+        folder: a folder of image files, or one prepared by TFDS, such as ``data_dir/NAME``.
+        split: the split of a TFDS data set.
         channels: 1 for grey, 3 for colour (RGB); images of the other kind are converted.
-        smallest: least number of pixels on a side.
-        most: take the first ones only.
+        smallest: the smallest allowed number of pixels on a side.
+        most: read only this many, from the first.
 
     Returns:
         uint8, ``[H, W, channels]``.

@@ -1,4 +1,4 @@
-"""What both networks accept as a batch of images."""
+"""Checks a batch of images for both networks."""
 
 from typing import Any
 
@@ -13,17 +13,17 @@ def _kind(channels: int) -> str:
 def checked_images(
     images: Any, *, channels: int, dtype: Any, model: str
 ) -> Float[Array, "n h w c"]:
-    """The batch as a JAX array; an error in words where the model can't take it.
+    """The batch as a JAX array; a clear error if the model cannot take it.
 
     Args:
-        images: what the user gave.
-        channels: channels that the model was built for.
-        dtype: of the model's weights.
-        model: name of the model, for the messages.
+        images: the user's images.
+        channels: the model's number of channels.
+        dtype: the dtype of the model's weights.
+        model: the model's name, for messages.
 
     Raises:
-        ValueError: not four axes, or another number of channels.
-        TypeError: not the weights' dtype, such as uint8 images.
+        ValueError: the images do not have four axes, or another number of channels.
+        TypeError: the images do not have the weights' dtype, for example uint8.
     """
     images = jnp.asarray(images)
     if images.ndim != 4:
@@ -41,7 +41,7 @@ def checked_images(
         )
     if images.dtype != dtype:
         raise TypeError(
-            f"{model}: expected images of dtype {jnp.dtype(dtype)}, as the weights, "
+            f"{model}: expected images of dtype {jnp.dtype(dtype)}, like the weights, "
             f"got {images.dtype}. Cast them; integer pixels are also divided by their largest "
             "value, so that they lie in [0, 1]."
         )

@@ -1,4 +1,4 @@
-"""What the two networks are trained for, and how they are judged: losses and metrics."""
+"""Losses to train the two networks with, and metrics to evaluate them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ class Network(NamedTuple):
     Attributes:
         graphdef: its structure.
         params: weights (``nnx.Param``) and running statistics (``nnx.BatchStat``).
-        rest: its other state, as that of dropout.
+        rest: its other state, such as dropout's.
     """
 
     graphdef: nnx.GraphDef
@@ -26,7 +26,7 @@ class Network(NamedTuple):
 
     @classmethod
     def of(cls, model: nnx.Module) -> "Network":
-        """Splits a model, which is put into evaluation mode."""
+        """Splits a model, and sets it to evaluation mode."""
         model.eval()
         parts: Any = nnx.split(model, (nnx.Param, nnx.BatchStat), ...)
         return cls(*parts)
@@ -36,34 +36,34 @@ class Network(NamedTuple):
         return nnx.merge(self.graphdef, params, self.rest, copy=True)
 
     def __call__(self, params: PyTree, images: Float[Array, "n h w c"]) -> Array:
-        """What the network makes of images."""
+        """The network's output for images."""
         return self.model(params)(images)
 
 
 def cross_entropy(
     model: Callable[[Any], Array], images: Float[Array, "n h w c"], labels: Int[Array, " n"]
 ) -> Float[Array, ""]:
-    """Mean over a batch, of logits."""
+    """Mean cross-entropy of logits over a batch."""
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
 
 
 def squared_error(
     model: Callable[[Any], Array], noisy: Float[Array, "n h w c"], clean: Float[Array, "n h w c"]
 ) -> Float[Array, ""]:
-    """Mean over all pixels of a batch."""
+    """Mean squared error over all pixels of a batch."""
     return jnp.square(model(noisy) - clean).mean()
 
 
 def accuracy(
     logits: Callable[[PyTree, Any], Array], images: Any, labels: Any, *, batch: int = 500
 ) -> Callable[[PyTree], float]:
-    """``params -> share`` of the images whose label has the largest of ``logits(params, images)``.
+    """``params -> share`` of the images whose largest logit is their label's.
 
     Args:
-        logits: of the network; it is compiled.
-        images: of any dtype that `logits` takes.
+        logits: ``logits(params, images)``, the network; it is compiled.
+        images: any dtype that `logits` accepts.
         labels: integers.
-        batch: images at a time.
+        batch: number of images at a time.
     """
 
     @jax.jit
@@ -78,18 +78,18 @@ def accuracy(
 
 
 def psnr(images: Float[Any, "n h w c"], clean: Float[Any, "n h w c"]) -> Float[Array, " n"]:
-    """Peak signal-to-noise ratio in dB of each of the images in [0, 1], which are not clipped."""
+    """Peak signal-to-noise ratio in dB of each image, in [0, 1]; images are not clipped."""
     return -10 * jnp.log10(jnp.square(jnp.asarray(images) - clean).mean((1, 2, 3)))
 
 
 def centre(image: np.ndarray, size: int) -> np.ndarray:
-    """The square in the middle of an image ``[H, W, C]``."""
+    """The central square of an image ``[H, W, C]``."""
     top, left = ((side - size) // 2 for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def random_patch(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """A square piece of an image ``[H, W, C]``, turned and flipped at random."""
+    """A square patch of an image ``[H, W, C]``, randomly rotated and flipped."""
     top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
     patch = np.rot90(image[top : top + size, left : left + size], int(rng.integers(4)))
     return patch[:, ::-1] if rng.integers(2) else patch

@@ -1,6 +1,6 @@
-"""Weights of VGG19 and DnCNN under their PyTorch names and layout, and back.
+"""Converts weights of VGG19 and DnCNN from and to PyTorch names and layout.
 
-PyTorch numbers the layers of an ``nn.Sequential``, ReLU, pooling and dropout included, and
+PyTorch numbers the layers of an ``nn.Sequential``, including ReLU, pooling and dropout, and
 stores a convolution as OIHW and a dense layer as [out, in]; NNX has HWIO and [in, out].
 """
 
@@ -24,12 +24,12 @@ _Path = tuple[str | int, ...]
 _CONV = {"kernel": "weight", "bias": "bias"}
 _NORM = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _COUNTER = ".num_batches_tracked"
-# Places of the dense layers in: dropout, dense, ReLU, dropout, dense, ReLU, dense.
+# Indices of the dense layers in: dropout, dense, ReLU, dropout, dense, ReLU, dense.
 _CLASSIFIER = (1, 4, 6)
 
 
 def _layers(model: VGG19 | DnCNN) -> Iterator[tuple[_Path, str, dict[str, str]]]:
-    """Path of each layer with weights, its PyTorch name, and the names of its tensors."""
+    """The path of each layer with weights, its PyTorch name, and the names of its tensors."""
     sequence, pooled = ("features", POOLED) if isinstance(model, VGG19) else ("dncnn", ())
     place = 0
     for index, norm in enumerate(model.norms):
@@ -58,16 +58,16 @@ def _variables(model: VGG19 | DnCNN) -> dict[str, tuple[_Path, Any]]:
 
 
 def _torch_axes(ndim: int) -> tuple[int, ...]:
-    """Our axes in PyTorch's order."""
+    """The order of our axes in PyTorch."""
     return (3, 2, 0, 1) if ndim == 4 else tuple(reversed(range(ndim)))
 
 
 def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.State:
-    """The state that a PyTorch checkpoint gives a model.
+    """Converts a PyTorch checkpoint into a model's state.
 
     Args:
-        model: VGG19 or DnCNN of the checkpoint's size; it is not changed. The ε of BatchNorm is
-            no part of a checkpoint: give it to the model.
+        model: a VGG19 or DnCNN of the checkpoint's size; it is not modified. The ε of BatchNorm is
+            not part of a checkpoint: pass it to the model.
         tensors: PyTorch name → array, as ``safetensors.numpy.load_file`` reads them:
             ``features.N`` and ``classifier.{1,4,6}`` for VGG19, ``dncnn.N`` for DnCNN; OIHW. A
             ``module.`` before the names (``nn.DataParallel``) is dropped, and BatchNorm's
@@ -75,13 +75,13 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
             model's float32.
 
     Returns:
-        The weights (``nnx.Param``) and running statistics (``nnx.BatchStat``) of the model, to
-        be put in by ``nnx.update(model, state)``.
+        The weights (``nnx.Param``) and running statistics (``nnx.BatchStat``) of the model, for
+        ``nnx.update(model, state)``.
 
     Raises:
-        ValueError: names are missing, unknown or double, or shapes or dtypes differ; the first
+        ValueError: names are missing, unknown or repeated, or shapes or dtypes differ; the first
             20 are listed.
-        TypeError: another model.
+        TypeError: another type of model.
 
     Examples:
         >>> model = DnCNN(channels=3, eps=1e-4, first_bias=True, rngs=nnx.Rngs(0))
@@ -117,7 +117,7 @@ def from_torch(model: VGG19 | DnCNN, tensors: Mapping[str, np.ndarray]) -> nnx.S
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(
             f"tensors do not fit this {type(model).__name__}:\n{shown}{more}\n"
-            "Build the model as the one the tensors come from: width, depth, channels, classes, "
+            "Build the model with the size of the checkpoint's: width, depth, channels, classes, "
             "batch_norm, first_bias."
         )
     return nnx.from_flat_state(flat)
@@ -128,17 +128,17 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
 
     Args:
         model: VGG19 or DnCNN.
-        tree: something else to give those names and that layout: a pytree with the paths of
-            ``nnx.state(model)`` or of a part of it, of arrays that broadcast against the model's,
-            such as scores or masks. Leaves that are no arrays, as ``False``, are left out.
+        tree: something else to convert to those names and that layout: a pytree with the paths of
+            ``nnx.state(model)`` or of a part of it, with arrays that broadcast against the model's,
+            such as scores or masks. Leaves that are not arrays, such as ``False``, are omitted.
 
     Returns:
         PyTorch name → array in C order, OIHW; the inverse of `from_torch`. BatchNorm's counters
-        ``num_batches_tracked`` are left out, and ``load_state_dict`` of a plain dict does without.
+        ``num_batches_tracked`` are omitted; ``load_state_dict`` of a plain dict does not need them.
 
     Raises:
-        ValueError: arrays in `tree` that are none of the model's, or do not fit them.
-        TypeError: another model.
+        ValueError: arrays in `tree` that the model does not have, or that do not fit it.
+        TypeError: another type of model.
 
     Examples:
         >>> scores = pss(loss_fn, nnx.state(model, nnx.Param), batches, key=jax.random.key(0))
@@ -153,7 +153,7 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
         if is_array(leaf) and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     }
     ours = {"/".join(map(str, path)): variable for path, variable in variables.values()}
-    rest = named_leaves(state, "model").leaves.keys() - ours.keys()  # of dropout
+    rest = named_leaves(state, "model").leaves.keys() - ours.keys()  # dropout's
     given = {name: array for name, array in given.items() if name not in rest}
     unknown = [name for name in given if name not in ours]
     if unknown:
@@ -167,8 +167,8 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
             m not in (1, n) for m, n in zip(array.shape, shape, strict=True)
         ):
             raise ValueError(
-                f"tree: {name!r}: expected an array that broadcasts against shape {shape}, axis "
-                f"by axis of size 1 or the leaf's, got shape {array.shape}."
+                f"tree: {name!r}: expected an array that broadcasts against shape {shape}, each "
+                f"axis of size 1 or the leaf's, got shape {array.shape}."
             )
     # safetensors writes the bytes of an array's buffer, whatever its strides.
     return {
@@ -179,10 +179,10 @@ def to_torch(model: VGG19 | DnCNN, tree: PyTree | None = None) -> dict[str, np.n
 
 
 def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
-    """The name in ``nnx.state(model)``, as ``convs/0/kernel`` → the PyTorch name.
+    """Names in ``nnx.state(model)``, such as ``convs/0/kernel`` → PyTorch names.
 
     Raises:
-        TypeError: another model.
+        TypeError: another type of model.
 
     Examples:
         >>> assert torch_names(model)["convs/0/kernel"] == "dncnn.0.weight"
@@ -191,26 +191,26 @@ def torch_names(model: VGG19 | DnCNN) -> dict[str, str]:
 
 
 def model_of(tensors: Mapping[str, np.ndarray], *, eps: float = 1e-5) -> VGG19 | DnCNN:
-    """The network that a PyTorch checkpoint of VGG19 or DnCNN is of, with its weights.
+    """Builds the VGG19 or DnCNN of a PyTorch checkpoint, with its weights.
 
     Width, depth, channels, classes, BatchNorm and biases are read from names and shapes.
 
     Args:
         tensors: as for `from_torch`.
-        eps: ε of BatchNorm in DnCNN, which is no part of a checkpoint: 1e-4 for the weights that
-            were published with the selective-encryption paper.
+        eps: ε of BatchNorm in DnCNN, which is not part of a checkpoint: 1e-4 for the weights
+            published with the selective-encryption paper.
 
     Returns:
-        The model, in training mode as every new one.
+        The model, in training mode like every new one.
 
     Raises:
-        ValueError: tensors of another architecture.
+        ValueError: the tensors have another architecture.
 
     Examples:
         >>> model = model_of(safetensors.numpy.load_file(path))
         >>> model.eval()
     """
-    # Abstract: random weights would take seconds to compile, and any amount of memory if the
+    # Abstract: random weights would take seconds to compile, and unbounded memory if the
     # tensors do not fit each other.
     model = nnx.eval_shape(lambda: architecture_of(tensors, eps=eps)(rngs=nnx.Rngs(0)))
     nnx.update(model, from_torch(model, tensors))
@@ -228,7 +228,8 @@ def architecture_of(
     norms = any(name.endswith("running_mean") for name in shapes)
     if kernels and all(re.fullmatch(r"dncnn\.\d+\.weight", name) for name in kernels):
         width, channels = kernels.get("dncnn.0.weight", (1, 1))[:2]
-        # Without BatchNorm all convolutions have a bias; two of them have none between.
+        # Without BatchNorm all convolutions have a bias; two convolutions have no norm between
+        # them.
         last = max(kernels, key=lambda name: int(name.split(".")[1]))
         norms = last.replace("weight", "bias") not in shapes
         biased = norms and "dncnn.0.bias" in shapes
@@ -242,12 +243,12 @@ def architecture_of(
         return partial(VGG19, classes, channels, _width(kernels), norms)
     raise ValueError(
         "tensors: expected those of VGG19 ('features.0.weight' to 'classifier.6.weight') or "
-        f"DnCNN ('dncnn.0.weight' and on) under PyTorch's names, got {listed(shapes)}."
+        f"DnCNN ('dncnn.0.weight' and so on) under PyTorch's names, got {listed(shapes)}."
     )
 
 
 def _width(kernels: Mapping[str, tuple[int, ...]]) -> float:
-    """The factor on the number of channels that gives those of all convolutions of a VGG19."""
+    """The factor on the numbers of channels that gives those of all convolutions of a VGG19."""
     found = [kernels[name][0] for name in sorted(kernels, key=lambda n: int(n.split(".")[1]))]
     pairs = list(zip(found, WIDTHS, strict=False))
     # Each was rounded to a whole number of channels, and is at least 1.

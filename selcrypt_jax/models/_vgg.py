@@ -1,4 +1,4 @@
-"""VGG19 for 32×32 images, with the head of the paper."""
+"""VGG19 for 32×32 images, with the paper's head."""
 
 import itertools
 
@@ -11,14 +11,14 @@ from ._images import checked_images
 
 WIDTHS = (64, 64, 128, 128, *(256,) * 4, *(512,) * 8)
 HEAD_WIDTH = 512
-# Indices of the convolutions that a 2×2 pooling follows.
+# Indices of the convolutions before a 2×2 pooling.
 POOLED = (1, 3, 7, 11, 15)
 SIZE = 32
 
 
 def _max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:
-    # On CPUs the gradient of these maxima takes less than a tenth of the time of that of
-    # nnx.max_pool. Where values tie it is shared between them.
+    # On CPUs the gradient of these maxima takes less than a tenth of the time of nnx.max_pool's.
+    # If values tie, they share it.
     top = jnp.maximum(x[:, ::2, ::2], x[:, ::2, 1::2])
     return jnp.maximum(top, jnp.maximum(x[:, 1::2, ::2], x[:, 1::2, 1::2]))
 
@@ -28,8 +28,8 @@ class VGG19(nnx.Module):
 
     Parameters are ``convs/0/kernel`` ... ``convs/15/bias``, ``norms/0/scale`` ...
     ``norms/15/bias`` (running statistics: ``mean``, ``var``) and ``head/0/kernel`` ...
-    ``head/2/bias``. As every NNX module it starts in training mode: ``model.eval()`` turns
-    dropout off and makes BatchNorm use its running statistics, ``model.train()`` goes back.
+    ``head/2/bias``. Like every NNX module, it starts in training mode: ``model.eval()`` turns
+    dropout off and makes BatchNorm use its running statistics, ``model.train()`` switches back.
 
     Args:
         classes: number of classes.
@@ -95,8 +95,8 @@ class VGG19(nnx.Module):
             Logits, [N, classes].
 
         Raises:
-            ValueError: another size or number of channels.
-            TypeError: images are not of the weights' dtype.
+            ValueError: the images have another size or number of channels.
+            TypeError: the images do not have the weights' dtype.
         """
         x = checked_images(
             images, channels=self.in_channels, dtype=self.convs[0].kernel.dtype, model="VGG19"
@@ -111,7 +111,7 @@ class VGG19(nnx.Module):
             x = nnx.relu(x if norm is None else norm(x))
             if index in POOLED:
                 x = _max_pool(x)
-        # Five poolings leave a map of 1×1, so that flattening is the same in NHWC and NCHW.
+        # Five poolings leave a 1×1 map, so flattening is the same in NHWC and NCHW.
         x = x[:, 0, 0]
         for dense in self.head[:-1]:
             x = nnx.relu(dense(self.dropout(x)))

@@ -557,7 +557,7 @@ def test_what_was_not_measured_is_said(folder_of):
     assert "No attack was tried on this network" in page.text
     assert "Levels were not measured." in page.text
     assert "This was not tried." in page.text
-    assert "this audit cannot say" in page.text
+    assert "this audit gives no advice" in page.text
     _, page = page_of(folder_of("one key"))
     assert "The cipher was not checked." in page.text
     assert "one key is too few to be sure" in page.text
@@ -581,12 +581,12 @@ def test_what_is_not_finite_is_said(folder_of):
 # --- words ----------------------------------------------------------------------------------------
 
 JUDGEMENTS = {
-    0.95: "gives them nearly all of what was to be protected",
-    0.6: "gives them most of what was to be protected",
-    0.2: "still gives them a part of what was to be protected",
-    0.05: "is worth hardly more to them than its architecture (advantage 0.05, interval "
+    0.95: "gives them nearly all of what it should protect",
+    0.6: "gives them most of what it should protect",
+    0.2: "still gives them part of what it should protect",
+    0.05: "To them the file is worth hardly more than its architecture (advantage 0.05, interval "
     "0.01 to 0.09).",
-    0.08: "seems to be worth hardly more to them than its architecture (advantage 0.08, interval "
+    0.08: "seems to be worth hardly more than its architecture (advantage 0.08, interval "
     "0.04 to 0.12), but the interval is too wide to be sure.",
 }
 
@@ -599,9 +599,9 @@ def test_verdict(mean):
     words = _words.verdict(subject(worse, protection(best=rows), baseline=alone))
     words = words.replace("\u00a0", " ")
     assert words.startswith(
-        "The strongest attacker tried (20 % of the training data, 2,000 steps) gets 26.50 dB out "
-        "of the best protection, “pss 8 %” (8 % of all weights encrypted), where the original has "
-        "29.06 dB and the same attack on the architecture alone gives 25.25 dB: "
+        "The strongest attacker tried (20 % of the training data, 2,000 steps) repairs the network "
+        "with the best protection, “pss 8 %” (8 % of all weights encrypted), to 26.50 dB; the "
+        "original has 29.06 dB, and the same attack on the architecture alone gives 25.25 dB. "
     )
     assert JUDGEMENTS[mean] in words
     assert sum(each in words for each in JUDGEMENTS.values()) == 1
@@ -660,10 +660,10 @@ def _report_page(made):
 @pytest.mark.parametrize(
     ("opened", "gain", "words"),
     [
-        (19.0, 0.0, "As it is, worth nothing to anyone with that data"),
-        (19.0, None, "takes them 30 % of the way from there to the original"),
+        (19.0, 0.0, "Worth nothing as opened: anyone with this data"),
+        (19.0, None, "With an attack, 30 % of the way from there to the original"),
         (25.0, None, "Nothing to gain"),
-        (25.0, 0.01, "Hardly gets above their level"),
+        (25.0, 0.01, "Barely gets above their level"),
         (25.0, 0.4, "Gets 40 % of the way to the next level"),
         (25.0, 0.99, "Gets the next level"),
         (25.0, 1.2, "Gets the next level"),
@@ -707,7 +707,7 @@ def test_how_much_to_encrypt():
     assert "The smallest share tried that keeps" in said(*several, advice=[other])
     missing = {**found, "strategy": "l2", "protection": None, "share": None}
     assert said(*several, advice=[missing, found]).startswith(
-        "With “l2”, no share that was tried keeps the advantage at or below 0.1. For an advantage"
+        "With “l2”, no share tried keeps the advantage at or below 0.1. For an advantage"
     )
 
 
@@ -812,7 +812,7 @@ def test_where_no_share_can_be_judged_none_is_advised():
 def test_of_a_sealed_file_no_share_is_advised():
     found = {"subject": "dncnn", "strategy": "l2", "target": 0.1, "protection": "l2 2 %"}
     (words,) = _words.how_much(subject(protection(), sealed=True), [found])
-    assert "follows from what key holders reach" in words
+    assert "depends on what key holders reach" in words
 
 
 def test_ways_are_on_the_page(tmp_path):
@@ -837,7 +837,7 @@ def test_ways_are_on_the_page(tmp_path):
         (0.65, 0.5, "A little better than guessing; encryption itself leaves a trace."),
         (0.98, 0.97, "Tells most of them apart; encryption itself adds next to nothing."),
         (0.7, 0.9, "hides some of what the selection shows."),
-        (math.nan, 0.5, "No number came out of the test."),
+        (math.nan, 0.5, "The test gave no finite number."),
     ],
 )
 def test_detection_in_words(auc, baseline, words):

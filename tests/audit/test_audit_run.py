@@ -315,7 +315,7 @@ BROKEN = {
     "metric: expected a number, got tuple": {"metric": lambda params: (1.0, 2)},
     "metric: expected a number, got str": {"metric": lambda params: "30"},
     "better than knowing nothing": {"metric": lambda params: np.inf},
-    "worthless: expected the metric of knowing nothing": {"worthless": np.nan},
+    "worthless: expected the metric of guessing": {"worthless": np.nan},
     "examples: expected at least 1": {"examples": 0},
     "layout: expected one of": {"layout": "OIWH"},
     r"fresh: 'first/kernel': expected shape \(24, 64\) as in params, got no such leaf": {

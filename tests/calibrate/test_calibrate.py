@@ -435,7 +435,11 @@ BAD = {
     "too good": ([60, 101.0], {"tolerance": 0.5}, r"targets\[1\]: .* untouched network gives 100"),
     "budget": ([60], {"budget": 0.2}, r"targets\[0\]: cannot reach 60: .* up to 0\.2.* leaves 8"),
     "budget range": ([60], {"budget": 0.0}, r"budget: expected a share"),
-    "budget of nothing": ([60], {"budget": 1e-6}, r"budget: expected room for 1 levels"),
+    "budget of nothing": (
+        [60],
+        {"budget": 1e-6},
+        r"budget: expected at least 1 groups, one per",
+    ),
     "tolerance": ([60], {"tolerance": 0.0}, r"tolerance: expected a number above 0"),
     "keys": ([60], {"keys": 0}, r"keys: expected at least 1"),
     "scope": ([60], {"scope": "tree"}, r"scope: expected 'leaf' or 'model'"),
@@ -803,7 +807,10 @@ def test_bad_commands_are_refused(files):
     base = "calibrate model.safetensors --evaluate calibrate_metric:intact --targets"
     for line, message in (
         (f"{base} 60 good", 'targets: expected numbers, of which the first may be "any"'),
-        (f"{base} any", 'Only the first may be None ("any"), as bad as it gets, with another'),
+        (
+            f"{base} any",
+            'Only the first may be None ("any"), as bad as it gets, and only if',
+        ),
         (f"{base} 60 --importance scores.safetensors --layout OIHW", "got layout too"),
         (f"{base} 60 101 --tolerance 0.1", "untouched network gives 100"),
         ("calibrate model.safetensors --evaluate nowhere --targets 1", "expected an import path"),

@@ -60,7 +60,7 @@ def test_closed_over_keys_are_refused_wherever_a_program_is_made(stage, run):
 @pytest.mark.parametrize("stage", STAGED)
 def test_keys_are_not_made_inside_of_a_program_either(stage):
     key = level_key(Secret.generate(), new_model_id(), levels=1)
-    with pytest.raises(TypeError, match="outside of what is compiled, got one inside"):
+    with pytest.raises(TypeError, match="outside compiled functions, got one inside"):
         STAGED[stage](lambda params: encrypt(params, MASKS, ring_keys(key)))
     eager = jax.grad(lambda p: encrypt(p, MASKS, ring_keys(key))["w"].sum())
     assert eager(PARAMS)["w"].shape == (24, 24)

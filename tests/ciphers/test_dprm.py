@@ -181,7 +181,7 @@ BAD_MASKS = {
                    ["masks[0]", "'conv/w'", "(3, 3, 8, 16)", "(1, 1, 8, 15)", "layout"]),
     "wrong axes": (with_mask(np.ones((8, 16), bool)), ValueError, ["'conv/w'", "(8, 16)"]),
     "no such path": (({**with_mask(KERNELS)[0], "gamma": False},), ValueError,
-                     ["masks[0]", "'gamma'", "'conv/w'", "another tree"]),
+                     ["masks[0]", "'gamma'", "'conv/w'", "from the same tree"]),
     "path missing": (({"conv": {"w": KERNELS}, "name": False},), ValueError,
                      ["masks[0]", "'bias'", "got none", "plain False"]),
     "not nested": (with_mask(KERNELS) + with_mask(KERNELS & (np.arange(16) != 5)), ValueError,
@@ -319,12 +319,12 @@ def test_one_key_for_two_levels():
     masks = nested_masks(importance.l2({"w": leaf}), [0.5, 1.0])
     key = jax.random.key(0)
     for keys in ((key, key), jnp.stack([key, key])):
-        with pytest.raises(ValueError, match=r"keys\[1\]: expected a key of its own"):
+        with pytest.raises(ValueError, match=r"keys\[1\]: expected a different key"):
             encrypt({"w": leaf}, masks, keys)
 
 
 def test_no_masks_at_all():
-    with pytest.raises(ValueError, match="expected one mask a level, got none"):
+    with pytest.raises(ValueError, match="expected one mask per level, got none"):
         encrypt({"w": weights(3, 3)}, (), ())
 
 

@@ -298,7 +298,7 @@ def test_only_what_the_owner_signed_is_signed_anew_or_granted(selcrypt, public):
 
 BAD = {
     "no such file": ("verify nothing", "nothing"),
-    "not a safetensors file": ("verify words", "is cut off, or no safetensors file"),
+    "not a safetensors file": ("verify words", "is cut off, or not a safetensors file"),
     "not protected": ("verify model.safetensors", "is not a protected file"),
     "protected already": (
         PROTECT.replace("model.safetensors", "public.safetensors").replace("-o public", "-o x"),

@@ -39,9 +39,9 @@ COMMANDS = {
         r"public.safetensors: is a protected file already, .* Unlock it at the top level first"),
     "unlock what is not protected": (
         "unlock model.safetensors -o new -g alice.grant",
-        r"model.safetensors: is not a protected file: .* Expected what selcrypt protect wrote"),
+        r"model.safetensors: is not a protected file: .* Expected a file written by"),
     "verify what is not protected": (
-        "verify model.safetensors", r"model.safetensors: is not a protected .* Expected what"),
+        "verify model.safetensors", r"model.safetensors: is not a protected .* Expected a file"),
     "PyTorch file": (
         PROTECT.replace("model.safetensors", "model.pt"),
         r"model.pt: .* a zip archive, such as a PyTorch .pt, .* save it with safetensors.torch"),
@@ -68,13 +68,13 @@ COMMANDS = {
         r"keys/secret.key: .* a key or grant of selcrypt's. Name the model's file"),
     "empty file": (
         PROTECT.replace("model.safetensors", "empty.safetensors"),
-        r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; get it again"),
+        r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; download it again"),
     "truncated download": (
         PROTECT.replace("model.safetensors", "half.safetensors"),
-        r"half.safetensors: tensor '.*': .* expected at most .* It is cut off; get it again"),
+        r"half.safetensors: tensor '.*': .* expected at most .* It is cut off; download it again"),
     "download that hardly began": (
         PROTECT.replace("model.safetensors", "start.safetensors"),
-        r"start.safetensors: header: expected 240 bytes.* got 42. It is cut off.* get it again"),
+        r"start.safetensors: header: expected 240 bytes.* got 42. It is cut.* download it again"),
     "no such file": (
         PROTECT.replace("model", "modle"),
         r"modle.safetensors: there is no such file. Check its name"),
@@ -83,16 +83,16 @@ COMMANDS = {
         r"circle: expected a file, got links that lead round in a circle. Name the file itself"),
     "header that is no JSON": (
         PROTECT.replace("model.safetensors", "header.safetensors"),
-        r"header.safetensors: header: expected UTF-8 JSON, .* damaged: get the file again"),
+        r"header.safetensors: header: expected UTF-8 JSON, .* damaged: download the file again"),
     "index of nothing": (
         PROTECT.replace("model.safetensors", "nothing.safetensors.index.json"),
-        r"nothing.*json: weight_map: expected an object of tensors, got \{\}. .*: get it again"),
+        r"nothing.*json: weight_map: expected an object .*, got \{\}. .*: download it again"),
     "folder without an index": (
         PROTECT.replace("model.safetensors", "folder"),
-        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file"),
+        r"folder: expected one \*.safetensors.index.json .* \['a.*', 'b.*'\]. Name the file to"),
     "missing shard": (
         PROTECT.replace("model.safetensors", "sharded"),
-        r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Get them first"),
+        r"sharded/.*index.json: expected 2 shards .* got 1; missing: \['2.*'\]. Download them"),
     "altered after protection": (
         "unlock altered.safetensors -o new -g alice.grant",
         r"altered.safetensors: tensor 'classifier.weight': expected SHA-256 .* download it again"),
@@ -137,15 +137,15 @@ COMMANDS = {
         r"public.safetensors: .* this secret did not protect this file.* Use the secret that"),
     "another signer": (
         f"{VERIFY} other/signing.pub",
-        r"public.safetensors: expected a file signed by \w+, got .* get it from its owner"),
+        r"public.safetensors: expected a file signed by \w+, got .* download it from its owner"),
     "rotate without a signing key": (
         f"{ROTATE} keys/secret.key", r"public.safetensors: is signed by .* Pass the owner's sig"),
     "key with a typing error": (
-        f"{GRANT} typo.key", r"typo.key: the checksum does not fit. .* take another copy"),
+        f"{GRANT} typo.key", r"typo.key: the checksum does not match. .* use another copy"),
     "key that was cut off": (
         f"{GRANT} cut.key", r"cut.key: expected the fields .* got no checksum. .* another copy"),
     "key in hex": (
-        f"{GRANT} hex.key", r"hex.key: expected a secret, .* got no file of .* Name the secret"),
+        f"{GRANT} hex.key", r"hex.key: expected a secret, .* got a file .* Name the secret"),
     "32 raw bytes": (
         f"{GRANT} raw.key", r"raw.key: expected UTF-8 text, a secret, got 32 .* Name the secret"),
     "key in PEM": (
@@ -158,7 +158,7 @@ COMMANDS = {
         f"{GRANT} keys", r"keys: expected a file, got a folder. Name a file in it"),
     "wrong passphrase": (
         f"{UNLOCK} locked.grant --passphrase-file bad_words",
-        r"locked.grant: wrong passphrase. Use the one that it was locked with"),
+        r"locked.grant: wrong passphrase. Use the one that the file was locked with"),
     "no passphrase": (
         f"{UNLOCK} locked.grant", r"locked.grant: is locked with .* Use --passphrase-file"),
     "two passphrases": (
@@ -228,13 +228,13 @@ COMMANDS = {
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
         f"{PROTECT} --levels 0.2 0.3 --budget 0.3",
-        r"budget: expected a number of levels .* Leave the budget out"),
+        r"budget: expected a number of levels .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
-        r"dense.safetensors: layout: cannot tell .* Say it \(--layout\): OIHW .* or HWIO"),
+        r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
     "nothing but integers": (
         "protect integers.safetensors -o new --secret keys/secret.key",
-        r"integers.safetensors: select: expected floats .* 'ids \(int64.* Say with `select`"),
+        r"integers.safetensors: select: expected floats .* 'ids \(int64.* with `select`"),
     "weights that are NaN": (
         "protect nan.safetensors -o new --secret keys/secret.key",
         r"nan.safetensors: .*'features.0.weight': expected numbers, got NaN .* repair them"),
@@ -604,10 +604,10 @@ CALLS = {
         ValueError, r"keys: expected 3, .* got 2. For level m pass masks\[:m\] and keys\[:m\]"),
     "one key for all levels": (
         lambda m: sj.encrypt(m.params, m.masks, [m.keys[0]] * 3),
-        ValueError, r"keys\[1\]: expected a key of its own .* Derive them with ring_keys"),
+        ValueError, r"keys\[1\]: expected a different key .* Derive them with ring_keys"),
     "level key in place of ring keys": (
         lambda m: sj.decrypt(m.params, m.masks[:2], m.key),
-        ValueError, r"keys: expected 2, .* got LevelKey. .* of a LevelKey, ring_keys"),
+        ValueError, r"keys: expected 2, .* got LevelKey. .* for a LevelKey, pass ring_keys"),
     "seed as secret": (
         lambda m: sj.ring_keys(sj.level_key(42, sj.new_model_id(), levels=3)),
         TypeError, r"Secret: expected 32 bytes, got int. Use Secret.generate\(\)"),
@@ -647,7 +647,7 @@ CALLS = {
         lambda m: sj.encrypt(
             m.params, [{"conv": {"kernel": np.ones((64, 32, 1, 1), bool), "bias": False}}],
             m.keys[:1]),
-        ValueError, r"masks\[0\]: 'conv/kernel': expected .* \(3, 3, 32, 64\).* or another layout"),
+        ValueError, r"masks\[0\]: 'conv/kernel': expected .* \(3, 3, 32, 64\).* the same layout"),
     "scores as masks": (
         lambda m: sj.encrypt(m.params, [m.scores], m.keys[:1]),
         TypeError, r"masks\[0\]: 'conv/kernel': expected booleans, got float32. Make masks with"),
@@ -709,17 +709,17 @@ CALLS = {
         ValueError, r"select: the regular expression 'dense' matches no leaf.* change `select`"),
     "names as select": (
         lambda m: importance.l2(m.params, select=["conv", "head"]),
-        TypeError, r"select: expected a regular .* got list. Join names to one expression"),
+        TypeError, r"select: expected a regular .* got list. Join names into one expression"),
     # --- files
     "tree in place of Protected": (
         lambda m: sj.unlock(m.params, m.key),
         TypeError, r"protected: expected a Protected, got dict. For what encrypt .* use decrypt"),
     "plain file": (
         lambda m: sj.open_model(plain(m), m.key),
-        ValueError, r"plain.safetensors: is not a protected file: .* Expected what selcrypt prot"),
+        ValueError, r"plain.safetensors: is not a protected file: .* Expected a file written by"),
     "unlocked twice": (
         lambda m: sj.unlock_file(unlocked(m), m.path.with_name("new"), m.key),
-        ValueError, r"opened.safetensors: is not a protected file: .* Expected what selcrypt prot"),
+        ValueError, r"opened.safetensors: is not a protected file: .* Expected a file written by"),
     "safetensors as Orbax": (
         lambda m: sj.Protected.load_orbax(m.path, m.params),
         FileNotFoundError, r"expected the folder of an Orbax .* opened with open_model"),

@@ -435,7 +435,7 @@ def test_quantised_weights_take_part_by_name_only(recipe):
     assert chosen.groups.keys() <= {"fc1.scale", "fc2.scale"}
     flat = {n: x.reshape(-1) if "scale" in n else x for n, x in scope["original"].items()}
     save_file(flat, "flat")
-    with pytest.raises(ValueError, match=r"select: expected floats.*Say with `select`"):
+    with pytest.raises(ValueError, match=r"select: expected floats.*with `select`"):
         protect_file("flat", "3", secret=SECRET, levels=[0.5])
 
 

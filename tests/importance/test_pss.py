@@ -196,7 +196,7 @@ def test_key_decides_the_noise_and_nothing_else_does(sampled):
         (lambda: sj.PSSConfig(steps=0), "steps: expected at least 1"),
         (lambda: sj.PSSConfig(cap=-1.0), "cap: expected a positive loss"),
         (lambda: sj.PSSConfig(penalty=math.nan), "penalty: expected at least 0"),
-        (lambda: sj.PSSConfig(clamp=(1, -1)), "clamp: expected bounds about the start"),
+        (lambda: sj.PSSConfig(clamp=(1, -1)), "clamp: expected bounds around the start"),
         (
             lambda: sj.pss(
                 # Fine at first, negative for the other batches.

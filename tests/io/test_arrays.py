@@ -101,9 +101,12 @@ Tensor.__module__ = "torch"
     ("leaf", "words"),
     [
         (Tensor(), r"got torch.float32. Pass NumPy arrays: tensor.detach\(\).cpu\(\).numpy\(\)"),
-        (jnp.ones((4, 4), "int4"), r"got int4. Store it wider, as leaf.astype\('int8'\)"),
-        (jnp.ones((4, 4), "uint4"), r"got uint4. Store it wider, as leaf.astype\('uint8'\)"),
-        (jnp.ones((4, 4), "int2"), r"got int2. Store it wider, as leaf.astype\('int8'\)"),
+        (jnp.ones((4, 4), "int4"), r"got int4. Convert it to a wider dtype, leaf.astype\('int8'\)"),
+        (
+            jnp.ones((4, 4), "uint4"),
+            r"got uint4. Convert it to a wider dtype, leaf.astype\('uint8'\)",
+        ),
+        (jnp.ones((4, 4), "int2"), r"got int2. Convert it to a wider dtype, leaf.astype\('int8'\)"),
         (jnp.ones(4, "float4_e2m1fn"), r"leaf.astype\('float8_e4m3fn'\)"),
         (np.ones(3, "c16"), "got complex128. Convert it, or keep it out"),
         (np.ones(3, "g"), r"got float128. Convert it, or keep"),

@@ -97,7 +97,7 @@ def test_an_existing_file_needs_force(way, tmp_path):
 
 def test_a_file_that_appears_meanwhile_is_kept(way, tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="meanwhile"), new_file(path) as file:  # noqa: PT012
+    with pytest.raises(FileExistsError, match="in the meantime"), new_file(path) as file:  # noqa: PT012
         file.write(b"new")
         path.write_bytes(b"of another")
     assert path.read_bytes() == b"of another"
@@ -117,7 +117,7 @@ def test_file_systems_without_links(number, force, appears, way, umask, tmp_path
         path.write_bytes(b"old")
         path.chmod(0o640)
     if appears and not force:
-        with pytest.raises(FileExistsError, match="appeared meanwhile"), new_file(path):
+        with pytest.raises(FileExistsError, match="appeared in the meantime"), new_file(path):
             path.write_bytes(b"of another")
     else:
         with new_file(path, force=force) as file:
@@ -239,7 +239,9 @@ def test_a_file_system_that_syncs_nothing(number, only, way, tmp_path, monkeypat
 
 def test_a_folder_that_fails_to_sync_is_said_to_be_written(way, tmp_path, monkeypatch):
     failing(monkeypatch, "fsync", errno.EIO, is_folder)
-    words = r"Input/output error; all was written, but .* a power failure may undo. Check the disk"
+    words = (
+        r"Input/output error; all data were written, but .* a power failure may undo them. Check"
+    )
     with pytest.raises(OSError, match=words), new_file(tmp_path / "out") as file:
         file.write(b"1")
     assert (tmp_path / "out").read_bytes() == b"1"
@@ -466,7 +468,7 @@ def test_no_folder_remains_after_an_error(error, tmp_path):
 
 def test_folders_are_never_merged(tmp_path):
     path = tmp_path / "out"
-    with pytest.raises(FileExistsError, match="meanwhile"), new_folder(path) as folder:  # noqa: PT012
+    with pytest.raises(FileExistsError, match="in the meantime"), new_folder(path) as folder:  # noqa: PT012
         (folder / "file").write_bytes(b"new")
         path.mkdir()
         (path / "other").write_bytes(b"old")

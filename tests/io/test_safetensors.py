@@ -55,7 +55,7 @@ HOSTILE = {
     "no header": (b"\0" * 8, "expected '{' first, got b''"),
     "header of 2^63": (build(b"{}", length=2**63), f"at most 100000000 bytes, got {2**63}"),
     "header above the bound": (build(b"{}", length=100_000_001), "got 100000001"),
-    "header behind the end": (build(b"{}", length=100_000_000), "expected 100000000 bytes, as it"),
+    "header past the end": (build(b"{}", length=100_000_000), "expected 100000000 bytes, its own"),
     "cut-off header of 128 bytes": (b"\x80" + GOOD[1:50], "It is cut off"),
     "space first": (build(b' {"w":1}'), "expected '{' first, got b' '"),
     "byte order mark": (build(b"\xef\xbb\xbf{}"), "expected '{' first"),
@@ -107,8 +107,8 @@ HOSTILE = {
     "offsets reversed": (one(data_offsets=[2, 0]), "0 <= start <= stop, got [2, 0]"),
     "other size": (one(shape=[3]), "expected 3 bytes for U8[3], got 2"),
     "1 byte short": (GOOD[:-1], "tensor 'v': data_offsets: expected at most the 5 bytes of data"),
-    "1 byte more": (GOOD + b"x", "1 bytes behind the last tensor"),
-    "only data": (build(b"{}", b"x"), "1 bytes behind the last tensor"),
+    "1 byte more": (GOOD + b"x", "1 bytes after the last tensor"),
+    "only data": (build(b"{}", b"x"), "1 bytes after the last tensor"),
     "overlap": (build({"a": entry([2], 0, 2), "b": entry([2], 1, 3)}, b"abc"), "an overlap"),
     "same data": (build({"a": entry([1], 0, 1), "b": entry([1], 0, 1)}, b"a"), "an overlap"),
     "empty inside": (build({"a": entry([2], 0, 2), "b": entry([0], 1, 1)}, b"ab"), "an overlap"),
@@ -464,7 +464,7 @@ def test_indexes_that_are_refused(content, words, tmp_path):
         find_shards(tmp_path)
     assert words in str(caught.value)
     assert str(caught.value).startswith(f"{path}: ")
-    assert str(caught.value).endswith(("get it again.", "Get them first."))
+    assert str(caught.value).endswith(("download it again.", "Download them first."))
 
 
 def test_shards_that_are_no_files(sharded):

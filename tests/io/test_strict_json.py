@@ -33,7 +33,7 @@ def test_many_lists_and_objects_are_refused(name, parse):
     words = f"^x: expected at most {most} lists and objects in {len(raw)} bytes of JSON, got "
     with pytest.raises(ValueError, match=words) as caught:
         parse(raw, "x")
-    assert "get it again from its owner" in str(caught.value)
+    assert "download it again from its owner" in str(caught.value)
 
 
 @given(st.recursive(st.text('a[{"\\', max_size=4), lambda inner: st.lists(inner, max_size=4)))

@@ -110,13 +110,13 @@ def test_a_pipe_is_read_once(tmp_path):
 
 BAD: dict[str, tuple[Callable[[str], bytes], str, str]] = {
     "UTF-16": (lambda t: t.encode("utf-16"), "kind", "UTF-16"),
-    "UTF-16 without a mark": (lambda t: t.encode("utf-16-le"), "kind", "no file of selcrypt"),
+    "UTF-16 without a mark": (lambda t: t.encode("utf-16-le"), "kind", "file that is not selc"),
     "Latin-1": (lambda t: t.encode() + b"# \xe9\n", "kind", "expected UTF-8 text"),
     "empty": (lambda t: b"", "kind", "got an empty file"),
     "too long": (lambda t: t.encode() + b"#" * 70_000, "kind", "more than 65536 bytes"),
-    "another program's": (lambda t: b"hello\n" + t.encode(), "kind", "got no file of selcrypt's"),
+    "another program's": (lambda t: b"hello\n" + t.encode(), "kind", "a file that is not selcrypt"),
     "a later version": (lambda t: t.replace("-v1", "-v2").encode(), "kind", "version 2. Update"),
-    "two in one": (lambda t: (t + t).encode(), "kind", "got another. Split them"),
+    "two in one": (lambda t: (t + t).encode(), "kind", "got more than one. Split the file"),
     "age identity": (lambda t: b"AGE-SECRET-KEY-1QQQ", "kind", "got an age identity"),
     "PEM": (lambda t: b"-----BEGIN OPENSSH PRIVATE KEY-----", "kind", "got a PEM file"),
     "recipient": (lambda t: b"age1qqq", "kind", "got the public key of a recipient"),
@@ -124,9 +124,9 @@ BAD: dict[str, tuple[Callable[[str], bytes], str, str]] = {
     "cut off": (lambda t: t[: t.index("key:")].encode(), "damaged", "got no checksum, key"),
     "cut in the key": (lambda t: t[: t.index("key:") + 20].encode(), "damaged", "got no checksum"),
     "unknown field": (lambda t: t.replace("key:", "kez:").encode(), "damaged", "got no key"),
-    "a lock's field": (lambda t: (t + "kdf: x").encode(), "damaged", "got unknown ones too"),
+    "a lock's field": (lambda t: (t + "kdf: x").encode(), "damaged", "unknown or repeated ones"),
     "no colon": (lambda t: t.replace("key:", "key").encode(), "damaged", "got no key"),
-    "twice": (lambda t: (t + t.split("\n")[-2]).encode(), "damaged", "or one of them twice"),
+    "twice": (lambda t: (t + t.split("\n")[-2]).encode(), "damaged", "unknown or repeated ones"),
     "checksum": (lambda t: t.replace("level: 2", "level: 3").encode(), "damaged", "checksum"),
 }  # fmt: skip
 
@@ -374,7 +374,7 @@ def test_grants_sealed_with_age(tmp_path, pyrage):
     assert Grant.read(path, identities=[tmp_path / "0"]) == GRANT
     assert Grant.read(path, identities=[tmp_path / "2", tmp_path / "1"]) == GRANT
     assert_refused(Grant, path, "recipient", "is not sealed to", identities=[tmp_path / "2"])
-    assert_refused(Grant, path, "recipient", "expected that private key, got none")
+    assert_refused(Grant, path, "recipient", "expected the matching private key, got none")
     with pytest.raises(GrantError, match="expected an age identity") as caught:
         Grant.read(path, identities=[put(tmp_path / "no", "nothing")])
     assert caught.value.reason == "recipient"

@@ -238,7 +238,7 @@ def test_wrong_channels_are_told_in_words(channels, shape, message):
 
 
 def test_integer_pixels_are_refused():
-    with pytest.raises(TypeError, match=r"dtype float32, as the weights, got uint8.*\[0, 1\]"):
+    with pytest.raises(TypeError, match=r"dtype float32, like the weights, got uint8.*\[0, 1\]"):
         small_dncnn()(jnp.zeros((1, 8, 8, 1), jnp.uint8))
     with pytest.raises(TypeError, match=r"got float16"):
         small_vgg()(jnp.zeros((1, 32, 32, 3), jnp.float16))
@@ -620,7 +620,7 @@ def test_the_tree_of_the_network_itself(build):
         (
             {"convs": {1: {"kernel": np.ones((1, 1, 6, 5))}}},
             r"'convs/1/kernel': expected an array that broadcasts against shape \(3, 3, 6, 6\), "
-            r"axis by axis .*, got shape \(1, 1, 6, 5\)\.",
+            r"each axis .*, got shape \(1, 1, 6, 5\)\.",
         ),
         # In PyTorch's layout already, and with fewer axes.
         ({"convs": {0: {"kernel": np.ones((6, 1, 1, 1))}}}, r"got shape \(6, 1, 1, 1\)"),

@@ -78,7 +78,7 @@ def test_indexes_and_shards_of_variants(names, index, by, tmp_path):
 def test_a_folder_of_two_variants_is_ambiguous(tmp_path):
     shards(tmp_path, ["a.safetensors"], "model.safetensors.index.json")
     shards(tmp_path, ["a.fp16.safetensors"], "model.safetensors.index.fp16.json")
-    with pytest.raises(ValueError, match=r"expected one index .*fp16.json.*Name the one that"):
+    with pytest.raises(ValueError, match=r"expected one index .*fp16.json.*Name the right one"):
         protected(tmp_path, tmp_path / "out")
     protected(tmp_path / "model.safetensors.index.fp16.json", tmp_path / "out")
 
