@@ -22,7 +22,7 @@ from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
-from .._masks.scores import scores_for
+from .._masks.scores import NamedTensors, scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
@@ -49,6 +49,8 @@ class Selected(NamedTuple):
             and in which less is encrypted: how much of what is encrypted there, in words; and those
             that have much of another one in another order.
         random_keys: tensors that hold random keys, or look like it: level 1 opens them.
+        whole: those of `groups` of which everything is encrypted and one level opens it, as of
+            small tensors.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -65,6 +67,7 @@ class Selected(NamedTuple):
     new: tuple[str, ...] = ()
     similar: tuple[str, ...] = ()
     random_keys: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 def protect_file(
@@ -197,6 +200,11 @@ def protect_file(
         lacking or chosen.unknown,
         tuple(map(str, chosen.similar)),
         tuple(name for file in files for name in random_keys(file)),
+        tuple(
+            name
+            for name, ((_, ring), *more) in chosen.rings.items()
+            if not more and ring.groups == math.prod(ring.mask_shape)
+        ),
     )
 
 
@@ -257,11 +265,11 @@ def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | No
             )
 
 
-def read_params(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_params(source: NamedTensors) -> dict[str, Any]:
     """All tensors; on the device at once, unless JAX has no such dtype."""
     params: dict[str, Any] = {}
-    for name, info in checkpoint.tensors.items():
-        array = as_array(checkpoint.read(name), info.dtype, info.shape)
+    for name, info in source.tensors.items():
+        array = as_array(source.read(name), info.dtype, info.shape)
         same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
         params[name] = jax.device_put(array) if same else array
     return params

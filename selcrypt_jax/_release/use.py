@@ -275,9 +275,10 @@ class Inspection(NamedTuple):
     files: int
 
 
-def _report(
-    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None
+def inspection_of(
+    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None = None
 ) -> Inspection:
+    """What open files say of themselves; their envelopes have been checked."""
     manifests = [envelope.manifest for envelope in envelopes.values()]
     first = manifests[0]
     weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
@@ -331,7 +332,7 @@ def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes(signer)
         checkpoint.unlocked(envelopes, key)
-        return _report(checkpoint, envelopes, key)
+        return inspection_of(checkpoint, envelopes, key)
 
 
 def verify_file(
@@ -386,7 +387,7 @@ def verify_file(
                 file.ask_stock_reader()
             for _ in plain.pieces():
                 pass
-        return _report(checkpoint, envelopes, key)
+        return inspection_of(checkpoint, envelopes, key)
 
 
 def _as_hex(model_id: bytes | str | None) -> str | None:

@@ -6,7 +6,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .._release.use import inspect_file, unlock_file, verify_file
-from ._options import AnyGrantFile, Flat, Opening, Output, Printing, Writing, spare
+from ._options import AnyGrantFile, Flat, Opening, Output, Printing, Switch, Writing, spare
 from ._tables import inspection_as_dict, print_inspection
 
 
@@ -16,7 +16,7 @@ def unlock(
     out: Output,
     level: int | None = None,
     signer: Path | None = None,
-    exact_bytes: bool = False,
+    exact_bytes: Switch = False,
     opening: Annotated[Opening, Flat] = Opening(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from .._io.atomic import check_output
 from .._keys.grant import Grant
@@ -21,6 +21,10 @@ _MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
 
 Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
+
+Switch = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
+"""Of an option that is on if it is given; so nothing is said of a default."""
+AsJson = Annotated[Switch, arg(name="json")]
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 AnyGrantFile = Annotated[Path | None, arg(aliases=["-g"])]
@@ -35,8 +39,8 @@ class Writing:
         as_json: Print JSON.
     """
 
-    force: bool = False
-    as_json: Annotated[bool, arg(name="json")] = False
+    force: Switch = False
+    as_json: AsJson = False
 
     def say(self, result: dict[str, Any], *lines: str) -> None:
         """Prints the result as JSON, or the lines."""
@@ -51,7 +55,7 @@ class Printing:
         as_json: Print JSON.
     """
 
-    as_json: Annotated[bool, arg(name="json")] = False
+    as_json: AsJson = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class Locking:
         new_passphrase_file: Lock it with the passphrase in this file.
     """
 
-    passphrase: bool = False
+    passphrase: Switch = False
     new_passphrase_file: Path | None = None
 
     def read(self) -> Callable[[], str] | None:
