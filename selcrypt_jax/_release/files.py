@@ -17,6 +17,7 @@ from .._format.manifest import Rest
 from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import as_array
 from .._io.atomic import check_output
+from .._io.companions import Companions
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
@@ -51,6 +52,8 @@ class Selected(NamedTuple):
         random_keys: tensors that hold random keys, or look like it: level 1 opens them.
         whole: those of `groups` of which everything is encrypted and one level opens it, as of
             small tensors.
+        beside: what was ``copied`` along with the weights, and what was ``left_out`` and why; None
+            unless `copy_config` was asked for.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -68,6 +71,7 @@ class Selected(NamedTuple):
     similar: tuple[str, ...] = ()
     random_keys: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    beside: Companions | None = None
 
 
 def protect_file(
@@ -82,6 +86,7 @@ def protect_file(
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
+    copy_config: bool = False,
     force: bool = False,
 ) -> Selected:
     """Protects a checkpoint for release, tensor by tensor.
@@ -117,6 +122,10 @@ def protect_file(
             grant; of the network, names, shapes, dtypes and the range of exponents of each tensor
             are left. ``"plain"``: they stay as they are, and anyone can run level 0, as in the
             paper. Plain weights help an attacker: see docs/security.md.
+        copy_config: of a folder, also copy what lies beside the weights: configuration, tokenizer
+            and all other files that can be no weights, in subfolders too. Links that lead out of
+            the folder, hidden files and keys stay behind. Look at `Selected.beside` before you
+            publish it: what is copied is not encrypted.
         force: replace an existing file.
 
     Returns:
@@ -147,6 +156,7 @@ def protect_file(
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
+        beside = checkpoint.companions() if copy_config else None
         check_rest(rest)
         check_options(selection, cipher)
         check_scores(selection, checkpoint, output)
@@ -163,7 +173,7 @@ def protect_file(
             here = [shape for name, shape in shapes.items() if name in file.tensors]
             check_header(file.tensors, here, counted and counted.levels, str(file.path))
         # Before the work of choosing, which is the most of it.
-        with checkpoint_outputs(checkpoint, output, force=force) as create:
+        with checkpoint_outputs(checkpoint, output, force=force, beside=beside) as create:
             try:
                 if plan is None:
                     assert like is not None
@@ -205,6 +215,7 @@ def protect_file(
             for name, ((_, ring), *more) in chosen.rings.items()
             if not more and ring.groups == math.prod(ring.mask_shape)
         ),
+        beside,
     )
 
 

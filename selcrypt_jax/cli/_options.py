@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from .._io.atomic import check_output
+from .._io.companions import Companions
 from .._keys.grant import Grant
 from .._keys.keys import Secret
 from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
@@ -45,6 +46,24 @@ class Writing:
     def say(self, result: dict[str, Any], *lines: str) -> None:
         """Prints the result as JSON, or the lines."""
         print(json.dumps(result, indent=2) if self.as_json else "\n".join(map(printable, lines)))
+
+
+def beside_as_dict(beside: Companions | None) -> dict[str, Any]:
+    """What was copied along with the weights, as JSON has it; nothing unless it was asked for."""
+    if beside is None:
+        return {}
+    return {"copied": list(beside.copied), "left_out": beside.left_out}
+
+
+def beside_as_text(beside: Companions | None) -> list[str]:
+    """The same for a reader, as lines."""
+    if beside is None:
+        return []
+    lines = [f"Copied along: {', '.join(beside.copied) or 'nothing'}."]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in beside.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"Left out: {', '.join(names)} ({why})." for why, names in reasons.items()]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,19 @@ from tyro.conf import Positional, arg
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
 from .._release.use import inspect_file
-from ._options import Flat, Output, OwnerKeys, Switch, Writing, spare
+from ._options import (
+    Flat,
+    Output,
+    OwnerKeys,
+    Switch,
+    Writing,
+    beside_as_dict,
+    beside_as_text,
+    spare,
+)
 from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_of, naming
 from ._tables import calibration_as_dict, print_inspection
-from ._text import note
+from ._text import note, printable
 
 _SHOWN = 8  # tensors that are like others, of which there may be thousands
 
@@ -30,6 +39,7 @@ def protect(
     old_signer: str | None = None,
     unit: Unit = "weight",
     rest: Rest = "sealed",
+    copy_config: Switch = False,
     verbose: Switch = False,
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
@@ -64,6 +74,8 @@ def protect(
         rest: What becomes of all other weights. Sealed: encrypted too, under the key of level 1.
             Plain: left as they are, so that anyone can run level 0 (for a free tier); what is
             plain helps an attacker.
+        copy_config: Of a folder, also copy what lies beside the weights: configuration, tokenizer,
+            and all other files that can be no weights. None of it is encrypted: check the list.
         verbose: List all tensors that were selected, not kinds of them alone.
         writing: How it is written.
     """
@@ -88,6 +100,7 @@ def protect(
             signing=keys.read_signing(),
             cipher=LosslessCipher(unit=unit),
             rest=rest,
+            copy_config=copy_config,
             force=writing.force,
         )
     made = inspect_file(out)
@@ -104,6 +117,7 @@ def protect(
             **({"new": list(selected.new)} if selected.new else {}),
             **({"similar": list(selected.similar)} if selected.similar else {}),
             **({"random_keys": list(selected.random_keys)} if selected.random_keys else {}),
+            **beside_as_dict(selected.beside),
         },
         found
         and calibration_as_dict(
@@ -111,6 +125,9 @@ def protect(
         ),
         verbose,
     )
+    if not writing.as_json:
+        for text in beside_as_text(selected.beside):
+            print(printable(text))
     if selected.new and selection.base is not None:
         note(
             f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed."
