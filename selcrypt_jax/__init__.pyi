@@ -33,6 +33,8 @@ from ._masks.masks import with_small_leaves as with_small_leaves
 from ._masks.options import Select as Select
 from ._release.files import Selected as Selected
 from ._release.files import protect_file as protect_file
+from ._release.measure import MeasuredLevel as MeasuredLevel
+from ._release.measure import measure_levels as measure_levels
 from ._release.open import LazyModel as LazyModel
 from ._release.open import open_model as open_model
 from ._release.tree import Protected as Protected

@@ -5,7 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,18 +134,8 @@ class Network(ABC):
         self.calls += 1
         # In new containers: a metric may fuse layers in them, or drop some.
         value = self._evaluate(jax.tree.map(lambda leaf: leaf, params))
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"evaluate: expected a number, got {type(value).__name__}. Return the metric alone."
-            ) from None
-        if not math.isfinite(number):
-            raise ValueError(
-                f"evaluate: expected a finite number, got {number}, at call {self.calls}. "
-                "Encrypted weights may overflow: return the worst finite value, such as chance, "
-                "instead."
-            )
+        number = number_of(value)
+        check_finite(number, f"at call {self.calls}")
         return self.sign * number
 
     @abstractmethod
@@ -299,6 +289,34 @@ class Release(Network):
     def ring_keys(self, count: int) -> list[PRNGKeyArray]:
         """The keys of the release."""
         return list(self._ring_keys[-count:])
+
+
+def number_of(value: Any) -> float:
+    """What a metric returned, as a number.
+
+    Raises:
+        TypeError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"evaluate: expected a number, got {type(value).__name__}. Return the metric alone."
+        ) from None
+
+
+def check_finite(number: float, where: str) -> None:
+    """Refuses NaN and infinity.
+
+    Raises:
+        ValueError: the number is one of these.
+    """
+    if not math.isfinite(number):
+        raise ValueError(
+            f"evaluate: expected a finite number, got {number}, {where}. "
+            "Encrypted weights may overflow: return the worst finite value, such as chance, "
+            "instead."
+        )
 
 
 def is_precise(values: np.ndarray, precision: float) -> bool:

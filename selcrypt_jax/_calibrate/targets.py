@@ -70,6 +70,16 @@ class Targets:
         return 0.02 if list(self.targets[:1]) == [None] else 0.0
 
 
+def check_metric(evaluate: object) -> None:
+    """Refuses a metric that cannot be called.
+
+    Raises:
+        TypeError: it cannot.
+    """
+    if not callable(evaluate):
+        raise TypeError(f"evaluate: expected a function of params, got {type(evaluate).__name__}.")
+
+
 def checked_targets(asked: Targets) -> list[float | None]:
     """The targets, signed so that higher is better.
 
@@ -84,10 +94,7 @@ def checked_targets(asked: Targets) -> list[float | None]:
         )
     if asked.evaluations is not None and asked.evaluations < 1:
         raise ValueError(f"evaluations: expected at least 1, got {asked.evaluations}.")
-    if not callable(asked.evaluate):
-        raise TypeError(
-            f"evaluate: expected a function of params, got {type(asked.evaluate).__name__}."
-        )
+    check_metric(asked.evaluate)
     targets, sign = asked.targets, asked.sign
     if isinstance(targets, str) or not hasattr(targets, "__len__"):
         raise TypeError(

@@ -1,4 +1,8 @@
-"""Bars that show how far long work has come."""
+"""How far long work has come: bars on a terminal, and in a log a line now and then."""
+
+import threading
+import time
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.progress import (
@@ -9,10 +13,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+FIRST, THEN = 10.0, 30.0
+"""Seconds until the first line of a log, and between two of them."""
+
 
 def bars(console: Console) -> Progress:
-    """Bars with a share and a time, which is that of the last minutes of work."""
-    return Progress(
+    """Bars with a share and a time, which is that of the last minutes of work.
+
+    Where the console is not a terminal: a line after 10 seconds, and every 30 from then on.
+    """
+    kind = Progress if console.is_terminal else _Lines
+    return kind(
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),
         TaskProgressColumn(),
@@ -20,3 +31,50 @@ def bars(console: Console) -> Progress:
         console=console,
         speed_estimate_period=300,
     )
+
+
+class Pace:
+    """Says of each line of a log whether it is due: after 10 seconds, and every 30 from then on."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._due = clock() + FIRST
+
+    def __call__(self) -> bool:
+        """Whether a line is due now; the next one is not before 30 seconds have passed."""
+        now = self._clock()
+        if now < self._due:
+            return False
+        self._due = now + THEN
+        return True
+
+
+class _Lines(Progress):
+    """Prints the task at work as a line, from a thread, since one step may take minutes."""
+
+    _thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        super().start()
+        if self._thread is None:
+            self._ended = threading.Event()
+            self._thread = threading.Thread(target=self._print_lines, daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+        super().stop()
+
+    def _print_lines(self) -> None:
+        began, wait = time.monotonic(), FIRST
+        while not self._ended.wait(wait):
+            wait = THEN
+            task = next((t for t in self.tasks if t.started and not t.finished), None)
+            if task is not None:
+                share = "" if task.total is None else f": {task.percentage:.0f} %"
+                seconds = time.monotonic() - began
+                text = f"{task.description}{share}, after {seconds:.0f} s"
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)

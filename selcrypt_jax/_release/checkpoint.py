@@ -23,6 +23,7 @@ from .._format.manifest import (
 from .._format.tensors import TensorSource, Unlocked, Write, check_table, encrypt_tensors
 from .._format.unlocked import unlocked_level
 from .._io.atomic import check_output, new_file, new_files, new_folder
+from .._io.companions import Companions, companions
 from .._io.errors import IntegrityError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_no_others, check_shards, find_shards
@@ -264,6 +265,21 @@ class Checkpoint:
         except ValueError as error:
             raise IntegrityError(str(error), reason="shard") from None
 
+    def companions(self) -> Companions:
+        """What lies beside its weights, for a copy of the folder.
+
+        Raises:
+            ValueError: it is no folder of safetensors files.
+        """
+        if self.folder is None or self.folder == self.path:
+            got = "an Orbax checkpoint" if self.folder else "a file by itself"
+            raise ValueError(
+                f"{self.path}: copy_config: expected the folder of a model, got {got}. Name the "
+                "folder, or copy what lies beside the weights yourself."
+            )
+        index = set() if self.index is None else {self.index.path.name}
+        return companions(self.folder, self.files.keys() | index)
+
     def check_whole(self, manifest: Manifest) -> None:
         """Refuses one file of several.
 
@@ -320,7 +336,12 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 @contextmanager
 def checkpoint_outputs(
-    checkpoint: Checkpoint, output: AnyPath | None, *, force: bool, private: bool = False
+    checkpoint: Checkpoint,
+    output: AnyPath | None,
+    *,
+    force: bool,
+    private: bool = False,
+    beside: Companions | None = None,
 ) -> Iterator[Callable[[str], Output]]:
     """Opens outputs by file name; all of them appear together, or none.
 
@@ -330,6 +351,7 @@ def checkpoint_outputs(
             place of the input, a file.
         force: replace an existing file.
         private: only its owner may read a new output.
+        beside: what else of a folder is copied.
 
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
@@ -359,3 +381,5 @@ def checkpoint_outputs(
                 yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
             if checkpoint.index is not None:
                 (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)
+            if beside is not None:
+                beside.copy_to(folder)

@@ -17,12 +17,13 @@ from .._format.manifest import Rest
 from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import as_array
 from .._io.atomic import check_output
+from .._io.companions import Companions
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
 from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
-from .._masks.scores import scores_for
+from .._masks.scores import NamedTensors, scores_for
 from .._tree.groups import Layout
 from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
 from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
@@ -49,6 +50,10 @@ class Selected(NamedTuple):
             and in which less is encrypted: how much of what is encrypted there, in words; and those
             that have much of another one in another order.
         random_keys: tensors that hold random keys, or look like it: level 1 opens them.
+        whole: those of `groups` of which everything is encrypted and one level opens it, as of
+            small tensors.
+        beside: what was ``copied`` along with the weights, and what was ``left_out`` and why; None
+            unless `copy_config` was asked for.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -65,6 +70,8 @@ class Selected(NamedTuple):
     new: tuple[str, ...] = ()
     similar: tuple[str, ...] = ()
     random_keys: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    beside: Companions | None = None
 
 
 def protect_file(
@@ -79,6 +86,7 @@ def protect_file(
     signing: SigningKey | None = None,
     cipher: LosslessCipher | None = None,
     rest: Rest = "sealed",
+    copy_config: bool = False,
     force: bool = False,
 ) -> Selected:
     """Protects a checkpoint for release, tensor by tensor.
@@ -114,6 +122,10 @@ def protect_file(
             grant; of the network, names, shapes, dtypes and the range of exponents of each tensor
             are left. ``"plain"``: they stay as they are, and anyone can run level 0, as in the
             paper. Plain weights help an attacker: see docs/security.md.
+        copy_config: of a folder, also copy what lies beside the weights: configuration, tokenizer
+            and all other files that can be no weights, in subfolders too. Links that lead out of
+            the folder, hidden files and keys stay behind. Look at `Selected.beside` before you
+            publish it: what is copied is not encrypted.
         force: replace an existing file.
 
     Returns:
@@ -144,6 +156,7 @@ def protect_file(
     with open_checkpoint(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
+        beside = checkpoint.companions() if copy_config else None
         check_rest(rest)
         check_options(selection, cipher)
         check_scores(selection, checkpoint, output)
@@ -160,7 +173,7 @@ def protect_file(
             here = [shape for name, shape in shapes.items() if name in file.tensors]
             check_header(file.tensors, here, counted and counted.levels, str(file.path))
         # Before the work of choosing, which is the most of it.
-        with checkpoint_outputs(checkpoint, output, force=force) as create:
+        with checkpoint_outputs(checkpoint, output, force=force, beside=beside) as create:
             try:
                 if plan is None:
                     assert like is not None
@@ -197,6 +210,12 @@ def protect_file(
         lacking or chosen.unknown,
         tuple(map(str, chosen.similar)),
         tuple(name for file in files for name in random_keys(file)),
+        tuple(
+            name
+            for name, ((_, ring), *more) in chosen.rings.items()
+            if not more and ring.groups == math.prod(ring.mask_shape)
+        ),
+        beside,
     )
 
 
@@ -257,11 +276,11 @@ def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | No
             )
 
 
-def read_params(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_params(source: NamedTensors) -> dict[str, Any]:
     """All tensors; on the device at once, unless JAX has no such dtype."""
     params: dict[str, Any] = {}
-    for name, info in checkpoint.tensors.items():
-        array = as_array(checkpoint.read(name), info.dtype, info.shape)
+    for name, info in source.tensors.items():
+        array = as_array(source.read(name), info.dtype, info.shape)
         same = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
         params[name] = jax.device_put(array) if same else array
     return params

@@ -15,6 +15,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope
 from .._format.manifest import Rest
 from .._format.unlocked import unlocked_entries
+from .._io.companions import Companions
 from .._io.errors import IntegrityError, check_type
 from .._io.safetensors import SafetensorsFile
 from .._io.strict_json import show
@@ -100,8 +101,9 @@ def unlock_file(
     level: int | None = None,
     signer: AnySigner | None = None,
     exact_bytes: bool = False,
+    copy_config: bool = False,
     force: bool = False,
-) -> None:
+) -> Companions | None:
     """Writes the checkpoint that a grant opens; at the top level it is the original.
 
     Only its owner may read a new file or folder, as a grant: it is worth what the grant is. A file
@@ -116,10 +118,17 @@ def unlock_file(
             grant of a signed file insists on that by itself; a level key does not.
         exact_bytes: leave out the entry ``selcrypt-unlocked`` of the metadata, by which a file
             below the top level says which level of which model it is.
+        copy_config: of a folder, also copy what lies beside the weights: configuration, tokenizer
+            and all other files that can be no weights, in subfolders too. Links that lead out of
+            the folder, hidden files and keys stay behind. Only the weights are signed and checked,
+            not these files.
         force: replace an existing file.
 
+    Returns:
+        With `copy_config`, what was ``copied``, and what was ``left_out`` and why; else None.
+
     Raises:
-        ValueError: no protected file.
+        ValueError: no protected file; or `copy_config` of a file by itself.
         GrantError: a grant that does not open it, or that asks for another signer.
         IntegrityError: the file was altered.
         OSError: a file that cannot be read or written. There is no output then.
@@ -130,8 +139,11 @@ def unlock_file(
     key, of_grant = grant_key(grant, level)
     expected = expected_signer(signer, of_grant)
     with open_checkpoint(path) as checkpoint:
+        beside = checkpoint.companions() if copy_config else None
         plain = checkpoint.unlocked(checkpoint.envelopes(expected), key)
-        with checkpoint_outputs(checkpoint, output, force=force, private=True) as create:
+        with checkpoint_outputs(
+            checkpoint, output, force=force, private=True, beside=beside
+        ) as create:
             for name, source in plain.items():
                 own = source.envelope.own
                 # Some loaders refuse metadata that name no framework, and take a file without any.
@@ -139,6 +151,7 @@ def unlock_file(
                 if not exact_bytes and not bare:
                     own = unlocked_entries(own, source.envelope.manifest, key.level)
                 create(name).plain(source, own)
+    return beside
 
 
 def rotate_file(
@@ -275,9 +288,10 @@ class Inspection(NamedTuple):
     files: int
 
 
-def _report(
-    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None
+def inspection_of(
+    checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None = None
 ) -> Inspection:
+    """What open files say of themselves; their envelopes have been checked."""
     manifests = [envelope.manifest for envelope in envelopes.values()]
     first = manifests[0]
     weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
@@ -331,7 +345,7 @@ def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes(signer)
         checkpoint.unlocked(envelopes, key)
-        return _report(checkpoint, envelopes, key)
+        return inspection_of(checkpoint, envelopes, key)
 
 
 def verify_file(
@@ -386,7 +400,7 @@ def verify_file(
                 file.ask_stock_reader()
             for _ in plain.pieces():
                 pass
-        return _report(checkpoint, envelopes, key)
+        return inspection_of(checkpoint, envelopes, key)
 
 
 def _as_hex(model_id: bytes | str | None) -> str | None:

@@ -15,13 +15,14 @@ from ._text import note
 
 COMMANDS = {
     "keygen": "_owner",
-    "protect": "_owner",
+    "protect": "_protect",
     "grant": "_owner",
     "unlock": "_customer",
     "inspect": "_customer",
     "verify": "_customer",
     "rotate": "_owner",
-    "calibrate": "_owner",
+    "calibrate": "_plan",
+    "levels": "_plan",
     "audit": "_other",
     "demo": "_other",
     "version": "_other",

@@ -6,7 +6,18 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from .._release.use import inspect_file, unlock_file, verify_file
-from ._options import AnyGrantFile, Flat, Opening, Output, Printing, Writing, spare
+from ._options import (
+    AnyGrantFile,
+    Flat,
+    Opening,
+    Output,
+    Printing,
+    Switch,
+    Writing,
+    beside_as_dict,
+    beside_as_text,
+    spare,
+)
 from ._tables import inspection_as_dict, print_inspection
 
 
@@ -16,7 +27,8 @@ def unlock(
     out: Output,
     level: int | None = None,
     signer: Path | None = None,
-    exact_bytes: bool = False,
+    exact_bytes: Switch = False,
+    copy_config: Switch = False,
     opening: Annotated[Opening, Flat] = Opening(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
@@ -33,19 +45,30 @@ def unlock(
             of signed files insist on that by themselves.
         exact_bytes: Leave out the entry selcrypt-unlocked of the metadata, by which a file below
             the top level says which level of which model it is.
+        copy_config: Of a folder, also copy what lies beside the weights: configuration, tokenizer,
+            and all other files that can be no weights. Only the weights are checked.
         opening: How the grant is opened.
         writing: How it is written.
     """
     spare(out, grant, signer, opening.passphrase_file, *opening.identity)
     opened = opening.read(grant)
     assert opened is not None
-    options = {"signer": signer, "exact_bytes": exact_bytes, "force": writing.force}
-    unlock_file(file, out, opened, level=level, **options)
+    beside = unlock_file(
+        file,
+        out,
+        opened,
+        level=level,
+        signer=signer,
+        exact_bytes=exact_bytes,
+        copy_config=copy_config,
+        force=writing.force,
+    )
     level = opened.key.level if level is None else level
     model_id = opened.key.model_id.hex()
     writing.say(
-        {"out": str(out), "model_id": model_id, "level": level},
+        {"out": str(out), "model_id": model_id, "level": level} | beside_as_dict(beside),
         f"Wrote {out}: level {level} of model {model_id}.",
+        *beside_as_text(beside),
     )
 
 

@@ -2,7 +2,7 @@
 
 import os
 
-_JAX = {"protect", "calibrate", "audit", "demo"}
+_JAX = {"protect", "calibrate", "levels", "audit", "demo"}
 _MIB = 1 << 20
 
 

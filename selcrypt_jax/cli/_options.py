@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import UseAppendAction, arg
+from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
 from .._io.atomic import check_output
+from .._io.companions import Companions
 from .._keys.grant import Grant
 from .._keys.keys import Secret
 from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
@@ -21,6 +22,10 @@ _MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
 
 Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
+
+Switch = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
+"""Of an option that is on if it is given; so nothing is said of a default."""
+AsJson = Annotated[Switch, arg(name="json")]
 
 Output = Annotated[Path, arg(aliases=["-o"])]
 AnyGrantFile = Annotated[Path | None, arg(aliases=["-g"])]
@@ -35,12 +40,30 @@ class Writing:
         as_json: Print JSON.
     """
 
-    force: bool = False
-    as_json: Annotated[bool, arg(name="json")] = False
+    force: Switch = False
+    as_json: AsJson = False
 
     def say(self, result: dict[str, Any], *lines: str) -> None:
         """Prints the result as JSON, or the lines."""
         print(json.dumps(result, indent=2) if self.as_json else "\n".join(map(printable, lines)))
+
+
+def beside_as_dict(beside: Companions | None) -> dict[str, Any]:
+    """What was copied along with the weights, as JSON has it; nothing unless it was asked for."""
+    if beside is None:
+        return {}
+    return {"copied": list(beside.copied), "left_out": beside.left_out}
+
+
+def beside_as_text(beside: Companions | None) -> list[str]:
+    """The same for a reader, as lines."""
+    if beside is None:
+        return []
+    lines = [f"Copied along: {', '.join(beside.copied) or 'nothing'}."]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in beside.left_out.items():
+        reasons.setdefault(reason, []).append(name)
+    return lines + [f"Left out: {', '.join(names)} ({why})." for why, names in reasons.items()]
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class Printing:
         as_json: Print JSON.
     """
 
-    as_json: Annotated[bool, arg(name="json")] = False
+    as_json: AsJson = False
 
 
 @dataclass(frozen=True)
@@ -129,7 +152,7 @@ class Locking:
         new_passphrase_file: Lock it with the passphrase in this file.
     """
 
-    passphrase: bool = False
+    passphrase: Switch = False
     new_passphrase_file: Path | None = None
 
     def read(self) -> Callable[[], str] | None:

@@ -1,5 +1,6 @@
 """The commands that show and judge: demo, audit, version."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -8,10 +9,18 @@ import tyro
 from .. import __version__
 from ..demo import DemoConfig
 from ..demo import run as run_demo
+from ._options import Flat, Switch
 from ._text import printable
 
 
-def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
+@dataclass(frozen=True)
+class Demo(DemoConfig):
+    """What the demo takes."""
+
+    quick: Switch = False
+
+
+def demo(config: Annotated[Demo, Flat]) -> None:
     """Shows it all on real images: train, learn importance, protect in levels, evaluate."""
     run_demo(config)
 
@@ -19,8 +28,8 @@ def demo(config: Annotated[DemoConfig, tyro.conf.arg(name="")]) -> None:
 def audit(
     config: tyro.conf.Positional[str],
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
-    quick: bool = False,
-    advise: bool = False,
+    quick: Switch = False,
+    advise: Switch = False,
     target_advantage: float | None = None,
 ) -> None:
     """Attacks your network as an attacker would, and reports what they get.

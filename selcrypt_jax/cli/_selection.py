@@ -11,7 +11,10 @@ from tyro.conf import Suppress
 
 from .._calibrate.targets import Evaluation, Targets
 from .._io.imported import imported
+from .._io.progress import Pace
 from .._masks.options import Select
+from ._options import Switch
+from ._text import note
 
 Unit = Literal["weight", "group"]
 Levels = int | tuple[float, ...] | None
@@ -56,6 +59,7 @@ class Goal(Targets):
     # As they are typed.
     targets: tuple[str, ...] = ()  # pyright: ignore
     evaluate: str | None = None  # pyright: ignore
+    lower_is_better: Switch = False
     progress: Suppress[Callable[[Evaluation], None] | None] = None
 
     def read(self) -> Targets:
@@ -72,18 +76,40 @@ class Goal(Targets):
             self.tolerance,
             self.evaluations,
             self.lower_is_better,
-            _say if sys.stderr.isatty() else None,
+            said(
+                lambda e: f"{e.number}: level {e.level}, {e.share:.4%} of the groups: {e.value:.6g}"
+            ),
         )
 
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Errors of the metric's results name the metric."""
-        try:
-            yield
-        except TypeError as error:
-            if not str(error).startswith("evaluate"):
-                raise
-            raise ValueError(f"{self.evaluate}: {error}") from None
+
+def said(text: Callable[[Any], str]) -> Callable[[Any], None]:
+    """Tells of each step of long work on stderr: of all on a terminal, and now and then in a log.
+
+    Args:
+        text: of a step.
+    """
+    due = Pace()
+
+    def say(step: Any) -> None:
+        if sys.stderr is not None and (sys.stderr.isatty() or due()):
+            note(text(step))
+
+    return say
+
+
+@contextmanager
+def naming(metric: str | None) -> Iterator[None]:
+    """Errors of the metric's results name the metric.
+
+    Args:
+        metric: its import path.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if not str(error).startswith("evaluate"):
+            raise
+        raise ValueError(f"{metric}: {error}") from None
 
 
 def check_like_alone(levels: Levels, goal: Goal, selection: Selection) -> None:
@@ -132,10 +158,3 @@ def _number(text: str) -> float | None:
             f'targets: expected numbers, of which the first may be "any", got {text!r}. Give one '
             "for each level but the top one."
         ) from None
-
-
-def _say(step: Evaluation) -> None:
-    print(
-        f"{step.number}: level {step.level}, {step.share:.4%} of the groups: {step.value:.6g}",
-        file=sys.stderr,
-    )

@@ -2,14 +2,19 @@
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ._text import columns
 
 if TYPE_CHECKING:
     from .._calibrate.levels import Calibration
+    from .._release.measure import MeasuredLevel
     from .._release.use import Inspection
+
+_SHOWN = 8  # tensors, or kinds of them
+_NUMBER = re.compile(r"\d+")
 
 
 def inspection_as_dict(found: "Inspection") -> dict[str, Any]:
@@ -26,6 +31,7 @@ def print_inspection(
     as_json: bool,
     chosen: dict[str, Any] | None = None,
     calibration: dict[str, Any] | None = None,
+    verbose: bool = False,
 ) -> None:
     """Prints what a file says, what was selected in it, and what its levels give."""
     if as_json:
@@ -44,12 +50,13 @@ def print_inspection(
         "tensors": f"{found.tensors}, {found.weights:,} weights",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
     }
+    blocks = []
     if chosen is not None:
-        names = ", ".join(f"{name} ({groups:,})" for name, groups in chosen["selected"].items())
-        layout = f", layout {chosen['layout']}" if chosen["layout"] else ""
-        count = len(chosen["selected"])
-        tensors = f"{count} tensor{'s' * (count != 1)}"
-        lines["selected"] = f"groups in {tensors}{layout}: {names}"
+        groups, whole = chosen["selected"], len(chosen["whole"])
+        text = f"{sum(groups.values()):,} groups in {_tensors(len(groups))}"
+        text += f", {whole} of them whole" if whole else ""
+        lines["selected"] = text + (f", layout {chosen['layout']}" if chosen["layout"] else "")
+        blocks = [columns(selected_rows(groups, chosen["whole"], verbose), numbers={1, 2})]
         if (change := chosen.get("plain_change")) is not None:
             lines["change"] = f"{change:.2%} of what changed from the base stays plain"
         if chosen["untouched"]:
@@ -61,10 +68,56 @@ def print_inspection(
     for level in found.levels:
         row = [str(level.level), f"{level.groups:,}", f"{level.weights:,}", f"{level.share:.3%}"]
         rows.append([*row, *(["opens" if level.opens else "stays closed"] if grant else [])])
-    print(columns(list(lines.items())), columns(rows, numbers=True), sep="\n\n")
+    blocks = [columns(list(lines.items())), *blocks, columns(rows, numbers=True)]
+    print(*blocks, sep="\n\n")
     if calibration:
         print()
         print_levels(calibration)
+
+
+def selected_rows(
+    groups: Mapping[str, int], whole: Collection[str], verbose: bool
+) -> list[tuple[str, ...]]:
+    """What was selected, as a table: all tensors if they are few, and else kinds of them.
+
+    A kind is all tensors whose names differ in numbers alone, such as the layers of a stack.
+
+    Args:
+        groups: tensor → how many of its groups.
+        whole: names of tensors that were taken whole.
+        verbose: all tensors, however many they are.
+    """
+    titles = ("tensor", "groups", "")
+    if verbose or len(groups) <= _SHOWN:
+        return [titles] + [
+            (name, f"{n:,}", "whole" if name in whole else "") for name, n in groups.items()
+        ]
+    kinds: dict[str, list[str]] = {}
+    for name in groups:
+        kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
+    ranked = sorted(kinds.values(), key=lambda names: -sum(map(groups.__getitem__, names)))
+    rows = [("tensors", "", "groups", "largest", "")]
+    for names in ranked[:_SHOWN]:
+        largest, entire = max(names, key=groups.__getitem__), sum(name in whole for name in names)
+        rows.append(
+            (
+                names[0] if len(names) == 1 else _NUMBER.sub("*", names[0]),
+                str(len(names)),
+                f"{sum(map(groups.__getitem__, names)):,}",
+                "" if len(names) == 1 else f"{largest} ({groups[largest]:,})",
+                "whole" if entire == len(names) else f"{entire} whole" if entire else "",
+            )
+        )
+    if rest := [name for names in ranked[_SHOWN:] for name in names]:
+        entire = sum(name in whole for name in rest)
+        text = f"{len(ranked) - _SHOWN} more kinds, --verbose lists them"
+        total = f"{sum(map(groups.__getitem__, rest)):,}"
+        rows.append((text, str(len(rest)), total, "", f"{entire} whole" if entire else ""))
+    return rows
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def calibration_as_dict(
@@ -102,3 +155,17 @@ def print_levels(found: dict[str, Any]) -> None:
         texts = ["" if row[name] is None else f"{row[name]:.4g}" for name in numbers]
         rows.append([str(row["level"]), f"{row['share']:.4%}", *texts])
     print(columns(rows, numbers=True))
+
+
+def print_measured(file: str, metric: str, found: "Sequence[MeasuredLevel]", as_json: bool) -> None:
+    """Prints what every level gives."""
+    if as_json:
+        rows = [
+            level._asdict() | {"value": level.value if math.isfinite(level.value) else None}
+            for level in found
+        ]
+        print(json.dumps({"file": file, "evaluate": metric, "levels": rows}, indent=2))
+        return
+    rows = [["level", "of all weights", "gives"]]
+    rows += [[str(each.level), f"{each.share:.3%}", f"{each.value:.4g}"] for each in found]
+    print(columns([("file", file), ("metric", metric)]), columns(rows, numbers=True), sep="\n\n")

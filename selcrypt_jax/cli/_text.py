@@ -2,7 +2,7 @@
 
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 # Controls, marks that turn or hide text, lone surrogates, private and unknown characters, and
 # separators of lines and paragraphs.
@@ -23,20 +23,21 @@ def note(text: str) -> None:
     print(printable(text), file=sys.stderr)
 
 
-def columns(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> str:
+def columns(rows: Sequence[Sequence[str]], *, numbers: bool | Collection[int] = False) -> str:
     """Lines of columns, as wide as their contents whatever the terminal.
 
     Args:
         rows: of as many texts each.
-        numbers: whether to align columns at the right.
+        numbers: whether columns are aligned at the right; or which of them.
     """
     rows = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = range(len(widths) * numbers) if isinstance(numbers, bool) else numbers
     lines = []
     for row in rows:
         cells = [
-            text.rjust(width) if numbers else text.ljust(width)
-            for text, width in zip(row, widths, strict=True)
+            text.rjust(width) if column in right else text.ljust(width)
+            for column, (text, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

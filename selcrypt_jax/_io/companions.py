@@ -1,0 +1,146 @@
+"""What lies beside the weights in a model's folder: configuration, tokenizer, and the like."""
+
+import os
+import stat
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from .folders import read_regular
+from .foreign import WEIGHTS, is_index
+from .safetensors import MAX_HEADER
+
+MOST = 256 << 20
+"""Bytes of a file; no configuration and no tokenizer is as large."""
+
+# Weights in forms that no loader of models looks for, arrays, and archives, which may hold some.
+_OTHER_WEIGHTS = frozenset(
+    {".7z", ".arrow", ".bz2", ".engine", ".gz", ".joblib", ".mlmodel", ".npy", ".orbax", ".ort"}
+    | {".ot", ".params", ".parquet", ".pdparams", ".pickle", ".pkl", ".plan", ".tar", ".tgz"}
+    | {".xz", ".zip", ".zst"}
+)
+# How a file begins that is one of these whatever its name.
+_MAGIC = {
+    b"version https://git-lfs": "a Git LFS pointer: get the file itself with `git lfs pull`",
+    b"selcrypt-": "a key or grant of selcrypt's",
+    b"-----BEGIN": "a key",
+    b"AGE-SECRET-KEY-": "a key",
+    b"PK\x03\x04": "an archive, which may hold weights",
+    b"\x1f\x8b\x08": "an archive, which may hold weights",
+    b"\x28\xb5\x2f\xfd": "an archive, which may hold weights",
+    b"\x93NUMPY": "weights",
+    b"\x89HDF": "weights",
+    b"GGUF": "weights",
+    b"\x80\x02": "a pickle, which may hold weights",
+    b"\x80\x03": "a pickle, which may hold weights",
+    b"\x80\x04": "a pickle, which may hold weights",
+    b"\x80\x05": "a pickle, which may hold weights",
+}
+_ORBAX = frozenset({"_METADATA", "manifest.ocdbt"})  # in the folder of a checkpoint
+
+
+class Companions(NamedTuple):
+    """What comes along with the weights of a folder, and what does not.
+
+    Attributes:
+        folder: that holds them.
+        copied: paths from the folder, with ``/`` between steps, sorted.
+        left_out: path → why it stays behind.
+    """
+
+    folder: Path
+    copied: tuple[str, ...]
+    left_out: dict[str, str]
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies them into a folder that has none of them; nothing is replaced.
+
+        Raises:
+            FileExistsError: there is something of that name.
+            ValueError, OSError: what lies there has changed, or cannot be read or written.
+        """
+        for name in self.copied:
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = read_regular(os.path.realpath(self.folder / name), MOST)
+            with target.open("xb") as file:
+                file.write(data)
+
+
+def companions(folder: Path, own: Collection[str] = ()) -> Companions:
+    """What may be copied of a folder beside its weights: every other file that can be no weights.
+
+    Hidden files and folders (``.git``) stay behind, as do links that lead out of the folder; but
+    for those into the store of the Hugging Face cache, of which a snapshot consists.
+
+    Args:
+        folder: of a model.
+        own: names of its weights, of which nothing has to be said.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    inside = [folder.resolve()]
+    if inside[0].parent.name == "snapshots":
+        inside.append(inside[0].parent.parent / "blobs")
+    copied, left_out = [], {}
+    for name, path in _files(folder):
+        if name in own:
+            continue
+        reason = _reason(name, path, inside)
+        if reason is None:
+            copied.append(name)
+        else:
+            left_out[name] = reason
+    return Companions(folder, tuple(sorted(copied)), dict(sorted(left_out.items())))
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """All that is not a folder, and folders that are not entered; hidden ones are not seen."""
+    for top, folders, names in os.walk(folder):
+        step = PurePath(top).relative_to(folder)
+        kept = [name for name in folders if not _is_hidden(name)]
+        folders[:] = []
+        for name in kept:
+            path = Path(top, name)
+            if path.is_symlink() or any(os.path.lexists(path / each) for each in _ORBAX):
+                yield (step / name).as_posix(), path
+            else:
+                folders.append(name)
+        for name in names:
+            if not _is_hidden(name):
+                yield (step / name).as_posix(), Path(top, name)
+
+
+def _reason(name: str, path: Path, inside: list[Path]) -> str | None:
+    """Why a file stays behind, or None."""
+    real = Path(os.path.realpath(path))
+    if any(_is_named_as_weights(each) for each in (PurePath(name), real)):
+        return "weights"
+    root = next((each for each in inside if real.is_relative_to(each)), None)
+    if root is None:
+        return "a link that leads out of the folder: put the file itself there"
+    if any(_is_hidden(step) for step in real.relative_to(root).parts):
+        return "a link to a hidden file"
+    try:
+        info = real.lstat()
+    except FileNotFoundError:
+        return "a link that leads nowhere"
+    if stat.S_ISDIR(info.st_mode):
+        return "a link to a folder" if path.is_symlink() else "an Orbax checkpoint"
+    if not stat.S_ISREG(info.st_mode):
+        return "a pipe, socket or device"
+    if info.st_size > MOST:
+        return f"larger than {MOST >> 20} MiB, as weights are"
+    first = read_regular(real, 32, 0, min(info.st_size, 32))
+    if first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= MAX_HEADER:
+        return "weights"  # a safetensors file, whatever its name
+    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+
+
+def _is_named_as_weights(path: PurePath) -> bool:
+    return is_index(path.name) or path.suffix.lower() in WEIGHTS | _OTHER_WEIGHTS
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"

@@ -1,0 +1,93 @@
+"""What every level of a release gives."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from .._calibrate.network import check_finite, number_of
+from .._calibrate.targets import check_metric
+from .._keys.keys import Secret, level_key
+from .checkpoint import AnyPath, open_checkpoint
+from .files import read_params
+from .use import inspection_of
+
+
+class MeasuredLevel(NamedTuple):
+    """What a level gives.
+
+    Attributes:
+        level: 0 to M; level 0 is the file without a key, and level M the original.
+        share: of all weights of the file that are encrypted and that the level opens.
+        value: what the metric says. Of level 0 of a sealed file, which computes nothing that
+            means anything, it may be NaN or infinite.
+
+    Examples:
+        >>> def size(params):
+        ...     return len(params)
+        >>> top = measure_levels("model.safetensors", size, secret=secret)[-1]
+        >>> top.level, top.share
+        (3, 1.0)
+    """
+
+    level: int
+    share: float
+    value: float
+
+
+def measure_levels(
+    path: AnyPath,
+    evaluate: Callable[[dict[str, Any]], Any],
+    *,
+    secret: Secret,
+    progress: Callable[[MeasuredLevel], None] | None = None,
+) -> tuple[MeasuredLevel, ...]:
+    """The quality of every level of a protected file, as its customers get it.
+
+    Every level is decrypted under the keys of the release, as `unlock_file` does it, and checked on
+    the way: signature, digests, decrypted weights. Levels are measured from the top down, one after
+    the other, and each of them has to fit into memory.
+
+    Args:
+        path: protected file, or the index or folder of a protected checkpoint.
+        evaluate: ``params -> number``: the metric, as in `Targets`. The params are a dict from the
+            names of all tensors to arrays: JAX arrays, or NumPy arrays of dtypes that JAX does not
+            have. Let it measure on data that the network was not trained on.
+        secret: the owner's.
+        progress: called after each level.
+
+    Returns:
+        Levels 0 to M, in this order.
+
+    Raises:
+        ValueError: not a protected file; a metric that is not finite.
+        TypeError: a metric that does not return a number.
+        GrantError: the secret did not protect this file.
+        IntegrityError: the file was altered.
+        OSError: a file that cannot be read.
+
+    Examples:
+        >>> def mean(params):
+        ...     return sum(float(abs(array).mean()) for array in params.values())
+        >>> found = measure_levels("model.safetensors", mean, secret=secret)
+        >>> [level.level for level in found]
+        [0, 1, 2, 3]
+    """
+    check_metric(evaluate)
+    found: list[MeasuredLevel] = []
+    with open_checkpoint(path) as checkpoint:
+        envelopes = checkpoint.envelopes()
+        manifest = next(iter(envelopes.values())).manifest
+        checkpoint.check_whole(manifest)
+        top = level_key(secret, manifest.model_id, levels=len(manifest.levels))
+        checkpoint.unlocked(envelopes, top, owner=True)
+        shares = [0.0, *(level.share for level in inspection_of(checkpoint, envelopes).levels)]
+        for level, share in reversed(list(enumerate(shares))):
+            key = top.lower(level) if level else None
+            files = checkpoint.unlocked(envelopes, key).values()
+            params = {name: array for file in files for name, array in read_params(file).items()}
+            value = number_of(evaluate(params))
+            if level or manifest.rest == "plain":
+                check_finite(value, f"at level {level}")
+            found.append(MeasuredLevel(level, share, value))
+            if progress is not None:
+                progress(found[-1])
+    return tuple(reversed(found))

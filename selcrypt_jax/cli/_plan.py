@@ -1,0 +1,112 @@
+"""The commands that measure levels: calibrate before a release, levels after it."""
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional
+
+from .._ciphers.lossless import LosslessCipher
+from .._io.imported import imported
+from ._options import Flat, OwnerSecret, Printing
+from ._selection import Goal, Selection, Unit, naming, said
+from ._tables import calibration_as_dict, print_levels, print_measured
+from ._text import printable
+
+
+def calibrate(
+    file: Positional[Path],
+    goal: Annotated[Goal, Flat],
+    selection: Annotated[Selection, Flat] = Selection(),
+    keys: int = 16,
+    seed: int = 0,
+    unit: Unit = "weight",
+    printing: Annotated[Printing, Flat] = Printing(),
+) -> None:
+    """Finds what each level has to open so that it gives the quality that you name.
+
+    Encrypts the checkpoint in memory in up to 8 ways a level, under new keys each time, measures
+    the result, and prints the shares for selcrypt protect. Writes nothing.
+
+      selcrypt calibrate model.safetensors --targets 20 24 28 --evaluate mine:psnr
+
+    These are averages over keys, for planning. A file has one key, with which a level may be far
+    off: selcrypt protect --targets makes a file whose own levels are as you say.
+
+    Args:
+        file: The checkpoint, as for selcrypt protect.
+        goal: What levels shall give.
+        selection: What is encrypted, as for selcrypt protect. To plan with random scores, which
+            differ each time, save them (selcrypt_jax.importance.random).
+        keys: How many encryptions a value is averaged over, at most; three where they agree.
+        seed: For the keys that are tried.
+        unit: As for selcrypt protect.
+        printing: How it is printed.
+    """
+    from .._release.files import calibrate_file
+
+    wanted = goal.read()
+    with naming(goal.evaluate):
+        found = calibrate_file(
+            file,
+            wanted,
+            seed=seed,
+            keys=keys,
+            selection=selection,
+            cipher=LosslessCipher(unit=unit),
+        )
+    plain = replace(selection, budget=None)
+    flags = ["--levels", *map(repr, found.levels), *plain.flags(), "--unit", unit]
+    flags += ["--rest", "plain"]  # the first target is that of level 0
+    if selection.small is None:
+        flags += ["--small", str(wanted.small)]
+    result = calibration_as_dict(found, wanted.targets, spreads=True)
+    if printing.as_json:
+        print(json.dumps(result | {"shares": list(found.levels), "protect": flags}, indent=2))
+        return
+    print_levels(result)
+    command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
+    command += f"--secret keys/secret.key {shlex.join(flags)}"
+    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n")
+    print(f"  {printable(command)}")
+
+
+def levels(
+    file: Positional[Path],
+    owner: Annotated[OwnerSecret, Flat],
+    evaluate: str,
+    printing: Annotated[Printing, Flat] = Printing(),
+) -> None:
+    """Measures every level of a protected file: the quality that each customer gets.
+
+    Decrypts one level after the other in memory, from the top level, which is the original, down
+    to level 0, the file without a key, and calls your metric once for each. Writes nothing.
+
+      selcrypt levels public.safetensors --secret keys/secret.key --evaluate mine:psnr
+
+    Level 0 of a sealed file computes nothing that means anything; its value may be NaN. Levels that
+    give the same are worth the same: selcrypt protect --targets makes a file whose levels give
+    what you name.
+
+    Args:
+        file: The protected file; or the index or folder of one in several files, or of Orbax. Each
+            level has to fit into memory.
+        owner: Your secret.
+        evaluate: Import path module:function of your metric, a function of a dict from the names
+            of the tensors to arrays; the working folder is searched. Let it measure on data that
+            the network was not trained on.
+        printing: How it is printed.
+    """
+    from .._release.measure import measure_levels  # the start of JAX
+
+    metric = imported("evaluate", evaluate)
+    with naming(evaluate):
+        found = measure_levels(
+            file,
+            metric,
+            secret=owner.read_secret(),
+            progress=said(lambda found: f"level {found.level}: {found.value:.6g}"),
+        )
+    print_measured(str(file), evaluate, found, printing.as_json)
