@@ -823,7 +823,7 @@ def test_ways_are_on_the_page(tmp_path):
     rows = page.tables["s1-ways"]
     assert [row[1] for row in rows[1:]] == ["no", "yes", "yes", "yes"]
     assert (
-        "In “pss 8\u00a0%” a holder of level 2 gets 33\u00a0% of the way to level 3." in rows[2][2]
+        "In “pss 8\u00a0%”, a holder of level 2 gets 33\u00a0% of the way to level 3." in rows[2][2]
     )
     assert "holds against the attacks tried: sealed rest, graded" in page.text
     written = json.loads((tmp_path / "audit.json").read_text("utf-8"))
