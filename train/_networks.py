@@ -92,10 +92,14 @@ def packaged(package: str, end: str) -> Path:
 
 
 def onnx_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The initialisers of an ONNX file, by name."""
+    """The floats among the initialisers of an ONNX file, by name.
+
+    Integers there are axes and shapes: without them the graph is no graph.
+    """
     import onnx
 
-    return {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    return {name: array for name, array in found.items() if array.dtype.kind == "f"}
 
 
 def onnx_with(path: Path, tensors: Tensors) -> bytes:
@@ -104,7 +108,7 @@ def onnx_with(path: Path, tensors: Tensors) -> bytes:
 
     model = onnx.load(path)
     for old in model.graph.initializer:
-        new = np.asarray(tensors[old.name])
+        new = np.asarray(tensors.get(old.name, onnx.numpy_helper.to_array(old)))
         if new.tobytes() != onnx.numpy_helper.to_array(old).tobytes():
             old.CopyFrom(onnx.numpy_helper.from_array(new, old.name))
     return model.SerializeToString()
@@ -174,7 +178,7 @@ def minilm(items: int = 200) -> Network:
 
 
 def text_lines(count: int) -> list[tuple[str, np.ndarray]]:
-    """Words of Python's licence, rendered in the fonts that matplotlib ships: text, grey picture."""
+    """Text and picture: words of Python's licence, rendered in fonts that matplotlib ships."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -241,7 +245,8 @@ def text_recogniser(items: int = 60) -> Network:
         file=file,
         metric=f"of {items} rendered lines of four words, share of characters read right",
         worthless=0.0,
-        targets=(25, 50, 75),
+        targets=(None, 40, 75),
+        tolerance=3.0,
         tensors=onnx_tensors(file),
         scores=scores,
         rebuilt=lambda tensors: onnx_with(file, tensors),
@@ -285,16 +290,16 @@ def voice_activity() -> Network:
         for piece in pieces:
             output, state = session.run(None, {"input": piece[None], "state": state, "sr": rate})
             found.append(output[0, 0])
-        return ranked_right(np.array(found), spoken)
+        return (np.array(found) > 0.5) == spoken
 
     return Network(
         title="Silero, a voice-activity detector",
         framework="onnxruntime",
         file=file,
-        metric=f"of {len(frames)} frames of a telephone call, share of pairs of speech and silence "
-        "whose scores are in the right order (area under the ROC curve)",
+        metric=f"of {len(frames)} frames of a telephone call, share told right at the usual "
+        "threshold, speech and silence counted alike",
         worthless=50.0,
-        targets=(None, 75, 90),
+        targets=(None, 70, 85),
         tolerance=3.0,
         tensors=onnx_tensors(file),
         scores=scores,
@@ -302,16 +307,6 @@ def voice_activity() -> Network:
         weights=balanced(spoken),
         select=r"encoder.*weight|rnn\.weight",
     )
-
-
-def ranked_right(values: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each item, the share of the other kind's in its half that its value is right against."""
-    right = np.zeros(len(values))
-    for part in (CALIBRATION, HELD_OUT):
-        own, mine = values[part], labels[part]
-        above = (own[:, None] > own) + 0.5 * (own[:, None] == own)
-        right[part] = np.where(mine, above[:, ~mine].mean(axis=1), 1 - above[:, mine].mean(axis=1))
-    return right
 
 
 def arrays_of(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -422,7 +417,7 @@ def face_detector() -> Network:
         file=file,
         metric="of 100 faces and 100 other pictures, share told right",
         worthless=50.0,
-        targets=(None, 75, 90),
+        targets=(60, 75, 90),
         tolerance=2.0,
         tensors=arrays_of(state),
         scores=scores,
