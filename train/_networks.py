@@ -385,13 +385,14 @@ def speaker_encoder(folder: Path) -> Network:
 
 
 def faces() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [200, 3, 24, 24] in [-1, 1], and whether each is a face; every other one is."""
+    """Pictures [200, 3, 24, 24] in [-1, 1], and whether each is a face; 50 of each kind a half."""
     from PIL import Image
 
     grey = np.load(packaged("scikit-image", "lfw_subset.npy")).astype(np.float32)
     bilinear = Image.Resampling.BILINEAR
     small = np.stack([np.asarray(Image.fromarray(g).resize((24, 24), bilinear)) for g in grey])
-    order = np.arange(200).reshape(2, 100).T.ravel()
+    # Face, face, other, other: every other item is half faces.
+    order = np.arange(200).reshape(2, 50, 2).transpose(1, 0, 2).ravel()
     x = np.repeat(small[order][:, None], 3, axis=1) * 2 - 1
     return x.astype(np.float32), order < 100
 
