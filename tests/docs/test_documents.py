@@ -1,8 +1,7 @@
-"""What the documents show runs: every block of README and docs, examples, notebooks."""
+"""What the documents show runs: every block of README and docs, and examples."""
 
 import doctest
 import inspect
-import json
 import re
 import shutil
 import subprocess
@@ -299,34 +298,3 @@ def test_names_in_the_reference_exist():
     here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
     parts = {"DnCNN", "models", "audit", "run", "read", "write", "reason"}  # of other objects
     assert named - parts - here == set()
-
-
-NOTEBOOKS = pytest.mark.parametrize(
-    "notebook", sorted((ROOT / "colab").glob("*.ipynb")), ids=lambda path: path.name
-)
-
-
-def code_cells(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-@NOTEBOOKS
-def test_notebook_is_saved_as_it_ran(notebook):
-    cells = code_cells(notebook)
-    counts = [cell["execution_count"] for cell in cells]
-    assert counts == list(range(1, len(cells) + 1))  # all of them, in order, in a new kernel
-    outputs = [output for cell in cells for output in cell["outputs"]]
-    assert outputs
-    for output in outputs:
-        assert output["output_type"] != "error", output["evalue"]
-        assert output.get("name") != "stderr", output["text"]
-    assert notebook.stat().st_size < 300_000
-
-
-@pytest.mark.slow
-@NOTEBOOKS
-def test_notebook(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "Agg")
-    code = ["".join(cell["source"]) for cell in code_cells(notebook)]
-    assert "bit-exact: True" in run("\n".join(code), tmp_path)
