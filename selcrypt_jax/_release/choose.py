@@ -38,7 +38,7 @@ class Chosen(NamedTuple):
     Attributes:
         rings: tensor → its sealed rings.
         levels: M.
-        layout: of the kernels; None where nobody had to know.
+        layout: of the kernels; None where it was not needed.
         calibration: what the levels give, if they were searched for.
         model_id: under which they were searched for. It must not be used for anything else, so
             callers of the package never see it before the release is made.
@@ -159,8 +159,8 @@ def choose_like(
         source: the tensors that are to be protected.
         files: that have them.
         secret: the owner's, which protected the earlier release too.
-        signing: the owner's; the release must then be signed with it, since whoever has a grant
-            could have moved its positions.
+        signing: the owner's; the release must then be signed with it, since a
+            grant holder could have changed its positions.
         old_signer: see `protect_file`.
         cipher: of the new release.
         rest: of the new release.
@@ -223,8 +223,8 @@ def _check_old_signer(
         wanted = "without a signature" if expected is None else f"signed by {expected.hex()}"
         got = "none" if actual is None else f"that of {actual.hex()}"
         raise IntegrityError(
-            f"{path}: like: expected an earlier release {wanted}, got {got}: whoever has a grant "
-            "for a file that you did not sign could have moved what it encrypts. Name the key it "
+            f"{path}: like: expected an earlier release {wanted}, got {got}: a grant holder "
+            "could have changed what a file encrypts that you did not sign. Name the key it "
             'was signed with (--old-signer signing.pub); or "unsigned", if it never was and this '
             "is the copy that you wrote.",
             reason="signer",

@@ -95,7 +95,7 @@ def protect_file(
     safetensors. Copies of a tensor, such as tied weights that were saved twice, have the same
     weights encrypted, whether they take part or not: also where a copy is transposed or reshaped,
     is a part of a larger tensor, or is a moving average of which a quarter or more has not moved.
-    Of what is only similar, `Selected.similar` tells how much is left open.
+    `Selected.similar` says how much is left open in tensors that are only similar.
 
     Args:
         path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
@@ -105,9 +105,9 @@ def protect_file(
         levels: a number of levels, 5 by default, each of which opens an equal part of
             ``selection.budget``; or
             the share of the groups that each level opens, ascending, the last one being what is
-            encrypted; or `Levels`, such as `PaperLevels`; or `Targets`, the quality that levels
-            shall give. Rings that are too small to hide in are merged upwards, leaf by leaf. With
-            targets the whole checkpoint is in memory, and else one tensor at a time.
+            encrypted; or `Levels`, such as `PaperLevels`; or `Targets`, the quality of the levels.
+            Rings that are too small to hide in are merged upwards, leaf by leaf. With targets the
+            whole checkpoint is in memory, and else one tensor at a time.
         selection: what is encrypted, see `Select`; ``Select()`` by default.
         like: an earlier release of this network, in place of `levels` and `selection`: the same
             weights are graded, and opened by the same levels. Weights change little from version to
@@ -117,13 +117,13 @@ def protect_file(
             that of `signing`; ``"unsigned"`` if it never was signed, and this is your own copy.
         signing: signs the file; its public half names the owner.
         cipher: `LosslessCipher()` unless given.
-        rest: what becomes of the weights that no level grades. ``"sealed"``: every tensor is
-            masked as a whole under the key of level 1, so that the file is of no use without a
-            grant; of the network, names, shapes, dtypes and the range of exponents of each tensor
-            are left. ``"plain"``: they stay as they are, and anyone can run level 0, as in the
-            paper. Plain weights help an attacker: see docs/security.md.
-        copy_config: of a folder, also copy what lies beside the weights: configuration, tokenizer
-            and all other files that can be no weights, in subfolders too. Links that lead out of
+        rest: what happens to the weights that no level grades. ``"sealed"``: every tensor is
+            masked as a whole under the key of level 1, so that the file is useless without a
+            grant and reveals only names, shapes, dtypes and the range of exponents of each tensor.
+            ``"plain"``: they stay as they are, and anyone can run level 0, as in the paper. Plain
+            weights help an attacker: see docs/security.md.
+        copy_config: also copy what lies beside the weights in a folder: configuration, tokenizer
+            and all other files that cannot be weights, in subfolders too. Links that lead out of
             the folder, hidden files and keys stay behind. Look at `Selected.beside` before you
             publish it: what is copied is not encrypted.
         force: replace an existing file.

@@ -17,8 +17,8 @@ class MeasuredLevel(NamedTuple):
     Attributes:
         level: 0 to M; level 0 is the file without a key, and level M the original.
         share: of all weights of the file that are encrypted and that the level opens.
-        value: what the metric says. Of level 0 of a sealed file, which computes nothing that
-            means anything, it may be NaN or infinite.
+        value: the metric. For level 0 of a sealed file it is meaningless, and may be NaN or
+            infinite.
 
     Examples:
         >>> def size(params):

@@ -30,8 +30,9 @@ def open_model(
         path: protected file, or the index or folder of a protected checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file; None for level 0.
         level: a lower level than that of the grant.
-        signer: public key of the owner, or its file: refuse what anybody else signed, or nobody. A
-            grant of a signed file insists on that by itself; a level key and level 0 do not.
+        signer: public key of the owner, or its file: refuse a file that is unsigned or signed by
+            anyone else. A grant of a signed file enforces this by itself; a level key and level 0
+            do not.
         names: of the tensors that are wanted; the others are not read. All by default.
         like: a pytree with the same names, shapes and dtypes, of arrays or
             ``jax.ShapeDtypeStruct``; see Returns. Not with `names`.
@@ -66,8 +67,8 @@ class LazyModel(Mapping[str, "np.ndarray"]):
 
     A mapping from names to arrays, and a context manager. Signature, manifest and boxes are checked
     when it is opened; of a tensor, the digests of what is read, each time before it is given out.
-    So one host of several reads its own part of a large checkpoint. Of a name that there is not,
-    ``[]`` raises KeyError, as of any mapping.
+    So one host of several reads its own part of a large checkpoint. For an unknown
+    name, ``[]`` raises KeyError, as for any mapping.
 
     Args: see `open_model`.
 

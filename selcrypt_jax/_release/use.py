@@ -114,12 +114,12 @@ def unlock_file(
         output: path of the new file, or of the new folder for a checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file.
         level: a lower level than that of the grant.
-        signer: public key of the owner, or its file: refuse what anybody else signed, or nobody. A
-            grant of a signed file insists on that by itself; a level key does not.
+        signer: public key of the owner, or its file: refuse a file that is unsigned or signed by
+            anyone else. A grant of a signed file enforces this by itself; a level key does not.
         exact_bytes: leave out the entry ``selcrypt-unlocked`` of the metadata, by which a file
             below the top level says which level of which model it is.
-        copy_config: of a folder, also copy what lies beside the weights: configuration, tokenizer
-            and all other files that can be no weights, in subfolders too. Links that lead out of
+        copy_config: also copy what lies beside the weights in a folder: configuration, tokenizer
+            and all other files that cannot be weights, in subfolders too. Links that lead out of
             the folder, hidden files and keys stay behind. Only the weights are signed and checked,
             not these files.
         force: replace an existing file.
@@ -165,15 +165,16 @@ def rotate_file(
 ) -> bytes:
     """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
 
-    With new keys, levels below the top give another quality, by as much as keys matter.
+    New keys change the quality of the levels below the top: measure them again (`measure_levels`).
 
-    The old file can still be opened by anyone who kept it and has a grant. To whoever can see what
-    is not graded (anyone with a plain rest, level 1 of a sealed file) both files together show
-    where the graded weights are, and many of them also which level opens what.
+    The old file can still be opened by anyone who kept it and has a grant. Anyone who can
+    see the weights that are not graded (everyone if the rest is plain, holders of level 1 if it is
+    sealed) can compare the two files: they show where the graded weights are, and many such files
+    also show which level opens which weights.
 
     Args:
         path: protected file, or checkpoint in several files.
-        output: where to write it; by default it takes the place of the old file. A checkpoint in
+        output: where to write it; by default it replaces the old file. A checkpoint in
             several files needs one.
         secret: the owner's.
         signing: signs the new file. Needed if the old one is signed; refused if it is not, since
@@ -362,10 +363,10 @@ def verify_file(
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint.
-        signer: public key of the owner, or its file. Without it the file's own word is taken for
-            who signed it.
+        signer: public key of the owner, or its file. Without it, the signer that the
+            file itself names is accepted.
         model_id: of the release that is expected, 16 bytes or their hex. Without it, an earlier
-            release of the same owner will do as well: its signature is as good.
+            release by the same owner passes too: its signature is valid.
         grant: a grant, a level key, or the path of a grant file.
 
     Raises:

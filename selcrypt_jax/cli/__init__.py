@@ -39,9 +39,9 @@ _DESCRIPTION = """\
 Selective encryption of neural network weights, in levels.
 
 A protected model is an ordinary safetensors file that anyone may download. By default it is
-sealed: without a key it is worthless, and gives nothing but names, shapes, dtypes and the range of
-exponents. With --rest plain it runs without a key, badly. Each grant opens a level of quality; the
-top level is the original, bit for bit.
+sealed: without a key it is worthless, and reveals only names, shapes, dtypes and the range of
+exponents. With --rest plain it runs without a key, at reduced quality. Each grant opens a level of
+quality; the top level is the original, bit for bit.
 
   selcrypt keygen -o keys
   selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key \\
@@ -98,7 +98,7 @@ def _run(args: list[str]) -> int:
         if sys.stdout is not None:  # it may have been closed
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read our output has had enough: no complaint, not even while Python ends.
+        # The reader of our output has closed it: no error, not even while Python exits.
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -148,7 +148,7 @@ def _missing(error: ImportError) -> str:
 
 # For the system's own texts, which say what is wrong, and not what to do.
 _REASONS = {
-    errno.ENOENT: "there is no such file. Check its name, and the folder that you are in.",
+    errno.ENOENT: "there is no such file. Check its name and the working folder.",
     errno.EEXIST: "expected a folder, got a file. Name another one.",
     errno.ENOTDIR: "expected a folder on the way, got a file. Check the path.",
     errno.EISDIR: "expected a file, got a folder. Name a file in it.",

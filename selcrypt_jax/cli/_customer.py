@@ -1,4 +1,4 @@
-"""The commands of a customer: unlock, inspect, verify."""
+"""The customer's commands: unlock, inspect, verify."""
 
 from pathlib import Path
 from typing import Annotated
@@ -41,12 +41,12 @@ def unlock(
         grant: The grant file.
         out: The checkpoint; a new folder for a checkpoint in a folder.
         level: A lower level than the grant's.
-        signer: The owner's signing.pub: refuse a file that anybody else signed, or nobody. Grants
-            of signed files insist on that by themselves.
-        exact_bytes: Leave out the entry selcrypt-unlocked of the metadata, by which a file below
-            the top level says which level of which model it is.
-        copy_config: Of a folder, also copy what lies beside the weights: configuration, tokenizer,
-            and all other files that can be no weights. Only the weights are checked.
+        signer: The owner's signing.pub: refuse a file that is unsigned or signed by anyone else.
+            Grants of signed files enforce this by themselves.
+        exact_bytes: Leave out the metadata entry selcrypt-unlocked, which names the level and the
+            model of a file below the top level.
+        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
+            and all other files that cannot be weights. Only the weights are checked.
         opening: How the grant is opened.
         writing: How it is written.
     """
@@ -99,13 +99,13 @@ def verify(
 ) -> None:
     """Checks the signature and every digest; with a grant, also all that it opens.
 
-    Without --signer the file is sound but may be anybody's: compare the signer that is shown. An
-    earlier release of the same owner passes as well, unless --model-id says which one it shall be.
+    Without --signer, this shows that the file is intact, not whose it is: compare the signer shown.
+    An earlier release by the same owner passes too, unless --model-id names the release.
 
     Args:
         file: The protected file; or the index or folder of one in several files, or of Orbax.
         signer: The owner's signing.pub.
-        model_id: The model id of the release that it shall be, as its owner published it.
+        model_id: The model id of the expected release, as its owner published it.
         grant: A grant file.
         opening: How the grant is opened.
         printing: How it is printed.
@@ -115,7 +115,7 @@ def verify(
     known = signer is not None or (opened is not None and opened.signer is not None)
     text = f"{file}: every digest fits."
     if found.signer is not None:
-        whose = ", as expected" if known else "; compare that with what the owner says"
+        whose = ", as expected" if known else "; compare that with the key that the owner published"
         text += f" Signed by {found.signer}{whose}."
     else:
         text += " Not signed; the grant vouches for it."

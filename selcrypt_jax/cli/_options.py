@@ -24,7 +24,7 @@ Flat = arg(name="")
 """For a parameter whose fields are options of the command itself."""
 
 Switch = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
-"""Of an option that is on if it is given; so nothing is said of a default."""
+"""A flag: on if it is given. The help shows no default for it."""
 AsJson = Annotated[Switch, arg(name="json")]
 
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -83,8 +83,8 @@ class OwnerSecret:
 
     Attributes:
         secret: Your secret.key.
-        passphrase_file: The passphrase of your keys, if they have one and nobody is there to type
-            it.
+        passphrase_file: A file with the passphrase of your keys, if they have one, in place of
+            typing it.
     """
 
     secret: Path
@@ -127,9 +127,9 @@ class Opening:
     """How a grant is opened.
 
     Attributes:
-        identity: Your age or SSH private key, for a grant that is sealed to you. May be given
-            several times.
-        passphrase_file: The grant's passphrase, if it has one and nobody is there to type it.
+        identity: Your age or SSH private key, for a grant that is encrypted to you. Repeat it for
+            several.
+        passphrase_file: A file with the grant's passphrase, if it has one, in place of typing it.
     """
 
     identity: UseAppendAction[tuple[Path, ...]] = ()
@@ -171,14 +171,14 @@ class Locking:
             return _passphrase_in(self.new_passphrase_file)
         if not _somebody():
             raise ValueError(
-                "passphrase: there is nobody to ask for it. Put it into a file, and name that "
+                "passphrase: there is no terminal to ask for it. Put it into a file, and name that "
                 "(--new-passphrase-file)."
             )
         first = _typed("New passphrase: ")
         passphrase_bytes(first)  # before it is typed again
         if _typed("Once more: ") != first:
             raise ValueError(
-                "passphrase: expected it twice alike, got two; nothing was written. Try again."
+                "passphrase: expected the same one twice, got two; nothing was written. Try again."
             )
         return first
 
@@ -191,7 +191,7 @@ def ask(file: Path | None, what: Path) -> Callable[[], str]:
             return _passphrase_in(file)
         if not _somebody():
             raise ValueError(
-                f"{what}: is locked with a passphrase, and there is nobody to ask for it. Use "
+                f"{what}: is locked with a passphrase, and there is no terminal to ask for it. Use "
                 "--passphrase-file."
             )
         return _typed(printable(f"Passphrase of {what}: "))

@@ -1,4 +1,4 @@
-"""The commands that show and judge: demo, audit, version."""
+"""The commands that demonstrate and audit: demo, audit, version."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ class Demo(DemoConfig):
 
 
 def demo(config: Annotated[Demo, Flat]) -> None:
-    """Shows it all on real images: train, learn importance, protect in levels, evaluate."""
+    """Runs the method on real images: trains, learns importance, protects, evaluates levels."""
     run_demo(config)
 
 
@@ -32,10 +32,10 @@ def audit(
     advise: Switch = False,
     target_advantage: float | None = None,
 ) -> None:
-    """Attacks your network as an attacker would, and reports what they get.
+    """Attacks your network as an attacker would, and reports how much they recover.
 
-    Writes audit.json, plots and report.html, one page that needs nothing else. A run that was
-    killed goes on.
+    Writes audit.json, plots and report.html, a self-contained page. An interrupted run
+    resumes where it stopped.
 
     Args:
         config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn, demo-transformer.

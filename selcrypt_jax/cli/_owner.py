@@ -16,12 +16,12 @@ def keygen(
     lock: Annotated[Locking, Flat] = Locking(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
-    """Makes the owner's keys: secret.key, and the signing pair signing.key and signing.pub.
+    """Creates your keys: secret.key, and the signing pair signing.key and signing.pub.
 
-    Keep secret.key and signing.key safe and secret: all grants come from the first, and the second
-    signs in your name. Give signing.pub to everybody. One pair of keys serves all your models.
-    With --force keys that are there are replaced, and what was protected with them can never be
-    opened again.
+    Keep secret.key and signing.key safe and secret: every grant is derived from
+    the first, and the second signs files in your name. Publish signing.pub. One set of keys serves
+    all your models. --force replaces existing keys; files that were protected with the old ones can
+    then never be opened again.
 
     Args:
         out: Folder for the keys; made if it does not exist.
@@ -33,9 +33,9 @@ def keygen(
     signer = public.hex()
     writing.say(
         {name: str(path) for name, path in paths.items()} | {"signer": signer},
-        f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep them secret, and a copy of "
-        "them safe.",
-        f"Wrote {paths['signing.pub']}: for everybody. You sign as {signer}.",
+        f"Wrote {paths['secret.key']} and {paths['signing.key']}: keep both secret, and "
+        "keep a backup.",
+        f"Wrote {paths['signing.pub']}: publish it. You sign as {signer}.",
     )
 
 
@@ -49,10 +49,10 @@ def grant(
     lock: Annotated[Locking, Flat] = Locking(),
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
-    """Issues a level: writes the key that opens levels 1 to this one of one protected file.
+    """Issues a grant: a key that opens levels 1 to LEVEL of one protected file.
 
-    The file must be signed by you, since a customer could have altered it, and the grant would then
-    vouch for that.
+    You must have signed the file: a customer could have altered any other, and the grant would
+    vouch for the altered file.
 
     Args:
         file: The protected file.
@@ -60,9 +60,9 @@ def grant(
         owner: Your secret.
         out: The grant file.
         signer: Your signing.pub; by default the one beside your secret. Or "unsigned", if the file
-            never was signed and this is your own copy.
-        to: Seal the grant to this recipient, so that it can travel in the open: an age public key
-            (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
+            was never signed and this is your own copy.
+        to: Encrypt the grant to this recipient, so that it can be sent in the open: an age public
+            key (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
             given several times.
         lock: How the grant is locked.
         writing: How it is written.
@@ -96,20 +96,20 @@ def rotate(
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
-    """Gives a protected file a new model id, keys and ciphertext; old grants do not open it.
+    """Re-encrypts a protected file under a new model id and new keys; old grants do not open it.
 
-    With new keys, levels below the top give another quality, by as much as keys matter: measure it
-    again.
+    New keys change the quality of the levels below the top: measure them again (selcrypt levels).
 
-    An old copy of the file can still be opened with an old grant. To whoever can see what is not
-    graded (anyone with a plain rest, level 1 of a sealed file) both files together show where the
-    graded weights are, and many of them also which level opens what.
+    An old copy of the file can still be opened with an old grant. Anyone who can see the
+    weights that are not graded (everyone if the rest is plain, holders of level 1 if it is sealed)
+    can compare the two files: they show where the graded weights are, and many such files also show
+    which level opens which weights.
 
     Args:
         file: The protected file; or the index or folder of one in several files, or of Orbax.
         keys: Your keys; the signing key is needed if the file is signed, by the same key.
         old_signer: The signing.pub of the old file, if it is signed with another key of yours.
-        out: Where to write it; by default it takes the place of the old file. A new folder for a
+        out: Where to write it; by default it replaces the old file. A new folder for a
             checkpoint in a folder.
         writing: How it is written.
     """
@@ -126,8 +126,8 @@ def rotate(
     where = file if out is None else out
     writing.say(
         {"out": str(where), "model_id": model_id.hex()},
-        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. Below the top "
-        "level, new keys give another quality: measure it.",
+        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. New keys change "
+        "the quality of levels below the top: measure them (selcrypt levels).",
     )
 
 
@@ -137,7 +137,7 @@ def _own_public(secret: Path) -> Path:
     if not public.exists():
         raise ValueError(
             f"--signer: expected your {PUBLIC_FILE} beside {secret}, got no such file. Name it, or "
-            "say --signer unsigned if the file never was signed and this is your own copy."
+            "say --signer unsigned if the file was never signed and this is your own copy."
         )
     return public
 

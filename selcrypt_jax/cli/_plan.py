@@ -25,7 +25,7 @@ def calibrate(
     unit: Unit = "weight",
     printing: Annotated[Printing, Flat] = Printing(),
 ) -> None:
-    """Finds what each level has to open so that it gives the quality that you name.
+    """Finds how much each level has to open to give the quality that you name.
 
     Encrypts the checkpoint in memory in up to 8 ways a level, under new keys each time, measures
     the result, and prints the shares for selcrypt protect. Writes nothing.
@@ -33,11 +33,11 @@ def calibrate(
       selcrypt calibrate model.safetensors --targets 20 24 28 --evaluate mine:psnr
 
     These are averages over keys, for planning. A file has one key, with which a level may be far
-    off: selcrypt protect --targets makes a file whose own levels are as you say.
+    off: selcrypt protect --targets makes a file whose own levels meet the targets.
 
     Args:
         file: The checkpoint, as for selcrypt protect.
-        goal: What levels shall give.
+        goal: The quality of the levels.
         selection: What is encrypted, as for selcrypt protect. To plan with random scores, which
             differ each time, save them (selcrypt_jax.importance.random).
         keys: How many encryptions a value is averaged over, at most; three where they agree.
@@ -86,9 +86,8 @@ def levels(
 
       selcrypt levels public.safetensors --secret keys/secret.key --evaluate mine:psnr
 
-    Level 0 of a sealed file computes nothing that means anything; its value may be NaN. Levels that
-    give the same are worth the same: selcrypt protect --targets makes a file whose levels give
-    what you name.
+    The value of level 0 of a sealed file is meaningless, and may be NaN. If levels hardly differ,
+    selcrypt protect --targets makes a file whose levels meet the targets that you name.
 
     Args:
         file: The protected file; or the index or folder of one in several files, or of Orbax. Each

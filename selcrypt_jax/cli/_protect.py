@@ -46,16 +46,16 @@ def protect(
     """Protects a checkpoint: encrypts its most important weights in place, in levels.
 
     The output has the same tensors and loads in every program that reads safetensors. Sealed, it
-    is of no use without a key; with --rest plain anyone can run it, badly. Sign it, so that
-    everybody can check that it is yours.
+    is useless without a key; with --rest plain anyone can run it, at reduced quality. Sign it, so
+    that anyone can check that it is yours.
 
-    How bad a level is says little about what an attacker can get back from there by fine-tuning:
-    selcrypt audit measures that. Encrypting more makes it harder. Never publish
-    the same weights in two forms, plain or with another selection: the difference tells.
+    How bad a level is says little about how much an attacker can recover from it by fine-tuning;
+    selcrypt audit measures that. Encrypting more makes it harder. Never publish the same weights in
+    two forms, plain or with another selection: comparing them reveals what is encrypted.
 
     Args:
         file: A .safetensors file; or the index, or the folder, of one in several files; or the
-            folder of an Orbax checkpoint. From a folder, only weights are read and written.
+            folder of an Orbax checkpoint. Only the weights of a folder are read and written.
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.
@@ -63,7 +63,7 @@ def protect(
             tensors, where a part would be too little to hide, the next higher level opens it. Or
             the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
             last one is all that is encrypted. selcrypt calibrate finds such shares.
-        goal: What levels shall give.
+        goal: The quality of the levels.
         like: Your protected file of an earlier version: the same weights are graded again, and
             opened by the same levels, in place of a new selection. Weights change little from
             version to version: what is encrypted in one and plain in the next is as good as plain.
@@ -71,11 +71,11 @@ def protect(
             another key of yours; or "unsigned", if it never was signed and this is your own copy.
         unit: What the cipher permutes: single weights, or whole groups, which leave less of a
             trace and have fewer orders.
-        rest: What becomes of all other weights. Sealed: encrypted too, under the key of level 1.
+        rest: What happens to all other weights. Sealed: encrypted too, under the key of level 1.
             Plain: left as they are, so that anyone can run level 0 (for a free tier); what is
             plain helps an attacker.
-        copy_config: Of a folder, also copy what lies beside the weights: configuration, tokenizer,
-            and all other files that can be no weights. None of it is encrypted: check the list.
+        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
+            and all other files that cannot be weights. They are not encrypted: check the list.
         verbose: List all tensors that were selected, not kinds of them alone.
         writing: How it is written.
     """
@@ -130,11 +130,11 @@ def protect(
             print(printable(text))
     if selected.new and selection.base is not None:
         note(
-            f"The base has no such tensors: {listed(selected.new)}. All of them counts as changed."
+            f"The base lacks these tensors: {listed(selected.new)}. They count as changed in full."
         )
     elif selected.new:
         now = "plain: use --rest sealed" if rest == "plain" else "sealed, and opened by level 1"
-        note(f"The earlier version has no such tensors: {listed(selected.new)}. They are {now}.")
+        note(f"The earlier version lacks these tensors: {listed(selected.new)}. They are {now}.")
     if found is not None and wanted.targets[0] is None and selection.budget is None:
         note(
             "any: all groups are graded, since no budget was given. To grade less, add a share of "
@@ -142,13 +142,13 @@ def protect(
         )
     if found is not None and rest == "sealed" and wanted.targets[0] is None:
         note(
-            "Level 1 opens the seal alone, and gives what the budget leaves of the network: to a "
-            "customer it may be worth nothing. Name what it shall give in place of any."
+            "Level 1 removes the seal and nothing else, and gives what the budget leaves of the "
+            "network, which may be worthless to a customer. Name a number for it in place of any."
         )
     if selected.random_keys:
         note(
             f"These look like random keys, and level 1 opens them: {listed(selected.random_keys)}. "
-            "Leave them out if anything is to stay secret that was made with them."
+            "Leave them out if anything made with them has to stay secret."
         )
     for text in selected.similar[:_SHOWN]:
         note(text)
@@ -164,14 +164,14 @@ def protect(
         )
     if (change := selected.plain_change) is not None and change > 0.05:
         note(
-            f"{change:.0%} of what changed from the base stays plain. Whoever has the base gets "
-            "nearly all of your network out of this file: use --rest sealed."
+            f"{change:.0%} of what changed from the base stays plain. An attacker "
+            "with the base recovers nearly all of your network from this file: use --rest sealed."
         )
     if keys.signing is None:
-        note("Not signed: only the holder of a grant will notice if it is altered. Use --signing.")
+        note("Not signed: only a grant holder can tell if it is altered. Use --signing.")
     if found is None:
         command = shlex.join(["levels", str(out), "--secret", str(keys.secret)])
         note(
-            f"What these levels give was not measured: selcrypt {command} --evaluate "
-            "module:function does it."
+            f"The quality of these levels was not measured. To measure it: selcrypt {command} "
+            "--evaluate module:function"
         )

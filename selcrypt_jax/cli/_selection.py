@@ -40,20 +40,20 @@ class Selection(Select):
 
 @dataclass(frozen=True)
 class Goal(Targets):
-    """What levels shall give.
+    """The quality of the levels.
 
     Attributes:
-        targets: What levels 1, 2, ... shall give (with --rest plain: 0, 1, ...), from the worst to
+        targets: The quality of levels 1, 2, ... (with --rest plain: 0, 1, ...), from the worst to
             the best; one more level gives the original. The first may be "any": as bad as the
             budget makes it. The checkpoint has to fit into memory.
         evaluate: With targets: import path module:function of your metric, a function of a dict
             from the names of the tensors to arrays; the working folder is searched. Let it measure
             on data that the network was not trained on.
-        tolerance: With targets: how far a level may be from its own. By default 2 % of the way from
-            the first target to the original.
+        tolerance: With targets: how far a level may be from its target. By default 2 % of the way
+            from the first target to the original.
         evaluations: With targets: how often the metric may be called; 8 times a target and 8 more
             by default, and up to four times as often while values lie on both sides of a target.
-        lower_is_better: With targets: whether the metric is a loss; targets then descend.
+        lower_is_better: With targets: the metric is a loss; targets then descend.
     """
 
     # As they are typed.
@@ -83,7 +83,7 @@ class Goal(Targets):
 
 
 def said(text: Callable[[Any], str]) -> Callable[[Any], None]:
-    """Tells of each step of long work on stderr: of all on a terminal, and now and then in a log.
+    """Reports steps of long work on stderr: every step on a terminal, one now and then in a log.
 
     Args:
         text: of a step.

@@ -41,7 +41,7 @@ def selcrypt(capsys):
         out = capsys.readouterr()
         if fails is None:
             assert status == 0, out.err
-            known = ("Not signed", "What these levels give was not measured", *LOGGED)
+            known = ("Not signed", "The quality of these levels was not measured", *LOGGED)
             assert all(line.startswith(known) for line in out.err.splitlines()), out.err
         else:
             assert status == 1
@@ -185,7 +185,7 @@ def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("getpass.getpass", answer)
     for words, fails in {
-        ("a", "b"): "expected it twice alike",
+        ("a", "b"): "expected the same one twice",
         ("",): "got an empty one",
         ("a\x1b[A",): "got a control character",
         (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set the locale",
@@ -200,8 +200,8 @@ def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
     Path("words").write_text(" two  spaces \n")
     selcrypt(PROTECT + " --passphrase-file words")
     monkeypatch.setattr("sys.stdin", None)  # closed, as in some services
-    selcrypt(PROTECT + " --force", fails="there is nobody to ask")
-    selcrypt("keygen -o more --passphrase", fails="there is nobody to ask")
+    selcrypt(PROTECT + " --force", fails="there is no terminal to ask")
+    selcrypt("keygen -o more --passphrase", fails="there is no terminal to ask")
 
 
 def test_grants_that_are_sealed_to_a_recipient(selcrypt, public, capsys):

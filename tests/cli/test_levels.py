@@ -95,8 +95,8 @@ def test_protect_says_that_nothing_was_measured_and_what_does_it(capsys):
     capsys.readouterr()
     protect(out="some where.safetensors".replace(" ", "_"))
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("What these levels give was not measured: ")
-    command = re.search("selcrypt (levels .*) does it.", last)
+    assert last.startswith("The quality of these levels was not measured. To measure it: ")
+    command = re.search("selcrypt (levels .*)$", last)
     assert command
     line = command[1].replace("module:function", "metrics_of_levels:psnr")
     assert main(shlex.split(line)) == 0

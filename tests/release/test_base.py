@@ -161,7 +161,7 @@ def test_what_the_base_lacks_is_named(files, tmp_path, capsys):
     words = ["protect", str(files[0]), "-o", str(tmp_path / "q"), "--base", str(base)]
     words += ["--layout", "OIHW", "--secret", str(tmp_path / "secret.key")]
     assert main(words) == 0
-    assert "The base has no such tensors: " in capsys.readouterr().err
+    assert "The base lacks these tensors: " in capsys.readouterr().err
 
 
 def test_on_the_command_line(files, tmp_path, capsys):
