@@ -1,4 +1,4 @@
-"""The demo: trains two networks, protects them in five levels and measures what each level gives.
+"""The demo: trains two networks, and protects them in tiers that give what was asked of them.
 
 ``selcrypt demo --out DIR`` on the command line, `run` from Python. Needs the extra ``demo``.
 """
@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Train VGG19 on digits and DnCNN on photographs, and protect both in five levels.
+    """Train two networks, VGG19 on digits and DnCNN on photographs, and sell them in tiers.
 
-    All data is installed with the packages. Writes tiers.json (what was measured), tiers.png
-    (levels, and selection strategies) and denoised.png (a photograph at each level).
+    Each tier is given a target: public 10 %, free 50 %, basic 70 %, pro 90 %, full exact. What it
+    really gives is measured on held-out data. Then come the levels and selection strategies of the
+    paper. All data is installed with the packages. Writes tiers.json (what was measured), tiers.png
+    (what each tier gives), denoised.png (a photograph at each tier) and paper.png.
     """
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
@@ -30,7 +32,7 @@ class DemoConfig:
     """Seed of data, training and noise. Keys are new each time."""
 
     quick: bool = False
-    """A minute instead of several: smaller networks, hardly trained. Shows that all works."""
+    """A minute or two instead of several: smaller networks, hardly trained, and lower targets."""
 
 
 def run(config: DemoConfig, console: "Console | None" = None) -> "dict[str, Result]":
@@ -38,7 +40,7 @@ def run(config: DemoConfig, console: "Console | None" = None) -> "dict[str, Resu
 
     Args:
         config: see `DemoConfig`.
-        console: where progress and the table go; standard output by default.
+        console: where progress and the tables go; standard output by default.
 
     Returns:
         ``"vgg19"`` and ``"dncnn"`` → what was measured, as in ``tiers.json``.
@@ -46,6 +48,7 @@ def run(config: DemoConfig, console: "Console | None" = None) -> "dict[str, Resu
     Raises:
         ModuleNotFoundError: the extra ``demo`` is not installed.
         OSError: the directory cannot be made or written to; before anything is computed.
+        ValueError: a network that came out too bad for the targets; another seed helps.
     """
     try:
         from . import _run

@@ -35,21 +35,22 @@ class Digits(NamedTuple):
     labels: Int[np.ndarray, " n"]
 
 
-def digits(seed: int) -> tuple[Digits, Digits]:
+def digits(seed: int, trained_on: float = 0.8) -> tuple[Digits, Digits]:
     """The 1,797 handwritten digits of scikit-learn, scaled from 8×8 to 32×32.
 
     Args:
         seed: of the split.
+        trained_on: share to train on.
 
     Returns:
-        Four fifths to train on, one fifth to test on.
+        Digits to train on, and all others.
     """
     data: Any = sklearn.datasets.load_digits()
     order = np.random.default_rng(seed).permutation(len(data.images))
     images = skimage.transform.resize(data.images[order] / 16, (len(order), 32, 32), order=1)
     images = np.asarray(images, np.float32)[..., None]
     labels = data.target[order].astype(np.int32)
-    split = len(order) * 4 // 5
+    split = int(len(order) * trained_on)
     return Digits(images[:split], labels[:split]), Digits(images[split:], labels[split:])
 
 
@@ -58,6 +59,10 @@ def _photograph(name: str) -> Float[np.ndarray, "h w"]:
     image = image[0] if isinstance(image, tuple) else image
     grey = skimage.color.rgb2gray(image) if image.ndim == 3 else skimage.util.img_as_float(image)
     return grey.astype(np.float32)
+
+
+def _smaller(image: np.ndarray) -> Float[np.ndarray, "h w"]:
+    return skimage.transform.rescale(image, 0.5, anti_aliasing=True).astype(np.float32)
 
 
 def training_patches(count: int, size: int, seed: int) -> Float[np.ndarray, "n s s 1"]:
@@ -78,9 +83,7 @@ def training_patches(count: int, size: int, seed: int) -> Float[np.ndarray, "n s
     photographs = []
     for name in TRAIN_PHOTOGRAPHS:
         image = _photograph(name)
-        if max(image.shape) > 700:
-            image = skimage.transform.rescale(image, 0.5, anti_aliasing=True).astype(np.float32)
-        photographs.append(image)
+        photographs.append(_smaller(image) if max(image.shape) > 700 else image)
     chosen = (photographs[rng.integers(len(photographs))] for _ in range(count))
     return np.stack([random_patch(image, size, rng)[..., None] for image in chosen])
 
@@ -96,3 +99,24 @@ def test_photographs(size: int) -> Float[np.ndarray, "n s s 1"]:
         )
         crops.append(image[top : top + size, left : left + size, None])
     return np.stack(crops)
+
+
+def chessboard(size: int = 64) -> tuple[Float[np.ndarray, "n s s 1"], Float[np.ndarray, "m s s 1"]]:
+    """Squares of photographs that are never trained on, in [0, 1]: one half and the other.
+
+    The halves alternate like the squares of a chessboard, in ``camera`` and ``chelsea`` and in the
+    two photographs of scikit-learn.
+
+    Args:
+        size: side of a square, in pixels.
+    """
+    photographs = [_photograph(name) for name in TEST_PHOTOGRAPHS]
+    samples: Any = sklearn.datasets.load_sample_images()
+    photographs += [_smaller(skimage.color.rgb2gray(image)) for image in samples.images]
+    boards: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    for image in photographs:
+        for row, column in np.ndindex(image.shape[0] // size, image.shape[1] // size):
+            top, left = row * size, column * size
+            square = image[top : top + size, left : left + size, None]
+            boards[(row + column) % 2].append(square)
+    return np.stack(boards[0]), np.stack(boards[1])

@@ -1,6 +1,6 @@
-"""Protects a trained network in levels, and measures each level and each strategy."""
+"""Tiers by target: a release whose levels give what was promised, measured on held-out data."""
 
-import re
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,170 +8,155 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from .. import (
-    PSSConfig,
-    Secret,
-    decrypt,
-    encrypt,
-    importance,
-    level_key,
-    mask_counts,
-    nested_masks,
-    new_model_id,
-    pss,
-    ring_keys,
-)
+from .. import Secret, Select, Targets, level_key, protect, unlock
+from ._paper import same_bits, selected
 from ._train import Subject
 
-SELECT = r"^convs/.*kernel$"
-STRATEGIES = ("pss", "random", "descend", "ascend", "mean")
-# What level m of 5 may decrypt, as a share of what is encrypted; the paper's 0.6 + 0.4·m/M.
-STEPS = (0.68, 0.76, 0.84, 0.92, 1.0)
+NAMES = ("public", "free", "basic", "pro", "full")  # of levels 0 to 4
+DATA = 0.05  # share of the training data that training without the file gets
 
 
-class Level(NamedTuple):
-    """One row of the table; level 0 has no key.
+class Goal(NamedTuple):
+    """What the levels of a release shall give.
 
     Attributes:
-        level: 0..5.
-        groups: kernels that the level decrypts.
-        fraction: their share of the convolution weights.
-        metric: mean over keys.
+        targets: of levels 0 to 3; level 4 gives the original.
+        tolerance: how far a level may be from its target on the calibration data.
+        select: pattern of the names of the kernels of which some are encrypted.
+        steps: of training without the file.
     """
 
-    level: int
-    groups: int
-    fraction: float
-    metric: float
+    targets: tuple[float, ...]
+    tolerance: float
+    select: str
+    steps: int
+
+
+class Measured(NamedTuple):
+    """A mean over examples, and its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, scores: np.ndarray) -> "Measured":
+        """Of the scores of examples."""
+        return cls(float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(len(scores))))
+
+
+class Tier(NamedTuple):
+    """What one level of the release gives.
+
+    Attributes:
+        name: of `NAMES`.
+        target: that was asked for; None for the top level.
+        calibration: on the data that the search looked at.
+        held_out: on data that it did not.
+    """
+
+    name: str
+    target: float | None
+    calibration: Measured
+    held_out: Measured
 
 
 class Tiers(NamedTuple):
-    """What the demo found out about one network.
+    """A release and what its levels give.
 
     Attributes:
-        clean: metric of the untouched network.
-        worthless: metric of chance, or of the noisy image.
         unit: of the metrics.
-        budget: share of the kernels that was asked for.
+        worthless: metric of chance, or of the noisy image, on the held-out data.
+        tiers: levels 0 to 4. Level 0 needs no key: the rest of the file is plain.
+        sealed: what level 0 gives on the held-out data if the rest of the file is sealed.
+        without_file: what training from fresh weights reaches there.
+        steps: of that training.
+        examples: it has.
+        calibrated_on: number of examples.
+        held_out: number of other examples.
+        tolerance: of the search.
+        evaluations: that the search took.
         fraction: share of the convolution weights that is encrypted.
-        levels: levels 0..5.
         top_bit_exact: whether the top level gives every bit of the original.
-        strategies: strategy → share of the convolution weights → mean metric without a key.
-        keys: number of keys that metrics are averaged over.
     """
 
-    clean: float
-    worthless: float
     unit: str
-    budget: float
+    worthless: float
+    tiers: tuple[Tier, ...]
+    sealed: Measured
+    without_file: Measured
+    steps: int
+    examples: int
+    calibrated_on: int
+    held_out: int
+    tolerance: float
+    evaluations: int
     fraction: float
-    levels: tuple[Level, ...]
     top_bit_exact: bool
-    strategies: dict[str, dict[float, float]]
-    keys: int
+
+    @property
+    def pointless(self) -> list[str]:
+        """Tiers that give no more than training without the file."""
+        return [t.name for t in self.tiers if t.held_out.mean <= self.without_file.mean]
 
 
-def learn(
-    subject: Subject, config: PSSConfig, *, seed: int, advance: Callable[[int], None]
-) -> PyTree:
-    """Importance of the kernels of the convolutions, learned."""
-    return pss(
-        lambda params, batch: subject.loss(subject.network.model(params), batch),
-        subject.params,
-        subject.batches,
-        key=jax.random.key(seed),
-        config=config,
-        select=SELECT,
-        progress=lambda _, metrics: advance(len(metrics.loss)),
-    )
+def train_without_file(subject: Subject, goal: Goal, advance: Callable[[], None]) -> PyTree:
+    """What the network's own recipe reaches from fresh weights, in few steps with little data."""
+    return subject.without_file(DATA, goal.steps, advance)
 
 
-def protect_and_measure(
-    subject: Subject,
-    scores: PyTree,
-    *,
-    budget: float,
-    budgets: tuple[float, ...],
-    keys: int,
-    seed: int,
-    advance: Callable[..., None],
+def tiers_by_target(
+    subject: Subject, goal: Goal, without_file: PyTree, *, advance: Callable[[], Any]
 ) -> tuple[Tiers, list[PyTree]]:
-    """The five levels, and PSS against the paper's other strategies.
+    """Protects a network so that its levels meet their targets, and opens every level.
 
     Args:
         subject: the trained network.
-        scores: learned importance.
-        budget: share of the kernels that is encrypted.
-        budgets: shares at which strategies are compared, `budget` among them.
-        keys: metrics are means over so many protections, each under keys of its own.
-        seed: of the strategy "random".
-        advance: called after each measurement, `measurements` times.
+        goal: what its levels shall give.
+        without_file: parameters that `train_without_file` reached.
+        advance: called after each evaluation of the search.
 
     Returns:
-        What was measured, and the parameters at levels 0..5 under the first keys.
+        What was measured; and the parameters at level 0 with a sealed rest, and at levels 0 to 4.
+
+    Raises:
+        ValueError: no such release was found.
     """
-    masks = nested_masks(scores, [budget * step for step in STEPS], scope="model")
-    metrics = np.zeros((keys, len(masks) + 1))
-    opened: list[PyTree] = []
-    exact = True
-    for trial in range(keys):
-        ring = _new_keys(len(masks))
-        protected = encrypt(subject.params, masks, ring)
-        levels = [decrypt(protected, masks[:m], ring[:m]) for m in range(len(masks) + 1)]
-        for level, params in enumerate(levels):
-            metrics[trial, level] = subject.metric(params)
-            advance()
-        opened = opened or levels
-        exact = exact and _same_bits(subject.params, levels[-1])
-
-    rows = []
-    for level, mask in enumerate([False, *masks]):
-        found = mask_counts(subject.params, mask)
-        counts = [count for name, count in found.items() if re.search(SELECT, name)]
-        share = sum(c.weights for c in counts) / sum(c.total for c in counts)
-        metric = float(metrics[:, level].mean())
-        rows.append(Level(level, sum(c.groups for c in counts), share, metric))
-
-    def without_key(mask: Any) -> float:
-        metric = subject.metric(encrypt(subject.params, mask, _new_keys(1)))
-        advance()
-        return metric
-
-    compared: dict[str, dict[float, float]] = {}
-    for strategy in STRATEGIES:
-        ranked = scores
-        if strategy != "pss":
-            extra = {"key": jax.random.key(seed)} if strategy == "random" else {}
-            ranked = getattr(importance, strategy)(subject.params, select=SELECT, **extra)
-        by_share = {share: nested_masks(ranked, [share], scope="model") for share in budgets}
-        compared[strategy] = {
-            share: float(np.mean([without_key(mask) for _ in range(keys)]))
-            for share, mask in by_share.items()
-        }
-
+    secret = Secret.generate()
+    released = protect(
+        subject.params,
+        secret=secret,
+        rest="plain",
+        levels=Targets(
+            goal.targets,
+            lambda params: subject.calibration(params).mean(),
+            tolerance=goal.tolerance,
+            evaluations=200,  # it takes about 30; the next network may take more
+            progress=lambda _: advance(),
+        ),
+        selection=Select("random", select=goal.select, layout="HWIO"),
+    )
+    found, top = released.calibration, len(goal.targets)
+    assert found is not None
+    keys = [level_key(secret, released.model_id, level=m, levels=top) for m in range(1, top + 1)]
+    opened = [released.params, *(unlock(released, key) for key in keys)]
+    # For comparison only: publishing the same weights in two forms would give them away.
+    sealed = protect(subject.params, found.masks, secret=secret, rest="sealed").params
+    rows, scores = [], ((), ())
+    for name, target, params in zip(NAMES, [*goal.targets, None], opened, strict=True):
+        scores = subject.calibration(params), subject.held_out(params)
+        rows.append(Tier(name, target, *map(Measured.of, scores)))
     return Tiers(
-        clean=subject.metric(subject.params),
-        worthless=subject.worthless,
         unit=subject.unit,
-        budget=budget,
-        fraction=rows[-1].fraction,
-        levels=tuple(rows),
-        top_bit_exact=exact,
-        strategies=compared,
-        keys=keys,
-    ), opened
-
-
-def measurements(budgets: tuple[float, ...], keys: int) -> int:
-    """How often `protect_and_measure` calls ``advance``."""
-    return keys * (len(STEPS) + 1 + len(STRATEGIES) * len(budgets))
-
-
-def _new_keys(levels: int) -> Any:
-    """What a vendor has: a new secret and model id, one key a ring."""
-    return ring_keys(level_key(Secret.generate(), new_model_id(), levels=levels))
-
-
-def _same_bits(a: PyTree, b: PyTree) -> bool:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+        worthless=subject.worthless,
+        tiers=tuple(rows),
+        sealed=Measured.of(subject.held_out(sealed)),
+        without_file=Measured.of(subject.held_out(without_file)),
+        steps=goal.steps,
+        examples=round(DATA * len(jax.tree.leaves(subject.examples)[0])),
+        calibrated_on=len(scores[0]),
+        held_out=len(scores[1]),
+        tolerance=goal.tolerance,
+        evaluations=found.evaluations,
+        fraction=selected(subject.params, found.masks[-1])[1],
+        top_bit_exact=same_bits(subject.params, opened[-1]),
+    ), [sealed, *opened]

@@ -6,17 +6,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..models import VGG19, DnCNN
 from ..models._network import Network, accuracy, cross_entropy, psnr, squared_error
-from ._data import digits, test_photographs, training_patches
+from ._data import chessboard, digits, test_photographs, training_patches
 from ._transformer import VisionTransformer
 
 SIGMA = 25 / 255  # of the noise, for pixels in [0, 1]
+SHIFTS = ((0, 0), (0, 2), (0, -2), (2, 0), (-2, 0))  # in pixels, as far as in training
 ModelLoss = Callable[[Any, Any], Float[Array, ""]]
+Scores = Callable[[PyTree], Float[np.ndarray, " n"]]
+"""``params ->`` how each example of a set fares, in the unit of the metric."""
 
 
 class Pictures(NamedTuple):
@@ -39,6 +43,10 @@ class Subject(NamedTuple):
         metric: ``params -> float`` on test data; higher is better.
         unit: of the metric.
         worthless: the metric of chance, or of the noisy image left as it is.
+        calibration: scores of test data that levels may be calibrated on.
+        held_out: scores of other test data, which share nothing with the former.
+        without_file: ``(share, steps, advance) -> params``: what the same training reaches from
+            fresh weights with so much of the training data.
         pictures: of a denoiser; ``None`` for a classifier.
     """
 
@@ -50,6 +58,9 @@ class Subject(NamedTuple):
     metric: Callable[[PyTree], float]
     unit: str
     worthless: float
+    calibration: Scores
+    held_out: Scores
+    without_file: Callable[..., PyTree]
     pictures: Pictures | None = None
 
     @property
@@ -99,7 +110,12 @@ def _fit(
 
 
 def train_vgg19(
-    *, width: float, steps: int, seed: int, advance: Callable[[], None] = lambda: None
+    *,
+    width: float,
+    steps: int,
+    seed: int,
+    trained_on: float = 0.8,
+    advance: Callable[[], None] = lambda: None,
 ) -> Subject:
     """VGG19 on the digits of scikit-learn, 32×32.
 
@@ -107,10 +123,13 @@ def train_vgg19(
         width: factor on the number of channels.
         steps: of 32 images each.
         seed: of everything.
+        trained_on: share of the digits to train on; the others are test data.
         advance: called after each step.
     """
     fresh = partial(VGG19, in_channels=1, width=width, dropout=0.1)
-    return _on_digits(fresh, steps=steps, rate=1e-3, seed=seed, advance=advance)
+    return _on_digits(
+        fresh, steps=steps, rate=1e-3, seed=seed, trained_on=trained_on, advance=advance
+    )
 
 
 def train_transformer(*, steps: int, seed: int) -> Subject:
@@ -124,16 +143,17 @@ def _on_digits(
     steps: int,
     rate: float,
     seed: int,
+    trained_on: float = 0.8,
     advance: Callable[[], None] = lambda: None,
 ) -> Subject:
     batch_size = 32
-    train, test = digits(seed)
+    train, test = digits(seed, trained_on)
     images, labels = jnp.asarray(train.images), jnp.asarray(train.labels)
     start, fit, draw = jax.random.split(jax.random.key(seed), 3)
 
-    def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
+    def sample(key: PRNGKeyArray, count: int = len(images)) -> tuple[Array, Array]:
         which, shift = jax.random.split(key)
-        which = jax.random.randint(which, (batch_size,), 0, len(images))
+        which = jax.random.randint(which, (batch_size,), 0, count)
         # Moved by up to two pixels, which the digits' margin allows.
         down, right = jax.random.randint(shift, (2, batch_size), -2, 3)
         return jax.vmap(lambda image, y, x: jnp.roll(image, (y, x), (0, 1)))(
@@ -143,9 +163,15 @@ def _on_digits(
     def loss(model: Any, batch: tuple[Array, Array]) -> Array:
         return cross_entropy(model, *batch)
 
-    model = fresh(rngs=nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
-    network = _fit(model, loss, sample, steps=steps, rate=rate, key=fit, advance=advance)
+    def trained(start: PRNGKeyArray, sample: Any, steps: int, advance: Any) -> Network:
+        model = fresh(rngs=nnx.Rngs(params=start, dropout=jax.random.fold_in(start, 1)))
+        return _fit(model, loss, sample, steps=steps, rate=rate, key=fit, advance=advance)
+
+    network = trained(start, sample, steps, advance)
     share = accuracy(network, test.images, test.labels)
+    # Every second digit of each class, so that neither half has more of a difficult one.
+    order = np.argsort(test.labels, kind="stable")
+    halves = [(test.images[half], test.labels[half]) for half in (order[::2], order[1::2])]
     return Subject(
         network=network,
         loss=loss,
@@ -155,7 +181,33 @@ def _on_digits(
         metric=lambda params: 100 * share(params),
         unit="%",
         worthless=10.0,
+        calibration=_shifted(network, *halves[0]),
+        held_out=_shifted(network, *halves[1]),
+        without_file=_again(trained, sample, len(images), start),
     )
+
+
+def _again(
+    trained: Callable[..., Network], sample: Any, examples: int, start: PRNGKeyArray
+) -> Callable[..., PyTree]:
+    """`Subject.without_file`."""
+
+    def train(share: float, steps: int, advance: Callable[[], None] = lambda: None) -> PyTree:
+        few = partial(sample, count=round(share * examples))
+        return trained(jax.random.fold_in(start, 2), few, steps, advance).params
+
+    return train
+
+
+def _shifted(network: Network, images: np.ndarray, labels: np.ndarray) -> Scores:
+    """Percentage of `SHIFTS` of each digit that are recognised: finer steps than right or wrong."""
+    moved = [np.roll(images, shift, (1, 2)) for shift in SHIFTS]
+
+    @jax.jit
+    def right(params: PyTree, images: Array) -> Array:
+        return network(params, images).argmax(-1) == labels
+
+    return lambda params: 100 * np.mean([right(params, each) for each in moved], 0)
 
 
 def train_dncnn(
@@ -184,19 +236,33 @@ def train_dncnn(
 
     fresh = partial(DnCNN, depth=depth, width=width)
 
-    def sample(key: PRNGKeyArray) -> tuple[Array, Array]:
+    def sample(key: PRNGKeyArray, count: int = len(patches)) -> tuple[Array, Array]:
         which, noise = jax.random.split(key)
-        clean = patches[jax.random.randint(which, (16,), 0, len(patches))]
+        clean = patches[jax.random.randint(which, (16,), 0, count)]
         return clean + SIGMA * jax.random.normal(noise, clean.shape), clean
 
     def loss(model: DnCNN, batch: tuple[Array, Array]) -> Array:
         return squared_error(model, *batch)
 
-    model = fresh(rngs=nnx.Rngs(start))
-    network = _fit(model, loss, sample, steps=steps, rate=rate, key=fit, advance=advance)
+    def trained(start: PRNGKeyArray, sample: Any, steps: int, advance: Any) -> Network:
+        model = fresh(rngs=nnx.Rngs(start))
+        return _fit(model, loss, sample, steps=steps, rate=rate, key=fit, advance=advance)
+
+    network = trained(start, sample, steps, advance)
     clean = jnp.asarray(test_photographs(crop))
     noisy = clean + SIGMA * jax.random.normal(noise, clean.shape)
     denoised = jax.jit(lambda params: network(params, noisy))
+
+    @jax.jit
+    def quality(params: PyTree, noisy: Array, clean: Array) -> Array:
+        return psnr(network(params, noisy), clean)
+
+    def scores(squares: np.ndarray, number: int) -> Scores:
+        clean = jnp.asarray(squares)
+        noisy = clean + SIGMA * jax.random.normal(jax.random.fold_in(noise, number), clean.shape)
+        return lambda params: np.asarray(quality(params, noisy, clean))
+
+    black, white = chessboard()
     return Subject(
         network=network,
         loss=loss,
@@ -206,5 +272,8 @@ def train_dncnn(
         metric=lambda params: float(psnr(denoised(params), clean).mean()),
         unit="dB",
         worthless=float(psnr(noisy, clean).mean()),
+        calibration=scores(black, 1),
+        held_out=scores(white, 2),
+        without_file=_again(trained, sample, len(patches), start),
         pictures=Pictures(clean, noisy, denoised),
     )

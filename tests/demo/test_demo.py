@@ -16,7 +16,7 @@ from rich.console import Console
 import selcrypt_jax as sj
 from selcrypt_jax import cli
 from selcrypt_jax._tree.names import named_leaves
-from selcrypt_jax.demo import _data, _report, _tiers, _train
+from selcrypt_jax.demo import _data, _draw, _paper, _report, _tiers, _train
 from selcrypt_jax.models._network import Network, psnr
 
 
@@ -45,6 +45,16 @@ def test_digits_are_split_once():
     assert sum(image.tobytes() in known for image in test.images) == 0
 
 
+def test_what_is_calibrated_on_is_not_held_out():
+    black, white = _data.chessboard(32)
+    assert black.shape[1:] == white.shape[1:] == (32, 32, 1)
+    assert abs(len(black) - len(white)) <= 4
+    known = {square.tobytes() for square in black}
+    assert not any(square.tobytes() in known for square in white)
+    train, test = _data.digits(0, 0.5)
+    assert (len(train.images), len(test.images)) == (898, 899)
+
+
 def test_psnr():
     clean = jnp.zeros((2, 4, 4, 1))
     np.testing.assert_allclose(psnr(clean + 0.1, clean), [20, 20], rtol=1e-5)
@@ -56,27 +66,73 @@ def toy() -> tuple[_train.Subject, dict]:
     kernel = rng.standard_normal((3, 3, 10, 20)).astype(np.float32)
     params = {"convs": {"0": {"kernel": kernel}}, "head": {"kernel": np.ones((4, 4), np.float32)}}
 
+    def scores(half, params):
+        right = np.asarray(params["convs"]["0"]["kernel"]) == kernel
+        return 100 * right.mean((0, 1)).ravel()[half]
+
     def metric(params):
-        return float(np.mean(np.asarray(params["convs"]["0"]["kernel"]) == kernel)) * 100
+        return float(scores(slice(None), params).mean())
 
     subject = _train.Subject(
         network=Network(None, params, None),
         loss=lambda model, batch: 0.0,
         fresh=lambda rngs: None,
         batches=(),
-        examples=(),
+        examples=np.zeros(40),
         metric=metric,
         unit="%",
         worthless=0.0,
+        calibration=lambda params: scores(slice(0, None, 2), params),
+        held_out=lambda params: scores(slice(None), params),
+        without_file=lambda share, steps, advance: sj.encrypt(
+            params, sj.nested_masks(sj.importance.l2(params), [0.5]), KEYS
+        ),
     )
-    return subject, sj.importance.l2(params, select=_tiers.SELECT)
+    return subject, sj.importance.l2(params, select=_paper.SELECT)
+
+
+KEYS = [sj.chacha20_key(bytes(32))]
+GOAL = _tiers.Goal((40, 55, 70, 85), tolerance=2, select=_paper.SELECT, steps=3)
+
+
+@pytest.fixture(scope="module")
+def toy_results():
+    subject, scores = toy()
+    without_file = _tiers.train_without_file(subject, GOAL, lambda: None)
+    tiers, opened = _tiers.tiers_by_target(subject, GOAL, without_file, advance=lambda: None)
+    paper = _paper.protect_and_measure(
+        subject, scores, budget=0.25, budgets=(0.25,), keys=1, seed=0, advance=lambda: None
+    )
+    return subject, _report.Result("toy", tiers, paper, 1.23), opened
+
+
+@pytest.mark.slow
+def test_tiers_meet_their_targets(toy_results):
+    subject, result, opened = toy_results
+    tiers = result.tiers
+    assert [tier.name for tier in tiers.tiers] == list(_tiers.NAMES)
+    for tier, params in zip(tiers.tiers, opened[1:], strict=True):
+        assert tier.calibration.mean == subject.calibration(params).mean()
+        assert tier.held_out.mean == subject.held_out(params).mean()
+        if tier.target is not None:
+            assert tier.calibration.mean == pytest.approx(tier.target, abs=2)
+    assert tiers.tiers[-1].target is None
+    assert tiers.tiers[-1].held_out.mean == 100
+    assert tiers.top_bit_exact
+    assert tiers.sealed.mean < 1
+    assert (tiers.calibrated_on, tiers.held_out) == (100, 200)
+    assert set(tiers.pointless) < {"public", "free", "basic"}
+
+
+def test_the_standard_error_is_that_of_the_mean():
+    assert _tiers.Measured.of(np.array([0.0, 100.0])) == pytest.approx((50, 50))
 
 
 @pytest.mark.slow
 def test_levels_and_strategies_of_a_toy():
     subject, scores = toy()
     calls = []
-    tiers, opened = _tiers.protect_and_measure(
+    paper = _paper.protect_and_measure(
         subject,
         scores,
         budget=0.25,
@@ -85,44 +141,55 @@ def test_levels_and_strategies_of_a_toy():
         seed=0,
         advance=lambda: calls.append(1),
     )
-    assert len(calls) == _tiers.measurements((0.25, 0.5), 2)
+    assert len(calls) == _paper.measurements((0.25, 0.5), 2)
     # 200 kernels: 50 are encrypted, of which 34, 38, 42, 46 and 50 are opened.
-    assert [level.groups for level in tiers.levels] == [0, 34, 38, 42, 46, 50]
-    assert [level.fraction for level in tiers.levels] == pytest.approx(
+    assert [level.groups for level in paper.levels] == [0, 34, 38, 42, 46, 50]
+    assert [level.fraction for level in paper.levels] == pytest.approx(
         [0, 0.17, 0.19, 0.21, 0.23, 0.25]
     )
-    assert [level.metric for level in tiers.levels] == pytest.approx(
+    assert [level.metric for level in paper.levels] == pytest.approx(
         [75, 92, 94, 96, 98, 100], abs=0.5
     )
-    assert tiers.fraction == pytest.approx(0.25)
-    assert tiers.top_bit_exact
-    assert len(opened) == 6
-    for metrics in tiers.strategies.values():
+    assert paper.fraction == pytest.approx(0.25)
+    assert paper.top_bit_exact
+    for metrics in paper.strategies.values():
         assert metrics == pytest.approx({0.25: 75, 0.5: 50}, abs=0.5)
 
 
 @pytest.mark.slow
-def test_results_are_written(tmp_path):
-    subject, scores = toy()
-    tiers, _ = _tiers.protect_and_measure(
-        subject, scores, budget=0.25, budgets=(0.25,), keys=1, seed=0, advance=lambda: None
-    )
-    results = {"toy": _report.Result("toy", tiers, 1.23)}
+def test_results_are_written(tmp_path, toy_results):
+    _, result, _ = toy_results
+    results = {"toy": result}
     _report.write_json(tmp_path / "tiers.json", results)
     written = json.loads((tmp_path / "tiers.json").read_text())["toy"]
-    assert written["levels"][5]["groups"] == 50
-    assert written["strategies"]["pss"][0]["fraction"] == 0.25
+    assert written["tiers"][1]["target"] == 55
+    assert written["tiers"][4]["held_out"] == {"mean": 100, "error": 0}
+    assert written["paper"]["levels"][5]["groups"] == 50
+    assert written["paper"]["strategies"]["pss"][0]["fraction"] == 0.25
     assert written["seconds"] == 1.2
-    _report.draw_curves(tmp_path / "tiers.png", results)
+    _draw.draw_tiers(tmp_path / "tiers.png", results)
+    _draw.draw_paper(tmp_path / "paper.png", results)
     clean = jnp.full((1, 32, 32, 1), 0.5)
     pictures = _train.Pictures(clean, clean + 0.1, lambda params: clean + 0.01)
-    _report.draw_photographs(tmp_path / "denoised.png", pictures, [None] * 6, tiers)
-    for name in ("tiers.png", "denoised.png"):
+    _draw.draw_photographs(tmp_path / "denoised.png", pictures, [None] * 6)
+    for name in ("tiers.png", "paper.png", "denoised.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     text = io.StringIO()
-    Console(file=text, width=100).print(_report.table(results["toy"]))
-    assert "25.000% of the convolution weights encrypted" in text.getvalue()
-    assert "bit-exact: yes" in text.getvalue()
+    console = Console(file=text, width=100)
+    console.print(_report.tier_table(result))
+    console.print(_report.paper_table(result))
+    for said in ("level 3: pro", "held out 200", "bit-exact: yes", "25.000% of the convolution"):
+        assert said in text.getvalue()
+
+
+def test_tiers_below_what_training_reaches_are_named(toy_results):
+    _, result, _ = toy_results
+    low, high = (
+        result._replace(tiers=result.tiers._replace(without_file=_tiers.Measured(v, 0.0)))
+        for v in (-1, 75)
+    )
+    assert _report.warning(low).endswith("Every tier gives more than that.")
+    assert _report.warning(high).endswith("worth nothing: public, free, basic.")
 
 
 def test_a_directory_that_cannot_be_made_is_told_before_the_work(tmp_path, capsys):
@@ -133,7 +200,7 @@ def test_a_directory_that_cannot_be_made_is_told_before_the_work(tmp_path, capsy
 
 def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "skimage", None)
-    for name in ("_run", "_data", "_train", "_report", "_tiers"):
+    for name in ("_run", "_data", "_train", "_report", "_draw", "_paper", "_tiers"):
         monkeypatch.delitem(sys.modules, f"selcrypt_jax.demo.{name}", raising=False)
         monkeypatch.delattr(f"selcrypt_jax.demo.{name}", raising=False)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
@@ -164,20 +231,33 @@ def test_quick_demo(tmp_path):
     command = [sys.executable, "-m", "selcrypt_jax", "demo", "--quick", "--out", str(out)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "top level bit-exact: yes" in result.stdout
+    assert "Top level bit-exact: yes" in " ".join(result.stdout.split())
+    assert "without the file" in result.stdout
     written = json.loads((out / "tiers.json").read_text())
     assert set(written) == {"vgg19", "dncnn"}
     for name, result in written.items():
         assert result["top_bit_exact"], name
-        assert [level["level"] for level in result["levels"]] == list(range(6))
-        groups = [level["groups"] for level in result["levels"]]
+        assert [tier["name"] for tier in result["tiers"]] == list(_tiers.NAMES)
+        *graded, top = result["tiers"]
+        for tier in graded:
+            off = abs(tier["calibration"]["mean"] - tier["target"])
+            assert off <= result["tolerance"], (name, tier["name"])
+            error = np.hypot(tier["calibration"]["error"], tier["held_out"]["error"])
+            off = abs(tier["held_out"]["mean"] - tier["calibration"]["mean"])
+            assert off < 5 * error, (name, tier["name"])
+        assert top["target"] is None
+        assert result["sealed"]["mean"] < top["held_out"]["mean"]
+        paper = result["paper"]
+        assert paper["top_bit_exact"], name
+        assert [level["level"] for level in paper["levels"]] == list(range(6))
+        groups = [level["groups"] for level in paper["levels"]]
         assert groups == sorted(groups)
         assert groups[0] == 0
-        assert result["levels"][5]["metric"] == result["clean"]
-        assert result["levels"][0]["metric"] < result["clean"]
-        assert set(result["strategies"]) == {"pss", "random", "descend", "ascend", "mean"}
-        assert result["levels"][5]["fraction"] <= 0.08
-    for name in ("tiers.png", "denoised.png"):
+        assert paper["levels"][5]["metric"] == top["held_out"]["mean"]
+        assert paper["levels"][0]["metric"] < top["held_out"]["mean"]
+        assert set(paper["strategies"]) == {"pss", "random", "descend", "ascend", "mean"}
+        assert paper["levels"][5]["fraction"] <= 0.08
+    for name in ("tiers.png", "paper.png", "denoised.png"):
         assert (out / name).stat().st_size > 10_000
 
 
@@ -190,7 +270,7 @@ def similarity(one: np.ndarray, other: np.ndarray) -> float:
 def test_distribution_of_trained_networks_is_kept(trained, share):
     chosen_alone = []
     for subject, number in itertools.product(trained, range(10)):
-        scores = sj.importance.l2(subject.params, select=_tiers.SELECT)
+        scores = sj.importance.l2(subject.params, select=_paper.SELECT)
         masks = sj.nested_masks(scores, [share])
         keys = sj.ring_keys(sj.level_key(bytes([number]) * 32, bytes(16), levels=1))
         protected = sj.encrypt(subject.params, masks, keys)
