@@ -4,6 +4,9 @@ Nothing is downloaded at run time: weights, texts, images and speech lie in inst
 package is read by its list of files, so that one that was installed with ``--no-deps`` will do.
 """
 
+# Most of the packages are large, and installed by those who repeat the page alone.
+# pyright: reportMissingImports=false
+
 import ast
 import inspect
 import json
