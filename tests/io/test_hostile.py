@@ -392,7 +392,7 @@ def test_the_signature_comes_before_orbax(way, public, monkeypatch, tmp_path):
         ways[way]()
     for change in ({"selcrypt.box.1": "AAAA"}, {"selcrypt.signature": "A" * 86 + "=="}):
         (public / "selcrypt.json").write_text(json.dumps(entries(public) | change))
-        with pytest.raises(IntegrityError, match="signature does not fit") as caught:
+        with pytest.raises(IntegrityError, match="signature does not match") as caught:
             ways[way]()
         assert caught.value.reason == "signature"
 
