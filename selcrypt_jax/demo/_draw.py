@@ -128,7 +128,13 @@ def draw_paper(path: Path, results: dict[str, Result]) -> None:
             ):
                 axis.axhline(value, color="0.5", linestyle=style, linewidth=1.1, label=label)
             axis.spines[["top", "right"]].set_visible(False)
-        below.legend(frameon=False, fontsize="small")
+        below.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=4,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.18),
+        )
     figure.savefig(path)
 
 

@@ -66,7 +66,7 @@ _QUICK = (
     ),
     _FULL[1]._replace(
         settings={"depth": 5, "width": 24, "steps": 100, "crop": 96, "rate": 1.2e-2},
-        goal=Goal((20.5, 22, 23.5, 25), tolerance=0.1, select="^convs/[1-3]/kernel$", steps=20),
+        goal=Goal((20.5, 22, 23.5, 25), tolerance=0.1, select="^convs/[1-3]/kernel$", steps=100),
         **_HASTY,
     ),
 )
