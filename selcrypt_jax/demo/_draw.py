@@ -49,8 +49,9 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
     axis.axhline(tiers.worthless, color="0.35", linestyle=":", linewidth=1.2)
     axis.annotate(
         f"{WORTHLESS[tiers.unit]}: {tiers.worthless:.1f} {tiers.unit}",
-        (len(values) - 0.6, tiers.worthless), (0, -4),
-        textcoords="offset points", ha="right", va="top", fontsize="small", color="0.25",
+        (len(values) - 0.6, tiers.worthless), (0, 5),
+        textcoords="offset points", ha="right", fontsize="small", color="0.25",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )  # fmt: skip
     places = range(len(values))
     errors = [2 * tier.held_out.error for tier in tiers.tiers]
@@ -71,8 +72,8 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
     shown = max(sealed, low + 0.06 * span)
     axis.plot([-1], [shown], "X", color="black", markersize=9, label="sealed file without a key")
     axis.annotate(
-        f"{sealed:.1f}" + (" ↓" if shown > sealed else ""), (-1, shown), (8, 0),
-        textcoords="offset points", va="center",
+        f"{sealed:.1f}" + (" ↓" if shown > sealed else ""), (-1, shown), (0, 8),
+        textcoords="offset points", ha="center",
     )  # fmt: skip
     names = [*NAMES[:-1], f"{NAMES[-1]},\nexact"]
     axis.set_xticks(range(-1, len(values)), ["sealed,\nno key", f"{names[0]},\nno key", *names[1:]])
@@ -127,7 +128,13 @@ def draw_paper(path: Path, results: dict[str, Result]) -> None:
             ):
                 axis.axhline(value, color="0.5", linestyle=style, linewidth=1.1, label=label)
             axis.spines[["top", "right"]].set_visible(False)
-        below.legend(frameon=False, fontsize="small")
+        below.legend(
+            frameon=False,
+            fontsize="small",
+            ncols=4,
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.18),
+        )
     figure.savefig(path)
 
 

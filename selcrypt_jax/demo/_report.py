@@ -73,16 +73,16 @@ def tier_table(result: Result) -> Table:
     for level, tier in enumerate(tiers.tiers):
         name = f"level {level}: {tier.name}" + ("" if level else " (plain, no key)")
         target = "exact" if tier.target is None else f"{tier.target:g}"
-        view.add_row(name, target, f"{tier.calibration.mean:.1f}", _shown(tier.held_out))
+        view.add_row(name, target, f"{tier.calibration.mean:.2f}", _shown(tier.held_out))
     view.columns[0].no_wrap = True
     view.rows[-1].end_section = True
     view.add_row("trained without the file", "", "", _shown(tiers.without_file))
-    view.add_row(WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.1f}")
+    view.add_row(WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.2f}")
     return view
 
 
 def _shown(measured: Measured) -> str:
-    return f"{measured.mean:.1f} ± {measured.error:.1f}"
+    return f"{measured.mean:.2f} ± {measured.error:.2f}"
 
 
 def warning(result: Result) -> str:
@@ -93,12 +93,10 @@ def warning(result: Result) -> str:
         f"{_TRAINED_ON[tiers.unit]} (5 % of the training data), without the file, reach "
         f"{tiers.without_file.mean:.1f} {tiers.unit}. "
     )
-    below = tiers.pointless
+    below = ", ".join(tiers.pointless)
     if not below:
-        return said + "Every tier gives more than that."
-    return (
-        said + f"For someone who has such data, these tiers are worth nothing: {', '.join(below)}."
-    )
+        return said + "Every tier gives more than that, but longer training may catch up."
+    return said + f"To someone who has such data, these tiers are worth nothing: {below}."
 
 
 def paper_table(result: Result) -> Table:

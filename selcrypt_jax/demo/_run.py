@@ -50,7 +50,7 @@ _FULL = (
         train=train_dncnn,
         settings={"depth": 10, "width": 32, "steps": 400, "crop": 192, "rate": 1.2e-2},
         # All but the outer layers, which are small: a few of their kernels change a lot at once.
-        goal=Goal((20.5, 22.8, 25, 27.5), tolerance=0.1, select="^convs/[1-8]/kernel$", steps=100),
+        goal=Goal((20.5, 22.8, 25, 27.5), tolerance=0.15, select="^convs/[1-8]/kernel$", steps=100),
         pss=PSSConfig(steps=150),
         budget=0.02,
         budgets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.08),
@@ -66,7 +66,7 @@ _QUICK = (
     ),
     _FULL[1]._replace(
         settings={"depth": 5, "width": 24, "steps": 100, "crop": 96, "rate": 1.2e-2},
-        goal=Goal((20.5, 22, 23.5, 25), tolerance=0.1, select="^convs/[1-3]/kernel$", steps=20),
+        goal=Goal((20.5, 22, 23.5, 25), tolerance=0.1, select="^convs/[1-3]/kernel$", steps=100),
         **_HASTY,
     ),
 )

@@ -188,7 +188,7 @@ def test_tiers_below_what_training_reaches_are_named(toy_results):
         result._replace(tiers=result.tiers._replace(without_file=_tiers.Measured(v, 0.0)))
         for v in (-1, 75)
     )
-    assert _report.warning(low).endswith("Every tier gives more than that.")
+    assert _report.warning(low).endswith("longer training may catch up.")
     assert _report.warning(high).endswith("worth nothing: public, free, basic.")
 
 
