@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import matplotlib.figure
+import matplotlib.patheffects
 import numpy as np
 from jaxtyping import PyTree
 from matplotlib.axes import Axes
@@ -43,7 +44,8 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
     axis.axhspan(low, line, color="0.92", zorder=0)
     axis.axhline(line, color="0.35", linestyle="--", linewidth=1.2)
     axis.annotate(
-        f"trained without the file: {line:.1f} {tiers.unit}\ntiers below give nothing more",
+        f"trained without the file: {line:.1f} {tiers.unit}\n"
+        "tiers below are worth nothing\nto someone with such data",
         (-1.4, line), (2, -4), textcoords="offset points", va="top", fontsize="small", color="0.25",
     )  # fmt: skip
     axis.axhline(tiers.worthless, color="0.35", linestyle=":", linewidth=1.2)
@@ -66,8 +68,9 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
     )  # fmt: skip
     for place, value in zip(places, values, strict=True):
         axis.annotate(
-            f"{value:.1f}", (place, value), (-9, 7), textcoords="offset points", ha="right"
-        )
+            f"{value:.1f}", (place, value), (-9, 7), textcoords="offset points", ha="right",
+            path_effects=[matplotlib.patheffects.withStroke(linewidth=3, foreground="white")],
+        )  # fmt: skip
     sealed = tiers.sealed.mean
     shown = max(sealed, low + 0.06 * span)
     axis.plot([-1], [shown], "X", color="black", markersize=9, label="sealed file without a key")

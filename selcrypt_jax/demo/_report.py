@@ -61,8 +61,8 @@ def tier_table(result: Result) -> Table:
     exact = "yes" if tiers.top_bit_exact else "NO"
     view = Table(
         title=f"{result.title}: tiers by target, {tiers.unit}",
-        caption=f"± is one standard error; calibration data have it too. Calibrated on "
-        f"{tiers.calibrated_on} {examples}, held out {tiers.held_out} others; "
+        caption="± is one standard error. Calibration data have it too, so that the two may differ "
+        f"by 1.4 times as much. Calibrated on {tiers.calibrated_on} {examples}, held out {tiers.held_out} others; "
         f"{tiers.evaluations} evaluations. {tiers.fraction:.1%} of the convolution weights "
         f"encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this network.",
     )
