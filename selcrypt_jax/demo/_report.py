@@ -61,8 +61,9 @@ def tier_table(result: Result) -> Table:
     exact = "yes" if tiers.top_bit_exact else "NO"
     view = Table(
         title=f"{result.title}: tiers by target, {tiers.unit}",
-        caption="± is one standard error. Calibration data have it too, so that the two may differ "
-        f"by 1.4 times as much. Calibrated on {tiers.calibrated_on} {examples}, held out {tiers.held_out} others; "
+        caption="± is one standard error. Calibration data have it too, so the two may differ by "
+        f"1.4 times as much. Calibrated on {tiers.calibrated_on} {examples}, held out "
+        f"{tiers.held_out} others; "
         f"{tiers.evaluations} evaluations. {tiers.fraction:.1%} of the convolution weights "
         f"encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this network.",
     )
