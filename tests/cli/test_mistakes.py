@@ -471,7 +471,7 @@ USAGE = {
     "no secret": ("protect model.safetensors -o new", "--secret"),
     "no such command": (
         "encrypt model.safetensors",
-        "(?=.*encrypt).*protect'?, '?grant",
+        "(?=.*encrypt).*protect'?,[ │]*'?grant",  # a line of the box may end between them
     ),
 }
 
