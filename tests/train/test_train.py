@@ -118,7 +118,7 @@ def test_dncnn_killed_at_random_ends_as_an_unbroken_run(images):
     }
     other = run(*command_of(images, "broken", width=16))
     assert other.returncode == 1
-    assert "the checkpoints are of a run with other settings: --width was 8 and is 16." in (
+    assert "the checkpoints are from a run with other settings: --width was 8 and is 16." in (
         other.stderr
     )
     assert "Traceback" not in other.stderr
