@@ -41,6 +41,7 @@ class Network:
         tolerance: how far from its target a level may be on the items to calibrate on, in points.
         tensors: name → array.
         scores: tensors → a number for each test item, whose mean is the quality.
+        evaluations: how often a search for the targets may measure; None: as `Targets` has it.
         rebuilt: tensors → the bytes of `file` with these weights; None for files of PyTorch.
         weights: weight of each test item in the mean; None: all alike.
         select: tensors that the targets grade, a regular expression; None: all kernels. Where a
@@ -57,6 +58,7 @@ class Network:
     tensors: Tensors
     scores: Callable[[Tensors], np.ndarray]
     tolerance: float = 1.5
+    evaluations: int | None = None
     rebuilt: Callable[[Tensors], bytes] | None = None
     weights: np.ndarray | None = None
     select: str | None = None
@@ -251,6 +253,7 @@ def text_recogniser(items: int = 60) -> Network:
         worthless=0.0,
         targets=(None, 40, 75),
         tolerance=6.0,
+        evaluations=40,
         tensors=onnx_tensors(file),
         scores=scores,
         rebuilt=lambda tensors: onnx_with(file, tensors),
