@@ -51,7 +51,7 @@ UNTRAINED = (
     "prune the largest",
     "average and zero-fill",
 )
-ATTEMPTS = 8
+ATTEMPTS = 3
 START, END = "<!-- measured by train/networks.py: {} -->\n", "<!-- end -->"
 
 
@@ -161,6 +161,38 @@ def attacked(network: Network, plain: Path, public: Path) -> dict[str, float]:
     return found
 
 
+def to_targets(network: Network, plain: Path, secret: Secret) -> dict[str, Any]:
+    """A release to targets, and its levels; or why none was found, under any of some keys."""
+    goal = plain.with_name("targets.safetensors")
+    targets = Targets(
+        network.targets,
+        lambda params: network.quality(params, CALIBRATION),
+        tolerance=network.tolerance,
+        evaluations=network.evaluations,
+    )
+    random = Select("random", select=network.select)
+    missed: list[str] = []
+    while len(missed) < ATTEMPTS:
+        start = time.perf_counter()
+        try:
+            selected = protect_file(
+                plain, goal, secret=secret, levels=targets, selection=random, force=True
+            )
+        except ValueError as error:  # other keys may reach what these do not
+            missed.append(str(error))
+            continue
+        assert selected.calibration is not None
+        return {
+            "targets": network.targets,
+            "missed": missed,
+            "seconds": time.perf_counter() - start,
+            "evaluations": selected.calibration.evaluations,
+            "graded": graded(network, selected),
+            "levels": levels_of(network, goal, secret),
+        }
+    return {"targets": network.targets, "missed": missed, "levels": []}
+
+
 def measure(network: Network, folder: Path, repeats: int) -> dict[str, Any]:
     """Everything about one network; its files are left in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -195,34 +227,7 @@ def measure(network: Network, folder: Path, repeats: int) -> dict[str, Any]:
     row["unlock"] = seconds(lambda: unlock_file(public, opened, grant, force=True), repeats)
     row["levels"] = levels_of(network, public, secret)
 
-    goal = folder / "targets.safetensors"
-    targets = Targets(
-        network.targets,
-        lambda params: network.quality(params, CALIBRATION),
-        tolerance=network.tolerance,
-    )
-    random = Select("random", select=network.select)
-    for attempt in range(1, ATTEMPTS + 1):
-        start = time.perf_counter()
-        try:
-            selected = protect_file(
-                plain, goal, secret=secret, levels=targets, selection=random, force=True
-            )
-            break
-        except ValueError as error:  # other keys may reach what these do not
-            print(f"attempt {attempt}: {error}", flush=True)
-    else:
-        raise ValueError(f"{network.title}: expected to reach {targets.targets}, did not.")
-    assert selected.calibration is not None
-    row["targets"] = {
-        "targets": network.targets,
-        "attempts": attempt,
-        "seconds": time.perf_counter() - start,
-        "evaluations": selected.calibration.evaluations,
-        "graded": graded(network, selected),
-        "levels": levels_of(network, goal, secret),
-    }
-
+    row["targets"] = to_targets(network, plain, secret)
     weak = folder / "plain-rest.safetensors"
     protect_file(plain, weak, secret=secret, rest="plain", force=True)
     row["attacks"] = attacked(network, plain, weak)
@@ -248,13 +253,16 @@ def overview(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         goal, attacks = row["targets"], row["attacks"]
         levels = joined(level["all"] for level in row["levels"][1:])
-        aims = joined([*goal["targets"], goal["levels"][-1]["calibration"]])
-        found = joined(level["held out"] for level in goal["levels"][1:])
+        aims = joined(goal["targets"])
+        found = "**not reached**"
+        if goal["levels"]:
+            aims = joined([*goal["targets"], goal["levels"][-1]["calibration"]])
+            found = f"**{joined(level['held out'] for level in goal['levels'][1:])} %**"
         lines.append(
             f"| {row['title']}; {row['framework']} "
             f"| {row['weights'] / 1e6:.2f} M, {row['bytes'] / 1e6:.1f} MB "
             f"| {100 * row['graded']:.1f} %: {levels} % "
-            f"| {aims}: **{found} %** "
+            f"| {aims}: {found} "
             f"| {row['protect']:.2f} s, {row['unlock']:.2f} s "
             f"| {row['levels'][0]['all']:.0f} % "
             f"| {attacks['as it is']:.0f} %, {max(attacks.values()):.0f} % |"
@@ -269,7 +277,7 @@ def audit(rows: list[dict[str, Any]]) -> str:
         "|---" * (len(rows[0]["attacks"]) + 3) + "|",
     ]
     for row in rows:
-        best = max(row["attacks"].values())  # bold
+        best = max(row["attacks"].values())
         cells = [f"**{v:.1f}**" if v == best else f"{v:.1f}" for v in row["attacks"].values()]
         lines.append(
             f"| {row['title']} | {row['worthless']:.1f} | {' | '.join(cells)} "
