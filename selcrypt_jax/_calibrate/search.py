@@ -381,7 +381,12 @@ class Search:
     def _missed(self, level: int) -> str:
         """A message about a level that misses its target: the closest values on each side."""
         target = self._targets[level]
-        assert target is not None
+        if target is None:
+            return (
+                f"targets[{level}]: expected no more than the level above gives, got more in "
+                f"{self.evaluations} evaluations, though all of the budget is encrypted. Raise the "
+                "budget, encrypt small leaves too (small=0.02), or raise the next target."
+            )
         # Without values that were near enough, in a release where another level failed.
         given = sorted(e for e in self._given[level] if abs(e[0] - target) > self._near)
         ends = [end for end in given if end[0] <= target][-1:]

@@ -288,6 +288,19 @@ def test_a_jump_is_said_with_what_would_help():
     assert "Allow more evaluations" not in str(caught.value)
 
 
+class Lucky(KnownRelease):
+    """Where all is encrypted, chance gives more than level 1."""
+
+    def true(self, opened, count):
+        return super().true(opened, count) if opened else 90.0
+
+
+def test_a_lowest_level_better_than_the_next_is_said():
+    search = search_of(Lucky(half=50_000, power=1.2, opening=0.5), [None, 65])
+    with pytest.raises(ValueError, match=r"targets\[0\]: expected no more than the level above"):
+        search.run()
+
+
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=6).map(sorted), st.sampled_from([1, 9]))
 def test_lower_levels_have_no_say_in_higher_ones(counts, weights):
     cipher = sj.LosslessCipher()
