@@ -46,7 +46,6 @@ class Network:
         weights: weight of each test item in the mean; None: all alike.
         select: tensors that the targets grade, a regular expression; None: all kernels. Where a
             small first or last layer decides everything, levels jump past their targets.
-        subject: makes what ``selcrypt audit`` attacks, where the forward pass exists in JAX too.
     """
 
     title: str
@@ -62,7 +61,6 @@ class Network:
     rebuilt: Callable[[Tensors], bytes] | None = None
     weights: np.ndarray | None = None
     select: str | None = None
-    subject: Callable[[Tensors], Any] | None = None
 
     def quality(self, tensors: Tensors, part: slice = slice(None)) -> float:
         """The mean over test items, in percent."""
@@ -113,8 +111,9 @@ def onnx_with(path: Path, tensors: Tensors) -> bytes:
 
     model = onnx.load(path)
     for old in model.graph.initializer:
-        new = np.asarray(tensors.get(old.name, onnx.numpy_helper.to_array(old)))
-        if new.tobytes() != onnx.numpy_helper.to_array(old).tobytes():
+        array = onnx.numpy_helper.to_array(old)
+        new = np.asarray(tensors.get(old.name, array))
+        if new.tobytes() != array.tobytes():
             old.CopyFrom(onnx.numpy_helper.from_array(new, old.name))
     return model.SerializeToString()
 

@@ -31,6 +31,7 @@ import tyro
 from _networks import CALIBRATION, HELD_OUT, Network, networks
 
 from selcrypt_jax import (
+    Grant,
     Secret,
     Select,
     Selected,
@@ -92,13 +93,18 @@ def graded(network: Network, selected: Selected) -> float:
     return weights / sum(math.prod(shape) for shape in shapes.values())
 
 
+def top_grant(public: Path, secret: Secret) -> Grant:
+    """A grant for all levels."""
+    highest = len(inspect_file(public).levels)
+    return issue_grant(public, level=highest, secret=secret, signer="unsigned")
+
+
 def levels_of(network: Network, public: Path, secret: Secret) -> list[dict[str, Any]]:
     """A row a level, from level 0: its quality, on the items to calibrate on and on the others."""
     rows = []
-    highest = len(inspect_file(public).levels)
-    grant = issue_grant(public, level=highest, secret=secret, signer="unsigned")
+    grant = top_grant(public, secret)
     opened = public.with_name("opened.safetensors")
-    for level in range(highest + 1):
+    for level in range(grant.key.level + 1):
         if level:
             unlock_file(public, opened, grant, level=level, force=True)
         tensors = safetensors.numpy.load_file(opened if level else public)
@@ -221,8 +227,7 @@ def measure(network: Network, folder: Path, repeats: int) -> dict[str, Any]:
     row["protect"] = seconds(protected, repeats)
     row["protected bytes"] = public.stat().st_size
     row["graded"] = graded(network, selections[-1])
-    highest = len(inspect_file(public).levels)
-    grant = issue_grant(public, level=highest, secret=secret, signer="unsigned")
+    grant = top_grant(public, secret)
     opened = folder / "opened.safetensors"
     row["unlock"] = seconds(lambda: unlock_file(public, opened, grant, force=True), repeats)
     row["levels"] = levels_of(network, public, secret)

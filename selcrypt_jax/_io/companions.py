@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from .folders import read_regular
-from .foreign import WEIGHTS, is_index
+from .foreign import GZIP, LFS, OURS, WEIGHTS, ZIP, by_magic, is_index
 from .safetensors import MAX_HEADER
 
 MOST = 256 << 20
@@ -19,22 +19,20 @@ _OTHER_WEIGHTS = frozenset(
     | {".ot", ".params", ".parquet", ".pdparams", ".pickle", ".pkl", ".plan", ".tar", ".tgz"}
     | {".xz", ".zip", ".zst"}
 )
-# How a file begins that is one of these whatever its name.
+_ARCHIVE = "an archive, which may hold weights"
+# Why a file of a format that `by_magic` knows stays behind, unless because it holds weights.
+_REASONS = {
+    LFS: f"{LFS.name}: {LFS.remedy}",
+    OURS: OURS.name,
+    ZIP: _ARCHIVE,
+    GZIP: _ARCHIVE,
+}
+# And how others begin, whatever their name.
 _MAGIC = {
-    b"version https://git-lfs": "a Git LFS pointer: get the file itself with `git lfs pull`",
-    b"selcrypt-": "a key or grant of selcrypt's",
     b"-----BEGIN": "a key",
     b"AGE-SECRET-KEY-": "a key",
-    b"PK\x03\x04": "an archive, which may hold weights",
-    b"\x1f\x8b\x08": "an archive, which may hold weights",
-    b"\x28\xb5\x2f\xfd": "an archive, which may hold weights",
-    b"\x93NUMPY": "weights",
-    b"\x89HDF": "weights",
-    b"GGUF": "weights",
-    b"\x80\x02": "a pickle, which may hold weights",
-    b"\x80\x03": "a pickle, which may hold weights",
-    b"\x80\x04": "a pickle, which may hold weights",
-    b"\x80\x05": "a pickle, which may hold weights",
+    b"\x28\xb5\x2f\xfd": _ARCHIVE,
+    **{bytes([0x80, n]): "a pickle, which may hold weights" for n in range(2, 6)},
 }
 _ORBAX = frozenset({"_METADATA", "manifest.ocdbt"})  # in the folder of a checkpoint
 
@@ -135,7 +133,9 @@ def _reason(name: str, path: Path, inside: list[Path]) -> str | None:
     first = read_regular(real, 32, 0, min(info.st_size, 32))
     if first[8:9] == b"{" and int.from_bytes(first[:8], "little") <= MAX_HEADER:
         return "weights"  # a safetensors file, whatever its name
-    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+    if (kind := by_magic(first)) is not None:
+        return _REASONS.get(kind, "weights")
+    return next((reason for magic, reason in _MAGIC.items() if first.startswith(magic)), None)
 
 
 def _is_named_as_weights(path: PurePath) -> bool:

@@ -42,24 +42,25 @@ _TENSORFLOW = _Kind(
 )
 _TFLITE = _Kind("a TensorFlow Lite model", "protect the checkpoint that it was converted from")
 _GGUF = _Kind("a GGUF file", "use the safetensors file that it was made from")
-_ZIP = _Kind(
+ZIP = _Kind(
     "a zip archive, such as a PyTorch .pt, a Keras .keras or a NumPy .npz file",
     "load it there and save it with safetensors.torch or safetensors.numpy",
 )
 
-# Only tried after the file is refused: the length of a header may look like any of them.
+LFS = _Kind("a Git LFS pointer", "get the file itself with `git lfs pull`")
+GZIP = _Kind("gzip-compressed data", "unpack it first")
+OURS = _Kind("a key or grant of selcrypt's", "name the model's file")
+
 _MAGIC = {
-    b"version https://git-lfs": _Kind(
-        "a Git LFS pointer", "get the file itself with `git lfs pull`"
-    ),
-    b"PK\x03\x04": _ZIP,
+    b"version https://git-lfs": LFS,
+    b"PK\x03\x04": ZIP,
     b"\x93NUMPY": _Kind(
         "a NumPy .npy file", "save it with safetensors.numpy, under its tensor's name"
     ),
     b"\x89HDF": _KERAS,
     b"GGUF": _GGUF,
-    b"\x1f\x8b\x08": _Kind("gzip-compressed data", "unpack it first"),
-    b"selcrypt-": _Kind("a key or grant of selcrypt's", "name the model's file"),
+    b"\x1f\x8b\x08": GZIP,
+    b"selcrypt-": OURS,
 }
 _SUFFIXES = {
     ".msgpack": _FLAX,
@@ -70,8 +71,8 @@ _SUFFIXES = {
     ".bin": _TORCH,
     ".h5": _KERAS,
     ".hdf5": _KERAS,
-    ".keras": _ZIP,
-    ".npz": _ZIP,
+    ".keras": ZIP,
+    ".npz": ZIP,
     ".gguf": _GGUF,
     ".tflite": _TFLITE,
     ".pb": _TENSORFLOW,
@@ -97,7 +98,8 @@ def format_of(first: bytes, name: str, *, certain: bool) -> str | None:
     Returns:
         Text for a message, two sentences; None for an unknown format.
     """
-    kind = next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
+    # Of a refused file alone: the length of a header may look like any of these.
+    kind = by_magic(first)
     if kind is None and certain:
         kind = _by_a_few_bytes(first)
     if (kind is None or kind is _ONNX) and first:  # any protobuf may look like ONNX
@@ -106,6 +108,11 @@ def format_of(first: bytes, name: str, *, certain: bool) -> str | None:
         f"expected a safetensors file, got what looks like {kind.name}. "
         f"{kind.remedy[:1].upper()}{kind.remedy[1:]}."
     )
+
+
+def by_magic(first: bytes) -> _Kind | None:
+    """The format that begins with these bytes, if they are many enough to tell."""
+    return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
 
 
 def _by_a_few_bytes(first: bytes) -> _Kind | None:

@@ -78,11 +78,10 @@ def measure_levels(
         manifest = next(iter(envelopes.values())).manifest
         checkpoint.check_whole(manifest)
         top = level_key(secret, manifest.model_id, levels=len(manifest.levels))
-        checkpoint.unlocked(envelopes, top, owner=True)
         shares = [0.0, *(level.share for level in inspection_of(checkpoint, envelopes).levels)]
         for level, share in reversed(list(enumerate(shares))):
             key = top.lower(level) if level else None
-            files = checkpoint.unlocked(envelopes, key).values()
+            files = checkpoint.unlocked(envelopes, key, owner=True).values()
             params = {name: array for file in files for name, array in read_params(file).items()}
             value = number_of(evaluate(params))
             if level or manifest.rest == "plain":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from ._paper import Paper
-from ._tiers import Measured, Tiers
+from ._tiers import DATA, Measured, Tiers
 
 WORTHLESS = {"%": "chance", "dB": "noisy image"}
 METRIC = {"%": "accuracy on held-out digits, %", "dB": "PSNR on held-out photographs, dB"}
@@ -91,8 +91,8 @@ def warning(result: Result) -> str:
     tiers = result.tiers
     said = (
         f"{result.title}: {tiers.steps} training steps from fresh weights on {tiers.examples} "
-        f"{_TRAINED_ON[tiers.unit]} (5 % of the training data), without the file, reach "
-        f"{tiers.without_file.mean:.1f} {tiers.unit}. "
+        f"{_TRAINED_ON[tiers.unit]} ({100 * DATA:g} % of the training data), without the file, "
+        f"reach {tiers.without_file.mean:.1f} {tiers.unit}. "
     )
     below = ", ".join(tiers.pointless)
     if not below:

@@ -23,6 +23,7 @@ def test_an_onnx_network_is_measured_at_every_level(name, packages, monkeypatch,
             packaged(package, "")
         except FileNotFoundError:
             pytest.skip(f"{package} is not installed")
+    monkeypatch.setattr(script, "ATTEMPTS", 8)  # one search in eight finds no release
     # As users have it; a permuted network may overflow.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         script.main(script.Config(out=tmp_path, names=(name,), repeats=1))
@@ -32,11 +33,9 @@ def test_an_onnx_network_is_measured_at_every_level(name, packages, monkeypatch,
     assert len(values) == 6
     assert min(values[:2]) < values[-1]  # by how much is a matter of keys
     assert 0.07 < row["graded"] < 0.1
-    targets = row["targets"]
-    near = [
-        abs(level["calibration"] - target) <= 3
-        for level, target in zip(targets["levels"][2:-1], targets["targets"][1:], strict=False)
-    ]
-    assert near in ([True] * 2, [])  # with some keys three searches find no release
+    assert [
+        abs(a["calibration"] - b) <= 3
+        for a, b in zip(row["targets"]["levels"][2:-1], row["targets"]["targets"][1:], strict=True)
+    ] == [True] * 2
     assert {"as it is", "zero-fill", "average and zero-fill"} <= set(row["attacks"])
     assert all(0 <= value <= 100 for value in row["attacks"].values())
