@@ -7,7 +7,19 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 from .folders import read_regular
-from .foreign import GZIP, LFS, OURS, WEIGHTS, ZIP, by_magic, is_index
+from .foreign import (
+    FLAX,
+    GZIP,
+    LFS,
+    ONNX,
+    OURS,
+    WEIGHTS,
+    ZIP,
+    by_a_few_bytes,
+    by_magic,
+    by_name,
+    is_index,
+)  # fmt: skip
 from .safetensors import MAX_HEADER
 
 MOST = 256 << 20
@@ -18,6 +30,8 @@ _OTHER_WEIGHTS = frozenset(
     {".7z", ".arrow", ".bz2", ".engine", ".gz", ".joblib", ".mlmodel", ".npy", ".orbax", ".ort"}
     | {".ot", ".params", ".parquet", ".pdparams", ".pickle", ".pkl", ".plan", ".tar", ".tgz"}
     | {".xz", ".zip", ".zst"}
+    # External data of ONNX models: of all tensors, or named like the tensor.
+    | {".bias", ".data", ".weight", ".weights"}
 )
 _ARCHIVE = "an archive, which may hold weights"
 # Why a file of a format that `by_magic` knows stays behind, unless because it holds weights.
@@ -135,11 +149,20 @@ def _reason(name: str, path: Path, inside: list[Path]) -> str | None:
         return "weights"  # a safetensors file, whatever its name
     if (kind := by_magic(first)) is not None:
         return _REASONS.get(kind, "weights")
+    if by_a_few_bytes(first) in (FLAX, ONNX):
+        return "weights"
     return next((reason for magic, reason in _MAGIC.items() if first.startswith(magic)), None)
 
 
 def _is_named_as_weights(path: PurePath) -> bool:
-    return is_index(path.name) or path.suffix.lower() in WEIGHTS | _OTHER_WEIGHTS
+    suffix = path.suffix.lower()
+    return (
+        is_index(path.name)
+        or by_name(path.name) is not None
+        or suffix in WEIGHTS | _OTHER_WEIGHTS
+        or suffix.startswith(".onnx_data")  # also .onnx_data_1
+        or path.name.startswith("onnx__")
+    )
 
 
 def _is_hidden(name: str) -> bool:

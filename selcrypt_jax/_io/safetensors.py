@@ -26,7 +26,7 @@ import safetensors
 
 from .._tree.dtypes import SAFETENSORS
 from .buffers import new_buffer
-from .foreign import format_of
+from .foreign import OtherFormatError, format_of
 from .strict_json import json_object, show
 
 MAX_HEADER = 100_000_000
@@ -96,11 +96,10 @@ class SafetensorsFile(AbstractContextManager[Any]):
             start = self._data_start()
             raw = self._read(8, start)
             self.tensors, self.metadata = _parse_header(raw, start, self.size)
-        except ValueError as error:
+        except BaseException as error:
             self.close()
-            raise ValueError(f"{self.path}: {error}") from None
-        except BaseException:
-            self.close()
+            if isinstance(error, ValueError) and not isinstance(error, OtherFormatError):
+                raise ValueError(f"{self.path}: {error}") from None
             raise
 
     def __exit__(self, *_: object) -> None:
@@ -164,9 +163,9 @@ class SafetensorsFile(AbstractContextManager[Any]):
         hint = "It is cut off, or not a safetensors file: download it again, or convert it first."
         certain = length > MAX_HEADER
         if certain or 8 + length > self.size or not first.startswith(b"{", 8):
-            other = format_of(first, self.path.name, certain=certain)
-            if other is not None:
-                raise ValueError(other)
+            kind = format_of(first, self.path.name, certain=certain)
+            if kind is not None:
+                raise OtherFormatError.of(self.path, kind)
         if len(first) < 8:
             hint = hint if first else "It is empty; download it again."
             raise ValueError(f"expected at least 8 bytes, got {len(first)}. {hint}")

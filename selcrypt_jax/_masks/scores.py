@@ -194,14 +194,14 @@ def guess_layout(
 ) -> Layout:
     """Finds the output and input axes of kernels.
 
-    For PyTorch the metadata's ``format`` names it. Otherwise shapes decide: spatial axes are short,
-    and come last in PyTorch and first in JAX. Without a leaf of three axes or more, the metadata
-    decide.
+    For PyTorch and ONNX the metadata's ``format`` names it. Otherwise shapes decide: spatial axes
+    are short, and come last in PyTorch and first in JAX. Without a leaf of three axes or more, the
+    metadata decide.
 
     Raises:
         ValueError: the leaves disagree, or nothing decides.
     """
-    if metadata.get("format") == "pt":
+    if metadata.get("format") in ("pt", "onnx"):
         return "OIHW"
     votes: dict[Layout, str] = {}
     for name in names:

@@ -25,6 +25,7 @@ from .._format.unlocked import unlocked_level
 from .._io.atomic import check_output, new_file, new_files, new_folder
 from .._io.companions import Companions, companions
 from .._io.errors import IntegrityError
+from .._io.foreign import Kind, OtherFormatError
 from .._io.safetensors import SafetensorsFile, header
 from .._io.shards import ShardIndex, check_no_others, check_shards, find_shards
 from .._keys.files import AnyPath
@@ -33,7 +34,10 @@ from .._keys.signing import SigningKey, VerifyKey, check_signing
 from .size import header_length
 
 if TYPE_CHECKING:
+    from .._io.converted import ConvertedFile
     from .._io.orbax import OrbaxCheckpoint
+
+    File = SafetensorsFile | OrbaxCheckpoint | ConvertedFile
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ class Checkpoint:
     """
 
     path: Path
-    files: "dict[str, SafetensorsFile | OrbaxCheckpoint]"
+    files: "dict[str, File]"
     index: ShardIndex | None
     folder: Path | None = None
 
@@ -302,7 +306,7 @@ class Checkpoint:
         }
 
 
-def of_one_file(file: "SafetensorsFile | OrbaxCheckpoint") -> Checkpoint:
+def of_one_file(file: "File") -> Checkpoint:
     """A checkpoint without an index."""
     folder = file.path if file.path.is_dir() else None
     return Checkpoint(file.path, {file.path.name: file}, None, folder)
@@ -335,6 +339,29 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 
 @contextmanager
+def open_original(path: AnyPath) -> Iterator[Checkpoint]:
+    """Opens what a release is made from: also an ONNX model, or a msgpack file of Flax.
+
+    Raises:
+        ValueError, OSError, ModuleNotFoundError: see `open_checkpoint` and `ConvertedFile`.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open_checkpoint(path))
+        except OtherFormatError as error:
+            from .._io.converted import CONVERTED
+
+            if error.kind not in CONVERTED or error.path != Path(path):  # one of several files
+                raise
+            opened = error.kind
+        if isinstance(opened, Kind):  # no longer in the handler, to which errors would be chained
+            from .._io.converted import ConvertedFile
+
+            opened = of_one_file(ConvertedFile(path, opened))
+        yield opened
+
+
+@contextmanager
 def checkpoint_outputs(
     checkpoint: Checkpoint,
     output: AnyPath | None,
@@ -346,7 +373,8 @@ def checkpoint_outputs(
     """Opens outputs by file name; all of them appear together, or none.
 
     Args:
-        checkpoint: the input; the outputs are of its kind, with its file names.
+        checkpoint: the input; the outputs are of its kind (safetensors in place of a format that is
+            converted), with its file names.
         output: path of the file, or of the folder for a checkpoint in a folder; None to take the
             place of the input, a file.
         force: replace an existing file.
@@ -356,17 +384,16 @@ def checkpoint_outputs(
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
     """
-    inputs = [file.path for file in checkpoint.files.values()]
+    (first, *_) = checkpoint.files.values()
+    inputs = getattr(first, "inputs", [file.path for file in checkpoint.files.values()])
     as_file = checkpoint.folder is None or (output is None and checkpoint.index is None)
     if output is None:
         output, force = checkpoint.path, True
     else:
         check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
-    (first, *_) = checkpoint.files.values()
+    from .._io.orbax import OrbaxCheckpoint, orbax_output
 
-    if not isinstance(first, SafetensorsFile):
-        from .._io.orbax import orbax_output
-
+    if isinstance(first, OrbaxCheckpoint):
         with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
     elif as_file:

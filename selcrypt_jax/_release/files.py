@@ -25,7 +25,7 @@ from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import NamedTensors, scores_for
 from .._tree.groups import Layout
-from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
+from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_original
 from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
 from .signers import AnySigner
 from .size import check_header
@@ -99,7 +99,7 @@ def protect_file(
 
     Args:
         path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
-            the folder of an Orbax checkpoint.
+            the folder of an Orbax checkpoint; or an ONNX model, or a msgpack file of Flax.
         output: path of the new file, or of the new folder for a checkpoint in a folder.
         secret: the owner's.
         levels: a number of levels, 5 by default, each of which opens an equal part of
@@ -153,7 +153,7 @@ def protect_file(
     check_like(like, old_signer, levels=levels, selection=selection)
     levels = 5 if levels is None else levels
     selection = Select() if selection is None else selection
-    with open_checkpoint(path) as checkpoint, ExitStack() as stack:
+    with open_original(path) as checkpoint, ExitStack() as stack:
         files = list(checkpoint.files.values())
         check_plain(checkpoint)
         beside = checkpoint.companions() if copy_config else None
@@ -229,7 +229,7 @@ def calibrate_file(
     cipher: LosslessCipher,
 ) -> Calibration:
     """`calibrate_levels` for a checkpoint on disk, which has to fit into memory."""
-    with open_checkpoint(path) as checkpoint, ExitStack() as stack:
+    with open_original(path) as checkpoint, ExitStack() as stack:
         for file in checkpoint.files.values():
             check_unprotected(file.metadata, str(file.path))
         check_scores(selection, checkpoint)

@@ -18,13 +18,13 @@ ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x10\x0a\x0e\x0a\x01x\x12\x01y"
 BARE_ONNX = b"\x08\x0a:\x10\x0a\x0e\x0a\x01x\x12\x01y\x22\x04Relu"
 # As of 16 keys and more: a map of 32-bit length, with a long key.
 LARGE_MSGPACK = b"\xdf\0\0\0\x11\xd9\x28" + b"transformer" * 4
-FLAX, NUMPY = r"a msgpack file of Flax. Load .*msgpack_restore.*save_file", "safetensors.numpy"
+FLAX, NUMPY = r"Flax. Only selcrypt protect .*msgpack_restore.*save_file", "safetensors.numpy"
 
 FILES = {
     "Flax": ("flax_model.msgpack", MSGPACK, FLAX),
     "Flax, no suffix": ("checkpoint_100", MSGPACK, FLAX),
     "Flax, many keys": ("checkpoint_0", LARGE_MSGPACK, FLAX),
-    "ONNX": ("model.onnx", ONNX, "an ONNX model. Protect the checkpoint .* exported from"),
+    "ONNX": ("model.onnx", ONNX, "an ONNX model. Only selcrypt protect and .*to_array"),
     "ONNX, no suffix": ("model", ONNX, "an ONNX model"),
     "ONNX, no producer": ("model", BARE_ONNX, "an ONNX model"),
     "Lightning": ("last.ckpt", b"PK\x03\x04\x14\0\x08\x08", "zip archive, such as a PyTorch .pt"),
