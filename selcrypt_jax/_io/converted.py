@@ -44,7 +44,7 @@ class ConvertedFile(ArraySource):
         self.path = Path(path)
         self.inputs = [self.path]
         found = _flax(self.path) if kind is FLAX else _onnx(self.path, self.inputs)
-        super().__init__(found, str(self.path))
+        super().__init__(found, f"{self.path}:")
         self.metadata = {"format": "flax" if kind is FLAX else "onnx"}
 
     @property
@@ -109,7 +109,10 @@ def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
             _check_type(tensor.data_type, onnx)
             if tensor.name in found:
                 raise ValueError("expected each name once, got it twice")
-            found[tensor.name] = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
+            array = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
+            if array.shape != tuple(tensor.dims):  # -1 stands for the rest in NumPy alone
+                raise ValueError(f"expected lengths from 0, got shape {list(tensor.dims)}")
+            found[tensor.name] = array
             inputs += [path.parent / e.value for e in tensor.external_data if e.key == "location"]
         sparse = [tensor.values.name for tensor in model.graph.sparse_initializer]
         where = ""
