@@ -37,13 +37,14 @@ from ._release.measure import MeasuredLevel as MeasuredLevel
 from ._release.measure import measure_levels as measure_levels
 from ._release.open import LazyModel as LazyModel
 from ._release.open import open_model as open_model
+from ._release.rotate import Rotated as Rotated
+from ._release.rotate import rotate_file as rotate_file
 from ._release.tree import Protected as Protected
 from ._release.tree import protect as protect
 from ._release.tree import unlock as unlock
 from ._release.use import Inspection as Inspection
 from ._release.use import inspect_file as inspect_file
 from ._release.use import issue_grant as issue_grant
-from ._release.use import rotate_file as rotate_file
 from ._release.use import unlock_file as unlock_file
 from ._release.use import verify_file as verify_file
 from ._tree.groups import Ring as Ring

@@ -1,4 +1,4 @@
-"""What is done with protected files: unlock, rotate, inspect, verify.
+"""What is done with protected files: unlock, inspect, verify.
 
 What is read is checked in this order: signature, boxes, and then for every tensor digest,
 decryption, plaintext digest; the output appears under its name when all of it has passed.
@@ -21,9 +21,9 @@ from .._io.safetensors import SafetensorsFile
 from .._io.strict_json import show
 from .._keys.grant import Grant
 from .._keys.keys import MODEL_ID_BYTES, LevelKey, Secret, level_key
-from .._keys.signing import SigningKey, VerifyKey, check_signing
-from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_checkpoint
-from .signers import AnySigner, check_owner, expected_signer, verify_key
+from .._keys.signing import VerifyKey
+from .checkpoint import AnyPath, Checkpoint, checkpoint_outputs, open_checkpoint
+from .signers import AnySigner, check_owner, expected_signer
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
@@ -152,86 +152,6 @@ def unlock_file(
                     own = unlocked_entries(own, source.envelope.manifest, key.level)
                 create(name).plain(source, own)
     return beside
-
-
-def rotate_file(
-    path: AnyPath,
-    output: AnyPath | None = None,
-    *,
-    secret: Secret,
-    signing: SigningKey | None = None,
-    old_signer: AnySigner | None = None,
-    force: bool = False,
-) -> bytes:
-    """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
-
-    New keys change the quality of the levels below the top: measure them again (`measure_levels`).
-
-    The old file can still be opened by anyone who kept it and has a grant. Anyone who can
-    see the weights that are not graded (everyone if the rest is plain, holders of level 1 if it is
-    sealed) can compare the two files: they show where the graded weights are, and many such files
-    also show which level opens which weights.
-
-    Args:
-        path: protected file, or checkpoint in several files.
-        output: where to write it; by default it replaces the old file. A checkpoint in
-            several files needs one.
-        secret: the owner's.
-        signing: signs the new file. Needed if the old one is signed; refused if it is not, since
-            nothing shows then that the file is the owner's.
-        old_signer: public key that the old file is signed with, or its file, if it is not that of
-            ``signing``.
-        force: replace an existing file at ``output``.
-
-    Returns:
-        The new model id.
-
-    Raises:
-        ValueError: a signed file and no signing key, or the other way round.
-        GrantError: the secret did not protect this file.
-        IntegrityError: another signer, or the file was altered.
-        OSError: a file that cannot be read or written. The old file is unchanged then.
-
-    Examples:
-        >>> secret, signing = Secret.read("keys/secret.key"), SigningKey.read("keys/signing.key")
-        >>> model_id = rotate_file("model.safetensors", "new.safetensors", secret=secret,
-        ...                        signing=signing)
-        >>> issue_grant("new.safetensors", level=2, secret=secret).write("new.grant")
-    """
-    check_signing(signing)
-    with open_checkpoint(path) as checkpoint:
-        envelopes = checkpoint.envelopes()
-        manifest = next(iter(envelopes.values())).manifest
-        levels = len(manifest.levels)
-        if (manifest.signer is None) != (signing is None):
-            raise ValueError(
-                f"{checkpoint.path}: is signed by {manifest.signer.hex()}, expected a signing key "
-                "for the new file, got none. Pass the owner's signing key (--signing)."
-                if manifest.signer is not None
-                else f"{checkpoint.path}: is not signed, so it may have been altered by anyone "
-                "with a grant; expected no signing key, got one. To sign it, protect the original "
-                "again."
-            )
-        if signing is not None:
-            # Signing what somebody else signed would make their changes ours.
-            expected = verify_key(old_signer) or signing.public
-            for envelope in envelopes.values():
-                envelope.check_signature(expected)
-        checkpoint.check_whole(manifest)
-        key = level_key(secret, manifest.model_id, levels=levels)
-        plain = checkpoint.unlocked(envelopes, key, owner=True)
-        protection = Protection.new(secret, levels, manifest.cipher, manifest.rest, signing)
-        if output is None and (checkpoint.index is not None or checkpoint.path.is_dir()):
-            raise ValueError(
-                f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
-                "output, got none. Name one."
-            )
-        with checkpoint_outputs(checkpoint, output, force=force) as create:
-            for name, source in plain.items():
-                old = source.envelope
-                job = Job(source, old.own, source.rings, checkpoint.shard(name), old.what)
-                create(name).protected(job, protection)
-    return protection.key.model_id
 
 
 class LevelReport(NamedTuple):

@@ -7,8 +7,20 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from .._keys.files import MAX_BYTES
 from .._keys.owner import PUBLIC_FILE, SECRET_FILE, SIGNING_FILE, write_owner_keys
-from .._release.use import issue_grant, rotate_file
-from ._options import Flat, Locking, Output, OwnerKeys, OwnerSecret, Writing, spare
+from .._release.rotate import rotate_file
+from .._release.use import issue_grant
+from ._options import (
+    Flat,
+    Locking,
+    Output,
+    OwnerKeys,
+    OwnerSecret,
+    Switch,
+    Writing,
+    beside_as_dict,
+    beside_as_text,
+    spare,
+)
 
 
 def keygen(
@@ -94,6 +106,7 @@ def rotate(
     keys: Annotated[OwnerKeys, Flat],
     old_signer: Path | None = None,
     out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    copy_config: Switch = False,
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
     """Re-encrypts a protected file under a new model id and new keys; old grants do not open it.
@@ -111,23 +124,27 @@ def rotate(
         old_signer: The signing.pub of the old file, if it is signed with another key of yours.
         out: Where to write it; by default it replaces the old file. A new folder for a
             checkpoint in a folder.
+        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
+            and all other files that cannot be weights. Only the weights are checked.
         writing: How it is written.
     """
     if out is not None:
         spare(out, old_signer, *keys.files)
-    model_id = rotate_file(
+    done = rotate_file(
         file,
         out,
         old_signer=old_signer,
         secret=keys.read_secret(),
         signing=keys.read_signing(),
+        copy_config=copy_config,
         force=writing.force,
     )
     where = file if out is None else out
     writing.say(
-        {"out": str(where), "model_id": model_id.hex()},
-        f"Wrote {where}: is now model {model_id.hex()}. Issue new grants. New keys change "
+        {"out": str(where), "model_id": done.model_id.hex()} | beside_as_dict(done.beside),
+        f"Wrote {where}: is now model {done.model_id.hex()}. Issue new grants. New keys change "
         "the quality of levels below the top: measure them (selcrypt levels).",
+        *beside_as_text(done.beside),
     )
 
 

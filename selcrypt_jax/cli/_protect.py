@@ -55,7 +55,8 @@ def protect(
 
     Args:
         file: A .safetensors file; or the index, or the folder, of one in several files; or the
-            folder of an Orbax checkpoint. Only the weights of a folder are read and written.
+            folder of an Orbax checkpoint. Only the weights of a folder are read and written. Or an
+            ONNX model, or a msgpack file of Flax; the output is a .safetensors file.
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import selcrypt_jax as sj
-from selcrypt_jax import IntegrityError, protect_file, unlock_file, verify_file
+from selcrypt_jax import IntegrityError, protect_file, rotate_file, unlock_file, verify_file
 from selcrypt_jax._io import companions as module
 from selcrypt_jax.cli import main
 
@@ -99,6 +99,20 @@ def test_the_whole_folder_comes_along_twice(model):
     assert Path("opened").stat().st_mode & 0o077 == 0
 
 
+def test_rotation_takes_it_along(model):
+    protect_file(model, "public", secret=SECRET, signing=SIGNING, levels=2, copy_config=True)
+    Path("public/stray.npy").write_bytes(b"\x93NUMPY")
+    done = rotate_file("public", "next", secret=SECRET, signing=SIGNING, copy_config=True)
+    assert done.beside is not None
+    assert sorted(done.beside.copied) == sorted(BESIDE)
+    assert done.beside.left_out == {"stray.npy": "weights"}
+    assert {n: d for n, d in files(Path("next")).items() if n not in WEIGHTS} == BESIDE
+    assert verify_file("next", signer=SIGNING.public).model_id == done.model_id.hex()
+    bare = rotate_file("public", "bare", secret=SECRET, signing=SIGNING)
+    assert bare.beside is None
+    assert set(files(Path("bare"))) == WEIGHTS
+
+
 def test_nothing_comes_along_unasked(model):
     done = protect_file(model, "public", secret=SECRET, levels=2)
     assert done.beside is None
@@ -185,6 +199,9 @@ def test_it_is_for_folders(model):
     save_file({"w": np.ones((64, 64), "f4")}, "one.safetensors")
     with pytest.raises(ValueError, match=r"copy_config: .* copy what lies beside .* yourself"):
         protect_file("one.safetensors", "other", secret=SECRET, copy_config=True)
+    protect_file("one.safetensors", "other", secret=SECRET, levels=1)
+    with pytest.raises(ValueError, match="copy_config: expected the folder of a model, got a file"):
+        rotate_file("other", secret=SECRET, copy_config=True)
     assert not Path("public").exists()
 
 
@@ -217,3 +234,5 @@ def test_commands_say_what_they_copied(model, capsys):
     assert main(["unlock", "public", "-g", "g", "-o", "again", "--copy-config", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (sorted(found["copied"]), found["left_out"]) == (sorted(BESIDE), {})
+    assert main(f"rotate public -o next {keys} --copy-config".split()) == 0
+    assert "\nCopied along: 1_Pooling/config.json, " in capsys.readouterr().out
