@@ -42,7 +42,7 @@ BLOCKS = {
     for title, body in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", TEXT, re.DOTALL | re.MULTILINE)
 }
 SECRET = Secret(bytes(range(32)))
-FAST = {"A sharded Hugging Face folder", "Quantised weights"}
+FAST = {"A sharded Hugging Face folder", "An ONNX model", "Quantised weights"}
 
 
 def recipes(slow: Callable[[str], bool]) -> list[Any]:
@@ -53,6 +53,8 @@ def recipes(slow: Callable[[str], bool]) -> list[Any]:
             found.append(pytest.mark.slow)
     missing = pytest.mark.skipif(find_spec("silero_vad") is None, reason="needs silero-vad")
     marks["A real network: Silero VAD"].append(missing)
+    lacks = any(find_spec(name) is None for name in ("onnx", "onnxruntime"))
+    marks["An ONNX model"].append(pytest.mark.skipif(lacks, reason="needs onnx and onnxruntime"))
     return [pytest.param(title, marks=found) for title, found in marks.items()]
 
 
@@ -102,7 +104,7 @@ def whole(shares: dict[str, float]) -> set[str]:
 
 def test_each_recipe_has_one_block():
     assert [title for title, blocks in BLOCKS.items() if len(blocks) != 1] == []
-    assert len(BLOCKS) == 13
+    assert len(BLOCKS) == 15
 
 
 @pytest.mark.parametrize("title", recipes(slow=lambda title: title not in FAST))
@@ -456,6 +458,37 @@ def test_packed_codes_are_selected_at_random(tmp_path, monkeypatch):
     )
     opened = open_model("public", issue_grant("public", level=1, secret=SECRET))
     assert octets(opened["qweight"]) == octets(codes)
+
+
+# --- ONNX and msgpack -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="needs onnx and onnxruntime")
+def test_a_graph_of_onnx_holds_no_weights(recipe):
+    scope = recipe("An ONNX model")
+    graph = Path("graph.onnx").read_bytes()
+    for name, array in scope["original"].items():
+        assert octets(array) not in graph
+        assert octets(array) in Path("model.onnx").read_bytes(), name
+    shares = changed(scope["public"], scope["original"])
+    assert 0 < shares["conv.weight"] < 1
+    assert shares["axes"] == 0
+    # Sealed, it does not load without a key.
+    sealed = protect_file(
+        "model.onnx", "sealed", secret=SECRET, levels=2, selection=Select(budget=0.8)
+    )
+    assert sealed.layout == "OIHW"
+    opened = open_model("sealed", issue_grant("sealed", level=1, secret=SECRET))
+    assert octets(opened["axes"]) == octets(scope["original"]["axes"])
+    assert octets(open_model("sealed")["axes"]) != octets(opened["axes"])
+
+
+@pytest.mark.slow
+def test_msgpack_has_the_names_of_the_tree(recipe):
+    recipe("A msgpack file of Flax")
+    assert set(open_model("public.safetensors")) == {
+        f"params/layers_{n}/{name}" for n in (0, 2) for name in ("kernel", "bias")
+    }
 
 
 # --- Orbax ----------------------------------------------------------------------------------------

@@ -82,6 +82,12 @@ def test_large_arrays_of_flax_are_put_together(tmp_path, monkeypatch):
     assert_read(ConvertedFile(tmp_path / "m", FLAX), {"a/kernel": tree["a"]["kernel"]})
 
 
+def test_flax_without_arrays_in_places(tmp_path):
+    tree = {"params": {"w": normal(0, 3)}, "batch_stats": None, "opt_state": {"0": {}}}
+    (tmp_path / "m").write_bytes(serialization.to_bytes(tree))
+    assert_read(ConvertedFile(tmp_path / "m", FLAX), {"params/w": normal(0, 3)})
+
+
 BAD_FLAX: dict[str, tuple[Any, str]] = {
     "a number": ({"params": {"w": np.ones(3)}, "step": 3}, "'step': expected an array, got int"),
     "text": ({"a": {"b": "x"}}, "'a/b': expected an array, got str"),
