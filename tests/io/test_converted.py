@@ -378,6 +378,18 @@ def test_weights_elsewhere_are_named(onnx, tmp_path):
     assert_read(file, {"w": large})
 
 
+def test_constants_become_initialisers_as_the_recipe_says(onnx, tmp_path):
+    array = normal(0, 32, 32)
+    node = onnx.helper.make_node("Constant", [], ["c"], value=raw(onnx, "", array))
+    model = model_of(onnx, [], [node])
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+        tensor = node.attribute[0].t
+        tensor.name = node.output[0]
+        model.graph.initializer.append(tensor)
+        model.graph.node.remove(node)
+    assert_read(ConvertedFile(write(tmp_path / "m.onnx", model), ONNX), {"c": array})
+
+
 def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x10")
