@@ -16,7 +16,12 @@ from .strict_json import listing, show
 
 _LARGE = 1024  # elements of a constant that may be weights; shapes and axes are smaller
 _OLDEST = (1, 21)  # earlier ones read external data through links, and bfloat16 as float32
-_EXPORT = "Export the model again, or download it again."
+_EXPORT = "It is damaged: export the model again, or download it again."
+_NUMBERS = "Leave it out, or protect the model as it was before it was quantised."
+_BESIDE = (
+    "External data must be plain files in the folder of the model: download it whole, and replace "
+    "links by their targets (cp -rL)."
+)
 
 
 class ConvertedFile(ArraySource):
@@ -100,13 +105,15 @@ def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
             f"read it, got {onnx.__version__}. Install the extra: pip install 'selcrypt-jax[onnx]'"
         )
     found: dict[str, np.ndarray] = {}
-    where = ""
+    where, remedy = "", _EXPORT
     try:
         # Data in other files are read tensor by tensor, which does not change the model.
         model = onnx.load(path, format="protobuf", load_external_data=False)
         for tensor in model.graph.initializer:
             where = f" initialiser {show(tensor.name)}:"
+            remedy = _NUMBERS
             _check_type(tensor.data_type, onnx)
+            remedy = _BESIDE if tensor.external_data else _EXPORT
             if tensor.name in found:
                 raise ValueError("expected each name once, got it twice")
             array = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
@@ -115,15 +122,15 @@ def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
             found[tensor.name] = array
             inputs += [path.parent / e.value for e in tensor.external_data if e.key == "location"]
         sparse = [tensor.values.name for tensor in model.graph.sparse_initializer]
-        where = ""
+        where, remedy = "", _EXPORT
         others = {n: size for n, size in _elsewhere(model) if size >= _LARGE}
     except (MemoryError, OSError):
         raise
     except Exception as error:  # protobuf, NumPy and onnx each have their own
-        raise ValueError(
-            f"{path}:{where} onnx cannot read it: {_line(error)}. External data must be a plain "
-            f"file in the folder of the model, no link. {_EXPORT}"
-        ) from error
+        text = _line(error)
+        if not text.startswith("expected"):
+            text = f"expected what onnx can read, got: {text}"
+        raise ValueError(f"{path}:{where} {text}. {remedy}") from error
     if sparse:
         raise ValueError(
             f"{path}: expected dense initialisers, got sparse ones: {listing(sparse)}. Make them "
@@ -147,10 +154,10 @@ def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
 
 
 def _check_type(code: int, onnx: Any) -> None:
-    """Refuses elements that are no numbers of a byte or more; onnx refuses unknown ones.
+    """Checks that a safetensors file can hold elements of this type.
 
     Raises:
-        ValueError: of them.
+        ValueError: text, packed numbers, types that safetensors lacks, or an unknown type.
     """
     name = onnx.TensorProto.DataType.Name(code)
     known = None
@@ -163,7 +170,7 @@ def _check_type(code: int, onnx: Any) -> None:
 
 
 def _elsewhere(model: Any) -> Iterator[tuple[str, int]]:
-    """Name and size of arrays that are no initialisers of the main graph."""
+    """Name and size of arrays that are not initialisers of the main graph."""
     yield from _in_nodes(model.graph.node)
     for function in model.functions:
         yield from _in_nodes(function.node)
