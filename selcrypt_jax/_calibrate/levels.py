@@ -54,6 +54,13 @@ class Calibration(NamedTuple):
     evaluations: int
     calls: int
 
+    def __repr__(self) -> str:
+        # The masks would fill the screen, and hide what the reader looks for.
+        rest = ", ".join(
+            f"{name}={value}" for name, value in self._asdict().items() if name != "masks"
+        )
+        return f"Calibration(masks=<{len(self.masks)} trees>, {rest})"
+
 
 def calibrate_levels(
     params: PyTree,

@@ -401,6 +401,15 @@ def test_small_leaves_that_break_too_much_are_told():
         )
 
 
+def test_a_calibration_prints_without_its_masks():
+    masks = tuple(nested_masks(SCORES, [0.1, 0.2]))
+    found = sj.Calibration(masks, (0.1, 0.2), (20.0, 21.5), (0.0, 0.0), 25.0, True, 9, 9)
+    assert str(found) == (
+        "Calibration(masks=<2 trees>, levels=(0.1, 0.2), values=(20.0, 21.5), "
+        "spreads=(0.0, 0.0), untouched=25.0, exact=True, evaluations=9, calls=9)"
+    )
+
+
 def test_lower_may_be_better():
     found = calibrate_levels(
         PARAMS,

@@ -410,11 +410,10 @@ def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
 def test_a_hugging_face_folder_keeps_its_files(recipe):
     recipe("A sharded Hugging Face folder")
     names = sorted(path.name for path in Path("llm").iterdir())
-    assert sorted(path.name for path in Path("public").iterdir()) == names
     for folder in ("public", "opened"):
-        index = "model.safetensors.index.json"
-        assert Path(folder, index).read_bytes() == Path("llm", index).read_bytes()
-    assert not Path("opened/config.json").exists()  # copy it yourself
+        assert sorted(path.name for path in Path(folder).iterdir()) == names
+        for name in ("model.safetensors.index.json", "config.json"):
+            assert Path(folder, name).read_bytes() == Path("llm", name).read_bytes()
     for path in Path("opened").glob("*.safetensors"):
         assert path.read_bytes() == Path("llm", path.name).read_bytes()
     assert len(inspect_file("public").levels) == 2
