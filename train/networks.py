@@ -87,9 +87,12 @@ def seconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 def graded(network: Network, selected: Selected) -> float:
-    """Share of the weights that levels grade: groups are kernels, or single weights."""
+    """Share of the weights that levels grade: groups are kernels, or the weights of whole ones."""
     shapes = {name: np.shape(array) for name, array in network.tensors.items()}
-    weights = sum(n * math.prod(shapes[name][2:]) for name, n in selected.groups.items())
+    weights = sum(
+        n if name in selected.whole else n * math.prod(shapes[name][2:])
+        for name, n in selected.groups.items()
+    )
     return weights / sum(math.prod(shape) for shape in shapes.values())
 
 
