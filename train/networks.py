@@ -48,8 +48,8 @@ UNTRAINED = (
     "zero-fill",
     "mean-fill",
     "resample",
-    "clip by norm",
-    "prune the largest",
+    "norm clipping",
+    "prune largest",
     "average and zero-fill",
 )
 ATTEMPTS = 3

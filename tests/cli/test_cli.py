@@ -3,8 +3,10 @@
 import base64
 import errno
 import io
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,7 +190,7 @@ def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
         ("a", "b"): "expected the same one twice",
         ("",): "got an empty one",
         ("a\x1b[A",): "got a control character",
-        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set the locale",
+        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set LANG",
     }.items():
         typed[:] = words
         selcrypt("keygen -o keys --passphrase", fails=fails)
@@ -433,9 +435,26 @@ def test_help_is_for_the_command_line():
         assert "(default: )" not in text, command
         assert "(default: False)" not in text, command
         assert "--no-" not in text, command
+        assert "not given" not in text, command
     assert "sealed with everything else" in " ".join(
         run("protect", "--help").stdout.replace("│", " ").split()
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fills_the_terminal(command, columns, capsys, monkeypatch):
+    """No line is too long, and none ends before the next word would have fitted."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*([command] if command else []), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for line, following in itertools.pairwise(lines):
+        boxed = line.startswith("│") and following.startswith("│ ")
+        if boxed and line[2:16].isspace() and following[2:16].isspace():
+            word = re.split(r"[ ,]", following[1:].strip())[0]
+            assert len(line[:-1].rstrip()) + 1 + len(word) > len(line) - 3, (line, following)
 
 
 def test_odd_surroundings(selcrypt, public):
@@ -482,7 +501,7 @@ def test_a_broken_installation_is_one_line(here, fault, module):
     line = [sys.executable, "-m", "selcrypt_jax", *PROTECT.split()]
     done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("selcrypt: a library does not start: "), done.stderr
+    assert done.stderr.startswith("selcrypt: a library failed to load: "), done.stderr
     assert "pip install --force-reinstall" in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -80,7 +80,7 @@ COMMANDS = {
         r"modle.safetensors: there is no such file. Check its name"),
     "links in a circle": (
         PROTECT.replace("model.safetensors", "circle"),
-        r"circle: expected a file, got links that lead round in a circle. Name the file itself"),
+        r"circle: expected a file, got a loop of symbolic links. Name the file itself"),
     "header that is no JSON": (
         PROTECT.replace("model.safetensors", "header.safetensors"),
         r"header.safetensors: header: expected UTF-8 JSON, .* damaged: download the file again"),
@@ -160,7 +160,7 @@ COMMANDS = {
         f"{UNLOCK} locked.grant --passphrase-file bad_words",
         r"locked.grant: wrong passphrase. Use the one that the file was locked with"),
     "no passphrase": (
-        f"{UNLOCK} locked.grant", r"locked.grant: is locked with .* Use --passphrase-file"),
+        f"{UNLOCK} locked.grant", r"locked.grant: locked with .* Use --passphrase-file"),
     "two passphrases": (
         f"{UNLOCK} locked.grant --passphrase-file two_lines",
         r"two_lines: expected one line .* got 2 lines. Put nothing else into the file"),
@@ -277,12 +277,12 @@ COMMANDS = {
         r"targets\[1\]: expected ascending .* Sort"),
     "a target without advice": (
         "audit demo -o report --target-advantage 0.2",
-        "--target-advantage: expected with --advise"),
+        "--target-advantage: expected only with --advise"),
     "no such audit": (
         "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
     "audit of a checkpoint": (
         "audit model.safetensors -o report",
-        r"model.safetensors: expected TOML, as docs/audit.md shows it"),
+        r"model.safetensors: expected TOML as in docs/audit.md"),
 }  # fmt: skip
 
 METRICS = """
@@ -713,7 +713,7 @@ CALLS = {
     # --- files
     "tree in place of Protected": (
         lambda m: sj.unlock(m.params, m.key),
-        TypeError, r"protected: expected a Protected, got dict. For what encrypt .* use decrypt"),
+        TypeError, r"protected: expected a Protected, got dict. For the result .* use decrypt"),
     "plain file": (
         lambda m: sj.open_model(plain(m), m.key),
         ValueError, r"plain.safetensors: is not a protected file: .* Expected a file written by"),
@@ -732,7 +732,7 @@ CALLS = {
         ValueError, r"like: 'conv/bias': expected F32\[64\] .* got F32\[8\]. Build the model as"),
     "numbers as metadata": (
         lambda m: sj.protect(m.params, m.masks, secret=SECRET, metadata={"epoch": 3}),
-        TypeError, r"metadata: expected text for text, .* Turn values into text with str or json"),
+        TypeError, r"metadata: expected a mapping .* Convert values with str or json"),
     # --- functions
     "loss for each example": (
         lambda m: importance.fisher(lambda p, b: b.sum(1), m.params, jnp.ones((2, 4, 3))),

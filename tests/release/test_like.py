@@ -170,7 +170,7 @@ def test_what_the_earlier_release_did_not_have_is_named(first, tmp_path, capsys)
         err = capsys.readouterr().err
         assert "'head.weight'" in err
         assert said in err
-    with pytest.warns(UserWarning, match="says nothing of 'head.weight'"):
+    with pytest.warns(UserWarning, match="lacks 'head.weight', which stay plain"):
         protect(second, secret=SECRET, like=first, rest="plain")
 
 
@@ -197,7 +197,7 @@ def test_on_the_command_line(first, tmp_path, capsys):
     ]
     capsys.readouterr()
     assert main([*words, "--force", "--budget", "0.3"]) == 1
-    assert "like: expected no --budget beside it" in capsys.readouterr().err
+    assert "like: expected no --budget with it" in capsys.readouterr().err
     assert main([*words, "--force", "--levels", "2"]) == 1
     assert "like: expected no --levels beside it" in capsys.readouterr().err
     assert main([*words, "--force", "--evaluate", "mine:metric", "--small", "0"]) == 1
