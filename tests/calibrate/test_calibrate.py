@@ -805,7 +805,7 @@ def test_bad_targets_are_refused(files):
         (f"{goal} --levels 0.1", "expected no levels"),
         ("--targets 60", "Add --evaluate"),
         ("--evaluate calibrate_metric:intact", "evaluate: expected targets too"),
-        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: is of use with"),
+        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: expected targets too"),
         ("--targets 60 good --evaluate calibrate_metric:intact", "may be \"any\", got 'good'"),
         ("--targets 60 --evaluate nowhere", "expected an import path"),
         ("--targets 60 --evaluate calibrate_metric:wrong", "expected a number"),

@@ -199,9 +199,9 @@ def test_on_the_command_line(first, tmp_path, capsys):
     assert main([*words, "--force", "--budget", "0.3"]) == 1
     assert "like: expected no --budget with it" in capsys.readouterr().err
     assert main([*words, "--force", "--levels", "2"]) == 1
-    assert "like: expected no --levels beside it" in capsys.readouterr().err
+    assert "like: expected no --levels with it" in capsys.readouterr().err
     assert main([*words, "--force", "--evaluate", "mine:metric", "--small", "0"]) == 1
-    assert "like: expected no --evaluate, --small beside it" in capsys.readouterr().err
+    assert "like: expected no --evaluate, --small with it" in capsys.readouterr().err
 
 
 def refusal(kind, first, tmp_path):
