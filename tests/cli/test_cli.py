@@ -263,11 +263,11 @@ def test_unlocked_weights_are_for_their_owner_alone(selcrypt, public):
 def test_nothing_is_overwritten(selcrypt, public):
     selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    selcrypt("keygen -o keys", fails="exists already")
-    selcrypt(PROTECT, fails="the output exists already")
-    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g", fails="exists already")
-    selcrypt(f"unlock {public} -g g -o model.safetensors", fails="the output exists already")
-    selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected another file than")
+    selcrypt("keygen -o keys", fails="already exists")
+    selcrypt(PROTECT, fails="the output already exists")
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g", fails="already exists")
+    selcrypt(f"unlock {public} -g g -o model.safetensors", fails="the output already exists")
+    selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected a different file")
     assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     selcrypt(f"unlock {public} -g g -o model.safetensors --force")
 
@@ -284,7 +284,7 @@ def test_keys_are_never_an_output(selcrypt, public):
         f"unlock {public} -g g -o g",
         f"rotate {public} {secret} {signing} -o keys/signing.key",
     ):
-        selcrypt(f"{line} --force", fails="expected another file than the input")
+        selcrypt(f"{line} --force", fails="expected a different file from the input")
     assert keys == {path: path.read_bytes() for path in keys}
 
 
@@ -305,7 +305,7 @@ def test_only_what_the_owner_signed_is_signed_anew_or_granted(selcrypt, public):
 
 BAD = {
     "no such file": ("verify nothing", "nothing"),
-    "not a safetensors file": ("verify words", "is cut off, or not a safetensors file"),
+    "not a safetensors file": ("verify words", "is truncated, or not a safetensors file"),
     "not protected": ("verify model.safetensors", "is not a protected file"),
     "protected already": (
         PROTECT.replace("model.safetensors", "public.safetensors").replace("-o public", "-o x"),

@@ -145,7 +145,7 @@ def test_an_owner_may_have_changed_the_key_or_begun_without_one(first, tmp_path,
         with pytest.raises(IntegrityError, match=r'--old-signer signing.pub.*or "unsigned"'):
             protect_file(second, tmp_path / "v2", like=old, old_signer=how, **options)
     for call in (protect_file, protect):
-        with pytest.raises(ValueError, match="old_signer: is of use with like only"):
+        with pytest.raises(ValueError, match="old_signer: expected only with like"):
             call(
                 *((second, tmp_path / "v3") if call is protect_file else (changed(0.01),)),
                 secret=SECRET, old_signer="unsigned",
@@ -240,7 +240,7 @@ def refusal(kind, first, tmp_path):
         ("integers", ValueError, "tensor 'out.weight'"),
         ("plain like sealed", ValueError, "like: .*has a sealed rest, expected a plain one"),
         ("not protected", ValueError, "is not a protected file"),
-        ("levels", ValueError, "like: expected no levels beside it, since like decides"),
+        ("levels", ValueError, "like: expected no levels with it, since like determines"),
         ("no file", OSError, "missing"),
     ],
 )
