@@ -36,7 +36,7 @@ class Network:
         framework: that runs it.
         file: the weights as their package ships them.
         metric: what `scores` measures, in words.
-        worthless: what knowing nothing gives, in percent.
+        worthless: what guessing gives, in percent.
         targets: quality of the levels below the original, in percent; None for as bad as it gets.
         tolerance: how far from its target a level may be on the items to calibrate on, in points.
         tensors: name → array.

@@ -48,8 +48,8 @@ UNTRAINED = (
     "zero-fill",
     "mean-fill",
     "resample",
-    "clip by norm",
-    "prune the largest",
+    "norm clipping",
+    "prune largest",
     "average and zero-fill",
 )
 ATTEMPTS = 3
@@ -281,7 +281,7 @@ def overview(rows: list[dict[str, Any]]) -> str:
 def audit(rows: list[dict[str, Any]]) -> str:
     """What attacks without training reach."""
     lines = [
-        f"| network | nothing known | {' | '.join(rows[0]['attacks'])} | original |",
+        f"| network | guessing | {' | '.join(rows[0]['attacks'])} | original |",
         "|---" * (len(rows[0]["attacks"]) + 3) + "|",
     ]
     for row in rows:

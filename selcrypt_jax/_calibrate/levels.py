@@ -109,7 +109,9 @@ def calibrate_levels(
     wanted = checked_targets(targets)
     check_key(key)
     if keys < 1:
-        raise ValueError(f"keys: expected at least 1, got {keys}. 3 show how much keys matter.")
+        raise ValueError(
+            f"keys: expected at least 1, got {keys}. Three show how much results vary between keys."
+        )
     check_options(selection, cipher)
     cipher = LosslessCipher() if cipher is None else cipher
     source = source_of_tree(named_leaves(params))

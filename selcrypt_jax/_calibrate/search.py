@@ -347,7 +347,7 @@ class Search:
             # A network that is permuted as a whole may be less wrong than one permuted in part.
             if count // 4 < self._levels or self.evaluations >= 6:
                 if abs(self._worst - self.untouched) <= 1e-9 * abs(self.untouched):
-                    remedy = "The metric is flat: does the metric look at its argument?"
+                    remedy = "The metric is flat: does it use its argument?"
                 else:
                     remedy = (
                         "Raise the budget, use other scores, encrypt small leaves too "

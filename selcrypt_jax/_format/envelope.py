@@ -56,7 +56,7 @@ def check_unprotected(metadata: Own, what: str) -> None:
         )
     if ours:
         raise ValueError(
-            f"{what}: metadata {ours} have names that the protected file needs. Rename them."
+            f"{what}: metadata: {ours} are names that the protected file needs. Rename them."
         )
 
 
@@ -123,7 +123,7 @@ class Envelope:
         metadata = metadata or {}
         if MANIFEST not in metadata:
             raise ValueError(
-                f"{what}: is not a protected file: its metadata have no entry {MANIFEST!r}. "
+                f"{what}: is not a protected file: its metadata has no entry {MANIFEST!r}. "
                 "Expected a file written by selcrypt protect. (Some programs drop metadata when "
                 "they save a file again.)"
             )

@@ -144,8 +144,8 @@ def rewrite_tensor(
         digest.update(plain.data)
         if inverse and digest.hexdigest() != ring.sha256:
             raise IntegrityError(
-                f"{what}: tensor {ring.tensor!r}, level {level}: was decrypted to other weights "
-                f"than were encrypted. {DAMAGED}",
+                f"{what}: tensor {ring.tensor!r}, level {level}: decrypts to other weights than "
+                f"were encrypted. {DAMAGED}",
                 reason="plaintext",
             )
         done.append((level, ring._replace(sha256=digest.hexdigest())))

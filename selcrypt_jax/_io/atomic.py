@@ -160,7 +160,7 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
         is removed after an exception; a killed process leaves it behind.
 
     Raises:
-        FileExistsError: something of this name exists already.
+        FileExistsError: something of this name already exists.
         OSError: the parent folder is missing or not writable, or writing failed.
     """
     target = Path(path).absolute()
@@ -212,7 +212,7 @@ def check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]
             continue  # an output that doesn't exist cannot be an input
         if same:
             raise ValueError(
-                f"{os.fspath(output)}: expected another file than the input, got "
+                f"{os.fspath(output)}: expected a different file from the input, got "
                 f"{os.fspath(path)} again. Name another output."
             )
 
@@ -248,7 +248,7 @@ def _check_target(path: Path, force: bool) -> tuple[Path, os.stat_result | None]
     except (FileNotFoundError, NotADirectoryError):
         old = None
     if old is not None and stat.S_ISDIR(old.st_mode):
-        text = "expected a file as output, got a folder. Name a file in it"
+        text = "expected a file as the output, got a folder. Name a file in it"
         raise IsADirectoryError(errno.EISDIR, text, str(path))
     if old is not None and not stat.S_ISREG(old.st_mode):
         raise ValueError(
@@ -266,7 +266,7 @@ def _check_target(path: Path, force: bool) -> tuple[Path, os.stat_result | None]
 def _check_parent(target: Path) -> None:
     parent = target.parent
     if not parent.is_dir():
-        text = "there is no such folder for the output; make it first"
+        text = "no such folder for the output; create it first"
         raise FileNotFoundError(errno.ENOENT, text, str(parent))
     if not os.access(parent, os.W_OK | os.X_OK):
         text = "the folder for the output is read-only; name another one"
@@ -416,7 +416,7 @@ def _sync_names(folder: Path) -> None:
 
 
 def _exists(path: Path, advice: str) -> FileExistsError:
-    return FileExistsError(errno.EEXIST, f"the output exists already. {advice}", str(path))
+    return FileExistsError(errno.EEXIST, f"the output already exists. {advice}", str(path))
 
 
 def _appeared(path: Path) -> FileExistsError:

@@ -65,7 +65,7 @@ def read_regular(
         data = file.read(stop - start)
     if len(data) != stop - start:
         raise ValueError(
-            f"{path}: expected {stop} bytes or more, got {start + len(data)}. It is cut off: "
+            f"{path}: expected {stop} bytes or more, got {start + len(data)}. It is truncated: "
             "download it again."
         )
     return data

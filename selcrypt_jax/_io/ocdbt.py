@@ -108,7 +108,7 @@ def _check_piece(folder: Path, files: Mapping[str, int], name: str, stop: int) -
         )
     if stop > files[name]:
         raise ValueError(
-            f"{folder / name}: expected at least {stop} bytes, got {files[name]}. It is cut off: "
+            f"{folder / name}: expected at least {stop} bytes, got {files[name]}. It is truncated: "
             "download the whole folder again, or save it again with Orbax."
         )
 
@@ -137,7 +137,7 @@ class _Budget:
         """
         if len(node) <= _HEAD + _TAIL or node[12]:
             raise ValueError(
-                f"{self._folder / name}: expected a node of OCDBT, version 0, got something else. "
+                f"{self._folder / name}: expected an OCDBT node, version 0, got something else. "
                 f"{_REMEDY}"
             )
         content = memoryview(node)[_HEAD:-_TAIL]
@@ -145,15 +145,15 @@ class _Budget:
             size = zstd_bound(content) if node[13] else len(content)
         except ValueError as error:
             raise ValueError(
-                f"{self._folder / name}: expected a node of OCDBT, compressed with {error}. It is "
-                "cut off or damaged: download the whole folder again, or save it again with Orbax."
+                f"{self._folder / name}: expected an OCDBT node, compressed with {error}. It is "
+                "truncated or damaged: download the whole folder again, or save it with Orbax."
             ) from None
         self._spent += size
         if self._spent > self._most:
             raise ValueError(
                 f"{self._folder / name}: expected at most {self._most} bytes of arrays' names and "
-                f"places in a folder of {self._size} bytes, got up to {self._spent}. It was made "
-                "to exhaust the memory: download it again from its owner."
+                f"positions in a folder of {self._size} bytes, got up to {self._spent}. It was "
+                "crafted to exhaust memory: download it again from its owner."
             )
         return size
 
@@ -168,7 +168,7 @@ def zstd_bound(data: bytes | memoryview) -> int:
     def number(start: int, size: int) -> int:
         piece = data[start : start + size]
         if len(piece) != size:
-            raise ValueError("Zstandard, got a frame that is cut off")
+            raise ValueError("Zstandard, got a frame that is truncated")
         return int.from_bytes(piece, "little")
 
     position = size = 0
@@ -197,5 +197,5 @@ def zstd_bound(data: bytes | memoryview) -> int:
             position += 3 + (1 if kind == 1 else count)
         position += 4 if flags >> 2 & 1 else 0
     if position > len(data):
-        raise ValueError("Zstandard, got a frame that is cut off")
+        raise ValueError("Zstandard, got a frame that is truncated")
     return size

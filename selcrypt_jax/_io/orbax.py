@@ -234,7 +234,7 @@ class OrbaxCheckpoint:
         if found.tensors != self.tensors:
             raise ValueError(
                 f"{self.path}: expected the dtypes and shapes as when it was opened, got others. "
-                "Another program changed it meanwhile: open it again."
+                "Another program changed it in the meantime: open it again."
             )
         return found
 

@@ -139,8 +139,8 @@ class SafetensorsFile(AbstractContextManager[Any]):
             if not count:
                 raise ValueError(
                     f"{self.path}: expected {self.size} bytes as when it was opened, got "
-                    f"{stop - len(buffer)}. Another program changed it meanwhile: start again when "
-                    "nothing writes to it."
+                    f"{stop - len(buffer)}. Another program changed it in the meantime: try again "
+                    "when none writes to it."
                 )
             buffer, start = buffer[count:], start + count
 
@@ -160,7 +160,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
         """Offset of the data, from the header's length; checked before the header uses memory."""
         first = bytes(self._read(0, min(self.size, 64)))
         length = int.from_bytes(first[:8], "little")
-        hint = "It is cut off, or not a safetensors file: download it again, or convert it first."
+        hint = "It is truncated, or not a safetensors file: download it again, or convert it first."
         certain = length > MAX_HEADER
         if certain or 8 + length > self.size or not first.startswith(b"{", 8):
             kind = format_of(first, self.path.name, certain=certain)
@@ -261,7 +261,7 @@ def _parse_header(
         if end > size - start:
             raise ValueError(
                 f"tensor {show(name)}: data_offsets: expected at most the {size - start} bytes of "
-                f"data that the file has, got {show([begin, end])}. It is cut off; download it "
+                f"data that the file has, got {show([begin, end])}. It is truncated; download it "
                 "again."
             )
         shape = tuple(entry["shape"])
@@ -311,7 +311,7 @@ def _byte_count(dtype: Any, shape: Iterable[Any]) -> int:
     count = 1
     for length in shape:
         if type(length) is not int or length < 0:
-            raise ValueError(f"shape: expected whole numbers from 0, got {show(shape)}.")
+            raise ValueError(f"shape: expected non-negative integers, got {show(shape)}.")
         count *= length
         # The reference multiplies in this order too: it refuses [2^40, 2^40, 0].
         if max(length, count) >= 2**63:

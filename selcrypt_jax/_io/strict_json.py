@@ -83,7 +83,7 @@ def _check_brackets(raw: bytes | bytearray, what: str) -> None:
     if _many_brackets(raw, most) and (actual := _brackets_outside_strings(raw)) > most:
         raise ValueError(
             f"{what}: expected at most {most} lists and objects in {len(raw)} bytes of JSON, got "
-            f"{actual}. It was made to exhaust the memory: download it again from its owner."
+            f"{actual}. It was crafted to exhaust memory: download it again from its owner."
         )
 
 

@@ -76,7 +76,7 @@ def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, by
                 raw = store.read(key).result().value
                 if len(raw) > _MAX_BYTES:
                     raise ValueError(
-                        f"{name} of {len(raw)} bytes, expected {_MAX_BYTES} bytes at most"
+                        f"{name} of {len(raw)} bytes, expected at most {_MAX_BYTES} bytes"
                     )
                 yield name, raw
     except ValueError as error:
@@ -114,7 +114,7 @@ def _shape(shape: Any, chunks: Any, dtype: Any) -> tuple[int, ...]:
         raise ValueError(f"dtype: expected that of a number, got {show(dtype)}")
     for lengths in (shape, chunks):
         if not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths):
-            raise ValueError(f"shape: expected whole numbers from 0, got {show(lengths)}")
+            raise ValueError(f"shape: expected non-negative integers, got {show(lengths)}")
     larger = [m > max(n, 1) for n, m in zip(shape, chunks, strict=True)]
     if any(larger):
         raise ValueError(f"chunks: expected at most the shape {show(shape)}, got {show(chunks)}")

@@ -159,7 +159,7 @@ def write_key_file(
             file.write(data)
     except FileExistsError:
         raise FileExistsError(
-            f"{path}: exists already, and {kind.called} is not overwritten. Name another file; "
+            f"{path}: already exists, and {kind.called} is not overwritten. Name another file; "
             f"with force=True (--force) it is replaced{kind.lost}."
         ) from None
 
@@ -338,8 +338,7 @@ def _unlocked(
         return lock.decrypt(nonce, sealed[_NONCE_BYTES:], text.encode())
     except InvalidTag:
         raise GrantError(
-            f"{what}: wrong passphrase. Use the one that the file was locked with, letter by "
-            "letter.",
+            f"{what}: wrong passphrase. Type exactly the one that the file was locked with.",
             reason="passphrase",
         ) from None
 
@@ -358,7 +357,7 @@ def _decoded(text: str, what: str, field: str, size: int) -> bytes:
 def damaged(what: AnyPath, problem: str) -> GrantError:
     """The error for a damaged or mistyped key file."""
     return GrantError(
-        f"{what}: {problem}. The file is cut off, damaged or mistyped: use another copy, or ask "
+        f"{what}: {problem}. The file is truncated, damaged or mistyped: use another copy, or ask "
         "for it again.",
         reason="damaged",
     )

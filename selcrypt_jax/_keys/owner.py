@@ -31,7 +31,7 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
     for name in (SECRET_FILE, SIGNING_FILE, PUBLIC_FILE):
         if not force and (folder / name).exists():
             raise FileExistsError(
-                f"{folder / name}: exists already. Name another folder; --force would replace it, "
+                f"{folder / name}: already exists. Name another folder; --force would replace it, "
                 "and models protected with it could never be opened again."
             )
     there = folder.exists()

@@ -52,7 +52,7 @@ class Base:
         self.lacking = [name for name, info in tensors.items() if not self._has(name, info)]
         if len(self.lacking) == len(tensors):
             raise ValueError(
-                f"base: expected tensors as this network has them, such as {listed(tensors)}, got "
+                f"base: expected the tensors of this network, such as {listed(tensors)}, got "
                 f"{listed(self._source)}. Give the network that this one was fine-tuned from."
             )
 
@@ -80,8 +80,8 @@ class Base:
             broken = np.count_nonzero(np.isfinite(leaf) & ~np.isfinite(known))
             if broken:
                 raise ValueError(
-                    f"base: {name!r}: expected finite weights, as the network has them, got NaN or "
-                    f"Inf in {broken} of {known.size}. Give a base model that works."
+                    f"base: {name!r}: expected finite weights where the network has them, got NaN "
+                    f"or infinity in {broken} of {known.size}. Give a base model that works."
                 )
             leaf -= known
         return leaf

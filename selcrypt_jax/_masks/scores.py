@@ -147,7 +147,7 @@ def whole_leaves(
     if set(scores.shapes) <= set(names):
         if selection.small is not None:
             raise ValueError(
-                f"small: {share:g} of all weights takes every selected tensor as a whole "
+                f"small: {share:g} of all weights covers every selected tensor "
                 f"({listed(scores.shapes)}), and leaves nothing for levels to open. Pass a smaller "
                 "share, or select larger tensors."
             )

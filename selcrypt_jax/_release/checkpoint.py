@@ -279,7 +279,7 @@ class Checkpoint:
             got = "an Orbax checkpoint" if self.folder else "a file by itself"
             raise ValueError(
                 f"{self.path}: copy_config: expected the folder of a model, got {got}. Name the "
-                "folder, or copy what lies beside the weights yourself."
+                "folder, or copy the other files yourself."
             )
         index = set() if self.index is None else {self.index.path.name}
         return companions(self.folder, self.files.keys() | index)

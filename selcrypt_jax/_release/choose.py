@@ -179,8 +179,8 @@ def choose_like(
         _check_old_signer(manifest.signer, signing, old_signer, str(path))
         if manifest.rest == "sealed" and rest == "plain":
             raise ValueError(
-                f"like: {path}: has a sealed rest, expected a plain one: what only its level 1 "
-                "opens would be plain in the new file. Seal that too."
+                f"like: {path}: has a sealed rest, expected a plain one: weights that only its "
+                "level 1 opens would be plain in the new file. Seal the new file too."
             )
         key = level_key(secret, manifest.model_id, levels=len(manifest.levels))
         rings: dict[str, list[tuple[int, SealedRing]]] = {}
@@ -224,9 +224,9 @@ def _check_old_signer(
         got = "none" if actual is None else f"that of {actual.hex()}"
         raise IntegrityError(
             f"{path}: like: expected an earlier release {wanted}, got {got}: a grant holder "
-            "could have changed what a file encrypts that you did not sign. Name the key it "
-            'was signed with (--old-signer signing.pub); or "unsigned", if it never was and this '
-            "is the copy that you wrote.",
+            "can change what a file encrypts, unless you signed it. Name the key that signed it "
+            '(--old-signer signing.pub); or "unsigned", if it was never signed and this is your '
+            "own copy.",
             reason="signer",
         )
 
@@ -318,8 +318,8 @@ def check_alone(option: str, **others: object) -> None:
     for name, value in others.items():
         if value is not None:
             raise ValueError(
-                f"{option}: expected no {name} beside it, since {option} decides that too, got "
-                f"some. Leave {name} out, or {option}."
+                f"{option}: expected no {name} with it, since {option} determines it, got both. "
+                f"Leave out {name} or {option}."
             )
 
 
@@ -332,7 +332,7 @@ def check_like(like: AnyPath | None, old_signer: AnySigner | None, **others: obj
     if like is not None:
         check_alone("like", **others)
     elif old_signer is not None:
-        raise ValueError("old_signer: is of use with like only, got none. Leave it out.")
+        raise ValueError("old_signer: expected only with like, got no like. Leave it out.")
 
 
 def check_rest(rest: object) -> None:

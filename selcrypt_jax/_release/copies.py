@@ -1,8 +1,9 @@
 """Tensors that hold another one: whole or in part, transposed, reshaped, or fused with others.
 
-What is encrypted in one tensor and plain in a copy of it is plain. Runs of eight neighbours along
-each axis, at places that their values decide, are looked up in all tensors at once: such places
-are found again wherever a copy lies. One match fixes where all other weights of a copy must be.
+A weight that is encrypted in one tensor and plain in a copy of it is plain. Copies are found by
+matching runs of eight neighbours along each axis across all tensors at once. Where runs start
+depends on the values alone, so a copy has the same runs wherever it lies. One match then fixes
+where all other weights of a copy must be.
 """
 
 import math
@@ -15,27 +16,27 @@ from .._format.tensors import StoredTensors
 from .._tree.dtypes import SAFETENSORS
 
 _RUN = 8  # neighbours that have to agree
-_SAMPLES = 1024  # runs of a small tensor; a large one has one at a 256th of its places
-_MATCHES = 12  # that are looked into, for two tensors
-_ALIKE = 0.25  # of all weights, from which on a tensor counts as a copy: an average may be half old
-_SCATTERED = 0.15  # of all runs, which lie elsewhere in another tensor
-_VALUES = 64  # that a tensor must have, for that to say anything
-_SIMILAR = 0.9  # correlation; of fewer than 32 weights it says little
-_FEWEST = 32
-_ROWS = 1024  # tensors that are compared with all others at once
-_POINTS = 1024  # where it is measured
-_AT_ONCE = 1 << 16  # places that are looked at together
+_SAMPLES = 1024  # runs in a small tensor; in a large one, runs start at a 256th of the positions
+_MATCHES = 12  # matches examined for each pair of tensors
+_ALIKE = 0.25  # share of equal weights that makes a copy: an average may keep half of the old ones
+_SCATTERED = 0.15  # share of runs found in another tensor that makes it a scattered copy
+_VALUES = 64  # distinct values that a tensor needs for `_SCATTERED` to mean anything
+_SIMILAR = 0.9  # correlation that makes two tensors similar
+_FEWEST = 32  # weights below which a correlation means little
+_ROWS = 1024  # tensors compared with all others at once
+_POINTS = 1024  # sampled weights for the correlation
+_AT_ONCE = 1 << 16  # positions examined at once
 
 
 class Copy(NamedTuple):
-    """A tensor inside of another one.
+    """A tensor inside another one.
 
     Attributes:
         inner: name of the tensor.
-        outer: name of the one that holds it.
-        start: flat position in it of the first weight.
-        strides: by how many weights in it each axis of `inner` steps.
-        share: how much of `inner` is the same, beyond what is by chance.
+        outer: name of the tensor that holds it.
+        start: flat position of its first weight in `outer`.
+        strides: for each axis of `inner`, the step in `outer`, in weights.
+        share: share of `inner` that agrees, beyond chance.
     """
 
     inner: str
@@ -45,13 +46,13 @@ class Copy(NamedTuple):
     share: float
 
     def view(self, flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The weights of the outer tensor, or what is known of them, in the shape of the inner."""
+        """A view, in the shape of `inner`, of `outer` or of anything with one entry per weight."""
         steps = [stride * flat.itemsize for stride in self.strides]
         return np.lib.stride_tricks.as_strided(flat[self.start :], shape, steps)
 
 
 class _Found(NamedTuple):
-    """Runs of a tensor: their hashes, first places, and strides."""
+    """The runs of a tensor: hashes, first positions, and strides."""
 
     keys: np.ndarray
     places: np.ndarray
@@ -59,11 +60,11 @@ class _Found(NamedTuple):
 
 
 class Contents:
-    """The weights of tensors by what they are.
+    """Compares tensors by content.
 
     Args:
-        sources: that have the tensors; read in order, one at a time.
-        among: those that may be encrypted; of others it is not said what is similar.
+        sources: name of a tensor → the file that holds it; read in order, one tensor at a time.
+        among: tensors that may be encrypted; similar pairs without any of these are left out.
     """
 
     def __init__(self, sources: Mapping[str, StoredTensors], among: Container[str]) -> None:
@@ -77,14 +78,14 @@ class Contents:
         ]
         self._points: dict[str, np.ndarray] = {}
         self.scattered: list[tuple[str, str]] = []
-        """Pairs that share much, but in another order, once `copies` has read all tensors."""
+        """Pairs that share much in another order; set once `copies` has read all tensors."""
 
     def bits(self, name: str) -> np.ndarray:
         """A tensor as flat unsigned integers."""
         return np.frombuffer(self._sources[name].read(name), f"<u{self._dtypes[name].bits // 8}")
 
     def copies(self) -> list[Copy]:
-        """Every tensor that lies in another one; of several alike, one after the other."""
+        """Every tensor that lies in another one; identical tensors pair up one after the other."""
         if len(self._names) < 2:
             self._names = []
             return []
@@ -103,13 +104,13 @@ class Contents:
             fewer = min(len(found[number].keys) for number in pair)
             if placed or count < _SCATTERED * fewer:
                 continue
-            # Few values, as integers have, come in the same order by chance.
+            # Tensors with few distinct values, such as integers, share runs by chance.
             if len(np.unique(self._points[first])) >= _VALUES:
                 self.scattered.append((first, second))
         return result
 
     def similar(self) -> Iterator[tuple[str, str]]:
-        """Pairs of one shape that are much alike, once `copies` has read all tensors."""
+        """Pairs of similar tensors of the same shape, once `copies` has read all tensors."""
         by_shape: dict[tuple[int, ...], list[str]] = {}
         for name in self._names:
             shape = self.shapes[name]
@@ -124,7 +125,7 @@ class Contents:
             points -= points.mean(1, keepdims=True)
             size = np.linalg.norm(points, axis=1)
             points /= np.where(size > 0, size, 1)[:, None]
-            for start in range(0, len(names), _ROWS):  # of tens of thousands, as experts are
+            for start in range(0, len(names), _ROWS):  # there may be tens of thousands of experts
                 alike = points[start : start + _ROWS] @ points[start:].T
                 for first, second in np.argwhere(np.triu(alike, 1) > _SIMILAR) + start:
                     one, two = names[first], names[second]
@@ -144,7 +145,7 @@ class Contents:
         return np.where(np.isfinite(values), values, 0)
 
     def _matches(self, found: list[_Found]) -> Iterator[tuple[tuple[int, int], int, np.ndarray]]:
-        """Pairs of tensors, how many matches they have, and some: places and strides in both."""
+        """Pairs of tensors, their number of matches, and some matches: positions and strides."""
         keys = np.concatenate([each.keys for each in found])
         tensor = np.repeat(np.arange(len(found)), [len(each.keys) for each in found])
         places = np.concatenate([each.places for each in found])
@@ -164,7 +165,7 @@ class Contents:
             yield (int(tensor[one[0]]), int(tensor[two[0]])), count, rows
 
     def _placed(self, first: str, second: str, matches: np.ndarray) -> list[Copy]:
-        """Where one of two tensors lies in the other."""
+        """The copies of one of two tensors in the other."""
         if math.prod(self.shapes[first]) > math.prod(self.shapes[second]):
             first, second, matches = second, first, matches[:, [2, 3, 0, 1]]
         inner, outer = self.bits(first), self.bits(second)
@@ -179,9 +180,9 @@ class Contents:
 
 
 def _share(one: np.ndarray, two: np.ndarray) -> float:
-    """How much of two flat arrays is the same, beyond what is by chance.
+    """The share of two flat arrays that agrees, beyond chance.
 
-    Tensors of few values, such as pruned ones or of -1, 0 and 1, agree in many places.
+    Tensors with few distinct values, such as pruned or ternary ones, agree in many positions.
     """
     same, chance = np.mean(one == two), np.mean(one[1:] == two[:-1])
     return float((same - chance) / (1 - chance)) if chance < 1 else 0.0
@@ -193,7 +194,7 @@ def _steps(shape: tuple[int, ...]) -> list[int]:
 
 
 def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
-    """Runs along each axis, from the places that their first value decides."""
+    """Runs along each axis, which start where the hash of the first value says so."""
     mixed = bits.astype(np.uint64) if bits.itemsize == 8 else bits.astype(np.uint32)
     if bits.itemsize == 8:
         mixed = (mixed ^ (mixed >> np.uint64(32))).astype(np.uint32)
@@ -202,7 +203,7 @@ def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
     mixed *= np.uint32(0x85EBCA77)
     rarity = min(max(bits.size // _SAMPLES, 1).bit_length() - 1, 8)
     chosen = np.flatnonzero((mixed >> np.uint32(24)) < (256 >> rarity))
-    # A value that fills much of a tensor was chosen: of its runs, so many fewer.
+    # If a value that fills much of the tensor was chosen, keep correspondingly fewer runs.
     usual = (bits.size >> rarity) * 4
     thinned = min((len(chosen) // max(usual, 1)).bit_length(), 8)
     factors = np.random.default_rng(0).integers(1, 2**63, _RUN, np.uint64) | np.uint64(1)
@@ -215,7 +216,7 @@ def _runs(bits: np.ndarray, shape: tuple[int, ...]) -> _Found:
         for start in range(0, len(chosen), _AT_ONCE):
             here = chosen[start : start + _AT_ONCE]
             here = here[here // stride % size <= size - _RUN]
-            here = here[bits[here] != bits[here + stride]]  # most of a tensor that is mostly zero
+            here = here[bits[here] != bits[here + stride]]  # drops most of a mostly zero tensor
             runs = bits[here[:, None] + stride * np.arange(_RUN)].astype(np.uint64)
             here = here[different := (runs[:, :-1] != runs[:, 1:]).sum(1) >= _RUN // 2]
             hashes = (runs[different] * factors).sum(1, dtype=np.uint64)
@@ -238,17 +239,17 @@ def _affine(
     outer_place: int,
     outer_stride: int,
 ) -> tuple[int, tuple[int, ...]] | None:
-    """Where a tensor must lie in another one, from one run that they share.
+    """Where a tensor must lie in another one, given one run that they share.
 
     Args:
-        inner: flat.
-        shape: of it.
-        outer: flat.
-        outer_shape: of it.
-        place: of the run in `inner`, and its ``stride``.
-        stride: see there.
-        outer_place: of the run in `outer`, and its stride.
-        outer_stride: see there.
+        inner: the tensor, flat.
+        shape: its shape.
+        outer: the other tensor, flat.
+        outer_shape: its shape.
+        place: position of the run in `inner`.
+        stride: stride of the run in `inner`.
+        outer_place: position of the run in `outer`.
+        outer_stride: stride of the run in `outer`.
 
     Returns:
         Start and strides, see `Copy`; None if nothing fits.
@@ -262,7 +263,7 @@ def _affine(
     found = {known[0]: outer_stride}
     behind = outer_stride * shape[known[0]]
     others = {step for step, size in zip(_steps(outer_shape), outer_shape, strict=True) if size > 1}
-    for axis in sorted(axes, reverse=True):  # the last first: others may lie right behind it
+    for axis in sorted(axes, reverse=True):  # last axis first: earlier ones may be contiguous to it
         if axis in found:
             behind = found[axis] * shape[axis]
             continue

@@ -54,7 +54,7 @@ def open_model(
         >>> params = open_model("model.safetensors", "alice.grant", like=nnx.state(model))
     """
     if names is not None and like is not None:
-        raise ValueError("names: expected none beside like, got some. Leave one of them out.")
+        raise ValueError("names: expected none with like, got some. Leave out one or the other.")
     with LazyModel(path, grant, level=level, signer=signer) as model:
         if like is not None:
             _check_like(like, model.tensors, str(path))
@@ -207,8 +207,8 @@ def _check_like(like: Any, tensors: Any, path: str) -> None:
     missing = [name for name in leaves if name not in tensors]
     if extra or missing:
         raise ValueError(
-            f"like: expected the tensors of {path}, got a tree that lacks {listed(extra)} and has "
-            f"{listed(missing)} besides. Leave `like` out to see the names."
+            f"like: expected the tensors of {path}, got a tree that lacks {listed(extra)} and also "
+            f"has {listed(missing)}. Leave `like` out to see the names."
         )
     for name, info in ArraySource(leaves, "like").tensors.items():
         actual = ArrayInfo(tensors[name].dtype, tuple(tensors[name].shape))
@@ -251,7 +251,7 @@ def _rebuild(like: Any, arrays: dict[str, Any]) -> Any:
         if dtype != jax.dtypes.canonicalize_dtype(dtype):
             raise ValueError(
                 f"like: {name!r}: expected a dtype that JAX holds as it is, got {dtype}, which it "
-                "would cut to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
+                "would truncate to 32 bits. Set jax_enable_x64, or use NumPy arrays in `like`."
             )
         leaves[name] = jax.device_put(arrays[name], leaf.sharding)
     return tree.rebuild(leaves)

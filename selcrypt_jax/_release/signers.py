@@ -1,4 +1,4 @@
-"""Who must have signed a file: as the caller says, as a grant says, as its owner knows."""
+"""The signer that a file must have: named by the caller, by a grant, or known to its owner."""
 
 import os
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ AnySigner = VerifyKey | AnyPath
 """A public key, or the path of its file."""
 
 UNSIGNED = "unsigned"
-"""In place of a signer: a file of the owner's own that never was signed."""
+"""In place of a signer: the owner's own file, which was never signed."""
 
 
 def verify_key(signer: AnySigner | None) -> VerifyKey | None:
-    """The public key of a signer, read if it is a path."""
+    """The public key of a signer, read from its file if given as a path."""
     if isinstance(signer, str | os.PathLike):
         return VerifyKey.read(signer)
     remedy = "Pass the `public` of the owner's SigningKey, or the path of their signing.pub."
@@ -26,21 +26,21 @@ def verify_key(signer: AnySigner | None) -> VerifyKey | None:
 
 
 def expected_signer(signer: AnySigner | None, of_grant: VerifyKey | None) -> VerifyKey | None:
-    """The signer that a file must have; None if neither caller nor grant say.
+    """The signer that a file must have; None if neither the caller nor the grant names one.
 
     Args:
-        signer: what the caller says.
-        of_grant: what the grant says.
+        signer: the signer that the caller names.
+        of_grant: the signer that the grant names.
 
     Raises:
-        GrantError: they say different things.
+        GrantError: they name different signers.
         TypeError, OSError: see `verify_key`.
     """
     public = verify_key(signer)
     if public is not None and of_grant is not None and public != of_grant:
         raise GrantError(
-            f"grant: expects files signed by {of_grant.hex()}, got signer {public.hex()}. "
-            "Use one of them.",
+            f"grant: expected its signer, {of_grant.hex()}, got {public.hex()}. Check both with "
+            "the owner, and leave signer out or correct it.",
             reason="signer",
         )
     return public or of_grant
@@ -50,12 +50,12 @@ def check_owner(envelopes: Iterable[Envelope], signer: AnySigner | None, path: o
     """Refuses a file that the owner did not sign, before they vouch for it.
 
     Args:
-        envelopes: of the file or files, their signatures checked.
-        signer: the owner's public key; `UNSIGNED`; None to take the file's own word.
-        path: for messages.
+        envelopes: envelopes of the file or files, with signatures already checked.
+        signer: the owner's public key; `UNSIGNED`; or None to trust the file.
+        path: the file, for messages.
 
     Raises:
-        IntegrityError: another signer, or none.
+        IntegrityError: the file has another signer, or none.
     """
     if signer is None:
         return
@@ -68,7 +68,7 @@ def check_owner(envelopes: Iterable[Envelope], signer: AnySigner | None, path: o
             )
             raise IntegrityError(
                 f"{path}: expected a file {wanted}, got one {got}: a customer could have altered "
-                "it. Take the copy that you wrote, and name the key that it was signed with "
-                '(--signer signing.pub), or "unsigned" if it never was.',
+                "it. Use the copy that you wrote, and name the key that signed it "
+                '(--signer signing.pub), or "unsigned" if it was never signed.',
                 reason="signer",
             )

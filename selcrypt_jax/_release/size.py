@@ -1,4 +1,4 @@
-"""What fills the header of a protected file, which holds 100 MB at most."""
+"""The size of a protected file's header, which is limited to 100 MB."""
 
 import itertools
 import math
@@ -13,40 +13,40 @@ if TYPE_CHECKING:
     from .._masks.levels import Levels
 
 _TENSORS = "names, shapes and digests"
-_POSITIONS = "positions of what is encrypted"
+_POSITIONS = "positions of encrypted weights"
 _OWN = "the file's own metadata"
 _REMEDIES = {
-    _TENSORS: "Put the tensors into several files with an index, or join small ones.",
+    _TENSORS: "Split the checkpoint into several files with an index, or merge small tensors.",
     _POSITIONS: "Select larger groups (--granularity filter), a smaller share or fewer tensors, or "
     "split the checkpoint.",
-    _OWN: "Keep less in the metadata.",
+    _OWN: "Shorten the metadata.",
 }
 
 
 def header_length(
     layout: Sequence[tuple[str, str, tuple[int, ...]]], envelope: Envelope, what: str
 ) -> int:
-    """How many bytes of a file come before its data.
+    """The number of bytes before a file's data.
 
     Args:
-        layout: of its tensors, see `header`.
-        envelope: blank.
+        layout: layout of its tensors, see `header`.
+        envelope: a blank envelope.
         what: the file, for messages.
 
     Raises:
-        ValueError: more than the format allows.
+        ValueError: the header is larger than the format allows.
     """
     try:
         return len(header(layout, envelope.entries()))
     except ValueError:
         own = sum(len(k.encode()) + len(v.encode()) for k, v in (envelope.own or {}).items())
         parts = {
-            # Each tensor is named in the header itself too, with what is about the same again.
+            # The header itself also names each tensor, with about the same amount of text.
             _TENSORS: len(envelope.text.encode()) + sum(len(n.encode()) + 70 for n, *_ in layout),
             _POSITIONS: sum(map(len, envelope.boxes)),
             _OWN: own,
         }
-        if sum(parts.values()) <= MAX_HEADER // 2:  # it was refused for something else
+        if sum(parts.values()) <= MAX_HEADER // 2:  # refused for another reason
             raise
         raise ValueError(_too_much(parts, len(layout), what)) from None
 
@@ -57,16 +57,16 @@ def check_header(
     levels: "Levels | None",
     what: str,
 ) -> None:
-    """Refuses what would not fit into a file's header, before it is computed.
+    """Refuses a selection that would not fit into a file's header, before it is computed.
 
     Args:
-        tensors: of the file, with dtype and shape.
-        shapes: of the scores of each tensor that takes part.
-        levels: how many groups each level opens in every tensor; None if that is not known yet.
+        tensors: the tensors of the file, with dtype and shape.
+        shapes: shapes of the scores of the selected tensors.
+        levels: how many groups each level opens in every tensor; None if not known yet.
         what: the checkpoint's file, for messages.
 
     Raises:
-        ValueError: more than the 100 MB that the format allows.
+        ValueError: the header would exceed the 100 MB that the format allows.
     """
     bits = 0.0
     for size in map(math.prod, shapes):
@@ -76,12 +76,12 @@ def check_header(
             if 0 < share < 1:
                 bits -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
     parts = {
-        # Twice the name, a digest in hex for each chunk, and about 130 signs around them.
+        # Twice the name, a hexadecimal digest for each chunk, and about 130 other characters.
         _TENSORS: sum(
             2 * len(name.encode()) + 64 * chunk_count(info.dtype, tuple(info.shape)) + 130
             for name, info in tensors.items()
         ),
-        _POSITIONS: int(bits / 8 * 4 / 3),  # no coding takes less; base64 takes a third more
+        _POSITIONS: int(bits / 8 * 4 / 3),  # the entropy, plus a third for base64
     }
     if sum(parts.values()) > MAX_HEADER:
         raise ValueError(_too_much(parts, len(tensors), what))
@@ -91,7 +91,7 @@ def _too_much(parts: Mapping[str, int], count: int, what: str) -> str:
     shown = ", ".join(f"{size / 1e6:,.1f} MB {part}" for part, size in parts.items() if size)
     largest = max(parts, key=lambda part: parts[part])
     return (
-        f"{what}: header: expected at most {MAX_HEADER / 1e6:,.3g} MB, got "
-        f"{sum(parts.values()) / 1e6:,.1f} MB or more for its {count} tensors: {shown}. "
+        f"{what}: header: expected at most {MAX_HEADER / 1e6:,.3g} MB, got at least "
+        f"{sum(parts.values()) / 1e6:,.1f} MB for its {count} tensors: {shown}. "
         f"{_REMEDIES[largest]}"
     )

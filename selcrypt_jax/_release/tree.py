@@ -48,15 +48,15 @@ from .use import AnyGrant, grant_key
 
 @dataclass(frozen=True)
 class Protected:
-    """Protected parameters, and what a file of them needs in its metadata.
+    """Protected parameters, and the metadata for a file of them.
 
     Attributes:
         params: a tree like the one that was protected; it runs at level 0.
-        metadata: manifest, boxes and signature, see FORMAT.md, beside the caller's own entries.
-            Whatever writes ``params`` to a safetensors file under the names of their leaves, and
-            these as its metadata, writes a protected file.
-        calibration: what the levels give, if `Targets` were asked for.
-        plain_change: share of what changed from `Select.base` that is plain, see `Selected`.
+        metadata: manifest, boxes and signature, see FORMAT.md, plus the caller's own entries. A
+            safetensors file that holds ``params`` under the names of their leaves, and these
+            entries as its metadata, is a protected file.
+        calibration: the measured levels, if `Targets` were requested.
+        plain_change: share of the change from `Select.base` that is plain, see `Selected`.
 
     Examples:
         >>> released = protect(params, masks, secret=secret)
@@ -72,18 +72,18 @@ class Protected:
 
     @property
     def model_id(self) -> bytes:
-        """16 bytes that name this protection, for `level_key`."""
+        """The 16 bytes that identify this protection, for `level_key`."""
         return Envelope.from_metadata(self.metadata, "metadata").manifest.model_id
 
     def save(self, path: AnyPath, *, force: bool = False) -> None:
-        """Writes a protected safetensors file; leaves that are no arrays are not in it.
+        """Writes a protected safetensors file, without leaves that are not arrays.
 
         Args:
-            path: of the file.
+            path: path of the file.
             force: replace an existing file.
 
         Raises:
-            OSError: it cannot be written. There is no file then, or the old one.
+            OSError: it cannot be written. Then there is no file, or the old one.
         """
         source = source_of_tree(named_leaves(self.params))
         layout = [(name, info.dtype, info.shape) for name, info in source.tensors.items()]
@@ -93,17 +93,17 @@ class Protected:
                 file.write(source.read(name))
 
     def save_orbax(self, path: AnyPath) -> None:
-        """Writes a protected Orbax checkpoint, as `selcrypt protect` makes it from one.
+        """Writes a protected Orbax checkpoint, as `selcrypt protect` does.
 
-        On several hosts each process writes what it has; all have to call this, with the path of a
-        folder that they share.
+        With several hosts, each process writes its own part: all have to call this, with the path
+        of a shared folder.
 
         Args:
-            path: of the folder; there must be nothing of this name.
+            path: path of the folder, which must not exist.
 
         Raises:
-            ValueError: leaves that a file cannot hold.
-            OSError: it cannot be written. There is no folder then.
+            ValueError: there are leaves that a file cannot hold.
+            OSError: it cannot be written. Then there is no folder.
         """
         from .._io.orbax import save_tree
 
@@ -111,18 +111,18 @@ class Protected:
 
     @classmethod
     def load_orbax(cls, path: AnyPath, like: PyTree) -> "Protected":
-        """Reads what `save_orbax` or `selcrypt protect` wrote; for `unlock`.
+        """Reads a checkpoint that `save_orbax` or `selcrypt protect` wrote, for `unlock`.
 
         Args:
-            path: of the folder.
-            like: a tree with its structure, shapes and dtypes, of arrays or of
-                ``jax.ShapeDtypeStruct``; arrays are placed as those of `like`. On several hosts
-                each process reads its own part.
+            path: path of the folder.
+            like: a tree with its structure, shapes and dtypes, of arrays or
+                ``jax.ShapeDtypeStruct``; the result has the shardings of `like`. With several
+                hosts, each process reads its own part.
 
         Raises:
-            ValueError: no protected checkpoint, or a `like` that does not fit.
-            IntegrityError: a wrong signature, or other dtypes and shapes than were protected. The
-                bytes of the parameters are checked by `unlock`.
+            ValueError: the folder is not a protected checkpoint, or `like` does not fit.
+            IntegrityError: the signature is wrong, or dtypes or shapes were changed. The bytes of
+                the parameters are checked by `unlock`.
             OSError: it cannot be read.
         """
         from .._io.orbax import load_tree
@@ -149,20 +149,20 @@ def protect(
     The ciphertext is that of `encrypt` under a new model id.
 
     Args:
-        params: any pytree; its arrays are protected, other leaves pass through. So do typed random
-            keys, as of a model with dropout: nothing of them is written to a file.
-        masks: M nested masks (`nested_masks`), in place of `levels` and `selection`. A ring that
-            is too small to hide in is then refused. What they select in one leaf is encrypted in
+        params: any pytree; its arrays are protected, other leaves are passed through. So are typed
+            random keys, as in a model with dropout: they are never written to a file.
+        masks: M nested masks (`nested_masks`), instead of `levels` and `selection`. A ring with
+            too few weights to hide is then refused. Weights selected in one leaf are encrypted in
             all of its copies, as in `protect_file`.
-        secret: the owner's.
+        secret: the owner's secret.
         levels: as in `protect_file`; 5 by default.
         selection: as in `protect_file`; ``Select()`` by default. ``Select(importance=scores)``
             takes scores as a pytree.
-        like: as in `protect_file`: the file, or the Orbax folder, of an earlier release. Leaves
-            that it did not have stay plain with a plain rest, and a warning names them.
+        like: as in `protect_file`: the file or Orbax folder of an earlier release. With a plain
+            rest, leaves that it lacks stay plain, and a warning names them.
         old_signer: as in `protect_file`.
-        signing: signs the release; its public half names the owner.
-        cipher: `LosslessCipher()` unless given.
+        signing: the key that signs the release; its public half identifies the owner.
+        cipher: `LosslessCipher()` by default.
         rest: as in `protect_file`.
         metadata: the caller's own entries for the file.
 
@@ -171,9 +171,9 @@ def protect(
         same objects.
 
     Raises:
-        ValueError: masks or scores that do not fit, a ring that is too small to hide in, a dtype
-            that a file cannot hold, metadata under names of ours, targets out of reach.
-        TypeError: traced parameters, masks or scores.
+        ValueError: masks or scores do not fit, a ring has too few weights to hide, a file cannot
+            hold a dtype, metadata uses a reserved name, or targets are out of reach.
+        TypeError: parameters, masks or scores are traced.
 
     Examples:
         >>> released = protect(params, masks, secret=secret, signing=signing)
@@ -198,7 +198,7 @@ def protect(
         )  # fmt: skip
         if rest == "plain" and chosen.unknown:
             warnings.warn(
-                f"{like} says nothing of {listed(chosen.unknown)}: left plain. Protect with a "
+                f"like: {like} lacks {listed(chosen.unknown)}, which stay plain. Protect with a "
                 'sealed rest (rest="sealed"), or without like.',
                 stacklevel=2,
             )
@@ -215,14 +215,15 @@ def protect(
         rings = split_rings(tree, masks)
         if not rings:
             raise ValueError(
-                "masks: expected something to be selected, got nothing: the result would be "
+                "masks: expected masks that select something, got none: the result would be "
                 "plaintext. Make masks with nested_masks, or leave them out."
             )
         for ring in rings:
             if is_random_key(tree.leaves[ring.name]):
                 raise ValueError(
-                    f"masks: {ring.name!r}: expected False for random keys, which are no "
-                    "parameters and are in no file, got a mask that selects some. Pass False there."
+                    f"masks: {ring.name!r}: expected False for random keys, which are not "
+                    "parameters and are never written to a file, got a mask that selects some. "
+                    "Pass False there."
                 )
             cipher.check(ring, tree.leaves[ring.name])
         spread = with_twins(sealed(rings), [source], cipher, rest, given=True)
@@ -230,7 +231,7 @@ def protect(
     for name in random_keys(source):
         warnings.warn(
             f"params: {name!r} looks like random keys, which level 1 opens. Leave it out of the "
-            "tree if anything is to stay secret that was made with them.",
+            "tree if anything made with them has to stay secret.",
             stacklevel=2,
         )
     for similar in chosen.similar:
@@ -254,17 +255,17 @@ def protect(
 
 
 def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
-    """Refuses what cannot be released.
+    """Refuses parameters and metadata that cannot be released.
 
     Raises:
-        ValueError: metadata under names of ours.
-        TypeError: traced parameters, or metadata that are no text.
+        ValueError: metadata uses a reserved name.
+        TypeError: parameters are traced, or metadata is not text.
     """
     metadata_ok = metadata is None or isinstance(metadata, Mapping)
     if not metadata_ok or not all(isinstance(t, str) for p in (metadata or {}).items() for t in p):
         raise TypeError(
-            "metadata: expected text for text, as a file holds it, got something else. Turn values "
-            "into text with str or json.dumps."
+            "metadata: expected a mapping from str to str, got other types. Convert values with "
+            "str or json.dumps."
         )
     check_unprotected(metadata, "metadata")
     warn_if_unlocked(metadata, "params")
@@ -272,31 +273,31 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
     for text in (*leaves, *(metadata or {}), *(metadata or {}).values()):
         if text.encode(errors="replace").decode() != text:
             raise ValueError(
-                f"params, metadata: expected names and entries of Unicode, got a lone surrogate in "
-                f"{text!r}, which no file can hold. Rename it."
+                f"params, metadata: expected names and entries in valid Unicode, got a lone "
+                f"surrogate in {text!r}, which no file can hold. Rename it."
             )
     for name, leaf in leaves.items():
         if isinstance(leaf, Tracer):
             raise TypeError(
-                f"params {name!r}: expected a concrete array, got a traced one. What is released "
-                "is bytes: call protect outside of jit, or use encrypt there."
+                f"params: {name!r}: expected a concrete array, got a tracer. A release consists of "
+                "bytes: call protect outside of jit, or use encrypt inside it."
             )
 
 
 def _agreed(envelope: Envelope, entries: Mapping[str, str]) -> dict[str, str]:
-    """The metadata of the first process, whose boxes are sealed under nonces of its own."""
+    """The metadata of the first process, for all: each seals its boxes under its own nonces."""
     manifest = envelope.manifest
     shipped = repr((manifest.tensors, manifest.levels, manifest.signer, manifest.metadata))
     if not the_same_everywhere(hashlib.sha256(shipped.encode()).digest()):
         raise ValueError(
             "protect: expected the same parameters, masks, secret and signing key in all "
-            "processes, got different ones. Nothing of it can be used: read them from one place."
+            "processes, got different ones. The result is unusable: read them from one source."
         )
     return json.loads(from_first(json.dumps(entries).encode()))
 
 
 def unlock(protected: Protected, grant: AnyGrant, *, signer: AnySigner | None = None) -> PyTree:
-    """The parameters that a key opens; with the top level's key the original ones.
+    """Decrypts the parameters that a grant opens; at the top level they are the original ones.
 
     Args:
         protected: from `protect`.
@@ -308,8 +309,8 @@ def unlock(protected: Protected, grant: AnyGrant, *, signer: AnySigner | None = 
         objects.
 
     Raises:
-        GrantError: a key of another model, or a grant that asks for another signer.
-        IntegrityError: parameters or metadata are not what was protected.
+        GrantError: the key is for another model, or the grant names another signer.
+        IntegrityError: parameters or metadata were altered.
 
     Examples:
         >>> released = protect(params, masks, secret=secret)
@@ -319,8 +320,8 @@ def unlock(protected: Protected, grant: AnyGrant, *, signer: AnySigner | None = 
     key, of_grant = grant_key(grant)
     if not isinstance(protected, Protected):
         raise TypeError(
-            f"protected: expected a Protected, got {type(protected).__name__}. For what encrypt "
-            "returned use decrypt; for a file use open_model or unlock_file."
+            f"protected: expected a Protected, got {type(protected).__name__}. For the result of "
+            "encrypt use decrypt; for a file use open_model or unlock_file."
         )
     envelope = Envelope.from_metadata(protected.metadata, "params")
     envelope.check_signature(expected_signer(signer, of_grant))
@@ -338,7 +339,7 @@ def unlock(protected: Protected, grant: AnyGrant, *, signer: AnySigner | None = 
 
 
 def _leaf(data: memoryview, source: ArraySource, name: str, like: Any) -> Any:
-    """An array from its bytes, of the kind and where ``like`` is."""
+    """An array from its bytes; a JAX array with the sharding of ``like`` if that is one."""
     info = source.tensors[name]
     array = as_array(data, info.dtype, info.shape)
     return put(array, like.sharding) if isinstance(like, jax.Array) else array

@@ -1,4 +1,4 @@
-"""Weights that a checkpoint holds more than once: the same has to be encrypted in all places."""
+"""Weights that a checkpoint holds more than once: each copy has to be encrypted alike."""
 
 import hashlib
 import math
@@ -16,16 +16,16 @@ from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import unit_places
 from .copies import Contents, Copy
 
-_NOTED = 0.05  # of what is encrypted in a tensor
+_NOTED = 0.05  # share of a tensor's encrypted weights from which a similar tensor is reported
 
 
 class Similar(NamedTuple):
-    """A tensor that is much like another one, such as its moving average.
+    """A tensor that is similar to another one, such as its moving average.
 
     Attributes:
-        name: of the tensor.
-        like: of the one whose weights are encrypted.
-        share: of what is encrypted there, how much fewer keys open here, if any are needed.
+        name: name of the tensor.
+        like: name of the tensor whose weights are encrypted.
+        share: share of the weights encrypted there that are plain here, or opened by a lower level.
     """
 
     name: str
@@ -34,32 +34,32 @@ class Similar(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.share:.0%} of what is encrypted in {self.like!r} is plain, or opened by a "
-            f"lower level, in {self.name!r}, which is much like it. Leave one of them out of the "
+            f"{self.share:.0%} of the weights encrypted in {self.like!r} are plain, or opened by a "
+            f"lower level, in {self.name!r}, which is very similar. Leave one of them out of the "
             "file, or give both the same scores."
         )
 
 
 class Scattered(NamedTuple):
-    """A tensor that has much of another one elsewhere, such as the rows in another order."""
+    """A tensor that holds much of another one in another order, such as with rows permuted."""
 
     name: str
     like: str
 
     def __str__(self) -> str:
         return (
-            f"Much of {self.like!r} is also in {self.name!r}, in another order: what is encrypted "
-            "in one of them may be plain in the other, or opened by a lower level. Leave one of "
-            "them out of the file, or give the same weights the same scores."
+            f"Much of {self.like!r} is also in {self.name!r}, in another order: weights encrypted "
+            "in one may be plain in the other, or opened by a lower level. Leave one of them out "
+            "of the file, or give the same weights the same scores."
         )
 
 
 class Spread(NamedTuple):
-    """Rings in all places where their weights are.
+    """Rings that cover every copy of their weights.
 
     Attributes:
         rings: tensor → its sealed rings.
-        similar: what is alike, but no copy.
+        similar: tensors that are similar, but not copies.
     """
 
     rings: dict[str, list[tuple[int, SealedRing]]]
@@ -74,20 +74,20 @@ def with_twins(
     *,
     given: bool,
 ) -> Spread:
-    """The same, and the same weights in every copy of what they encrypt, see `Copy`.
+    """Extends rings to every copy of the weights that they encrypt, see `Copy`.
 
-    A weight that two places give to two levels goes to the lower one, which opens it anyway.
+    A weight that has two levels in two copies gets the lower one, which opens it anyway.
 
     Args:
-        rings: what is encrypted.
-        files: that have the tensors.
-        cipher: that has to hide what is added.
-        rest: of the release.
-        given: whether somebody named all that the rings have, so that nothing of it is dropped.
-            Else the first of two tensors of one content decides for the other.
+        rings: the rings as selected.
+        files: the files that hold the tensors.
+        cipher: the cipher, which has to hide the added weights.
+        rest: the rest of the release.
+        given: whether the caller chose every ring explicitly, so that none may be dropped.
+            Otherwise, the first of several identical tensors decides for the others.
 
     Raises:
-        ValueError: a copy of so few weights that they cannot be hidden.
+        ValueError: a copy has too few weights to hide.
     """
     sources = {name: file for file in files for name in file.tensors}
     found = {name: list(own) for name, own in rings.items()}
@@ -109,13 +109,13 @@ def with_twins(
             mask = (level_of == level).reshape(contents.shapes[name])
             if count := int(mask.sum()):
                 cipher.check_size(
-                    f"tensor {name!r}, level {level}, in a copy of what is encrypted in {other!r}",
+                    f"tensor {name!r}, level {level}, a copy of weights encrypted in {other!r}",
                     SAFETENSORS[sources[name].tensors[name].dtype],
                     groups=count,
                     weights=count,
                 )
                 found[name].append((level, seal_mask(name, mask)))
-    kin = {name: {name} for name in sources}  # all that are copies of each other
+    kin = {name: {name} for name in sources}  # tensors that are copies of each other
     for names in [*alike, *((copy.inner, copy.outer) for copy in copies)]:
         joined = set().union(*(kin[name] for name in names))
         kin |= dict.fromkeys(joined, joined)
@@ -124,7 +124,7 @@ def with_twins(
         for one, two in contents.scattered
         if two not in kin[one] and (one in found or two in found)
     ]
-    most: dict[str, Similar] = {}  # where many are alike, each is named once
+    most: dict[str, Similar] = {}  # each tensor is named once, however many are similar
     for one, two in contents.similar():
         if two not in kin[one]:
             for name, like in ((one, two), (two, one)):
@@ -136,7 +136,7 @@ def with_twins(
 
 
 class _Levels:
-    """The level of every weight, of one tensor at a time; 0 where no level grades it."""
+    """The level of every weight, one tensor at a time; 0 for weights that are not graded."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class _Levels:
     ) -> None:
         self._sources, self._rings = sources, rings
         self._known: dict[str, np.ndarray] = {}
-        self.changed: dict[str, str] = {}  # tensor → the one that it got something from
+        self.changed: dict[str, str] = {}  # tensor → the one that it got levels from
 
     def of(self, name: str) -> np.ndarray:
         if name in self._known:
@@ -159,7 +159,7 @@ class _Levels:
         return levels
 
     def join(self, copy: Copy) -> bool:
-        """Gives both sides of a copy what either has; whether that changed any."""
+        """Gives both sides of a copy the levels of either; returns whether any changed."""
         if not any(name in self._rings or name in self._known for name in (copy.inner, copy.outer)):
             return False
         inner, outer = self.of(copy.inner), self.of(copy.outer)
@@ -179,7 +179,7 @@ class _Levels:
         return changed
 
     def share_below(self, name: str, like: str, least: int) -> float:
-        """Of what is encrypted in ``like``, how much a lower level opens in a tensor."""
+        """Share of the weights encrypted in ``like`` that a lower level opens in ``name``."""
         here, there = self.of(name), self.of(like)
         encrypted = there > 0
         lower = np.maximum(here, least)[encrypted] < np.maximum(there, least)[encrypted]
@@ -187,14 +187,13 @@ class _Levels:
 
 
 def twins_of(source: Mapping[str, StoredTensors], among: Container[str]) -> list[list[str]]:
-    """Names of tensors that are bit for bit alike, such as tied weights that were saved twice.
+    """Names of tensors that are identical bit for bit, such as tied weights that were saved twice.
 
-    The same has to be encrypted in all of them: what one encrypts and another leaves plain is
-    plain.
+    The same weights have to be encrypted in all of them: a weight that is plain in one is plain.
 
     Args:
-        source: of each tensor, what has it.
-        among: what may be encrypted; tensors of which none is are of no interest.
+        source: name of a tensor → the file that holds it.
+        among: tensors that may be encrypted; groups without any of these are left out.
     """
     like: dict[object, list[str]] = {}
     for name, file in source.items():
@@ -205,14 +204,14 @@ def twins_of(source: Mapping[str, StoredTensors], among: Container[str]) -> list
     for names in like.values():
         if len(names) == 1 or not any(name in among for name in names):
             continue
-        # Most are told apart by how they start.
+        # The first bytes tell most tensors apart.
         for alike in _groups(names, lambda name: bytes(_start(source[name], name))):
             found += _groups(alike, lambda name: hashlib.sha256(source[name].read(name)).digest())
     return [names for names in found if any(name in among for name in names)]
 
 
 def _groups(names: Sequence[str], key: Callable[[str], bytes]) -> list[list[str]]:
-    """Two names or more with one key."""
+    """Groups of two or more names with the same key."""
     groups: dict[bytes, list[str]] = {}
     for name in names:
         groups.setdefault(key(name), []).append(name)

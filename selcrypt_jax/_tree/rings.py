@@ -83,7 +83,7 @@ def checked_mask(params: NamedLeaves, mask: PyTree, what: str) -> dict[str, np.n
         if given[name] is True and not has_arrays:
             raise ValueError(
                 f"{what}: {name!r}: expected arrays in params here, since the mask selects them, "
-                "got none. Turn numbers into arrays (jnp.asarray), or pass a pytree of parameters."
+                "got none. Convert numbers to arrays (jnp.asarray), or pass a pytree of parameters."
             )
     return result
 

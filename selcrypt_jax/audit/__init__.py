@@ -1,8 +1,8 @@
 """Attacks on protected networks: what an attacker gets, measured.
 
-An attacker has the file, the code, the architecture, perhaps lower keys and some data. How bad a
-network is without a key says little; what counts is how good the attacker can make it, against how
-good the architecture alone becomes with the same effort: the `advantage`.
+An attacker has the file, the code, the architecture, perhaps lower keys and some data. How bad the
+network is without a key says little. What matters is how good the attacker can make it, compared
+with training the bare architecture with the same effort: the `advantage`.
 """
 
 from ._advantage import advantage as advantage

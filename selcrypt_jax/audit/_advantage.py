@@ -26,21 +26,22 @@ def advantage(
     """``(recovered − baseline) / (clean − baseline)``, with a bootstrap interval over keys.
 
     Args:
-        recovered: quality after the attack, one value a key; higher is better.
-        baseline: what the same attacker reaches without the file, one value a key.
+        recovered: quality after the attack, one value per key; higher is better.
+        baseline: what the same attacker reaches without the file, one value per key.
         clean: quality of the original.
-        confidence: of the interval, in (0, 1).
-        seed: of the bootstrap.
-        paired: whether values at the same place belong together, as of an attacker who has the same
-            data with the file and without it. What the data do to both is then no uncertainty.
+        confidence: confidence level of the interval, in (0, 1).
+        seed: seed of the bootstrap.
+        paired: whether values at the same index belong together, as when the attacker has the same
+            data with the file and without it. The variation that both share then does not widen
+            the interval.
 
     Returns:
         A named tuple of the ``mean`` over keys and the ends of the interval, ``low`` and ``high``.
-        0: worth no more than no file at all; 1: as good as the original.
+        0: no better than having no file; 1: as good as the original.
 
     Raises:
-        ValueError: no values, or an original that is no better than the baseline, so that there
-            is nothing to steal; pairs that are none.
+        ValueError: there are no values; the original is no better than the baseline, so there is
+            nothing to steal; or paired values differ in number.
 
     Examples:
         >>> found = advantage([28.1, 28.2], [27.2, 27.3], 29.06)
@@ -48,7 +49,7 @@ def advantage(
     """
     found, worthless = np.asarray(recovered, float), np.asarray(baseline, float)
     if not found.size or not worthless.size:
-        raise ValueError("recovered, baseline: expected a value a key, got none.")
+        raise ValueError("recovered, baseline: expected one value per key, got none.")
     if paired and found.shape != worthless.shape:
         raise ValueError(
             f"recovered, baseline: expected pairs, got {found.size} and {worthless.size} values."
@@ -57,8 +58,8 @@ def advantage(
         raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}.")
     if not clean > worthless.mean():
         raise ValueError(
-            f"clean: expected more than the baseline, {worthless.mean():.4g}, got {clean:.4g}. An "
-            "attack on the architecture alone reaches the original: there is nothing to protect."
+            f"clean: expected more than the baseline, {worthless.mean():.4g}, got {clean:.4g}. "
+            "Training the architecture alone reaches the original: there is nothing to protect."
         )
 
     def of(found: np.ndarray, worthless: np.ndarray) -> np.ndarray:

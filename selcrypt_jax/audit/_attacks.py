@@ -1,4 +1,4 @@
-"""Attacks by name: where an attacker starts, and what they train."""
+"""Attacks by name: the starting point of each, and what it trains."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,8 +29,8 @@ class Loot(NamedTuple):
     Attributes:
         subject: architecture, loss, fresh weights; attacks do not use its trained parameters.
         params: the protected file's parameters.
-        mask: the encrypted weights. The attacker is assumed to know them: they can often be
-            guessed.
+        mask: which weights are encrypted. The attacker is assumed to know, because that can often
+            be guessed.
         key: for random draws.
         cipher: the cipher that the file names; `LosslessCipher()` by default.
 
@@ -46,7 +46,7 @@ class Loot(NamedTuple):
 
 
 def _parts(loot: Loot) -> tuple[NamedLeaves, dict[str, np.ndarray], dict[str, Array]]:
-    """A file; what is encrypted in it: masks of its kernels, and its normalisation leaves."""
+    """A file's leaves; the masks of its encrypted kernels; its encrypted normalisation leaves."""
     params = named_leaves(loot.params)
     masks = checked_mask(params, loot.mask, "mask")
     masks = {name: mask for name, mask in masks.items() if mask.any()}
@@ -60,10 +60,10 @@ def _as_shipped(loot: Loot) -> PyTree:
 
 
 def _kernels_zero(loot: Loot) -> PyTree:
-    """Zeros in place of encrypted kernels; normalisation averaged.
+    """Replaces encrypted kernels with zeros and encrypted normalisation with averages.
 
-    A leaf that is encrypted as a whole stays as shipped, which is as good as fresh: a network with
-    a layer of zeros learns nothing.
+    A leaf that is encrypted whole stays as shipped, which is as good as fresh weights: a network
+    with a layer of zeros learns nothing.
     """
     params, kernels, _ = _parts(loot)
     some = {name: mask for name, mask in kernels.items() if not mask.all()}
@@ -71,7 +71,7 @@ def _kernels_zero(loot: Loot) -> PyTree:
 
 
 def _fresh_where_encrypted(loot: Loot) -> PyTree:
-    """Fresh weights where the file's are encrypted; normalisation averaged."""
+    """Replaces encrypted kernels with fresh weights and encrypted normalisation with averages."""
     params, kernels, _ = _parts(loot)
     fresh = named_leaves(loot.subject.fresh(loot.key)).leaves
     chosen = {n: jnp.where(m, fresh[n], params.leaves[n]) for n, m in kernels.items()}
@@ -79,16 +79,16 @@ def _fresh_where_encrypted(loot: Loot) -> PyTree:
 
 
 def _normalisation_reset(loot: Loot) -> PyTree:
-    """Scale and variance 1, bias and mean 0, in normalisation leaves with encrypted weights."""
+    """Resets encrypted normalisation: scale and variance to 1, bias and mean to 0."""
     params, _, norms = _parts(loot)
     return params.rebuild({n: reset(n, leaf) for n, leaf in norms.items()})
 
 
 def _normalisation_averaged(loot: Loot) -> PyTree:
-    """Means in normalisation leaves with encrypted weights; for scales, the mean of their size.
+    """Replaces encrypted normalisation with averages: root mean square of scales, mean of the rest.
 
-    Also in biases that are encrypted as a whole. The lossless cipher keeps the values up to their
-    fine bits: only their order is lost.
+    Biases that are encrypted whole are averaged too. The lossless cipher keeps the values up to
+    their fine bits: only their order is lost.
     """
     params, others, norms = _parts(loot)
     biases = {n: params.leaves[n] for n, m in others.items() if m.ndim == 1 and m.all()}
@@ -102,7 +102,7 @@ def _normalisation_averaged(loot: Loot) -> PyTree:
 
 
 def _pruned(loot: Loot) -> PyTree:
-    """Zeroes the largest groups of each leaf, as many as are encrypted: a guess of where."""
+    """Zeroes the largest groups of each leaf, as many as are encrypted: a guess at which ones."""
     params, kernels, _ = _parts(loot)
     guesses = {}
     for name, mask in kernels.items():
@@ -114,12 +114,12 @@ def _pruned(loot: Loot) -> PyTree:
 
 
 def _signs_by_structure(loot: Loot) -> PyTree:
-    """Kernels zero, normalisation averaged, except for the signs that plain kernels reveal."""
+    """As `_kernels_zero`, and gives scales the signs that the plain kernels reveal."""
     return _by_structure(loot, {})
 
 
 def _sizes_by_siblings(loot: Loot) -> PyTree:
-    """The same, with scales and biases in the order that other networks suggest."""
+    """As `_signs_by_structure`, with scales and biases ranked as sibling networks predict."""
     params, kernels, encrypted = _parts(loot)
     chain = [link for link in loot.subject.chain if link.scale in encrypted]
     hidden = {n: np.broadcast_to(m, np.shape(params.leaves[n])) for n, m in kernels.items()}
@@ -146,7 +146,7 @@ def _by_structure(loot: Loot, rankings: Mapping[str, np.ndarray]) -> PyTree:
 
 
 def _noise(loot: Loot) -> PyTree:
-    """Fresh weights under a seal: random signs and sizes, each leaf in its range of exponents.
+    """Fresh weights, sealed: random signs and sizes, each leaf within its range of exponents.
 
     Some networks learn faster from such a start than from the usual one.
     """
@@ -171,11 +171,11 @@ class Attack(NamedTuple):
 
     Attributes:
         knows: the attacker's knowledge, in words.
-        start: the parameters to start from.
-        trains: which weights are trained with data, if any; "order": none, but the order of the
-            encrypted weights is searched for, with as many gradients.
-        statistics: whether the network runs in training mode, so that running statistics are
-            re-estimated from data; without effect if the subject has no such mode.
+        start: what the attacker has → the parameters to start from.
+        trains: which weights are trained with data, if any. "order": no weights are trained;
+            instead, their order is searched for, with as many gradients.
+        statistics: whether the network runs in training mode, which re-estimates running
+            statistics from data; has no effect if the subject has no such mode.
         base: whether the attacker needs the subject's base.
         chain: whether the attacker needs the subject's chain.
         siblings: whether the attacker needs the subject's siblings.
@@ -196,67 +196,65 @@ class Attack(NamedTuple):
 
 
 _FILE = "the file"
-_PLACES = "what is encrypted"
-_BASE = "what is encrypted, and the base"
-_SIBLINGS = "what is encrypted, and other networks of the architecture"
+_PLACES = "which weights are encrypted"
+_BASE = "which weights are encrypted, and the base"
+_SIBLINGS = "which weights are encrypted, and other networks of the architecture"
 
 ATTACKS: Mapping[str, Attack] = {
     "zero-fill": Attack(_PLACES, lambda x: zero_fill(x.params, x.mask), "nothing"),
     "mean-fill": Attack(_PLACES, lambda x: mean_fill(x.params, x.mask), "nothing"),
     "resample": Attack(_PLACES, lambda x: resample(x.params, x.mask, key=x.key), "nothing"),
-    "clip by norm": Attack(_PLACES, lambda x: clip_norm(x.params, x.mask), "nothing"),
-    "prune the largest": Attack(_FILE, _pruned, "nothing"),
+    "norm clipping": Attack(_PLACES, lambda x: clip_norm(x.params, x.mask), "nothing"),
+    "prune largest": Attack(_FILE, _pruned, "nothing"),
     "re-estimate statistics": Attack(_FILE, _as_shipped, "nothing", statistics=True),
-    "train all": Attack(_FILE, _as_shipped, "all"),
-    "train all, batch statistics": Attack(_FILE, _as_shipped, "all", statistics=True),
-    "train what is encrypted": Attack(_PLACES, _as_shipped, "suspected", statistics=True),
-    "train the normalisation": Attack(_FILE, _as_shipped, "normalisation", statistics=True),
-    "reset the normalisation, train all": Attack(
+    "fine-tune all": Attack(_FILE, _as_shipped, "all"),
+    "fine-tune all, batch statistics": Attack(_FILE, _as_shipped, "all", statistics=True),
+    "fine-tune encrypted weights": Attack(_PLACES, _as_shipped, "suspected", statistics=True),
+    "fine-tune normalisation": Attack(_FILE, _as_shipped, "normalisation", statistics=True),
+    "reset normalisation, fine-tune all": Attack(
         _PLACES, _normalisation_reset, "all", statistics=True
     ),
-    "average the normalisation, train all": Attack(
+    "average normalisation, fine-tune all": Attack(
         _PLACES, _normalisation_averaged, "all", statistics=True
     ),
     "average and zero-fill": Attack(_PLACES, _kernels_zero, "nothing"),
     "average and zero-fill, re-estimate statistics": Attack(
         _PLACES, _kernels_zero, "nothing", statistics=True
     ),
-    "average and zero-fill, train all": Attack(_PLACES, _kernels_zero, "all", statistics=True),
-    "signs by structure": Attack(_PLACES, _signs_by_structure, "nothing", chain=True),
-    "signs by structure, train all": Attack(
+    "average and zero-fill, fine-tune all": Attack(_PLACES, _kernels_zero, "all", statistics=True),
+    "sign recovery": Attack(_PLACES, _signs_by_structure, "nothing", chain=True),
+    "sign recovery, fine-tune all": Attack(
         _PLACES, _signs_by_structure, "all", statistics=True, chain=True
     ),
-    "sizes by siblings": Attack(
+    "sibling regression": Attack(
         _SIBLINGS, _sizes_by_siblings, "nothing", chain=True, siblings=True
     ),
-    "sizes by siblings, train all": Attack(
+    "sibling regression, fine-tune all": Attack(
         _SIBLINGS, _sizes_by_siblings, "all", statistics=True, chain=True, siblings=True
     ),
-    "fresh weights where encrypted, train all": Attack(
+    "re-initialise encrypted weights, fine-tune all": Attack(
         _PLACES, _fresh_where_encrypted, "all", statistics=True
     ),
     "unshuffle": Attack(_PLACES, _as_shipped, "order"),
-    "fill from the base": Attack(_BASE, _base_filled, "nothing", base=True),
-    "fill from the base, re-estimate statistics": Attack(
+    "fill from base": Attack(_BASE, _base_filled, "nothing", base=True),
+    "fill from base, re-estimate statistics": Attack(
         _BASE, _base_filled, "nothing", statistics=True, base=True
     ),
-    "fill from the base, train all": Attack(_BASE, _base_filled, "all", statistics=True, base=True),
-    "by rank in the base": Attack(_BASE, _base_ranked, "nothing", base=True),
-    "by rank in the base, re-estimate statistics": Attack(
+    "fill from base, fine-tune all": Attack(_BASE, _base_filled, "all", statistics=True, base=True),
+    "rank matching": Attack(_BASE, _base_ranked, "nothing", base=True),
+    "rank matching, re-estimate statistics": Attack(
         _BASE, _base_ranked, "nothing", statistics=True, base=True
     ),
-    "by rank in the base, train all": Attack(
-        _BASE, _base_ranked, "all", statistics=True, base=True
-    ),
+    "rank matching, fine-tune all": Attack(_BASE, _base_ranked, "all", statistics=True, base=True),
     "from scratch": Attack(
         "the architecture", lambda x: x.subject.fresh(x.key), "all", statistics=True
     ),
     "from noise": Attack("the architecture", _noise, "all", statistics=True),
-    "the base": Attack("the base", lambda x: x.subject.base, "nothing", base=True),
-    "the base, re-estimate statistics": Attack(
+    "base": Attack("the base", lambda x: x.subject.base, "nothing", base=True),
+    "base, re-estimate statistics": Attack(
         "the base", lambda x: x.subject.base, "nothing", statistics=True, base=True
     ),
-    "from the base": Attack(
+    "fine-tune base": Attack(
         "the base", lambda x: x.subject.base, "all", statistics=True, base=True
     ),
 }
@@ -264,14 +262,14 @@ ATTACKS: Mapping[str, Attack] = {
 REFERENCES = (
     "from scratch",
     "from noise",
-    "the base",
-    "the base, re-estimate statistics",
-    "from the base",
+    "base",
+    "base, re-estimate statistics",
+    "fine-tune base",
 )
-"""Attacks that need no file: quality that they reach is not worth stealing."""
+"""Attacks that need no file: the quality that they reach is not worth stealing."""
 
-_PACE = 3.0  # normalisation's rate relative to the kernels'; attacks and references both gain
-# The same for all rates, so that they share a compiled step.
+_NORM_RATE = 3.0  # relative to the kernels' rate; attacks and references both gain from it
+# One optimizer for all rates, so that they share a compiled step.
 _ADAM = optax.adam(1.0)
 
 
@@ -293,21 +291,21 @@ def run_attack(
     Args:
         attack: one of `ATTACKS`, or your own.
         loot: what the attacker has.
-        batch: number of the step, from 1 → a batch of the attacker's data.
-        rate: the highest learning rate of kernels: it warms up and decays to zero within the steps.
-            Normalisation trains at three times that.
+        batch: step number, from 1 → a batch of the attacker's data.
+        rate: peak learning rate of kernels, with warm-up and decay to zero. Normalisation trains
+            at three times that rate.
         stops: numbers of steps; each is a separate training run.
 
     Yields:
-        Steps and parameters at each stop; only step 0 if no data are needed. A rate that makes
-        the loss infinite yields nothing.
+        The number of steps and the parameters of each run; only step 0 if the attack needs no
+        data. A run whose loss is not finite yields nothing.
 
     Raises:
-        ValueError: the attack is on normalisation, or on leaves, that the network does not have.
+        ValueError: the attack needs normalisation or leaves that the network does not have.
 
     Examples:
         >>> loot = Loot(subject, protected, masks[-1], key=jax.random.key(0))
-        >>> attack = run_attack(ATTACKS["train all"], loot, batch, rate=1e-3, stops=[1, 2])
+        >>> attack = run_attack(ATTACKS["fine-tune all"], loot, batch, rate=1e-3, stops=[1, 2])
         >>> metrics = {step: subject.metric(params) for step, params in attack}
     """
     params = attack.start(loot)
@@ -336,7 +334,7 @@ def run_attack(
             rate=warm_cosine(highest, stop),
             trainable=trainable,
             statistics=training is not None,
-            paces=dict.fromkeys(norms, _PACE),
+            rate_factors=dict.fromkeys(norms, _NORM_RATE),
         ):
             yield checkpoint.step, checkpoint.params
 
@@ -346,7 +344,7 @@ def _unshuffled(
 ) -> Iterator[tuple[int, PyTree]]:
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch(1), batch(2))
     for last, stop in itertools.pairwise([0, *stops]):
-        trials = max(stop - last, 5)  # the least for two batches
+        trials = max(stop - last, 5)  # the minimum for two batches
         params = unshuffle(params, loot.mask, loot.subject.loss_fn, batches, trials=trials).params
         yield stop, params
 

@@ -29,7 +29,7 @@ from ._strategies import plain_strategy
 from ._ways import ways_to_publish, without_cipher
 from ._words import TARGET
 
-# Shares to search for advice, ascending.
+# Shares that the advice is chosen from, ascending.
 BUDGETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.5, 0.7)
 
 
@@ -45,11 +45,11 @@ def audit(
 
     Args:
         config: the networks, and the attacks on them.
-        out: folder for the results, made if it does not exist. A run that was killed resumes
+        out: folder for the results, created if it does not exist. A run that was killed resumes
             there if its settings are the same.
         quick: a reduced grid, see `Grid.quick`.
-        target_advantage: find, for each strategy, the smallest share that keeps the advantage of
-            the grid's strongest attack at or below this, instead of trying the grid's shares.
+        target_advantage: instead of trying the grid's shares, find for each strategy the smallest
+            share that keeps the advantage of the grid's strongest attacker at or below this.
         console: where progress is printed; standard output by default.
 
     Returns:
@@ -57,7 +57,7 @@ def audit(
 
     Raises:
         ValueError: see `make_subject` and `Audit`.
-        OSError: the folder cannot be made or written to; raised before anything is computed.
+        OSError: the folder cannot be created or written to; raised before anything is computed.
     """
     if target_advantage is not None and not 0 < target_advantage < 1:
         raise ValueError(f"target advantage: expected a number in (0, 1), got {target_advantage}.")
@@ -100,7 +100,7 @@ def audit(
 
 
 def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
-    """Finished work for these settings; work for other settings stays beside it."""
+    """The finished cells for these settings; cells for other settings keep their own file."""
     settings = {
         "version": __version__,
         "subject": plain(dataclasses.asdict(described)),
@@ -114,7 +114,7 @@ def _cells(out: Path, described: SubjectConfig, grid: Grid) -> Cells:
 
 
 def _digests(described: SubjectConfig, grid: Grid) -> dict[str, str]:
-    """Digests of the files that a network is made from: other files make another network.
+    """Digests of the files that a network is made from: if they change, so does the network.
 
     Folders of data are assumed not to change.
     """
@@ -152,7 +152,7 @@ def _audit_subject(
             cells.get(cell.name, cell.run)
             progress.advance(task, cell.cost)
 
-    # All invalid input is refused before the first hour of training.
+    # Refuse all invalid input before the first hour of training.
     plans, advice = audit.plans() if target is None else [], []
     for plan in plans or [Plan(strategy, BUDGETS[-1]) for strategy in grid.importance]:
         audit.check(plan)
@@ -179,8 +179,8 @@ def advise(
 ) -> tuple[dict[str, Any], dict[Plan, Best]]:
     """The smallest share of `BUDGETS` that meets a target, by bisection.
 
-    Encrypting more is assumed to give an attacker less. The strongest attacker counts: most data,
-    most steps; averaged over keys.
+    Assumes that encrypting more gives an attacker less. The advantage is that of the strongest
+    attacker (most data, most steps), averaged over keys.
 
     Returns:
         The advice: ``strategy``, ``target``, ``protection``, ``share`` of the groups, and
@@ -194,7 +194,7 @@ def advise(
         plan = Plan(strategy, share)
         try:
             audit.protected(plan, 0)
-        except ValueError:  # too few weights to hide among each other
+        except ValueError:  # too few weights in a ring
             return None
         carry_out([plan], str(plan))
         rows = results.protection(plan, baseline).best
@@ -206,7 +206,7 @@ def advise(
         middle = (low + high) // 2
         found = gain(BUDGETS[middle])
         if found is None and tried:
-            break  # without the file an attacker comes too close, whatever is encrypted
+            break  # even without the file, an attacker comes too close to the original
         if found is not None and found.mean <= target:
             high, best = middle, found
         else:

@@ -1,7 +1,7 @@
-"""Attacks with a public base: a network that this one was fine-tuned from, and the attacker has.
+"""Attacks with a public base: the network that this one was fine-tuned from.
 
-Training changes a weight little, so the base has nearly the same weight in its place. If a cipher
-permutes weights, the k-th smallest of them belongs where the base has its k-th smallest.
+Fine-tuning changes a weight little, so the base has nearly the same weight in the same position. If
+a cipher permutes weights, the k-th smallest belongs where the base has its k-th smallest.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,12 +21,12 @@ _Value = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def fill_from_base(params: PyTree, base: PyTree, suspected: PyTree) -> PyTree:
-    """Takes the base's weights where the file's seem to be encrypted.
+    """Replaces weights that seem to be encrypted with those of the base.
 
     Args:
         params: protected parameters; not modified.
         base: a tree with the same paths and shapes.
-        suspected: a mask for them, see `nested_masks`.
+        suspected: a mask of these weights, see `nested_masks`.
 
     Returns:
         A tree of the same structure.
@@ -35,16 +35,16 @@ def fill_from_base(params: PyTree, base: PyTree, suspected: PyTree) -> PyTree:
 
 
 def rank_by_base(params: PyTree, base: PyTree, suspected: PyTree, cipher: LosslessCipher) -> PyTree:
-    """Sorts encrypted weights into the base's order, each as close to the base's as possible.
+    """Sorts encrypted weights into the base's order, and makes each as close to it as possible.
 
-    A permuting cipher keeps all weights except for their fine bits: they are sorted, leaf by leaf.
-    Without a permutation they are in place. Then each weight is moved as close to the base's as its
-    coarse bits allow.
+    A permuting cipher keeps the weights up to their fine bits, so they are sorted, leaf by leaf;
+    otherwise they are already in place. Then each weight is set as close to the base's weight as
+    its coarse bits allow.
 
     Args:
         params: protected parameters; not modified.
         base: a tree with the same paths and shapes.
-        suspected: a mask for them.
+        suspected: a mask of the encrypted weights.
         cipher: the file's cipher.
 
     Returns:
@@ -64,7 +64,7 @@ def rank_by_base(params: PyTree, base: PyTree, suspected: PyTree, cipher: Lossle
 
 
 def _within_coarse_bits(seen: np.ndarray, known: np.ndarray, cipher: LosslessCipher) -> np.ndarray:
-    """The closest number to each known one, among those that may be encrypted to the one seen."""
+    """The number closest to each known one, among those whose ciphertext could be the one seen."""
     dtype = DTYPES[seen.dtype.name]
     word = np.dtype(f"u{seen.dtype.itemsize}").type
     fine, sign = cipher.fine_mask(dtype), 1 << (dtype.bits - 1)
@@ -93,10 +93,10 @@ def _replaced(params: PyTree, base: PyTree, suspected: PyTree, value: _Value) ->
 
 
 def check_base(params: PyTree, base: Any, what: str) -> None:
-    """Refuses a base of another shape, or a broken one: attacks with it would simply fail.
+    """Refuses a base that does not fit or is broken, with which attacks would simply fail.
 
     Raises:
-        ValueError: the base is one of these.
+        ValueError: the shapes differ, or weights are not finite.
     """
     check_like(
         named_leaves(params).arrays,
@@ -116,10 +116,10 @@ def check_like(
         other: the tree to check.
         what: its name, for messages.
         remedy: the remedy, for messages.
-        more: whether it may have other leaves too.
+        more: whether extra leaves are allowed.
 
     Raises:
-        ValueError: other names or shapes, or weights that are not finite.
+        ValueError: names or shapes differ, or weights are not finite.
     """
     arrays = named_leaves(other).arrays
     expected, actual = (
@@ -128,7 +128,7 @@ def check_like(
     for name in sorted(expected.keys() if more else expected.keys() | actual.keys()):
         if name not in expected:
             raise ValueError(
-                f"{what}: expected the leaves of params, got {name!r} too, of shape "
+                f"{what}: expected only the leaves of params, got {name!r} of shape "
                 f"{actual[name]}. {remedy}"
             )
         if expected[name] != actual.get(name):
@@ -143,6 +143,6 @@ def check_like(
             and not np.isfinite(known.astype(np.float32)).all()
         ):
             raise ValueError(
-                f"{what}: {name!r}: expected finite weights, got NaN or Inf. Give a network "
+                f"{what}: {name!r}: expected finite weights, got NaN or infinity. Give a network "
                 "that works."
             )

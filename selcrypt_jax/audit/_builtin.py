@@ -34,13 +34,13 @@ ModelLoss = Callable[[Any, Any], Float[Array, ""]]
 def subject_of(
     network: Network, loss: ModelLoss, fresh: Callable[..., Any], **fields: Any
 ) -> Subject:
-    """A network of Flax NNX as a subject.
+    """Makes a subject of a Flax NNX network.
 
     Args:
         network: a trained network.
         loss: ``(model, batch) -> scalar``.
         fresh: builds the untrained network, from ``rngs``.
-        fields: the other fields of the `Subject`.
+        fields: other fields of the `Subject`.
     """
     return Subject(
         params=network.params,
@@ -70,11 +70,11 @@ def _state(model: nnx.Module) -> PyTree:
 
 
 def _training_loss(network: Network, loss: ModelLoss) -> TrainingLossFn:
-    """The loss with the statistics of the batch, and parameters with updated running statistics."""
+    """A loss that uses batch statistics, and also returns the updated running statistics."""
 
     def of(params: PyTree, batch: Any) -> tuple[Array, PyTree]:
         model = network.model(params)
-        # Dropout stays off: a few hundred steps do better without it.
+        # Dropout stays off: short training runs do better without it.
         for _, module in nnx.iter_modules(model):
             if isinstance(module, nnx.BatchNorm):
                 module.use_running_average = False
@@ -83,11 +83,11 @@ def _training_loss(network: Network, loss: ModelLoss) -> TrainingLossFn:
     return of
 
 
-# --- the demo's, trained on the spot -------------------------------------------------------------
+# --- the demo's networks, trained on the fly ------------------------------------------------------
 
 
 def demo_vgg19(*, width: float = 0.25, steps: int = 250, seed: int = 0) -> Subject:
-    """VGG19 on scikit-learn's digits, trained as in `selcrypt demo`; arguments as there."""
+    """VGG19 on scikit-learn's digits, trained as in `selcrypt demo`, with the same arguments."""
     from ..demo._train import train_vgg19
 
     trained = train_vgg19(width=width, steps=steps, seed=seed)
@@ -100,8 +100,8 @@ def demo_transformer(*, steps: int = 1000, seed: int = 0) -> Subject:
 
     trained = train_transformer(steps=steps, seed=seed)
     subject = _of_demo(trained, "vision transformer, handwritten digits", batch=32)
-    # It has no running statistics, and each normalisation lies between what writes into the
-    # residual stream last and what reads it next.
+    # It has no running statistics. Each normalisation layer lies between the last kernel that
+    # writes to the residual stream and the next that reads from it.
     blocks = [f"blocks/{n}" for n in range(4)]
     inner = [(f"{block}/out", f"{block}/norm2", f"{block}/up") for block in blocks]
     outer = [
@@ -124,10 +124,10 @@ def demo_dncnn(
     batch: int = 8,
     seed: int = 0,
 ) -> Subject:
-    """DnCNN on scikit-image's photographs, trained as in `selcrypt demo`; arguments as there.
+    """DnCNN on scikit-image's photographs, trained as in `selcrypt demo`, with the same arguments.
 
-    It trains somewhat longer and at a higher rate, since a network that an attacker can train
-    better is not worth stealing; `batch` is the number of patches in a step of the attacker.
+    It is trained somewhat longer and at a higher rate, since a network that an attacker can train
+    just as well is not worth stealing. `batch` is the number of patches in an attacker's step.
     """
     from ..demo._train import SIGMA, train_dncnn
 
@@ -166,7 +166,7 @@ def _of_demo(trained: Any, title: str, *, batch: int) -> Subject:
 def noisy_pair(
     clean: np.ndarray, sigma: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images with normal noise of this standard deviation, and without."""
+    """Images with Gaussian noise of this standard deviation, and the clean images."""
     return clean + np.float32(sigma) * rng.standard_normal(clean.shape, np.float32), clean
 
 
@@ -192,11 +192,11 @@ def dncnn(
         tests: the same, for test images.
         sigma: standard deviation of the noise, for pixels in 0..255.
         batch: patches per step.
-        patch: side of a patch, in pixels.
-        crop: test on central squares with this side, in pixels; whole images by default.
+        patch: side length of a patch, in pixels.
+        crop: side length of the central squares to test on, in pixels; whole images by default.
         eps: ε of BatchNorm.
         seed: seed of the noise on the test images.
-        base: .safetensors file of a network that the attacker has too, see `Subject`.
+        base: .safetensors file of a network that the attacker also has, see `Subject`.
         siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """
     tensors = read_tensors(Path(weights))
@@ -214,7 +214,7 @@ def dncnn(
     for image in read_images(Path(tests), split="test", channels=channels, smallest=crop or 1):
         image = centre(image, crop) if crop else image
         pairs.append(noisy_pair(image[None] / np.float32(255), sigma / 255, rng))
-    if crop:  # of one size: all at once
+    if crop:  # all the same size: one batch
         pairs = [tuple(np.concatenate(side) for side in zip(*pairs, strict=True))]
     denoise = jax.jit(lambda params, noisy: network(params, noisy))
 
@@ -250,11 +250,11 @@ def vgg19(
 
     Args:
         weights: .safetensors file.
-        data: folder with data that TFDS prepared as ArrayRecord files, its ``data_dir``.
+        data: the ``data_dir`` in which TFDS prepared the data as ArrayRecord files.
         dataset: cifar10 or cifar100.
         batch: images per step.
-        tests: use only this many test images, from the first.
-        base: .safetensors file of a network that the attacker has too, see `Subject`.
+        tests: number of test images to use, from the start of the set.
+        base: .safetensors file of a network that the attacker also has, see `Subject`.
         siblings: .safetensors files of other networks of the architecture, see `Subject`.
     """
     tensors = read_tensors(Path(weights))

@@ -1,4 +1,4 @@
-"""Results that took long, kept as they come."""
+"""A cache of expensive results, saved as each one is computed."""
 
 import json
 from collections.abc import Callable
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class Cells:
-    """A file with one result a line: a run that was killed goes on where it was.
+    """A file with one result per line, so that a run that was killed resumes where it stopped.
 
     Args:
-        path: of the file; it is removed by `done`.
-        settings: what all results depend on; with others, the file starts afresh.
+        path: path of the file; `done` removes it.
+        settings: the settings that all results depend on; if they differ, the file is cleared.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
@@ -26,14 +26,14 @@ class Cells:
         for line in lines[1:]:
             try:
                 name, value = json.loads(line)
-            except ValueError:  # cut off as it was written
+            except ValueError:  # truncated when the run was killed
                 break
             self.found[name] = value
         kept = [head, *(json.dumps(item) for item in self.found.items())]
         path.write_text("\n".join(kept) + "\n", encoding="utf-8")
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
-        """The result of this name, made if it is not there."""
+        """The result with this name, computed if it is missing."""
         if name not in self.found:
             self.found[name] = make()
             with self.path.open("a", encoding="utf-8") as file:

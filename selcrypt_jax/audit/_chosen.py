@@ -1,4 +1,4 @@
-"""A small network of chosen weights, which a cipher is tried on."""
+"""A small network of chosen weights, for testing a cipher."""
 
 import itertools
 import math
@@ -18,25 +18,25 @@ from .._tree.rings import split_rings
 from ._records import CipherCheck
 
 SHARES = (0.375, 0.75)  # so that both rings of a leaf have the same size
-ALARM = 1e-8  # of a check, for a cipher that is in order: under 1e-6 for all of them together
+ALARM = 1e-8  # probability that a sound cipher fails a check; below 1e-6 for all checks together
 _SHAPES = {"conv": (2, 2, 64, 64), "twin": (2, 2, 64, 64), "dense": (64, 128), "bias": (128,)}
-_CLOSE = 1e-3  # standard deviations: what rounding may do to the Gaussian cipher
+_CLOSE = 1e-3  # rounding error allowed for the Gaussian cipher, in standard deviations
 
-Where = tuple[str, int]  # leaf and level: a ring in a leaf
+Where = tuple[str, int]  # a ring: leaf and level
 
 
 class Chosen(NamedTuple):
-    """Synthetic weights, and the cipher that is tried on them.
+    """Synthetic weights, and the cipher under test.
 
-    ``twin`` is ``conv`` once more, so that only the leaf's name can make their ciphertexts differ.
+    ``twin`` is a copy of ``conv``, so only the leaf's name can make their ciphertexts differ.
 
     Attributes:
         cipher: params → the cipher; a Gaussian one is fitted to them.
-        tolerance: error of decryption in standard deviations; 0 for an exact cipher.
-        refusal: why the cipher does not take this dtype, or None if it does.
+        tolerance: allowed error of decryption, in standard deviations; 0 for an exact cipher.
+        refusal: why the cipher does not accept this dtype, or None if it does.
         params: name → NumPy array.
-        masks: of two levels.
-        groups: ring → flat positions of its weights, ``[groups, weights in a group]``.
+        masks: nested masks of two levels.
+        groups: ring → flat positions of its weights, ``[groups, weights per group]``.
     """
 
     cipher: Callable[[Mapping[str, Any]], Cipher]
@@ -48,13 +48,13 @@ class Chosen(NamedTuple):
 
     @classmethod
     def make(cls, cipher: Cipher, dtype: str, seed: int) -> "Chosen":
-        """Normal weights of this dtype."""
+        """Draws normally distributed weights of this dtype."""
         rng = np.random.default_rng(seed)
         scale = 40 if DTYPES[dtype].kind == "integer" else 0.05
         params, scores = {}, {}
         for name, shape in _SHAPES.items():
             if name == "dense" and dtype != "float32":
-                continue  # most of the time goes into compiling, for each shape and dtype
+                continue  # saves time: each shape and dtype is compiled separately
             params[name] = (scale * rng.standard_normal(shape)).clip(-127, 127).astype(dtype)
             scores[name] = rng.random(group_shape(shape, "kernel", "HWIO"))
         params["twin"], scores["twin"] = params["conv"], scores["conv"]
@@ -80,19 +80,19 @@ class Chosen(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """Of all weights."""
+        """The dtype of all weights."""
         return self.params["conv"].dtype
 
     def weights(self, where: Where) -> np.ndarray:
-        """Flat positions of the weights of a ring, ascending."""
+        """Flat positions of a ring's weights, ascending."""
         return np.sort(self.groups[where], axis=None)
 
     def words(self, params: Mapping[str, np.ndarray], where: Where) -> np.ndarray:
-        """The bits of the weights of a ring."""
+        """The bits of a ring's weights."""
         return bits_of(params[where[0]]).ravel()[self.weights(where)]
 
     def encrypt_with(self, values: Mapping[Where, Any], keys: Any) -> dict[Where, np.ndarray]:
-        """The bits of every ring, weight by weight, if its weights are these."""
+        """Encrypts rings with these values as their weights; the bits of each ring."""
         params = {name: leaf.copy() for name, leaf in self.params.items()}
         for where, chosen in values.items():
             params[where[0]].reshape(-1)[self.weights(where)] = chosen
@@ -106,15 +106,15 @@ def on_host(tree: Any) -> dict[str, np.ndarray]:
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
-    """As unsigned integers of the same width."""
+    """The bits of an array, as unsigned integers of the same width."""
     return array.view(f"uint{8 * array.dtype.itemsize}")
 
 
 def skipped(name: str, why: str) -> CipherCheck:
-    """A check that could not be made."""
+    """A check that does not apply."""
     return CipherCheck(name, None, math.nan, f"does not apply: {why}")
 
 
 def pairs(rings: Iterable[Where], shared: int) -> list[tuple[Where, Where]]:
-    """Pairs of rings of the same leaf (shared 0) or of the same level (shared 1)."""
+    """Pairs of rings in the same leaf (shared 0) or at the same level (shared 1)."""
     return [(a, b) for a, b in itertools.combinations(rings, 2) if a[shared] == b[shared]]

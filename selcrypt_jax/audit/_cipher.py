@@ -1,9 +1,9 @@
-"""Attacks on the cipher itself, by chosen weights: what is learned from a few encryptions of them.
+"""Chosen-plaintext attacks on the cipher itself: what a few encryptions of chosen weights reveal.
 
-Every check holds for any `Cipher`: it sees nothing but what `encrypt` and `decrypt` return. The
-weights are chosen in two ways. *Equal ones*: the ciphertext is then the keystream. *Marked ones*:
-a few encryptions under the same keys write the digits of each weight's place into its exponent;
-where exponents survive, the ciphertext tells where every weight went.
+The checks work for any `Cipher`: they only see what `encrypt` and `decrypt` return. Weights are
+chosen in two ways. *Equal weights*: the ciphertext is then the keystream. *Marked weights*: a few
+encryptions under the same keys write the digits of each weight's position into its exponent; if
+exponents survive, the ciphertext shows where every weight went.
 """
 
 import math
@@ -21,28 +21,28 @@ from ._order import order_checks
 from ._records import CipherCheck
 
 _DTYPES = ("float32", "bfloat16", "int8")
-_SKEW = 0.02  # by which masked bits may prefer 0 or 1: the mantissa bits of normal numbers do
+_SKEW = 0.02  # allowed bias of masked bits: the mantissa bits of normal variables are biased
 
 
 def check_cipher(cipher: Cipher | None = None, *, seed: int = 0) -> list[CipherCheck]:
-    """Attacks a cipher by chosen plaintext, on a small network with keys as a vendor makes them.
+    """Runs chosen-plaintext attacks on a cipher, on a small network with keys like a vendor's.
 
     Args:
-        cipher: `LosslessCipher()` unless given. A `GaussianCipher` is fitted to the weights of
-            each trial; only its `wrap` counts, and it is tried on float32 alone.
-        seed: of the network. Secret and model ids are new each time.
+        cipher: `LosslessCipher()` by default. A `GaussianCipher` is fitted to the weights of each
+            trial, so only its `wrap` matters; it is tested on float32 only.
+        seed: seed of the network. The secret and the model ids are new each time.
 
     Returns:
-        For float32, bfloat16 and int8 the same checks, each with ``name``, ``passed``, ``found``
-        and, in words, ``expected``. One that cannot be made (a dtype that the cipher refuses, an
-        order that cannot be read) has None in place of ``passed`` and NaN as ``found``, and says
-        why. A cipher that is in order fails one of them with a probability below 1e-6:
-        each check bounds its own by 1e-8, with Hoeffding's inequality for shares of bits and with
-        ``P(k agree) <= b**k / k!`` for permutations in ``b`` blocks of up to 4,096 units.
+        The same checks for float32, bfloat16 and int8, each with ``name``, ``passed``, ``found``
+        and ``expected`` (in words). A check that does not apply (the cipher refuses the dtype, or
+        the order cannot be read) has None as ``passed`` and NaN as ``found``, and says why. The
+        probability that a sound cipher fails any check is below 1e-6: each check has a bound of
+        1e-8, from Hoeffding's inequality for shares of bits and from ``P(k agree) <= b**k / k!``
+        for permutations in ``b`` blocks of up to 4,096 units.
 
     Raises:
         ValueError: the cipher refuses float32 rings of 48 weights and more.
-        TypeError: not an object with the methods of `Cipher`.
+        TypeError: the argument does not have the methods of `Cipher`.
 
     Examples:
         >>> checks = check_cipher(LosslessCipher(unit="group"))
@@ -76,7 +76,7 @@ def _checks(network: Chosen) -> Iterator[CipherCheck]:
     yield from order_checks(network, models)
 
 
-# --- does it decrypt ----------------------------------------------------------------------------
+# --- decryption ---------------------------------------------------------------------------------
 
 
 def _exactness(network: Chosen, keys: Any) -> Iterator[CipherCheck]:
@@ -93,13 +93,13 @@ def _exactness(network: Chosen, keys: Any) -> Iterator[CipherCheck]:
         wide, right = opened[name].astype(np.float64), leaf.astype(np.float64)
         distance = np.nan_to_num(np.abs(wide - right), nan=math.inf).max()
         error = max(error, float(distance) / float(right.std()))
-    name = "decrypts to what was encrypted"
+    name = "decryption restores the weights"
     if network.tolerance:
-        text = f"error of at most {network.tolerance:g} standard deviations: it is not exact"
+        text = f"error of at most {network.tolerance:g} standard deviations: this cipher is inexact"
         yield CipherCheck(name, error <= network.tolerance, error, text)
     else:
         yield CipherCheck(name, differing == 0, float(differing), "0 weights that differ")
-    name = "weights outside of the masks stay"
+    name = "weights outside the masks are unchanged"
     yield CipherCheck(name, changed == 0, float(changed), "0 weights that changed")
 
 
@@ -107,9 +107,9 @@ def _exactness(network: Chosen, keys: Any) -> Iterator[CipherCheck]:
 
 
 def _masked_bits(network: Chosen, stream: Mapping[Where, np.ndarray]) -> dict[Where, int]:
-    """The bits of each ring that are not the same in all its weights, though the weights are.
+    """The bits of each ring that differ between ciphertexts, though all weights are equal.
 
-    Of floats the fine ones: what else is masked need not be balanced.
+    For floats, only the fine bits: other masked bits need not be balanced.
     """
     fine = LosslessCipher().fine_mask(network.dtype)
     result = {}
@@ -120,7 +120,7 @@ def _masked_bits(network: Chosen, stream: Mapping[Where, np.ndarray]) -> dict[Wh
 
 
 def _agreeing(one: np.ndarray, other: np.ndarray, bits: int) -> tuple[float, int]:
-    """Share of these bits that are equal in two lists of weights; of how many."""
+    """Share of these bits that are equal in two lists of weights; and the number compared."""
     count = min(len(one), len(other))
     differing = np.bitwise_count((one[:count] ^ other[:count]) & one.dtype.type(bits))
     total = count * bits.bit_count()
@@ -130,9 +130,9 @@ def _agreeing(one: np.ndarray, other: np.ndarray, bits: int) -> tuple[float, int
 def _near_half(
     name: str, shares: Iterable[tuple[float, int]], what: str, skew: float = 0.0
 ) -> CipherCheck:
-    """Whether all shares, each of so many fair bits, are what chance gives.
+    """Whether all shares, each of that many fair bits, are consistent with chance.
 
-    `found` is the share over all, or the one that is furthest off if that is too far.
+    `found` is the overall share if so, and else the share that is furthest from one half.
     """
     found = np.array([(share, bits) for share, bits in shares if bits], float)
     if not found.size:
@@ -157,10 +157,10 @@ def _keystream(
     name = "fine bits are masked"
     if fine:
         least = min((bits & fine).bit_count() for bits in masked.values())
-        text = f"1 to {fine.bit_count()} bits that differ between equal weights, in every ring"
+        text = f"1 to {fine.bit_count()} bits differ between equal weights, in every ring"
         yield CipherCheck(name, least >= 1, float(least), text)
     else:
-        yield skipped(name, "whole numbers have none")
+        yield skipped(name, "integers have none")
     shares = (pair for where, words in stream.items() for pair in _setbits_of(words, masked[where]))
     name = "keystream: as many ones as zeros"
     yield _near_half(name, shares, "of the weights with a masked bit set", _SKEW)
@@ -168,9 +168,9 @@ def _keystream(
     for name, shared in (("ring", 0), ("leaf", 1)):
         both = pairs(stream, shared)
         shares = (_agreeing(stream[a], stream[b], masked[a] & masked[b]) for a, b in both)
-        yield _near_half(f"keystream: another in every {name}", shares, equal)
+        yield _near_half(f"keystream: different in every {name}", shares, equal)
     shares = (_agreeing(stream[where], second[where], masked[where]) for where in stream)
-    yield _near_half("keystream: another for every model id", shares, equal)
+    yield _near_half("keystream: different for every model id", shares, equal)
     shares = (pair for where, words in stream.items() for pair in _repeats(words, masked[where]))
     name = "keystream: does not repeat within a ring"
     yield _near_half(name, shares, f"{equal} at any distance")
@@ -183,15 +183,15 @@ def _unpacked(words: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _setbits_of(words: np.ndarray, bits: int) -> list[tuple[float, int]]:
-    """Share of the weights in which a bit is set, bit by bit; of how many."""
+    """For each bit, the share of weights in which it is set; and the number of weights."""
     return [(float(column.mean()), len(words)) for column in _unpacked(words, bits)]
 
 
 def _repeats(words: np.ndarray, bits: int) -> list[tuple[float, int]]:
-    """As `_agreeing`, of a ring and itself moved by 1, 2, ... weights."""
+    """As `_agreeing`, for a ring and itself shifted by 1, 2, ... weights."""
     signs = 1 - 2.0 * _unpacked(words, bits)
     count = len(words)
-    size = 1 << (2 * count - 1).bit_length()  # room enough that nothing wraps around
+    size = 1 << (2 * count - 1).bit_length()  # large enough that nothing wraps around
     spectrum = np.square(np.abs(np.fft.rfft(signs, size))).sum(0)
     pairs = len(signs) * np.arange(count - 1, 0, -1)
     shares = (1 + np.fft.irfft(spectrum, size)[1:count] / np.maximum(pairs, 1)) / 2
@@ -199,7 +199,7 @@ def _repeats(words: np.ndarray, bits: int) -> list[tuple[float, int]]:
 
 
 def _own_ring(network: Chosen, keys: Any, masked: Mapping[Where, int]) -> CipherCheck:
-    """Whether the key of a ring opens the other one of the leaf."""
+    """Whether the key of a ring also decrypts the other ring of the leaf."""
     plain, (low, high) = network.params, network.masks
     cipher = network.cipher(plain)
     public = encrypt(plain, network.masks, keys, cipher=cipher)
@@ -209,4 +209,4 @@ def _own_ring(network: Chosen, keys: Any, masked: Mapping[Where, int]) -> Cipher
         _agreeing(network.words(opened, where), network.words(plain, where), bits)
         for where, bits in masked.items()
     )
-    return _near_half("a key opens no other ring", shares, "of the masked bits right")
+    return _near_half("a key decrypts its own ring only", shares, "of the masked bits right")

@@ -40,8 +40,8 @@ class AuditConfig:
 
 
 _DEMO = ("demo-vgg19", "demo-dncnn", "demo-transformer")
-# The demo's networks are trained for some hundred steps: an attacker with much more data or time
-# than this needs no file.
+# The demo's networks are trained for a few hundred steps: an attacker with much more data or time
+# than this does not need the file.
 _DEMO_GRID = Grid(
     importance=("pss", "pss+small"),
     budget=(0.02, 0.08),
@@ -61,8 +61,8 @@ def read_config(config: str) -> AuditConfig:
             function's arguments, and a table ``[grid]``, see `Grid`.
 
     Raises:
-        ValueError: it has an unknown or invalid entry.
-        OSError: there is no such file.
+        ValueError: an entry is unknown or invalid.
+        OSError: the file does not exist.
     """
     if config in ("demo", *_DEMO):
         names = _DEMO if config == "demo" else (config,)
@@ -75,9 +75,7 @@ def read_config(config: str) -> AuditConfig:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected TOML, as docs/audit.md shows it, got: {error}"
-        ) from None
+        raise ValueError(f"{path}: expected TOML as in docs/audit.md, got: {error}") from None
     _only_keys(str(path), content, ("subjects", "grid"))
     tables = content.get("subjects")
     if not isinstance(tables, dict) or not tables:
@@ -113,7 +111,7 @@ def _grid(what: str, table: Any) -> Grid:
     defaults = dataclasses.asdict(Grid())
     for old, new in _RENAMED.items():
         if old in table:
-            raise ValueError(f"{what}: {old!r} is called {new!r} now. Rename it.")
+            raise ValueError(f"{what}: {old!r} is now called {new!r}. Rename it.")
     _only_keys(what, table, defaults)
     values = {}
     for name, value in table.items():
@@ -124,7 +122,7 @@ def _grid(what: str, table: Any) -> Grid:
         parts = value if many and isinstance(value, list) else [value]
         if many != isinstance(value, list) or not all(type(part) in kinds for part in parts):
             raise ValueError(
-                f"{what}: {name}: expected {'a list of ' if many else ''}{kind.__name__}, as "
+                f"{what}: {name}: expected {'a list of ' if many else ''}{kind.__name__}, such as "
                 f"{default!r}, got {value!r}."
             )
         values[name] = tuple(value) if many else value
@@ -139,7 +137,7 @@ def make_subject(config: SubjectConfig) -> Subject:
 
     Raises:
         ValueError: the function cannot be imported or called with these arguments, or it
-            returns something else.
+            does not return a `Subject`.
     """
     where = f"[subjects.{config.name}]"
     function = BUILT_IN.get(config.make) or imported(f"{where}: make", config.make, tuple(BUILT_IN))

@@ -1,4 +1,4 @@
-"""Which groups are encrypted? A classifier, trained on the attacker's own networks."""
+"""Detecting encrypted groups with a classifier trained on the attacker's own networks."""
 
 import math
 from collections.abc import Sequence
@@ -23,16 +23,16 @@ class Detection(NamedTuple):
 def group_features(
     leaf: Float[np.ndarray, "..."], mask_shape: tuple[int, ...]
 ) -> Float[np.ndarray, "groups features"]:
-    """Statistics of each group of a leaf, and of it among its neighbours.
+    """Statistics of each group of a leaf, by itself and relative to its neighbours.
 
     Args:
         leaf: weights.
-        mask_shape: of the mask: axes on which it has size 1 lie inside the group.
+        mask_shape: shape of the mask; axes on which it has size 1 lie inside the group.
 
     Returns:
-        Groups in C order of the mask. Logarithm of the norm, less the leaf's mean; rank of the
-        norm; mean and largest weight by norm; roughness inside of the group; and the cosine with
-        the mean of the groups that share its place on each axis.
+        One row per group, in C order of the mask: logarithm of the norm minus the leaf's mean;
+        rank of the norm; mean and largest weight divided by the norm; roughness within the group;
+        and for each axis the cosine with the mean of the groups that differ on this axis only.
     """
     wide = np.asarray(leaf, np.float64)
     inside = [a for a, size in enumerate(mask_shape) if size == 1]
@@ -61,7 +61,7 @@ def group_features(
         length = np.sqrt((mean**2).sum(-1))
         features.append((flat * mean).sum(-1) / (safe * np.maximum(length, 1e-12)))
     columns = np.stack([feature.ravel() for feature in features], 1)
-    # Leaves have different numbers of axes: the rest of the columns is zero.
+    # Leaves have different numbers of axes: pad with zero columns.
     return np.pad(columns, ((0, 0), (0, 10 - columns.shape[1])))
 
 
@@ -73,26 +73,26 @@ def detect(
     seed: int,
     original: PyTree | None = None,
 ) -> Detection:
-    """Trains a classifier on the attacker's own protected networks, and tries it on this one.
+    """Trains a classifier on the attacker's own protected networks, and applies it to this one.
 
     Args:
         params: protected parameters.
-        mask: the truth, to judge the classifier by; one that fits `params`.
-        own: protected parameters and mask of networks that the attacker trained, selected
+        mask: the true mask of `params`, to score the classifier.
+        own: protected parameters and masks of networks that the attacker trained, selected
             and encrypted, under other keys.
-        seed: of the classifier.
+        seed: seed of the classifier.
         original: the network before encryption, for the baseline.
 
     Returns:
-        A named tuple of ``auc``, the area under the ROC curve over all groups (0.5 is a guess, 1
-        is certainty); ``baseline``, the same for the same groups before encryption: what ``auc``
-        has more is the cipher's own trace, the rest is the selection's; and ``scores``, a pytree
-        like the mask, higher is more suspect. Leaves in whose mask nothing is selected take part
-        too: the attacker does not know them.
+        A named tuple of ``auc``, the area under the ROC curve over all groups (0.5 is guessing, 1
+        is certainty); ``baseline``, the same for these groups before encryption: any excess of
+        ``auc`` is the cipher's own trace, and the rest comes from the selection; and ``scores``, a
+        pytree like the mask, where higher means more suspect. Leaves whose masks select nothing
+        take part too, since the attacker does not know which ones these are.
 
     Raises:
-        ValueError: masks that do not fit; none or all of the groups encrypted, so that there is
-            nothing to tell apart.
+        ValueError: masks do not fit, or none or all of the groups are encrypted, so that there is
+            nothing to detect.
 
     Examples:
         >>> own = [(encrypt(params, masks, other_keys), masks[-1])]
@@ -104,7 +104,7 @@ def detect(
         from sklearn.metrics import roc_auc_score
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "detection needs scikit-learn: pip install 'selcrypt-jax[audit]'"
+            "detection needs scikit-learn. Install the extra: pip install 'selcrypt-jax[audit]'"
         ) from error
 
     if not own:
@@ -115,8 +115,8 @@ def detect(
     for what, values in (("own", truth), ("mask", labels)):
         if values.all() or not values.any():
             raise ValueError(
-                f"{what}: expected some groups that are encrypted and some that are not, got "
-                f"{int(values.sum())} of {values.size}."
+                f"{what}: expected some groups to be encrypted and some not, got "
+                f"{int(values.sum())} of {values.size} encrypted."
             )
     classifier = HistGradientBoostingClassifier(
         class_weight="balanced", max_iter=200, random_state=seed
@@ -140,14 +140,14 @@ def detect(
 def _examples(
     params: PyTree, mask: PyTree, what: str
 ) -> tuple[np.ndarray, np.ndarray, dict[str, tuple[int, ...]]]:
-    """Features and truth of every group of the leaves whose masks are arrays, and their shapes."""
+    """Features and labels of the groups of leaves whose masks are arrays; shapes of the masks."""
     tree = named_leaves(params)
     whole = checked_mask(tree, mask, what)
     features, labels, shapes = [], [], {}
     for name, leaf in tree.leaves.items():
         truth = whole[name]
         if not is_array(leaf) or truth.size == 1:
-            continue  # no groups to tell apart
+            continue  # a single group
         features.append(group_features(np.asarray(jax.device_get(leaf)), truth.shape))
         labels.append(truth.ravel())
         shapes[name] = truth.shape

@@ -1,4 +1,4 @@
-"""The file that is attacked, with the keys and masks of its owner."""
+"""The file under attack, with its owner's keys and masks."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,14 +12,14 @@ from .._tree.names import is_array, named_leaves
 
 
 class Protected(NamedTuple):
-    """A file, with masks and keys, which an attacker does not have.
+    """A file, with the masks and keys, which the attacker does not have.
 
     Attributes:
-        params: as shipped.
-        masks: of the levels.
-        keys: of the levels.
-        cipher: of the rings.
-        seal: over all of it, under the key of level 1; None for a plain rest.
+        params: parameters as shipped.
+        masks: masks of the levels.
+        keys: keys of the levels.
+        cipher: cipher of the rings.
+        seal: cipher of the seal over everything, under the key of level 1; None for a plain rest.
     """
 
     params: PyTree
@@ -29,19 +29,19 @@ class Protected(NamedTuple):
     seal: WindowCipher | None = None
 
     def closed(self, level: int) -> PyTree:
-        """The mask of what is encrypted to the holder of a level."""
+        """A mask of the weights that stay encrypted for the holder of a level."""
         if level:
             return masks_between(self.masks[level - 1], self.masks[-1])
         return self.masks[-1] if self.seal is None else True
 
     def sealed(self) -> "Protected":
-        """The same with a sealed rest."""
+        """The same file with a sealed rest."""
         seal = WindowCipher.fit(self.params)
         params = encrypt(self.params, [True], self.keys[:1], cipher=seal)
         return self._replace(params=params, seal=seal)
 
     def opened(self, level: int) -> PyTree:
-        """What a key of this level gives; the file as it is without one."""
+        """The parameters that a key of this level gives; as shipped for level 0."""
         params = self.params
         if not level:
             return params
@@ -51,7 +51,7 @@ class Protected(NamedTuple):
 
 
 def masks_between(lower: PyTree, upper: PyTree) -> PyTree:
-    """What the upper one of two nested masks adds."""
+    """The weights that the upper of two nested masks adds."""
     below = named_leaves(lower).leaves
     tree = named_leaves(upper)
     return tree.rebuild(

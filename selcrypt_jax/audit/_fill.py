@@ -1,7 +1,7 @@
-"""Attacks without training: something else in place of weights that seem to be encrypted.
+"""Attacks without training: replace the weights that seem to be encrypted.
 
-Each attack is a pure function of the protected parameters and of a mask of what is suspected: the
-true one, a guess (see `selcrypt_jax.audit.detection_scores`), or everything.
+Each attack is a pure function of the protected parameters and of a mask of the suspected weights:
+the true mask, a guess (see `selcrypt_jax.audit.detect`), or everything.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from .._tree.rings import split_rings
 
 
 def zero_fill(params: PyTree, suspected: PyTree) -> PyTree:
-    """Zero in place of suspected weights: prunes them.
+    """Prunes suspected weights: replaces them with zero.
 
     Args:
-        params: protected parameters; not changed.
-        suspected: one mask that fits them, as of `nested_masks`.
+        params: protected parameters; not modified.
+        suspected: a mask that fits them, such as one from `nested_masks`.
 
     Returns:
-        A tree of the same structure. Leaves without suspects are passed through.
+        A tree of the same structure. Leaves without suspected weights are passed through.
 
     Raises:
         ValueError, TypeError: the mask does not fit, see `encrypt`.
@@ -35,7 +35,7 @@ def zero_fill(params: PyTree, suspected: PyTree) -> PyTree:
 
 
 def mean_fill(params: PyTree, suspected: PyTree) -> PyTree:
-    """The mean of the leaf's other weights. Arguments as of `zero_fill`.
+    """Replaces suspected weights with the mean of the leaf's others. Arguments as in `zero_fill`.
 
     Examples:
         >>> filled = mean_fill(protected, masks[-1])
@@ -50,12 +50,12 @@ def mean_fill(params: PyTree, suspected: PyTree) -> PyTree:
 
 
 def resample(params: PyTree, suspected: PyTree, *, key: PRNGKeyArray) -> PyTree:
-    """Weights drawn from the leaf's others, with replacement. Arguments as of `zero_fill`.
+    """Replaces suspected weights with others of the leaf, drawn with replacement.
 
     Args:
         params: see `zero_fill`.
-        suspected: see `zero_fill`. Where nothing of a leaf is left, zero.
-        key: typed; each leaf has its own, from its name.
+        suspected: see `zero_fill`. If a leaf has no other weights, it becomes zero.
+        key: a typed key; each leaf's key is derived from it and the leaf's name.
 
     Examples:
         >>> filled = resample(protected, masks[-1], key=jax.random.key(0))
@@ -72,12 +72,12 @@ def resample(params: PyTree, suspected: PyTree, *, key: PRNGKeyArray) -> PyTree:
 
 
 def clip_norm(params: PyTree, suspected: PyTree, *, quantile: float = 0.5) -> PyTree:
-    """Suspected groups, scaled down to a quantile of the norms of the leaf's other groups.
+    """Scales suspected groups down to a quantile of the norms of the leaf's other groups.
 
     Args:
         params: see `zero_fill`.
         suspected: see `zero_fill`; axes on which it has size 1 lie inside the group.
-        quantile: in [0, 1].
+        quantile: the quantile, in [0, 1].
 
     Examples:
         >>> clipped = clip_norm(protected, masks[-1], quantile=0.25)

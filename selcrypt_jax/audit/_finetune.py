@@ -1,4 +1,4 @@
-"""Attacks with data: train the protected network, or parts of it, until it works."""
+"""Attacks with data: fine-tune the protected network, or parts of it, until it works."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +18,11 @@ from .._tree.rings import checked_mask
 
 TrainingLossFn = Callable[[PyTree, Any], tuple[Float[Array, ""], PyTree]]
 """``(params, batch) -> (scalar, params)``: the loss in training mode, and the parameters with the
-running statistics as they are after the batch."""
+running statistics updated by the batch."""
 
 
 def floats(tree: NamedLeaves) -> dict[str, Any]:
-    """The leaves that are arrays of floats, by name."""
+    """The floating-point arrays of a tree, by name."""
     return {
         name: leaf
         for name, leaf in tree.leaves.items()
@@ -48,33 +48,31 @@ def fine_tune(
     rate: float | Callable[[int], float] = 1.0,
     trainable: PyTree | bool = True,
     statistics: bool = False,
-    paces: Mapping[str, float] | None = None,
+    rate_factors: Mapping[str, float] | None = None,
 ) -> Iterator[Checkpoint]:
-    """Trains what is believed to be encrypted, or everything.
+    """Fine-tunes the weights that are believed to be encrypted, or all weights.
 
     Args:
-        params: protected parameters; not changed.
-        loss_fn: ``(params, batch) -> scalar``; with `statistics`, see `TrainingLossFn`.
-        batch: number of the step, from 1 → a batch of the data that the attacker has.
-        stops: numbers of steps after which to stop and look, ascending.
+        params: protected parameters; not modified.
+        loss_fn: ``(params, batch) -> scalar``; with `statistics`, a `TrainingLossFn`.
+        batch: step number, from 1 → a batch of the attacker's data.
+        stops: steps after which to yield a checkpoint, ascending.
         optimizer: any optax transformation.
-        rate: factor on its updates, or number of the step → factor. Calls that differ in the rate
-            alone, or in the values of parameters and masks, share one compiled step:
-            ``optax.adam(1.0)`` and a rate here.
-        trainable: a mask that fits the parameters; weights that it does not select stay as they
-            are. ``True``: all floats.
-        statistics: whether `loss_fn` also gives parameters whose running statistics have moved;
-            those are kept, whatever is trainable.
-        paces: name of a leaf → factor on its updates beside the rate; 1 for those not named.
+        rate: factor on its updates, or step number → factor. Calls that differ only in the rate,
+            or in the values of parameters and masks, share one compiled step: pass
+            ``optax.adam(1.0)`` and set the rate here.
+        trainable: a mask that fits the parameters; weights that it does not select stay
+            unchanged. ``True``: all floats.
+        statistics: whether `loss_fn` also returns parameters with updated running statistics.
+            These updates are kept, whatever is trainable.
+        rate_factors: leaf name → another factor on its updates; 1 if not named.
 
     Yields:
-        At each stop a named tuple of the ``step``, ``params`` and the ``loss`` of the last batch.
-        Training ends early where the loss is not finite: that rate has failed, and what was
-        reached before it counts.
+        At each stop, a named tuple of the ``step``, the ``params`` and the ``loss`` of the last
+        batch. Training ends as soon as a loss is not finite; earlier checkpoints remain valid.
 
     Raises:
-        ValueError: stops that do not ascend from 1, or a mask that does not fit or that selects
-            nothing.
+        ValueError: the stops do not ascend from 1, or the mask does not fit or selects nothing.
 
     Examples:
         >>> adam = optax.adam(1e-3)
@@ -84,15 +82,15 @@ def fine_tune(
     """
     steps = list(stops)
     if not steps or steps[0] < 1 or steps != sorted(set(steps)):
-        raise ValueError(f"stops: expected ascending numbers of steps from 1, got {steps}.")
+        raise ValueError(f"stops: expected ascending step numbers from 1, got {steps}.")
     tree = named_leaves(params)
     arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}
     whole = checked_mask(tree, trainable, "trainable")
     masks = {name: whole[name] for name in floats(tree)}
     if not any(mask.any() for mask in masks.values()):
-        raise ValueError("trainable: expected to select floats, got a mask that selects none.")
+        raise ValueError("trainable: expected a mask that selects some floats, got one without.")
     chosen = {name: arrays.pop(name) for name in masks}
-    factors = {name: np.float32((paces or {}).get(name, 1.0)) for name in chosen}
+    factors = {name: np.float32((rate_factors or {}).get(name, 1.0)) for name in chosen}
     static = (loss_fn, optimizer, statistics, Structure.of(tree))
     carry = jax.tree.map(jnp.copy, (chosen, arrays, optimizer.init(chosen)))
     number = 0
@@ -111,7 +109,7 @@ def fine_tune(
 
 
 def warm_cosine(rate: float, steps: int) -> Callable[[int], float]:
-    """A rate that warms up over a twentieth of the steps, and then falls to zero along a cosine."""
+    """A rate with linear warm-up over a twentieth of the steps, then cosine decay to zero."""
     warm = max(steps // 20, 1)
 
     def at(step: int) -> float:
@@ -123,7 +121,7 @@ def warm_cosine(rate: float, steps: int) -> Callable[[int], float]:
 
 
 class Same:
-    """A leaf that is no array: equal to itself alone, whatever it thinks of that."""
+    """A leaf that is not an array, compared by identity, whatever its own ``__eq__`` says."""
 
     def __init__(self, leaf: Any):
         self.leaf = leaf
@@ -137,14 +135,14 @@ class Same:
 
 @dataclass(frozen=True)
 class Structure:
-    """A tree without its arrays; hashable, so that equal ones share a compiled step."""
+    """A tree without its arrays; hashable, so that equal structures share a compiled step."""
 
     treedef: Any
     leaves: tuple[tuple[str, Same | None], ...]
 
     @classmethod
     def of(cls, tree: NamedLeaves) -> "Structure":
-        """That of a tree."""
+        """The structure of a tree."""
         same = {name: None if is_array(leaf) else Same(leaf) for name, leaf in tree.leaves.items()}
         return cls(tree.treedef, tuple(same.items()))
 
@@ -177,7 +175,7 @@ def _step(
     with jax.numpy_dtype_promotion("standard"):  # optax itself mixes dtypes
         updates: Any
         updates, state = optimizer.update(gradients, state, leaves)
-    # Once more: decay and momentum of an optimizer must not move what stays.
+    # Mask the updates too: weight decay and momentum must not move frozen weights.
     moved = {
         n: leaf + (rate * factors[n] * jnp.where(masks[n], updates[n], 0)).astype(leaf.dtype)
         for n, leaf in leaves.items()

@@ -1,4 +1,4 @@
-"""What is tried: the grid of an audit."""
+"""The grid of an audit: the protections and attacks that it tries."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,25 +14,25 @@ SCRATCH = "from scratch"
 
 @dataclass(frozen=True)
 class Grid:
-    """What is tried.
+    """The protections and attacks that an audit tries.
 
     Attributes:
-        importance: ways to select, see `check_strategy`.
-        budget: shares of the groups that take part, encrypted.
+        importance: selection strategies, see `check_strategy`.
+        budget: shares of the selected leaves' groups to encrypt.
         data: shares of the training data that the attacker has.
-        steps: numbers of steps after which the attacker looks at the metric.
+        steps: numbers of training steps after which the attacker evaluates the metric.
         rates: learning rates of Adam.
-        attacks: names of `ATTACKS`; by default all.
-        keys: protections under different keys, each with other data in the attacker's hands.
-        levels: permission levels.
-        scope: of the budget: in every leaf, or over the model.
-        rest: what becomes of the other weights, "plain" or "sealed", see `protect_file`.
-        select: leaves whose groups are selected, a regular expression, in place of the subject's
-            own; empty for that.
-        small: share of all weights that "+small" encrypts as a whole, see `Select`.
-        detection: whether it is tried to find what is encrypted.
+        attacks: names from `ATTACKS`; by default all.
+        keys: number of keys to average over; with each, the attacker has different data.
+        levels: number of permission levels.
+        scope: whether the budget holds in every leaf ("leaf") or over the whole model ("model").
+        rest: what happens to the other weights, "plain" or "sealed", see `protect_file`.
+        select: a regular expression for the leaves whose groups are selected; empty: the
+            subject's own.
+        small: share of all weights that "+small" encrypts whole, see `Select`.
+        detection: whether to try to detect which groups are encrypted.
         climbing: whether key holders attack the levels above their own.
-        seed: of everything. The keys are the audit's own.
+        seed: the seed of everything, including the audit's own keys.
     """
 
     importance: tuple[str, ...] = ("l2", "pss", "l2+small")
@@ -62,8 +62,8 @@ class Grid:
             if not values:
                 raise ValueError(f"{name}: expected at least one, got none.")
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}: expected each one once, got {list(values)}.")
-        # The last one is the strongest attacker, and the largest share.
+                raise ValueError(f"{name}: expected no duplicates, got {list(values)}.")
+        # Ascending, so that the last ones are the largest share and the strongest attacker.
         for name in ("budget", "data"):
             object.__setattr__(self, name, tuple(sorted(getattr(self, name))))
         if not 0 < self.small < 1:
@@ -103,13 +103,13 @@ class Grid:
 _QUICK = (
     "zero-fill",
     "resample",
-    "prune the largest",
+    "prune largest",
     "re-estimate statistics",
-    "train all, batch statistics",
+    "fine-tune all, batch statistics",
     "average and zero-fill",
-    "average and zero-fill, train all",
-    "train the normalisation",
-    "signs by structure, train all",
-    "by rank in the base, re-estimate statistics",
-    "by rank in the base, train all",
+    "average and zero-fill, fine-tune all",
+    "fine-tune normalisation",
+    "sign recovery, fine-tune all",
+    "rank matching, re-estimate statistics",
+    "rank matching, fine-tune all",
 )

@@ -1,4 +1,4 @@
-"""What it costs to guess a key: guesses on this machine, with the library's own functions."""
+"""The cost of guessing a key, measured on this machine with the library's own functions."""
 
 import contextlib
 import math
@@ -19,27 +19,27 @@ _SALT_BYTES = 16
 
 
 def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> list[KeySearch]:
-    """Guesses keys of a small protected file, and counts how many a second it can.
+    """Guesses keys of a small protected file, and measures how many per second it can try.
 
     A guess derives the keys and tries to open the sealed box of the lowest level, as the file
-    format has it: nothing shorter tells a right guess from a wrong one. An attacker's own program
-    on better hardware is faster by some factor, which does not matter where the years have dozens
-    of digits, and does for a passphrase.
+    format defines it: no shorter test tells a right guess from a wrong one. An attacker's own
+    program on better hardware is faster by some factor. That does not matter when the years have
+    dozens of digits, but it does for a passphrase.
 
     Args:
-        seconds: how long to guess each kind of key, at least one guess each.
+        seconds: how long to guess each kind of key; each gets at least one guess.
         passphrase_bits: entropy of the passphrase that the secret is made from, stretched by
-            `Secret.from_passphrase` with its defaults; four random words of a list of 7,776 have
-            52. None leaves it out.
+            `Secret.from_passphrase` with its defaults; four random words from a list of 7,776
+            have 52 bits. None leaves it out.
 
     Returns:
-        A record of ``key``, ``bits``, ``guesses_per_second`` and ``years`` for each of the owner's
-        secret, a level key, and the passphrase. The rate is per second of processor time,
-        all threads together, and so that of one core. ``years`` is ``2**(bits - 1) / rate``,
-        infinite where that is more than a float holds.
+        One record each for the owner's secret, a level key and the passphrase, with ``key``,
+        ``bits``, ``guesses_per_second`` and ``years``. The rate is per second of CPU time summed
+        over threads, and so the rate of one core. ``years`` is ``2**(bits - 1) / rate``, infinite
+        if a float cannot hold it.
 
     Raises:
-        ValueError: no time, or an entropy that is not positive.
+        ValueError: the time or the entropy is not positive.
 
     Examples:
         >>> secret, level, passphrase = key_search(seconds=0.01, passphrase_bits=52)
@@ -66,12 +66,12 @@ def key_search(*, seconds: float = 0.5, passphrase_bits: float | None = 40) -> l
             with contextlib.suppress(IntegrityError):
                 file.open(guessed())
 
-        guess()  # the first one loads what it needs
+        guess()  # warm-up: the first guess loads libraries
         start, count = time.process_time(), 0
         while count == 0 or time.process_time() - start < seconds:
             guess()
             count += 1
-        # The clock of the processor may be too coarse for a single guess.
+        # The CPU clock may be too coarse for a single guess.
         rate = count / max(time.process_time() - start, 1e-9)
         years = 2.0 ** (bits - 1) / rate / _YEAR if bits < 1025 else math.inf
         return KeySearch(name, bits, rate, years)

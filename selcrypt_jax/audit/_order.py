@@ -1,4 +1,4 @@
-"""The permutation of a cipher, by marked weights: does each of them move, and never alike?"""
+"""The permutation of a cipher, traced with marked weights: does each move, and never alike?"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +12,15 @@ from .._tree.dtypes import DTYPES
 from ._chosen import ALARM, Chosen, Where, pairs, skipped
 from ._records import CipherCheck
 
-_LARGE = 1024  # units from which a ring is looked at piece by piece
+_LARGE = 1024  # units in a ring from which it is checked in pieces
 _PIECES = 8
 _LAGS = 2048
-_DIGIT = 4  # bits, of a place, that an exponent can tell
+_DIGIT = 4  # bits of a position that one exponent can hold
 _COARSE = 0b101  # the top three mantissa bits of a marked weight
 
 
 def _marked(digits: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Floats between 2⁻¹⁵ and 2 with the digit in the exponent; integers with it on top."""
+    """Floats in 2⁻¹⁵..2 with the digit in the exponent; integers with it in the top bits."""
     width, mantissa = 8 * dtype.itemsize, DTYPES[dtype.name].mantissa
     if mantissa:
         words = digits << mantissa | 0b0111 << (mantissa + _DIGIT) | _COARSE << (mantissa - 3)
@@ -30,10 +30,10 @@ def _marked(digits: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _orders(network: Chosen, keys: Any) -> tuple[dict[Where, np.ndarray], bool]:
-    """Where the weights at each place of a ring came from, of the rings that tell.
+    """Where the weight at each position of a ring came from, for rings whose order can be read.
 
-    And whether exponents stay in place while the rest of the coarse bits is masked. Such a cipher
-    permutes nothing, and says so.
+    Also whether exponents stay in place while the other coarse bits are masked: such a cipher
+    permutes nothing, by design.
     """
     dtype = network.dtype
     mantissa = DTYPES[dtype.name].mantissa
@@ -61,7 +61,7 @@ def _orders(network: Chosen, keys: Any) -> tuple[dict[Where, np.ndarray], bool]:
 
 
 def _as_units(network: Chosen, where: Where, source: np.ndarray) -> np.ndarray:
-    """The same of groups, if those move as a whole."""
+    """The same for groups, if they move as a whole; and else for weights, unchanged."""
     groups = np.searchsorted(network.weights(where), network.groups[where])
     number = np.empty(source.size, np.int64)
     number[groups] = np.arange(len(groups))[:, None]
@@ -73,33 +73,33 @@ def _as_units(network: Chosen, where: Where, source: np.ndarray) -> np.ndarray:
 
 
 class _Count(NamedTuple):
-    """How many of ``of`` units agree by chance alone, if those of a permutation in blocks do."""
+    """The number of units, ``agreeing`` out of ``of``, on which two orders agree."""
 
     agreeing: int
     of: int
     blocks: int
 
     def log_chance(self) -> float:
-        """Of so many or more: E[C(X, k)] is at most b**k / k!."""
+        """Log-probability of so many or more by chance: E[C(X, k)] is at most b**k / k!."""
         if self.agreeing <= self.blocks:
             return 0.0
         return self.agreeing * math.log(self.blocks) - math.lgamma(self.agreeing + 1)
 
 
 def _few(name: str, counts: Sequence[_Count], what: str) -> CipherCheck:
-    """Whether all agree in few units only; `found` as in `_near_half`."""
+    """Whether all agree in few units only, as by chance; `found` as in `_near_half`."""
     if not counts:
         return skipped(name, "no ring is large enough")
     worst = min(counts, key=_Count.log_chance)
     passed = worst.log_chance() >= math.log(ALARM / len(counts))
     shown = counts if passed else [worst]
     share = sum(count.agreeing for count in shown) / sum(count.of for count in shown)
-    text = f"share of {what}: no more than chance gives, in {len(counts):,} comparisons"
+    text = f"share of {what}: no more than by chance, in {len(counts):,} comparisons"
     return CipherCheck(name, passed, share, text)
 
 
 def order_checks(network: Chosen, models: Sequence[Any]) -> Iterator[CipherCheck]:
-    """What must hold for the order of a ring's weights, under the keys of two model ids."""
+    """Checks of the order of a ring's weights, under the keys of two model ids."""
     (first, stream), (second, _) = (_orders(network, keys) for keys in models)
     places = {where: np.arange(len(source)) for where, source in first.items()}
     large = {where: source for where, source in first.items() if len(source) >= _LARGE}
@@ -108,19 +108,19 @@ def order_checks(network: Chosen, models: Sequence[Any]) -> Iterator[CipherCheck
         for where, source in large.items()
         for piece in np.array_split(source == places[where], _PIECES)
     ]
-    same = "units from the same place"
+    same = "units from the same position"
 
     in_place = [_same(first[where], places[where]) for where in first]
     other_id = [_same(first[where], second[where]) for where in first if where in second]
     rings, leaves = ([_same(first[a], first[b]) for a, b in pairs(first, k)] for k in (0, 1))
     checks = [
-        _few("weights leave their places", in_place, "units in place"),
-        _few("every stretch is moved", pieces, "units of an eighth of a ring in place"),
-        _spread("weights go everywhere", list(large.values())),
-        _few("another in every block", _displacements(first), "equal displacements at a distance"),
-        _few("another in every ring", rings, same),
-        _few("another in every leaf", leaves, same),
-        _few("another for every model id", other_id, same),
+        _few("weights move", in_place, "units in place"),
+        _few("every part is permuted", pieces, "units of an eighth of a ring in place"),
+        _spread("weights spread over the ring", list(large.values())),
+        _few("different in every block", _displacements(first), "pairs that moved equally far"),
+        _few("different in every ring", rings, same),
+        _few("different in every leaf", leaves, same),
+        _few("different for every model id", other_id, same),
     ]
     why = "exponents do not survive"
     if stream:
@@ -136,7 +136,7 @@ def _same(one: np.ndarray, other: np.ndarray) -> _Count:
 
 
 def _spread(name: str, sources: Sequence[np.ndarray]) -> CipherCheck:
-    """Pearson's χ² of the piece that a unit comes from against the piece that it is in."""
+    """Pearson's χ² test: is the piece that a unit comes from independent of where it is now?"""
     if not sources:
         return skipped(name, "no ring is large enough")
     degrees = (_PIECES - 1) ** 2
@@ -153,7 +153,7 @@ def _spread(name: str, sources: Sequence[np.ndarray]) -> CipherCheck:
 
 
 def _displacements(sources: Mapping[Where, np.ndarray]) -> list[_Count]:
-    """Pairs at each distance that are moved equally far: all of them, where blocks are alike."""
+    """For each distance, the pairs that moved equally far: all of them if blocks are alike."""
     counts = []
     for source in sources.values():
         moved, blocks = source - np.arange(len(source)), 2 * block_count(len(source))

@@ -1,4 +1,4 @@
-"""The pictures of an audit. One column of panels, so that a phone shows them at a readable size."""
+"""The plots of an audit, in one column of panels, which is readable on a phone."""
 
 import io
 import math
@@ -18,8 +18,8 @@ from matplotlib.ticker import MaxNLocator
 from ._records import Best, SubjectReport
 from ._words import data_name
 
-# Wong's palette, which colour-blind readers can tell apart, without the yellow, which is too pale
-# on white. Black is for the baseline.
+# Wong's palette, which is safe for colour-blind readers, without its yellow, which is too pale on
+# white. Black is for the baseline.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKERS = "os^Dv*P"
 _LINES: tuple[Any, ...] = ("-", (0, (1, 1)), "-.", (0, (5, 1)), (0, (3, 1, 1, 1)))
@@ -36,8 +36,8 @@ _BASELINE: _Style = {"color": "black", "marker": ".", "linestyle": "--"}
 def draw_curves(report: SubjectReport) -> Figure:
     """Metric against the attacker's steps.
 
-    One panel for each share of data, the largest first; one curve for each protection: the best
-    that is reached, mean over keys, shaded from the worst key to the best.
+    One panel for each share of data, the largest first. One curve for each protection: the best
+    attack, averaged over keys, shaded from the worst key to the best.
     """
     alone = f"{report.alone} alone"
     styles = _styles(report) | {alone: _BASELINE}
@@ -65,8 +65,8 @@ def draw_curves(report: SubjectReport) -> Figure:
 def draw_advantage(report: SubjectReport) -> Figure:
     """Advantage, with its interval, against the share of all weights that is encrypted.
 
-    One panel for each share of data, the largest first, after the largest number of steps; one
-    line for each strategy.
+    One panel for each share of data, the largest first, at the largest number of steps. One line
+    for each strategy.
     """
     every = [best for protection in report.protections for best in protection.best]
     shares = sorted({best.data for best in every}, reverse=True)
@@ -78,7 +78,7 @@ def draw_advantage(report: SubjectReport) -> Figure:
         steps = max(best.steps for best in every if best.data == data)
         handles: list[Any] = []
         for index, strategy in enumerate(strategies):
-            # A little aside of each other, since intervals at the same share would overlap.
+            # Offset a little, since intervals at the same share would overlap.
             aside = math.exp(0.015 * _width(place) * (index - (len(strategies) - 1) / 2))
             found = sorted(
                 (place[protection.share] * aside, best.advantage)
@@ -102,8 +102,8 @@ def draw_advantage(report: SubjectReport) -> Figure:
 def draw_levels(report: SubjectReport) -> Figure:
     """Metric by permission level, for the protections whose levels were measured.
 
-    A line says what the strongest attacker reaches without the file: levels below are worth nothing
-    to them.
+    A line shows what the strongest attacker reaches without the file: levels below it are worth
+    nothing to them.
     """
     styles = _styles(report)
     with_levels = [protection for protection in report.protections if protection.levels]
@@ -129,15 +129,15 @@ def draw_levels(report: SubjectReport) -> Figure:
 
 
 def inline_svg(figure: Figure, prefix: str, label: str) -> str:
-    """A figure as an element of a page.
+    """A figure as an SVG element for an HTML page.
 
     Args:
-        figure: to draw.
-        prefix: of all ids. Matplotlib numbers them from 1 in each picture.
-        label: for those who cannot see it.
+        figure: the figure.
+        prefix: prefix of all ids, which Matplotlib numbers from 1 in each figure.
+        label: alternative text.
 
     Returns:
-        ``<svg …>``, without prolog, metadata and size, as wide as what it stands in.
+        ``<svg …>``, without prolog, metadata and size; it fills the width of its container.
     """
     figure.suptitle("")  # the page has headings
     file = io.BytesIO()
@@ -157,9 +157,9 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
                 element.setAttribute(name, value.replace("url(#", f"url(#{prefix}-"))
     for definitions in svg.getElementsByTagName("defs"):
         for style in definitions.getElementsByTagName("style"):
-            definitions.removeChild(style)  # it would rule the page, which has its own
+            definitions.removeChild(style)  # it would apply to the whole page
     for name in ("width", "height"):
-        svg.removeAttribute(name)  # the page says how wide; the viewBox, how high
+        svg.removeAttribute(name)  # the page sets the width; the viewBox, the height
     svg.setAttribute("role", "img")
     svg.setAttribute("aria-label", label)
     return svg.toxml()
@@ -178,9 +178,9 @@ def _style(colour: int, number: int) -> _Style:
 
 
 def _styles(report: SubjectReport) -> dict[str, _Style]:
-    """A colour for each strategy, as in the plot of advantages; other markers for other shares.
+    """A colour for each strategy, as in the plot of advantages, and a marker for each share.
 
-    Where there is one strategy only, a colour for each protection.
+    If there is only one strategy, a colour for each protection.
     """
     strategies = _strategies(report)
     styles: dict[str, _Style] = {}
@@ -194,11 +194,11 @@ def _styles(report: SubjectReport) -> dict[str, _Style]:
 
 
 def _panels(report: SubjectReport, count: int, names: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    """Panels in one column, with room for a legend; one that says so if there is nothing."""
+    """Panels in one column, with space for a legend; a single note if there is nothing to show."""
     title = textwrap.fill(report.title, 42, break_long_words=True)
     rows = title.count("\n") + 2 + sum(_label(name).count("\n") + 1 for name in names)
     height = _PANEL * max(count, 1) + _ROW * rows
-    # Some room between the label of an axis and the title of the next panel.
+    # Some space between an axis label and the title of the next panel.
     layout = ConstrainedLayoutEngine(hspace=0.05, h_pad=0.06, w_pad=0.06)
     figure = Figure(figsize=(_WIDTH, height), layout=layout, dpi=180)
     figure.suptitle(_plain(title), weight="bold", fontsize="medium")
@@ -217,7 +217,7 @@ def _panels(report: SubjectReport, count: int, names: Sequence[str]) -> tuple[Fi
 def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Style) -> Any:
     rows = sorted((row for row in rows if row.recovered), key=lambda row: row.steps)
     x = [place[row.steps] for row in rows]
-    # No axis reaches what is infinite.
+    # Infinite values cannot be drawn.
     metrics = [np.where(np.isfinite(row.recovered), row.recovered, np.nan) for row in rows]
     means = [row.mean() for row in metrics]
     (line,) = axis.plot(x, means, **style, markersize=5)
@@ -229,27 +229,27 @@ def _curve(axis: Axes, rows: list[Best], place: dict[float, float], style: _Styl
 def _intervals(axis: Axes, found: list[tuple[float, Any]], style: _Style) -> Any:
     means = np.array([each.mean for _, each in found], float)
     ends = np.array([[each.low, each.high] for _, each in found], float).reshape(-1, 2)
-    # A bootstrap's interval need not contain the mean, and a bar has no negative length.
+    # A bootstrap interval need not contain the mean, and no bar has a negative length.
     bars = np.maximum([means - ends[:, 0], ends[:, 1] - means], 0)
     x = [position for position, _ in found]
     return axis.errorbar(x, means, yerr=bars, **style, markersize=5, capsize=3)
 
 
 def _on_log_axis(values: Iterable[float]) -> dict[float, float]:
-    """Value → where it is drawn: a log axis has no 0, which goes before the smallest value."""
+    """Value → position on a log axis, where 0 is drawn to the left of the smallest value."""
     values = sorted(set(values))
     smallest = min((value for value in values if value > 0), default=1.0)
     return {value: value if value > 0 else smallest / 3 for value in values}
 
 
 def _width(place: dict[float, float]) -> float:
-    """Of the axis, in factors of e; something where there is one value or none."""
+    """The width of the axis, in factors of e; 1 if there are fewer than two values."""
     positions = place.values() or [1.0]
     return math.log(max(positions) / min(positions)) or 1.0
 
 
 def _log_ticks(axis: Axes, place: dict[float, float], text: Callable[[float], str]) -> None:
-    """A tick at each value, and a number where there is room for one."""
+    """A tick at each value, with a number where it fits."""
     axis.set_xscale("log")
     width = _width(place)
     low, high = min(place.values()), max(place.values())
@@ -276,6 +276,6 @@ def _label(name: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Dollars would be mathematics; before matplotlib 3.10 an underscore hid a line of a legend."""
+    """Escapes dollars (math mode) and a leading underscore (hidden before Matplotlib 3.10)."""
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text

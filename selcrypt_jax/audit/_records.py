@@ -6,7 +6,7 @@ from typing import Any
 from ._advantage import Advantage
 
 NARROW = 0.05
-"""Share of the way from guessing to the original below which differences do not count."""
+"""Share of the way from guessing to the original below which differences are ignored."""
 
 
 @dataclass(frozen=True)
@@ -43,20 +43,20 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Best:
-    """The best result of an attacker within a number of steps, over attacks, rates and stops.
+    """An attacker's best result within a number of steps, over attacks, rates and stops.
 
     Attributes:
         data: share of the training data that the attacker has.
         steps: the largest number of steps.
         recovered: metric, one value per key.
         attack: the attack that was best for most keys.
-        advantage: over an attacker without the file, see `SubjectReport.baseline`; None for the
-            baseline itself, and if that comes so close to the original that there is hardly
-            anything to steal.
-        over_architecture: the same, over an attacker with the architecture alone, if there is a
-            base.
+        advantage: advantage over an attacker without the file, see `SubjectReport.baseline`. None
+            for the baseline itself, and if the baseline is so close to the original that there is
+            hardly anything to steal.
+        over_architecture: if there is a base, the advantage over an attacker with the
+            architecture alone.
         rate: learning rate of the best result; 0 if nothing was trained.
-        same_recipe: the advantage over an attacker without the file who trains at that rate too,
+        same_recipe: the advantage over an attacker without the file who trains at the same rate
             instead of their best one.
     """
 
@@ -113,7 +113,7 @@ class Protection:
         best: the best result for each share of data and number of steps.
         detection: ``{"auc", "baseline"}``: how well encrypted groups are told from others, and
             how well the same groups are told from others before encryption; empty if not tried.
-        holders: of levels 1 to M-1; empty if not tried.
+        holders: results of key holders of levels 1 to M-1; empty if not tried.
     """
 
     name: str
@@ -155,12 +155,12 @@ class SubjectReport:
         worthless: metric of guessing.
         weights: number of parameters, including running statistics.
         examples: the number of examples in the training data.
-        protections: from the smallest share to the largest, strategy by strategy.
+        protections: strategy by strategy, each from the smallest share to the largest.
         baseline: the best result without the file: from fresh weights, or from the base.
         seconds: how long the audit took.
         base: whether the attacker has a base, see `Subject`.
-        everything: results for a file in which the rings' cipher encrypts everything, which
-            preserves the histogram of each leaf; empty for a sealed rest.
+        everything: results for a file in which the rings' cipher encrypts everything; it
+            preserves the histogram of each leaf. Empty for a sealed rest.
         ways: the ways to publish it, the most useful first.
         sealed: whether the rest of the file was sealed.
     """
@@ -188,7 +188,7 @@ class SubjectReport:
 
 @dataclass(frozen=True)
 class CipherCheck:
-    """One property of a cipher, tried on chosen weights.
+    """One property of a cipher, tested on chosen weights.
 
     Attributes:
         name: the property.

@@ -1,4 +1,4 @@
-"""``audit.json``, the pictures, and a page for those who decide."""
+"""The results of an audit: ``audit.json``, plots, and a page for decision makers."""
 
 import dataclasses
 import datetime
@@ -25,17 +25,17 @@ _DRAW = {"curves": draw_curves, "advantage": draw_advantage, "levels": draw_leve
 
 
 def write_report(report: AuditReport, folder: Path) -> None:
-    """Writes ``audit.json``, three pictures of each network, and ``report.html``.
+    """Writes ``audit.json``, three plots for each network, and ``report.html``.
 
     Args:
-        report: what was found out.
-        folder: is made if it is missing; files of these names are replaced. The pictures are
-            called ``NAME_curves.png``, ``NAME_advantage.png`` and ``NAME_levels.png``, where
-            characters of NAME that are no letters, digits, dots or hyphens become underscores.
+        report: the results.
+        folder: created if it does not exist; existing files of these names are replaced. The plots
+            are ``NAME_curves.png``, ``NAME_advantage.png`` and ``NAME_levels.png``, where
+            characters of NAME other than letters, digits, dots and hyphens become underscores.
 
     Raises:
-        OSError: the folder cannot be made or written to.
-        TypeError: settings or advice that JSON cannot express.
+        OSError: the folder cannot be created or written to.
+        TypeError: JSON cannot express the settings or the advice.
     """
     content = json.dumps(
         plain(dataclasses.asdict(report)), allow_nan=False, indent=1, ensure_ascii=False
@@ -76,7 +76,7 @@ def write_report(report: AuditReport, folder: Path) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As JSON has it: no tuples, no NaN, no dates."""
+    """A value as JSON can hold it: without tuples, NaN and dates."""
     if isinstance(value, Advantage):
         return plain(value._asdict())
     if isinstance(value, dict):
@@ -100,7 +100,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _file_names(subjects: Iterable[SubjectReport]) -> list[str]:
-    """Names that no file system refuses, all different."""
+    """File names that are valid on every file system, all different."""
     names: list[str] = []
     for subject in subjects:
         name = re.sub(r"[^\w.-]", "_", subject.name)[:80].lstrip(".") or "network"
@@ -110,7 +110,7 @@ def _file_names(subjects: Iterable[SubjectReport]) -> list[str]:
 
 
 def _settings(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
-    """Names with dots, and values as JSON has them."""
+    """Dotted names of settings, and their values as JSON."""
     if isinstance(value, dict) and value:
         for key, each in value.items():
             yield from _settings(each, f"{name}.{key}" if name else str(key))
@@ -120,7 +120,7 @@ def _settings(value: Any, name: str = "") -> Iterable[tuple[str, str]]:
 
 
 def _stops(subject: SubjectReport) -> dict[float, list[int]]:
-    """Share of data → fewest and most steps; most data first, since not all columns may fit."""
+    """Share of data → fewest and most steps; most data first, as not all columns may be visible."""
     every = [best for p in subject.protections for best in p.best] + subject.baseline
     stops = {}
     for data in sorted({best.data for best in every}, reverse=True):

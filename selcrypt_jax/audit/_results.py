@@ -1,4 +1,4 @@
-"""What an audit's cells come to: the best attacks, and how far ahead of no file they are."""
+"""An audit's results from its cells: the best attacks, and their advantage."""
 
 import math
 from collections import Counter
@@ -16,11 +16,11 @@ from ._run import ARCHITECTURE, Audit, Plan
 
 
 class Results:
-    """What came out of an audit.
+    """The results of an audit.
 
     Args:
-        audit: that was carried out.
-        cells: name → result, of those that are done; read at each call.
+        audit: the audit.
+        cells: name → result of each finished cell; read at each call.
     """
 
     def __init__(self, audit: Audit, cells: Mapping[str, Any]):
@@ -28,7 +28,7 @@ class Results:
         self.cells = cells
 
     def attempts(self, plan: Plan, level: int = 0) -> list[Attempt]:
-        """The attacks on a protection, by the holder of a level, from their cells."""
+        """The attacks on a protection by the holder of a level, from their cells."""
         found = []
         for attack, data, rate in self.audit.attempts(plan, level):
             cell = self.cells[self.audit.attempt_at(plan, level, attack, data, rate)]
@@ -44,28 +44,28 @@ class Results:
         architecture: Sequence[Best] = (),
         references: Sequence[Attempt] = (),
     ) -> list[Best]:
-        """The best for each share of data and number of steps; an attacker may also do nothing.
+        """The best result for each share of data and number of steps.
 
-        With no steps at all: by attacks that train nothing.
+        An attacker may also do nothing. Zero steps: attacks that train nothing.
 
         Args:
-            attempts: that they make with the file.
-            shipped: what the file gives as it is, one value a key; none without a file.
-            baseline: what is reached without the file, and with the base if there is one.
-            architecture: what is reached without either.
-            references: the attempts of the baseline: an attacker may also leave the file alone.
+            attempts: attacks on the file.
+            shipped: the metric of the file as it is, one value per key; empty without a file.
+            baseline: the results without the file, but with the base if there is one.
+            architecture: the results with neither.
+            references: the attempts of the baseline: an attacker may also ignore the file.
         """
         grid, clean = self.audit.grid, self.audit.clean
         nothing = np.full(grid.keys, float(self.audit.subject.worthless))
 
         def gain(best: Best, floor: np.ndarray) -> Advantage | None:
-            # Where the floor comes so near to the original, chance decides; a rate that failed
-            # without the file says nothing.
+            # A floor close to the original leaves the result to chance, and one that is not
+            # finite (the rate failed) says nothing.
             if not np.isfinite(floor).all() or not clean - np.mean(floor) > NARROW * (
                 clean - self.audit.subject.worthless
             ):
                 return None
-            # A key's number also says which data the attacker has, with the file and without it.
+            # Paired: the key's number also selects the attacker's data, with the file or without.
             return advantage(best.recovered, floor.tolist(), clean, seed=grid.seed, paired=True)
 
         def over(best: Best, floors: Sequence[Best]) -> Advantage | None:
@@ -81,8 +81,8 @@ class Results:
                 if len(shipped):
                     opened = np.asarray(shipped, float)
                     found["as shipped", 0.0] = np.where(np.isnan(opened), -math.inf, opened)
-                # That much is left to everybody, so also where the rest gives no number.
-                found["knowing nothing", 0.0] = nothing
+                # Guessing is always possible, even if everything else gives NaN.
+                found["guessing", 0.0] = nothing
                 for attempt in (*attempts, *references):
                     _add(found, attempt, data, most)
                 names, values = list(found), np.stack(list(found.values()))
@@ -103,7 +103,7 @@ class Results:
         return listed
 
     def report(self, plans: Iterable[Plan], seconds: float) -> SubjectReport:
-        """All that was found out of these protections."""
+        """All results for these protections."""
         baseline, audit, subject = self.baseline(), self.audit, self.audit.subject
         return SubjectReport(
             name=audit.name,
@@ -122,7 +122,7 @@ class Results:
         )
 
     def baseline(self, *, base: bool = True) -> list[Best]:
-        """What an attacker reaches without the file; from the base too, if there is one."""
+        """What an attacker reaches without the file, but with the base if there is one."""
         tried = self._references()
         return self.best([a for a in tried if base or not ATTACKS[a.attack].base])
 
@@ -130,13 +130,13 @@ class Results:
         return [a for a in self.attempts(ARCHITECTURE) if a.attack in REFERENCES]
 
     def _everything(self, baseline: Sequence[Best]) -> list[Best]:
-        """Of a file in which everything is encrypted, and the histogram of each leaf is kept."""
+        """Results for a file in which everything is encrypted and leaves keep their histograms."""
         if self.audit.grid.rest == "sealed":
             return []
         return self.best(self.attempts(ARCHITECTURE), baseline=baseline)
 
     def protection(self, plan: Plan, baseline: Sequence[Best]) -> Protection:
-        """One protection from its cells."""
+        """The results for one protection, from its cells."""
         at = self.audit.at(plan)
         rows = self.cells[f"{at}/levels"]
         attempts, shipped = self.attempts(plan), rows[0][1:]
@@ -175,7 +175,7 @@ class Results:
 def _add(
     found: dict[tuple[str, float], np.ndarray], attempt: Attempt, data: float, most: int
 ) -> None:
-    """The best of an attempt within a number of steps, by its name and rate."""
+    """Adds the best result of an attempt within a number of steps, by its name and rate."""
     for step, values in attempt.steps.items():
         if attempt.data in (0, data) and (step <= most or not attempt.rate):
             name = attempt.attack, attempt.rate

@@ -24,11 +24,11 @@ from ._strategies import EVERYTHING, everything, plain_strategy, strategy_masks,
 from ._subject import Subject, check_subject, example_batches, place, quality
 from ._twofiles import shared_keystream
 
-# Attacks that need places or plain weights are of no use where everything is encrypted or sealed.
+# Attacks that need positions or plain weights are useless if everything is encrypted or sealed.
 _ON_EVERYTHING = (
-    "train all",
-    "train all, batch statistics",
-    "average the normalisation, train all",
+    "fine-tune all",
+    "fine-tune all, batch statistics",
+    "average normalisation, fine-tune all",
 )
 
 
@@ -39,7 +39,7 @@ class Plan(NamedTuple):
     share: float
 
     def __str__(self) -> str:
-        """As ``"pss 8 %"``."""
+        """For example ``"pss 8 %"``."""
         plain, plus, rest = self.strategy.partition("+")
         return f"{plain} {100 * self.share:.3g} %" + (f" + {rest}" if plus else "")
 
@@ -48,12 +48,12 @@ ARCHITECTURE = Plan(EVERYTHING, 1.0)
 
 
 class Work(NamedTuple):
-    """One cell: what is done, and how long it takes in steps of training.
+    """One cell: a unit of work whose result is kept.
 
     Attributes:
-        name: of the cell.
-        cost: steps.
-        run: gives its result, as JSON.
+        name: name of the cell.
+        cost: its duration, in training steps.
+        run: computes its result, as JSON.
     """
 
     name: str
@@ -62,17 +62,17 @@ class Work(NamedTuple):
 
 
 class Audit:
-    """Everything that is tried on one network.
+    """The audit of one network.
 
     Args:
-        name: of the network.
+        name: name of the network.
         subject: the network.
-        grid: what is tried.
-        cipher: `LosslessCipher()` unless given.
+        grid: the protections and attacks to try.
+        cipher: `LosslessCipher()` by default.
 
     Raises:
-        ValueError: a network that is no better than knowing nothing: an attack on it proves
-            nothing.
+        ValueError: the network is no better than guessing (attacks on it prove nothing), or none
+            of the attacks applies to it.
     """
 
     def __init__(self, name: str, subject: Subject, grid: Grid, cipher: Cipher | None = None):
@@ -87,25 +87,26 @@ class Audit:
         self.cipher = cipher
         if not any(applies(ATTACKS[attack], subject) for attack in grid.attacks):
             raise ValueError(
-                f"{name}: attacks: expected some that this network gives cause to, got "
-                f"{list(grid.attacks)}. Those with structure need a chain, those of siblings and "
-                "of a base need them too: take others, or give the subject what they need."
+                f"{name}: attacks: expected some that apply to this network, got "
+                f"{list(grid.attacks)}. Sign recovery needs the subject's chain, sibling "
+                "regression also its siblings, and attacks with a base its base: add these to the "
+                "subject, or choose other attacks."
             )
         self.clean = quality(subject, subject.params)
         if not subject.worthless < self.clean < math.inf:
             raise ValueError(
-                f"{name}: expected a network that is better than knowing nothing "
-                f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. Without "
-                "anything to steal an audit proves nothing: train it, or check metric and weights."
+                f"{name}: expected a network that is better than guessing "
+                f"({subject.worthless:.4g} {subject.unit}), got {self.clean:.4g}. An audit proves "
+                "nothing if there is nothing to steal: train it, or check metric and weights."
             )
-        # The owner's, 0, and those that an attacker trains to learn from; importance in each.
+        # 0 is the owner's network; attackers train others to learn from. Importance for each.
         self.networks = {0: self.subject}
         self.scores: dict[tuple[int, str], PyTree] = {}
 
     # --- protections ---
 
     def masks(self, plan: Plan, network: int = 0) -> Sequence[PyTree]:
-        """Nested masks of a strategy; learned importance is learned once a network."""
+        """Nested masks of a strategy; importance is computed once per network."""
         subject = self._network(network)
         if plan == ARCHITECTURE:
             return everything(subject)
@@ -119,7 +120,7 @@ class Audit:
         )
 
     def _network(self, number: int) -> Subject:
-        """The owner's, or one that an attacker trained."""
+        """The owner's network (0), or one that an attacker trained."""
         if number not in self.networks:
             key = jax.random.key(number)
             start = self.subject.fresh(key)
@@ -141,14 +142,14 @@ class Audit:
         stops: Sequence[int],
         rate: float | None = None,
     ) -> Iterator[tuple[int, PyTree]]:
-        """Steps and parameters of an attack with the data of this number."""
-        # An attack without data looks at no batch.
+        """Steps and parameters of an attack with the data set of this number."""
+        # An attack without data never asks for a batch.
         batch = example_batches(self.subject, data or 1.0, number)[1]
         rate = self.grid.rates[0] if rate is None else rate
         return run_attack(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
 
     def keys(self, number: int, levels: int) -> Any:
-        """Keys of the audit's own, from its seed; what is shipped has random ones."""
+        """The audit's own keys, derived from its seed; released files have random keys."""
         text = f"selcrypt/audit/{self.grid.seed}/{number}"
         digest = hashlib.sha256(text.encode()).digest()
         return ring_keys(level_key(digest, digest[:16], levels=levels))
@@ -159,7 +160,7 @@ class Audit:
         return file.sealed() if self.is_sealed(plan) else file
 
     def is_sealed(self, plan: Plan) -> bool:
-        """Whether a seal lies over the rest of the file."""
+        """Whether the rest of the file is sealed."""
         return plan != ARCHITECTURE and self.grid.rest == "sealed"
 
     def _encrypted(self, params: PyTree, masks: Sequence[PyTree], number: int) -> Protected:
@@ -167,14 +168,14 @@ class Audit:
         return Protected(encrypt(params, masks, keys, cipher=self.cipher), masks, keys, self.cipher)
 
     def check(self, plan: Plan) -> None:
-        """Refuses a protection that cannot be, before anything is learned or attacked.
+        """Refuses an impossible protection, before anything is learned or attacked.
 
         Raises:
-            ValueError: too few weights to hide among each other, no normalisation to encrypt, no
-                file of scores, and the like.
+            ValueError: too few weights in a ring, no normalisation to encrypt, no file of scores,
+                and the like.
         """
         subject, grid = self.subject, self.grid
-        # How many groups are encrypted is the same whatever they are worth.
+        # The number of encrypted groups does not depend on the scores: random ones will do.
         from_file = plain_strategy(plan.strategy).startswith("scores:")
         try:
             scores = strategy_scores(subject, plan.strategy if from_file else "random", grid.seed)
@@ -206,24 +207,24 @@ class Audit:
                     yield Work(self.attempt_at(plan, level, attack, data, rate), cost, run)
 
     def at(self, plan: Plan, level: int = 0) -> str:
-        """How the names of cells begin."""
+        """The prefix of the names of cells."""
         at = f"{self.name}/{plan.strategy}/{plan.share:g}"
         return f"{at}/holder of {level}" if level else at
 
     def attempt_at(self, plan: Plan, level: int, attack: str, data: float, rate: float) -> str:
-        """The name of the cell of an attack by the holder of a level."""
+        """The name of the cell for an attack by the holder of a level."""
         return f"{self.at(plan, level)}/{attack}/{data:g}/{rate:g}"
 
     def holders(self, plan: Plan) -> range:
-        """Levels whose holders attack the levels above."""
+        """Levels whose holders attack the levels above them."""
         return range(1, self.grid.levels if self.grid.climbing and plan != ARCHITECTURE else 1)
 
     def attempts(self, plan: Plan, level: int = 0) -> list[tuple[str, float, float]]:
-        """Attack, share of data and rate, of all that the holder of a level tries."""
+        """Attack, share of data and rate of everything that the holder of a level tries."""
         names, shares = self.grid.attacks, self.grid.data
         if plan == ARCHITECTURE:
             names = REFERENCES if self.grid.rest == "sealed" else (*_ON_EVERYTHING, *REFERENCES)
-        elif level:  # kernels alone are closed to them; in earnest, with all data
+        elif level:  # only kernels are closed to key holders, who get the largest share of data
             shares = (max(shares),)
             names = [n for n in names if not (ATTACKS[n].chain or "normalisation" in n)]
         elif self.is_sealed(plan):
@@ -239,11 +240,11 @@ class Audit:
     def _rates(self, attack: Attack) -> tuple[float, ...]:
         if attack.trains == "nothing":
             return (0.0,)
-        # An order is looked for without a rate.
+        # The search for an order has no rate.
         return self.grid.rates[:1] if attack.trains == "order" else self.grid.rates
 
     def _levels(self, plan: Plan) -> list[list[float]]:
-        """Rows of share of all weights, and metric by key; level 0 first."""
+        """Rows of the share of all weights and the metric for each key; level 0 first."""
         masks = self.masks(plan)
         counts = [mask_counts(self.subject.params, mask).values() for mask in masks]
         total = sum(count.total for count in counts[-1])
@@ -260,7 +261,7 @@ class Audit:
     def _attempt(
         self, plan: Plan, level: int, attack: str, data: float, rate: float
     ) -> dict[str, list[float]]:
-        """Of the holder of a level: number of steps → metric by key; NaN where training blew up."""
+        """Number of steps → metric for each key, by the holder of a level; NaN if it diverged."""
         stops = list(self.grid.steps) if needs_data(ATTACKS[attack]) else [0]
         found: dict[str, list[float]] = {str(step): [] for step in stops}
         for number in range(self.grid.keys):
@@ -274,11 +275,11 @@ class Audit:
         return found
 
     def _detection(self, plan: Plan) -> dict[str, float]:
-        """An attacker protects other networks, and learns to tell what is encrypted."""
+        """An attacker protects networks of their own, and learns to detect encrypted groups."""
         original = self.subject.params
 
         def only(tree: PyTree) -> dict[str, Any]:
-            # Leaves with groups to tell apart: of those with one axis all or nothing is encrypted.
+            # Only leaves with several groups: those with one axis are encrypted whole, or not.
             shapes = {n: np.shape(leaf) for n, leaf in named_leaves(original).leaves.items()}
             leaves = named_leaves(tree).leaves
             return {name: leaves[name] for name, shape in shapes.items() if len(shape) > 1}
@@ -290,16 +291,16 @@ class Audit:
         file, mask = seen(0)
         chosen = [np.ravel(m) for m in mask.values() if is_array(m)]
         if not chosen or len(np.unique(np.concatenate(chosen))) < 2:
-            return {}  # all of them are encrypted as a whole, or none
+            return {}  # all are encrypted whole, or none is
         own = [seen(1), seen(2)]
         result = detect(file, mask, own, seed=self.grid.seed, original=only(original))
         return {"auc": result.auc, "baseline": float(result.baseline or math.nan)}
 
     def two_files(self, plan: Plan) -> list[CipherCheck]:
-        """Whether keystreams repeat between files of this network, or of its successor."""
+        """Whether keystreams repeat between two files of this network, or of it and a successor."""
         masks, params = self.masks(plan), self.subject.params
         loot = Loot(self.subject, params, False, jax.random.key(0))
-        reached = self._reached("train all", loot, 1.0, 0, stops=[1])
+        reached = self._reached("fine-tune all", loot, 1.0, 0, stops=[1])
         successor = next((trained for _, trained in reached), params)
         first, *others = (
             self._encrypted(each, masks, number).params

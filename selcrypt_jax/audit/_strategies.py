@@ -1,4 +1,4 @@
-"""What is encrypted: strategies by name, for the owner's network and for those of an attacker."""
+"""Selection strategies by name, for the owner's network and for the attacker's own networks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -32,32 +32,32 @@ BATCHES = 16
 
 
 def check_strategy(name: str) -> None:
-    """Refuses a name that means nothing.
+    """Refuses an unknown strategy.
 
     Raises:
-        ValueError: it is not known.
+        ValueError: the name is unknown.
     """
     plain = plain_strategy(name)
     if plain not in (*CLOSED_FORM, *LEARNED) and not plain.startswith("scores:"):
         raise ValueError(
-            f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with "
-            f"{NORMALISATION} or {SMALL} behind it or not, got {name!r}."
+            f"importance: expected {', '.join((*CLOSED_FORM, *LEARNED))} or scores:FILE, with an "
+            f"optional suffix {NORMALISATION} or {SMALL}, got {name!r}."
         )
 
 
 def plain_strategy(name: str) -> str:
-    """Without what stands behind the +, of which there is one thing at most."""
+    """The name without its suffix, of which there is at most one."""
     ending = NORMALISATION if name.endswith(NORMALISATION) else SMALL
     return name.removesuffix(ending)
 
 
 def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
-    """Importance by a strategy; of those with data, from the owner's.
+    """Importance by a strategy; strategies that need data use the owner's.
 
     Args:
-        subject: trained.
-        name: see `check_strategy`; what stands behind the + does not matter here.
-        seed: of what is drawn.
+        subject: the trained network.
+        name: see `check_strategy`; the suffix does not matter here.
+        seed: seed of random scores, batches and learning.
     """
     plain = plain_strategy(name)
     if plain.startswith("scores:"):
@@ -75,7 +75,7 @@ def strategy_scores(subject: Subject, name: str, seed: int) -> PyTree:
 
 
 def owner_batches(subject: Subject, seed: int) -> PyTree:
-    """Batches of all the training data, stacked as `pss` wants them."""
+    """Batches from all the training data, stacked for `pss`."""
     every = np.arange(subject.examples)
     batches = [subject.batch(every, np.random.default_rng([seed, 1, i])) for i in range(BATCHES)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
@@ -90,16 +90,16 @@ def strategy_masks(
     scope: Scope,
     small: float = 0.02,
 ) -> Sequence[PyTree]:
-    """Nested masks of the best groups, with more where the strategy says so.
+    """Nested masks of the most important groups, plus the leaves that the suffix adds.
 
     Args:
-        subject: protected.
-        name: of the strategy.
-        scores: by `strategy_scores`.
-        share: of the groups.
-        levels: M. Each opens an equal part of the groups, as `protect` does it; what stands behind
-            the + opens with level 1.
-        scope: of the share.
+        subject: the network to protect.
+        name: name of the strategy.
+        scores: from `strategy_scores`.
+        share: share of the groups.
+        levels: M. Each level opens an equal part of the groups, as in `protect`; level 1 also
+            opens the leaves that the suffix adds.
+        scope: whether the share holds in every leaf or over the whole model.
         small: share of all weights that "+small" takes.
     """
     shares = [share * level / levels for level in range(1, levels + 1)]
@@ -111,16 +111,17 @@ def strategy_masks(
     norms = normalisation_leaves(subject.params, subject.normalisation)
     if not norms:
         raise ValueError(
-            f"importance: {name}: expected a network with normalisation, got none whose names "
-            f"match {subject.normalisation!r}. Set the subject's normalisation, or leave it out."
+            f"importance: {name}: expected a network with normalisation, got no leaves that match "
+            f"{subject.normalisation!r}. Set the subject's normalisation, or drop the suffix."
         )
     return with_whole_leaves(named_leaves(subject.params), masks, norms)
 
 
 def everything(subject: Subject) -> Sequence[PyTree]:
-    """The mask of a file of which nothing but architecture and statistics is left.
+    """The mask of a file that leaves nothing but the architecture and each leaf's histogram.
 
-    Leaves that are too small to hide in, such as the bias of two classes, stay plain as in a file.
+    Leaves that are too small to hide anything, such as the bias of two classes, stay plain, as in
+    a file.
     """
     tree, cipher = named_leaves(subject.params), LosslessCipher()
     leaves = leaves_of_tree(tree)
@@ -137,7 +138,8 @@ def _scores_of_file(subject: Subject, path: str) -> PyTree:
     unknown = sorted(set(found) - set(tree.leaves))
     if unknown:
         raise ValueError(
-            f"{path}: expected scores under the names of the parameters, got {unknown[0]!r}. They "
-            f"are {list(tree.leaves)[:3]} and so on: save named scores of the audited tree."
+            f"{path}: expected scores under the names of the parameters, which are "
+            f"{list(tree.leaves)[:3]} and so on, got {unknown[0]!r}. Save the scores of the "
+            "audited tree by name."
         )
     return tree.rebuild_only(found)

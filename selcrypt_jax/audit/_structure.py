@@ -1,10 +1,10 @@
-"""Attacks on encrypted normalisation: what the plain kernels around it tell.
+"""Attacks on encrypted normalisation: what the plain kernels around it reveal.
 
 Backpropagation writes the same correlations into the kernels before and after a normalisation
-layer, with the sign of its scale between them. So for each channel the product of the two kernels
-has a direction that all channels share, up to that sign. How large scales and biases are goes with
-the sizes and shapes of these kernels in much the same way in all networks of one architecture: a
-regression learns it on siblings.
+layer, with the sign of its scale between them. So the product of the two kernels has, for each
+channel, a direction that all channels share, up to that sign. The sizes of scales and biases depend
+on the sizes and shapes of these kernels in much the same way in all networks of one architecture,
+so a regression can learn them from siblings.
 """
 
 import itertools
@@ -17,13 +17,13 @@ from .._tree.groups import Layout
 
 
 class Link(NamedTuple):
-    """A convolution, the normalisation behind it, and the next convolution, by names of leaves.
+    """A convolution, the normalisation after it, and the next convolution, by names of leaves.
 
     Attributes:
-        before: kernel whose outputs are normalised.
-        scale: of the normalisation.
-        after: kernel that gets them, without anything between that moves channels.
-        bias: of the normalisation, if it has one.
+        before: the kernel whose outputs are normalised.
+        scale: the scale of the normalisation.
+        after: the kernel that reads the result, with nothing in between that reorders channels.
+        bias: the bias of the normalisation, if it has one.
 
     Examples:
         >>> link = Link("conv1/kernel", "norm1/scale", "conv2/kernel", "norm1/bias")
@@ -36,18 +36,19 @@ class Link(NamedTuple):
 
 
 def sign_leanings(before: np.ndarray, after: np.ndarray, layout: Layout) -> np.ndarray:
-    """How far the scales between two convolutions lean to one sign or the other.
+    """How strongly the kernels suggest either sign for each scale between two convolutions.
 
-    For each channel c between them ``C[c] = Σ_t after[t, c, :] ⊗ before[t, :, c]``, normalised; the
-    first eigenvector of all their scalar products has the signs of the scales, or all the others.
+    For each channel c between them, ``C[c] = Σ_t after[t, c, :] ⊗ before[t, :, c]``, normalised.
+    The first eigenvector of the matrix of their inner products has the signs of the scales, or
+    the opposite signs throughout.
 
     Args:
-        before: ``[h, w, inputs, channels]``, or as the layout says; what is encrypted in it zero.
-        after: ``[h, w, channels, outputs]``, with as many taps.
-        layout: of both.
+        before: ``[h, w, inputs, channels]``, or as the layout says; zero where encrypted.
+        after: ``[h, w, channels, outputs]``, with the same number of taps.
+        layout: layout of both.
 
     Returns:
-        A number for each channel, about zero.
+        A signed number for each channel.
     """
     return _shared(_by_tap(before, layout), _by_tap(after, layout))[1]
 
@@ -60,8 +61,8 @@ def _by_tap(kernel: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def _shared(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each channel's product of kernels: its size, share in the first eigenvector, likeness."""
-    # Scalar products of Σ_t before[t, :, c] ⊗ after[t, c, :] for all pairs of channels. Those
+    """For each channel's product of kernels: norm, first eigenvector, mean |cosine|."""
+    # Inner products of Σ_t before[t, :, c] ⊗ after[t, c, :] for all pairs of channels. The tensor
     # products themselves would take inputs × channels × outputs numbers: gigabytes.
     gram = np.zeros((before.shape[2],) * 2)
     for s, t in itertools.product(range(len(before)), repeat=2):
@@ -73,14 +74,14 @@ def _shared(before: np.ndarray, after: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _statistics(before: np.ndarray, after: np.ndarray, depth: float) -> np.ndarray:
-    """What tells of a channel between two kernels: ``[channels, statistics]``.
+    """Statistics of the channels between two kernels: ``[channels, statistics]``.
 
     Args:
-        before: ``[taps, inputs, channels]``, what is encrypted in it zero.
+        before: ``[taps, inputs, channels]``, zero where encrypted.
         after: ``[taps, channels, outputs]``.
-        depth: of the layer, in 0..1.
+        depth: depth of the layer, in 0..1.
     """
-    # Of a channel none of whose kernel is plain there is nothing to say.
+    # A channel without any plain kernel divides by zero.
     with np.errstate(divide="ignore", invalid="ignore"):
         product, first, like = _shared(before, after)
         size, next_size = np.linalg.norm(before, axis=(0, 1)), np.linalg.norm(after, axis=(0, 2))
@@ -92,13 +93,13 @@ def _statistics(before: np.ndarray, after: np.ndarray, depth: float) -> np.ndarr
             np.abs(first),
             like,
             product / (size * next_size),
-            np.linalg.norm(before.sum(0), axis=0) / size,  # of what does not vary in space
+            np.linalg.norm(before.sum(0), axis=0) / size,  # share that is constant over taps
             np.linalg.norm(after.sum(0), axis=1) / next_size,
             np.sign(first) * total / size,
             np.abs(total) / size,
             next_total / next_size,
             np.abs(next_total) / next_size,
-            (before**4).sum((0, 1)) / size**4,  # few large weights or many small ones
+            (before**4).sum((0, 1)) / size**4,  # kurtosis: few large weights or many small ones
             (after**4).sum((0, 2)) / next_size**4,
             (before != 0).mean((0, 1)),
             (after != 0).mean((0, 2)),
@@ -110,7 +111,7 @@ def _statistics(before: np.ndarray, after: np.ndarray, depth: float) -> np.ndarr
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Along the first axis, in 0..1."""
+    """Ranks along the first axis, in 0..1."""
     return values.argsort(0).argsort(0) / len(values)
 
 
@@ -121,14 +122,14 @@ def ranked_by_siblings(
     hidden: Mapping[str, np.ndarray],
     layout: Layout,
 ) -> dict[str, np.ndarray]:
-    """Where scales (by their sizes) and biases of a network stand among each other.
+    """Predicts the ranking of a network's scales (by size) and biases within each layer.
 
     Args:
-        params: of a protected file, by name.
+        params: parameters of a protected file, by name.
         siblings: other networks of the architecture, which the attacker has or has trained.
         chain: links whose normalisation is encrypted.
-        hidden: mask of what is encrypted in each kernel; none where nothing is.
-        layout: of the kernels.
+        hidden: name of a kernel → mask of its encrypted weights, if there are any.
+        layout: layout of the kernels.
 
     Returns:
         Name of a scale or bias → a number for each channel: the higher, the larger it is likely to
@@ -137,7 +138,7 @@ def ranked_by_siblings(
     from sklearn.ensemble import ExtraTreesRegressor  # of the extra "audit"
 
     def seen(network: Mapping[str, Any]) -> Iterator[np.ndarray]:
-        """The statistics of each link, with the kernels as far as the file shows them."""
+        """The statistics of each link, with encrypted kernels set to zero."""
         for number, link in enumerate(chain):
             kernels = (np.asarray(network[name]) for name in (link.before, link.after))
             masks = (hidden.get(name, False) for name in (link.before, link.after))
@@ -167,7 +168,7 @@ def ranked_by_siblings(
 
 
 def in_order(values: np.ndarray, ranking: np.ndarray) -> np.ndarray:
-    """The same values, the larger where the ranking is higher."""
+    """The same values, sorted into the order of the ranking."""
     ordered = np.empty_like(values)
     ordered[np.argsort(ranking, kind="stable")] = np.sort(values)
     return ordered
@@ -176,19 +177,19 @@ def in_order(values: np.ndarray, ranking: np.ndarray) -> np.ndarray:
 def with_signs(
     scale: np.ndarray, leanings: np.ndarray, ranking: np.ndarray | None = None
 ) -> np.ndarray:
-    """Scales with the signs that their channels lean to.
+    """Scales with the signs that the kernels suggest.
 
     Args:
-        scale: as shipped: in another order, but how many are negative can be seen.
-        leanings: by `sign_leanings`; turned over where that fits the number better.
-        ranking: of their sizes; of the average size without one.
+        scale: as shipped: permuted, but the number of negative scales is visible.
+        leanings: from `sign_leanings`; negated if that fits this number better.
+        ranking: ranking of their sizes; without one, all get the average size.
     """
     negative = np.count_nonzero(scale < 0)
     if abs(np.count_nonzero(leanings > 0) - negative) < abs(
         np.count_nonzero(leanings < 0) - negative
     ):
         leanings = -leanings
-    # So many are negative and no more: often all are positive.
+    # Exactly that many are negative; often none is.
     signs = np.where(leanings.argsort(kind="stable").argsort() < negative, -1, 1)
     if ranking is not None:
         return (in_order(np.abs(scale), ranking) * signs).astype(scale.dtype)
@@ -202,13 +203,13 @@ def check_chain(
     """Refuses links between leaves that do not fit each other.
 
     Args:
-        chain: of a subject; a link may be any sequence of its names.
-        shapes: of all leaves.
-        layout: of the kernels.
+        chain: chain of a subject; a link may be any sequence of its names.
+        shapes: shapes of all leaves.
+        layout: layout of the kernels.
         what: the network, for messages.
 
     Raises:
-        ValueError: of one.
+        ValueError: a link does not fit.
     """
     if isinstance(chain, str | Link):
         raise ValueError(f"{what}: chain: expected a list of Link, got {chain!r}.")
@@ -223,23 +224,23 @@ def check_chain(
         missing += [name for name in link[:3] if name is None]
         if missing:
             raise ValueError(
-                f"{what}: chain: expected names of parameters, got {missing[0]!r}. They are "
-                f"{list(shapes)[:3]} and so on."
+                f"{what}: chain: expected names of parameters, such as {list(shapes)[:3]}, got "
+                f"{missing[0]!r}."
             )
         before, scale, after = (shapes[name] for name in link[:3])
         if link.bias is not None and shapes[link.bias] != scale:
             raise ValueError(
-                f"{what}: chain: expected a bias of shape {scale}, as {link.scale!r} has, got "
-                f"{shapes[link.bias]} of {link.bias!r}."
+                f"{what}: chain: {link.bias!r}: expected shape {scale}, that of {link.scale!r}, "
+                f"got {shapes[link.bias]}."
             )
         inputs, outputs = (-2, -1) if layout == "HWIO" else (1, 0)
         taps = slice(None, -2) if layout == "HWIO" else slice(2, None)
         fits = min(len(before), len(after)) > 1 and before[taps] == after[taps]
         if not fits or scale != (before[outputs],) or scale != (after[inputs],):
             raise ValueError(
-                f"{what}: chain: expected two kernels with as many taps, and between them a scale "
-                f"as long as the former has outputs and the latter inputs ({layout}), got shapes "
-                f"{before}, {scale} and {after} of {link[:3]}. Correct the link, or set the "
-                "subject's layout."
+                f"{what}: chain: expected two kernels with the same number of taps, and a scale "
+                f"whose length is the number of outputs of the first and of inputs of the second "
+                f"({layout}), got shapes {before}, {scale} and {after} for {link[:3]}. Correct the "
+                "link, or set the subject's layout."
             )
     return checked

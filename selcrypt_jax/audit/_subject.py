@@ -1,4 +1,4 @@
-"""A trained network with its data, for attacks."""
+"""A trained network with its data, as the target of attacks."""
 
 import contextlib
 import math
@@ -19,8 +19,8 @@ from ._base import check_base, check_like
 from ._finetune import TrainingLossFn, floats
 from ._structure import Link, check_chain
 
-# Few weights, but valuable: without its scales, biases and statistics a network is worse off than
-# without a tenth of its kernels; see docs/security.md.
+# Few weights, but valuable: a network suffers more from losing its scales, biases and statistics
+# than from losing a tenth of its kernels; see docs/security.md.
 NORMALISATION = r"(?i)(^|[/._])(batch|layer|group|instance|rms)?_?(bn|ln|norms?)\d*([/._]|$)"
 # Running statistics identify a normalisation layer under any name, as in PyTorch's nn.Sequential.
 _STATISTICS = ({"running_mean", "running_var"}, {"mean", "var"})
@@ -38,20 +38,23 @@ class Subject(NamedTuple):
         unit: the metric's unit, ``"dB"`` or ``"%"``.
         worthless: the metric of guessing.
         examples: the number of examples in the training data.
-        batch: ``(which, rng) -> batch`` of some of the examples ``which``, indices of those that
-            the attacker has, drawn with a NumPy generator. All batches have one shape.
-        fresh: ``key -> params`` before training, for a start from the architecture.
-        training_loss_fn: the loss in training mode, if there is one: ``(params, batch) ->
-            (scalar, params)`` with the running statistics after the batch.
-        select: leaves whose groups are selected, a regular expression; None: two axes or more.
+        batch: ``(which, rng) -> batch``: draws a batch, with a NumPy generator, from the examples
+            with indices ``which``, those that the attacker has. All batches have the same shape.
+        fresh: ``key -> params``: untrained parameters, for an attacker who has the architecture
+            alone.
+        training_loss_fn: the loss in training mode, if it differs: ``(params, batch) -> (scalar,
+            params)``, with running statistics updated by the batch.
+        select: a regular expression for the leaves whose groups are selected; None: all leaves
+            with two axes or more.
         layout: order of the axes of a kernel, ``"HWIO"``, or ``"OIHW"`` as in PyTorch; None:
             inferred from the shapes, as in `protect_file`.
-        normalisation: names of normalisation parameters and statistics, a regular expression.
+        normalisation: a regular expression for the names of normalisation parameters and
+            statistics.
         chain: normalisation layers between two convolutions, see `Link`.
-        base: parameters that the attacker has too, a tree like `params`: a public network that this
-            one was fine-tuned from, or an earlier release of it.
+        base: parameters that the attacker also has, a tree like `params`: a public network that
+            this one was fine-tuned from, or an earlier release of it.
         siblings: parameters of other networks of this architecture that the attacker has or has
-            trained, trees like `params`: they show what plain kernels reveal.
+            trained, trees like `params`. From them the attacker learns what plain kernels reveal.
 
     Examples:
         >>> subject = Subject(
@@ -86,10 +89,10 @@ class Subject(NamedTuple):
 
 
 def quality(subject: Subject, params: PyTree) -> float:
-    """The metric as a number; NaN for a network that does not work, as an attacker's may not.
+    """The metric as a number; NaN for a network that does not work, as after a failed attack.
 
     Raises:
-        ValueError: it returns something else.
+        ValueError: the metric returns something else.
     """
     found = subject.metric(params)
     if not isinstance(found, str) and np.ndim(found) == 0:
@@ -109,7 +112,7 @@ def check_subject(subject: Subject, what: str) -> Subject:
         what: the network, for messages.
 
     Returns:
-        The subject with links in its chain in place of sequences of names.
+        The subject, with every entry of its chain as a `Link`.
 
     Raises:
         ValueError: a field is invalid, or does not match the parameters.
@@ -125,7 +128,7 @@ def check_subject(subject: Subject, what: str) -> Subject:
         raise ValueError(
             f"{what}: worthless: expected the metric of guessing, got {subject.worthless}."
         )
-    remedy = "Return parameters of this architecture as they are before training."
+    remedy = "Return untrained parameters of this architecture."
     check_like(params, subject.fresh(jax.random.key(0)), f"{what}: fresh", remedy)
     if subject.base is not None:
         check_base(subject.params, subject.base, what)
@@ -134,7 +137,7 @@ def check_subject(subject: Subject, what: str) -> Subject:
     chain = check_chain(subject.chain, shapes, subject.layout or "HWIO", what)
     if subject.siblings and not chain:
         raise ValueError(
-            f"{what}: siblings: expected a chain too, got none: what siblings tell is about the "
+            f"{what}: siblings: expected a chain too, got none: siblings are used to predict the "
             "normalisation between two kernels. Give the subject's chain, or leave siblings out."
         )
     names = {name for link in chain for name in link if name is not None}
@@ -151,7 +154,7 @@ def check_subject(subject: Subject, what: str) -> Subject:
 
 
 def _with_layout(subject: Subject, shapes: Mapping[str, tuple[int, ...]], what: str) -> Subject:
-    """With the layout of its chain; of kernels with two axes only the chain itself can tell it."""
+    """Sets the layout; if all kernels have two axes, only the chain can reveal it."""
     if not subject.chain or subject.layout is not None:
         return subject
     leaves = select_leaves(subject.params, subject.select)
@@ -164,8 +167,8 @@ def _with_layout(subject: Subject, shapes: Mapping[str, tuple[int, ...]], what: 
             fitting.append(layout)
     if len(fitting) == 2:
         raise ValueError(
-            f"{what}: chain: cannot tell where inputs and outputs of its kernels are. Set the "
-            "subject's layout: OIHW for (out, in) as in PyTorch, or HWIO for (in, out) as in JAX."
+            f"{what}: chain: cannot tell the input axis of its kernels from the output axis. Set "
+            "the subject's layout: OIHW for (out, in) as in PyTorch, HWIO for (in, out) as in JAX."
         )
     return subject._replace(layout=fitting[0] if fitting else None)
 
@@ -178,22 +181,22 @@ def _check_losses(subject: Subject, what: str) -> None:
     shape = jax.eval_shape(lambda params: loss(params, batch), place(subject.params))
     if not isinstance(shape, tuple) or len(shape) != 2:
         raise ValueError(
-            f"{what}: training_loss_fn: expected it to return the loss and the parameters with "
-            f"moved statistics, got {type(shape).__name__}. Leave it out if there are none."
+            f"{what}: training_loss_fn: expected the loss and the parameters with updated "
+            f"statistics, got {type(shape).__name__}. Leave it out if there are no statistics."
         )
     trees = [jax.tree.structure(tree) for tree in (subject.params, shape[1])]
     if trees[0] != trees[1]:
         raise ValueError(
-            f"{what}: training_loss_fn: expected parameters like params as its second result, got "
-            f"{trees[1]}. Return all of them."
+            f"{what}: training_loss_fn: expected its second result to have the structure of "
+            f"params, got {trees[1]}. Return all parameters."
         )
 
 
 def layout_of(subject: Subject) -> Layout:
-    """Order of the axes of its kernels: as it is given, or told from the shapes.
+    """The order of its kernels' axes: as given, or inferred from the shapes.
 
     Raises:
-        ValueError: they do not tell.
+        ValueError: it cannot be inferred.
     """
     if subject.layout is not None:
         return subject.layout
@@ -202,7 +205,7 @@ def layout_of(subject: Subject) -> Layout:
         return guess_layout(leaves, list(leaves), {}, "kernel")
     except ValueError:
         raise ValueError(
-            f"{subject.title}: cannot tell where the output and input axes of its kernels are. "
+            f"{subject.title}: cannot tell the input axis of its kernels from the output axis. "
             "Set the subject's layout: OIHW as in PyTorch, or HWIO as in JAX and TensorFlow."
         ) from None
 
@@ -212,12 +215,12 @@ def normalisation_leaves(params: PyTree, pattern: str = NORMALISATION) -> dict[s
 
     Args:
         params: any pytree.
-        pattern: regular expression searched in the names of leaves, whose parts are joined by
+        pattern: regular expression, searched in the names of leaves, whose parts are joined by
             ``/`` or ``.``.
 
     Returns:
-        name → leaf, of the floats with one axis whose name matches, or beside which there are a
-        running mean and variance; none if there are none.
+        name → leaf, for floats with one axis that match, or whose layer also has a running mean
+        and variance; may be empty.
     """
     leaves = floats(named_leaves(params))
     siblings: dict[str, set[str]] = {}
@@ -237,13 +240,13 @@ def is_scale(name: str) -> bool:
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """Of the layer, and of the leaf in it."""
+    """The names of a leaf's layer, and of the leaf within it."""
     end = max(name.rfind("/"), name.rfind(".")) + 1
     return name[:end], name[end:]
 
 
 def reset(name: str, leaf: Array) -> Array:
-    """A normalisation leaf as before training: scale and variance 1, the rest 0."""
+    """A normalisation leaf with its initial values: scale and variance 1, the rest 0."""
     return jnp.full_like(leaf, 1.0 if is_scale(name) else 0.0)
 
 
@@ -251,12 +254,12 @@ def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Cal
     """Batches for an attacker with a share of the training data.
 
     Args:
-        subject: with the data.
-        share: of its examples, in (0, 1]; at least one.
-        seed: of which ones, and of the batches.
+        subject: the network with its data.
+        share: share of its examples, in (0, 1]; at least one example.
+        seed: seed of the choice of examples, and of the batches.
 
     Returns:
-        How many examples that is; number of the step → batch.
+        The number of examples; and a function from step number to batch.
     """
     if not 0 < share <= 1:
         raise ValueError(f"data: expected shares of the training data in (0, 1], got {share}.")
@@ -266,5 +269,5 @@ def example_batches(subject: Subject, share: float, seed: int) -> tuple[int, Cal
 
 
 def place(params: PyTree) -> PyTree:
-    """The same on the device, so that it is sent there once and not at every step."""
+    """Moves parameters to the device, so that they are sent once and not at every step."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf) if is_array(leaf) else leaf, params)

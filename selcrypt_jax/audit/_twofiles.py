@@ -1,8 +1,9 @@
-"""What two protected files tell without a key.
+"""What two protected files reveal without a key.
 
-The same network protected twice, two networks of one owner, or a network and its fine-tuned
-successor. With a new model id for each protection no keystream and no order is used twice; what
-two files then still tell is where they differ, and what one leaves plain that the other encrypts.
+The files may hold the same network protected twice, two networks of one owner, or a network and its
+fine-tuned successor. Since each protection has a new model id, no keystream and no order is used
+twice. What two files still reveal is where they differ, and what one leaves plain and the other
+encrypts.
 """
 
 import math
@@ -31,21 +32,21 @@ class Changed(NamedTuple):
 
 
 def merge(protected_a: PyTree, protected_b: PyTree, mask_a: PyTree, mask_b: PyTree) -> PyTree:
-    """Takes from b what is encrypted in a and plain in b.
+    """Takes from b the weights that are encrypted in a and plain in b.
 
-    Of the same network, protected twice with two selections, that is the original.
+    For one network protected twice with different selections, these are the original weights.
 
     Args:
-        protected_a: parameters of one file; not changed.
-        protected_b: of the other: the same paths, shapes and dtypes.
-        mask_a: what is encrypted in a, all levels together.
-        mask_b: what is encrypted in b.
+        protected_a: parameters of one file; not modified.
+        protected_b: parameters of the other, with the same paths, shapes and dtypes.
+        mask_a: the weights encrypted in a, at any level.
+        mask_b: the weights encrypted in b, at any level.
 
     Returns:
-        A tree with the structure of a. Leaves of which nothing is taken are passed through.
+        A tree with the structure of a. Leaves from which nothing is taken are passed through.
 
     Raises:
-        ValueError, TypeError: files or masks that do not fit each other.
+        ValueError, TypeError: files or masks do not fit each other.
 
     Examples:
         >>> found = merge(protected, protected_again, masks[-1], masks[0])
@@ -65,34 +66,34 @@ def shared_keystream(
 ) -> CipherCheck:
     """Whether two files are masked with the same keystream, as under one model id.
 
-    The XOR of two ciphertexts is then the XOR of the weights. Where those are alike (a successor
-    after little training, a scale that is 1 in both, bfloat16 kept as float32), it is far from
-    random: every masked bit is looked at on its own, over all leaves. Of two networks that have
-    nothing in common the masked bits are random themselves; a keystream used twice then neither
-    shows nor tells anything, until one of the networks becomes known.
+    The XOR of two ciphertexts is then the XOR of the weights. If the weights are alike (a successor
+    after little training, a scale that is 1 in both, bfloat16 stored as float32), that is far from
+    random; each masked bit is tested by itself, over all leaves. If two networks have nothing in
+    common, their masked bits are random anyway: a reused keystream is then neither visible nor
+    useful, until one of the networks becomes known.
 
     Args:
         a: protected parameters.
-        b: protected parameters of another file: the same paths, shapes and dtypes.
-        mask: what is encrypted in both, all levels together.
-        cipher: as in `encrypt`; it tells which bits are masked. Of one that does not say so, those
-            that `LosslessCipher` would mask.
+        b: protected parameters of another file, with the same paths, shapes and dtypes.
+        mask: the weights encrypted in both, at any level.
+        cipher: as in `encrypt`; it says which bits are masked. For a cipher that does not, the
+            bits that `LosslessCipher` masks.
 
     Returns:
-        A check whose `found` is the share of set bits, of the XOR of the files, in the bit that
-        is furthest from chance. It has passed if that is so near to 0.5 as 1 - 1e-8 of all
-        unrelated keystreams are (Hoeffding's inequality), or, with NaN, if no bit is masked.
+        A check whose `found` is the share of weights in which the files differ, for the bit
+        furthest from chance. It passes if that share is as close to 0.5 as for all but 1e-8 of
+        unrelated keystreams (Hoeffding's inequality). If no bit is masked, it does not apply.
 
     Raises:
-        ValueError, TypeError: files or a mask that do not fit each other.
+        ValueError, TypeError: the files or the mask do not fit each other.
 
     Examples:
         >>> assert shared_keystream(protected, protected_again, masks[0]).passed
     """
     fine_mask = getattr(cipher, "fine_mask", LosslessCipher().fine_mask)
-    name = "two files: another keystream in each"
+    name = "two files: different keystreams"
     tree, other = _both(a, b)
-    # By the place of the bit below the highest masked one, which is what dtypes have in common.
+    # Count bits down from the highest masked one, so that dtypes can be pooled.
     ones, total = Counter[int](), Counter[int]()
     for ring in split_rings(tree, (mask,)):
         leaf = tree.leaves[ring.name]
@@ -112,29 +113,30 @@ def shared_keystream(
 
     limit = math.sqrt(2 * math.log(2 * len(total) / ALARM))
     worst = max(total, key=deviation)
-    text = f"0.5 of the bits differ, within {limit:.1f} standard deviations, for each masked bit"
+    text = f"half of the bits differ, within {limit:.1f} standard deviations, for each masked bit"
     return CipherCheck(name, deviation(worst) <= limit, ones[worst] / total[worst], text)
 
 
 def changed(a: PyTree, b: PyTree, truth: PyTree | None = None) -> Changed:
     """Where two files differ.
 
-    The same network protected twice differs where it is encrypted: that is no secret from
-    an attacker who has both. A successor differs wherever it was trained.
+    Two protected files of the same network differ where they are encrypted, so an attacker with
+    both learns where that is. A successor differs wherever it was trained.
 
     Args:
         a: protected parameters.
-        b: of the other file: the same paths, shapes and dtypes.
-        truth: what is encrypted, all levels together, to judge the attacker by; one that fits.
+        b: parameters of the other file, with the same paths, shapes and dtypes.
+        truth: the true mask of the encrypted weights, at any level, to score the attack.
 
     Returns:
-        A named tuple of ``mask``, a pytree of booleans, one a weight, which the attacker takes for
-        encrypted, ``False`` for leaves that are no arrays; ``found``, the share of the weights of
-        the true mask that are in it, NaN without one; and ``precision``, the share of it that the
-        true mask selects, NaN without one, or if nothing differs.
+        A named tuple of ``mask``, a pytree with a boolean for each weight, true if it seems
+        encrypted, and ``False`` for leaves that are not arrays; ``found``, the share of the truly
+        encrypted weights that it selects; and ``precision``, the share of the selected weights
+        that are truly encrypted. Both are NaN without `truth`; ``precision`` also if nothing
+        differs.
 
     Raises:
-        ValueError, TypeError: files or a mask that do not fit each other.
+        ValueError, TypeError: the files or the mask do not fit each other.
 
     Examples:
         >>> found = changed(protected, protected_again, masks[-1])
@@ -150,17 +152,17 @@ def changed(a: PyTree, b: PyTree, truth: PyTree | None = None) -> Changed:
     seen = sum(int(leaf.sum()) for leaf in differs.values())
     true = sum(int(np.broadcast_to(right[n], leaf.shape).sum()) for n, leaf in differs.items())
     if not true:
-        raise ValueError("truth: expected to select some weights, got a mask that selects none.")
+        raise ValueError("truth: expected a mask that selects some weights, got one without.")
     return Changed(mask, both / true, both / seen if seen else math.nan)
 
 
 def _both(a: PyTree, b: PyTree) -> tuple[NamedLeaves, dict[str, np.ndarray]]:
-    """The leaves of a, and the arrays of numbers of b, once they are sure to fit."""
+    """The leaves of a and the numeric arrays of b, after checking that they fit each other."""
     tree, other = named_leaves(a, "a"), named_leaves(b, "b").leaves
     if set(tree.leaves) != set(other):
         odd = sorted(set(tree.leaves) ^ set(other))
         raise ValueError(
-            f"two files: expected the same paths in both, got {odd} in one only. Compare files "
+            f"two files: expected the same paths in both, got {odd} in only one. Compare files "
             "of one architecture."
         )
     arrays = {}

@@ -1,7 +1,7 @@
-"""Undoing the permutation: an attacker knows where encrypted weights are, and which they are.
+"""Undoing the permutation, for an attacker who knows which weights are encrypted.
 
-The cipher keeps the weights of a ring up to their fine bits, in another order. With data, that
-order can be searched for: weight by weight it is one of n!, but a network forgives much.
+The cipher keeps the weights of a ring, up to their fine bits, in another order. With data, an
+attacker can search for the original order. It is one of n!, but an approximate order may do.
 """
 
 from functools import partial
@@ -19,15 +19,15 @@ from .._tree.names import is_array, listed, named_leaves
 from .._tree.rings import split_rings
 from ._finetune import Structure
 
-_ADAM = optax.adam(0.1)  # of weights in standard deviations of their ring
-_STEPS = 50  # along the gradient before each assignment
+_ADAM = optax.adam(0.1)  # for weights in standard deviations of their ring
+_STEPS = 50  # gradient steps before each assignment
 
 Unit = Literal["weight", "group"]
 _ByLeaf = dict[str, Array]
 
 
 class Unshuffled(NamedTuple):
-    """What was found, see `unshuffle`."""
+    """See `unshuffle`."""
 
     params: PyTree
     loss: float
@@ -43,31 +43,31 @@ def unshuffle(
     trials: int,
     unit: Unit = "weight",
 ) -> Unshuffled:
-    """Looks for an order of the selected weights in which the network works.
+    """Searches for an order of the selected weights in which the network works.
 
-    Goes along the gradient with respect to the selected weights, first from their mean and then
-    from the last order, for 50 steps of Adam; then gives the values that there are to the places,
-    smallest to smallest, which is the nearest order by squares. Groups are given to their places
-    by the Hungarian method. The best order of all rounds is kept, or the file's own.
+    Each round takes 50 Adam steps on the selected weights, first from their mean and then from the
+    last order. It then assigns the existing values to positions by rank, which gives the nearest
+    order in the least-squares sense. Groups are assigned by the Hungarian method. The best order
+    of all rounds is kept, or the file's own if none is better.
 
     Args:
-        params: protected parameters; not changed.
-        mask: where one ring is encrypted; one that fits, see `nested_masks`. In each leaf, units
-            are exchanged among themselves. For several rings one after the other.
-        loss_fn: ``(params, batch) -> scalar``. Calls with the same one and with as many weights
-            share a compiled step.
-        batches: pytree of arrays ``[batches, ...]``: the data that the attacker has.
-        trials: how many evaluations of the loss or its gradient, on one batch, may be spent.
-        unit: what the cipher moves, see `LosslessCipher`.
+        params: protected parameters; not modified.
+        mask: a mask of one encrypted ring, see `nested_masks`. Units are permuted within each
+            leaf. If there are several rings, call it for one after the other.
+        loss_fn: ``(params, batch) -> scalar``. Calls with the same function and the same number
+            of weights share a compiled step.
+        batches: pytree of arrays ``[batches, ...]``: the attacker's data.
+        trials: the budget: evaluations of the loss or its gradient on one batch.
+        unit: the unit that the cipher permutes, see `LosslessCipher`.
 
     Returns:
         A named tuple of ``params``, with the selected weights of each leaf in the best order;
-        ``loss``, of those, mean over the batches; and ``trials``, which were spent. Leaves without
-        two units to exchange are passed through.
+        ``loss``, its loss averaged over the batches; and ``trials``, the number spent. Leaves with
+        fewer than two units are passed through.
 
     Raises:
-        ValueError: a mask that does not fit or selects no two units of a leaf; leaves that are no
-            floats; too few trials to look at each batch twice.
+        ValueError: the mask does not fit, selects no leaf with two units or more, or selects
+            integers; or there are too few trials to use each batch twice.
 
     Examples:
         >>> found = unshuffle(protected, masks[-1], loss_fn, batches, trials=20)
@@ -78,8 +78,8 @@ def unshuffle(
     count = batch_count(batches)
     if trials < 2 * count + 1:
         raise ValueError(
-            f"trials: expected at least {2 * count + 1}, for {count} batches before and after one "
-            f"step, got {trials}."
+            f"trials: expected at least {2 * count + 1} (one step, and {count} batches before and "
+            f"after it), got {trials}."
         )
     tree = named_leaves(params)
     arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}
@@ -91,13 +91,13 @@ def unshuffle(
             positions[ring.name] = jnp.asarray(found)
     if not positions:
         raise ValueError(
-            f"mask: expected two {unit}s or more in some leaf, got none. There is no order to find."
+            f"mask: expected a leaf with two or more {unit}s, got none: there is no order to find."
         )
     whole = [n for n in positions if not jnp.issubdtype(arrays[n].dtype, jnp.floating)]
     if whole:
         raise ValueError(
-            f"mask: expected floats, which have gradients, got integers in {listed(whole)}. Leave "
-            "them out."
+            f"mask: expected floats, which have gradients, got integers in {listed(whole)}. Remove "
+            "these from the mask."
         )
     known = {n: arrays[n].reshape(-1)[where] for n, where in positions.items()}
     fixed = {"loss_fn": loss_fn, "structure": Structure.of(tree)}
@@ -177,8 +177,8 @@ def _gradient_step(
 
 
 def _nearest(wanted: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The order in which ``values``, ``[units, weights]``, are nearest to what is wanted."""
-    wanted = np.nan_to_num(wanted)  # a rate that failed is a guess that fails
+    """The order of ``values``, ``[units, weights]``, that is nearest to the wanted values."""
+    wanted = np.nan_to_num(wanted)  # after divergence, any order will do
     if values.shape[1] > 1:
         from scipy.optimize import linear_sum_assignment  # JAX itself needs SciPy
 

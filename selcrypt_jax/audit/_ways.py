@@ -13,8 +13,8 @@ from ._records import Protection, SubjectReport, Way
 from ._words import TARGET, Rated, by_advantage, doubt
 
 CLIMB = 0.5
-"""The largest share of the way to the next level that a key holder may get if levels hold."""
-SERVICE = "not at all: a service"
+"""Levels hold if no key holder gets more than this share of the way to the next level."""
+SERVICE = "no file: a hosted service"
 
 
 def ways_to_publish(subject: SubjectReport, target: float = TARGET, *, rest: Rest) -> list[Way]:
@@ -34,8 +34,8 @@ def recommended(ways: Sequence[Way]) -> Way | None:
 
 
 def without_cipher(ways: Sequence[Way]) -> list[Way]:
-    """The same after the cipher failed a check: whatever the attacks found, no file is safe."""
-    why = "The cipher failed a check: do not ship files that it made."
+    """The ways after the cipher failed a check: no file is safe, whatever the attacks found."""
+    why = "The cipher failed a check: do not ship files encrypted with it."
     return [way if way.name == SERVICE else replace(way, holds=False, why=why) for way in ways]
 
 
@@ -58,16 +58,16 @@ def _ways(subject: SubjectReport, target: float, rest: Rest) -> Iterator[Way]:
     else:
         plain = _both(_Judged(None, "Only a sealed rest was tried"), levels)
     yield Way("plain rest, graded", plain.holds, f"{plain.why}.")
-    sealed = "Without a key, only names, shapes and ranges of exponents are readable"
+    sealed = "Without a key, only names, shapes and exponent ranges are readable"
     yield Way("sealed rest, graded", levels.holds, f"{sealed}. {levels.why}.")
     yield Way("sealed rest, one level", True, f"{sealed}. A key opens the whole network.")
     if subject.base:
         yield Way(
-            "sealed adapters beside the public base",
+            "sealed adapters for the public base",
             None,
-            "As safe as one level, in a smaller file, if only adapters were trained.",
+            "As safe as one level, and a smaller file, provided that only adapters were trained.",
         )
-    yield Way(SERVICE, True, "The only way if key holders must not have the weights either.")
+    yield Way(SERVICE, True, "The only way if even key holders must not have the weights.")
 
 
 def _both(first: _Judged, second: _Judged) -> _Judged:
@@ -77,7 +77,7 @@ def _both(first: _Judged, second: _Judged) -> _Judged:
 
 
 def _plain(subject: SubjectReport, graded: Sequence[_Judged], target: float) -> _Judged:
-    """The best protection with a plain rest: a file has one protection, not a mixture."""
+    """The best single protection with a plain rest: a file has one protection, not a mixture."""
     rated = {id(each.protection): each for each in by_advantage(subject)}
 
     def judged(protection: Protection) -> _Judged:
@@ -107,14 +107,14 @@ def _levels(protection: Protection) -> _Judged:
     """Whether the levels of a protection hold against holders of lower ones."""
     name = f"“{protection.name}”"
     if len(protection.levels) == 2:
-        return _Judged(None, f"{name} has one level, and no graded file was tried")
+        return _Judged(None, f"{name} has a single level: no graded file was tried")
     if not protection.holders:
         return _Judged(None, f"Attacks by key holders of {name} were not tried")
     quality, reference = _quality(protection), protection.holders[0].reference
     if sum(metric > reference for metric in quality.values()) < 2:
         return _Judged(
             False,
-            f"In {name}, only the top level is better than what the same data gives without the "
+            f"In {name}, only the top level is better than training on the same data without the "
             "file",
         )
     climb = _climb(protection)
@@ -122,7 +122,7 @@ def _levels(protection: Protection) -> _Judged:
         return _Judged(False, f"In {name}, no level is better than those below it")
     gain, level, above = climb
     part = "all" if gain.mean >= 1 else f"{100 * max(gain.mean, 0):.0f} %"
-    why = f"In {name}, a holder of level {level} gets {part} of the way to level {above}"
+    why = f"In {name}, a level {level} key holder gets {part} of the way to level {above}"
     if gain.mean > CLIMB:
         return _Judged(False, why, gain.mean)
     unsure = doubt(len(protection.holders[0].best.recovered), gain, CLIMB)
@@ -136,10 +136,10 @@ def _quality(protection: Protection) -> dict[int, float]:
 
 
 def _climb(protection: Protection) -> tuple[Advantage, int, int] | None:
-    """The largest gain of a key holder, their level, and the level that they climb to.
+    """The largest gain of any key holder, their level, and the level that it is relative to.
 
-    That is the next level that is better than their own and than what the same data gives without
-    the file; None if no holder has such a level above.
+    That is the next level that is better than both their own and training on the same data without
+    the file. None if no holder has such a level above.
     """
     quality, found = _quality(protection), []
     for holder in protection.holders:

@@ -70,7 +70,7 @@ def _named(attacker: Best) -> str:
 
 
 def by_advantage(subject: SubjectReport) -> list[Rated]:
-    """Protections with a finite advantage, the least first, then the least share."""
+    """Protections with a finite advantage, sorted by advantage, then by share."""
     attacker, found = _attacker(subject), []
     if attacker is None:
         return []
@@ -81,7 +81,7 @@ def by_advantage(subject: SubjectReport) -> list[Rated]:
     return sorted(found, key=lambda each: (each.advantage.mean, each.protection.share))
 
 
-def _room(subject: SubjectReport, attacker: Best) -> float:
+def _margin(subject: SubjectReport, attacker: Best) -> float:
     """How much better the original is than a network trained without the file."""
     baseline = _same(subject.baseline, attacker)
     return subject.clean - float(np.mean(baseline.recovered)) if baseline else math.inf
@@ -90,31 +90,31 @@ def _room(subject: SubjectReport, attacker: Best) -> float:
 def _is_narrow(subject: SubjectReport, attacker: Best) -> bool:
     """Whether that difference is too small to judge a protection by."""
     whole = subject.clean - subject.worthless
-    return math.isfinite(whole) and _room(subject, attacker) <= NARROW * whole
+    return math.isfinite(whole) and _margin(subject, attacker) <= NARROW * whole
 
 
 def verdict(subject: SubjectReport) -> str:
     """How well the best protection holds, in one or two sentences."""
     attacker = _attacker(subject)
     if attacker is None:
-        return "No attack was tried on this network, so it is not known what an attacker gets."
+        return "No attack was tried on this network, so what an attacker gets is unknown."
     baseline = _same(subject.baseline, attacker)
     alone = f"the {subject.alone} alone was not tried"
     if baseline:
         recovered = quality(baseline.recovered, subject)
         alone = f"the same attack on the {subject.alone} alone gives {recovered}"
     original = f"the original has {quality([subject.clean], subject)}"
-    room = _room(subject, attacker)
-    if room > 0 and _is_narrow(subject, attacker):
+    margin = _margin(subject, attacker)
+    if margin > 0 and _is_narrow(subject, attacker):
         return (
             f"There is hardly anything to steal: {original}, and {alone}. Anyone with as much data "
-            f"({_named(attacker)}) comes so close to it that the difference is too small to judge "
-            "a protection by. Look at an attacker with less data or fewer steps."
+            f"({_named(attacker)}) comes so close that the remaining difference is too small to "
+            "judge a protection by. Consider an attacker with less data or fewer steps."
         )
-    if room <= 0:
+    if margin <= 0:
         return (
             f"There is nothing to steal: {original}, and {alone}. Anyone with as much data "
-            f"({_named(attacker)}) can train a network as good, whatever is encrypted."
+            f"({_named(attacker)}) can train an equally good network, whatever is encrypted."
         )
     rated = by_advantage(subject)
     if not rated:
@@ -170,13 +170,13 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
     asked = [row for row in advice if row["subject"] == subject.name]
     if subject.protections and subject.sealed:
         return [
-            "Without a key no weight of a sealed file is plain, however many are graded. How many "
-            "to grade depends on what key holders reach above their level."
+            "In a sealed file no weight is plain without a key, however many are graded. How many "
+            "to grade depends on how far key holders get above their level."
         ]
     if attacker is not None and _is_narrow(subject, attacker):
         return [
-            f"With as much data ({_named(attacker)}) an attacker comes so close to the original "
-            "without the file that no share can be judged. Look at an attacker with less data or "
+            f"An attacker with as much data ({_named(attacker)}) comes so close to the original "
+            "without the file that no share can be judged. Consider an attacker with less data or "
             "fewer steps."
         ]
     if asked:
@@ -199,7 +199,7 @@ def how_much(subject: SubjectReport, advice: Sequence[dict[str, Any]]) -> list[s
         f"weights (“{least.protection.name}”): {least}."
     ]
     if least.doubt():
-        sentences.append(f"But {least.doubt()}: try more keys before you rely on it.")
+        sentences.append(f"However, {least.doubt()}: try more keys before you rely on it.")
     return sentences
 
 
@@ -212,7 +212,7 @@ def _advised(row: dict[str, Any], rated: Sequence[Rated]) -> str:
     if found is None:
         return f"{start}."
     doubt = found.doubt(target)
-    but = f" But {doubt}." if doubt else ""
+    but = f" However, {doubt}." if doubt else ""
     # Not the row's own share, which is a share of the selected groups.
     return f"{start}: it encrypts {share(found.protection.share)} of all weights ({found}).{but}"
 
@@ -233,7 +233,7 @@ def detected(detection: dict[str, float]) -> str:
 def held(holder: Holder) -> str:
     """How far a key holder gets above their level, in words."""
     if holder.is_worthless:
-        text = "Worth nothing as opened: anyone with this data gets as far without the file"
+        text = "Worthless as opened: anyone with this data gets as far without the file"
         found = holder.best.advantage
         if found is None or not found.mean > TARGET:
             return text
@@ -250,11 +250,11 @@ def held(holder: Holder) -> str:
 
 
 def description(kind: str, subject: SubjectReport) -> str:
-    """A text alternative to a picture."""
+    """Alternative text for a plot."""
     if kind == "levels":
         return f"Line chart: quality in {subject.unit} by level. The table above has the numbers."
     what = {
-        "curves": f"quality in {subject.unit} against the training steps of the attacker",
+        "curves": f"quality in {subject.unit} against the attacker's training steps",
         "advantage": "advantage against the share of weights that is encrypted",
     }[kind]
     return f"Line chart: {what}, for each share of data. {verdict(subject)}"
@@ -269,7 +269,7 @@ def data_name(data: float) -> str:
 
 
 def quality(values: Sequence[float], subject: SubjectReport, *, unit: bool = True) -> str:
-    """The average over keys. Tenths of a percent; hundredths of any other unit."""
+    """The average over keys, to a tenth of a percent or a hundredth of any other unit."""
     if not values:
         return _MISSING
     text = number(float(np.mean(values)), 1 if subject.unit == "%" else 2)
@@ -277,13 +277,13 @@ def quality(values: Sequence[float], subject: SubjectReport, *, unit: bool = Tru
 
 
 def number(value: float, digits: int = 2) -> str:
-    """A number with a true minus sign, and commas."""
+    """A number with a true minus sign and thousands separators."""
     # "z": no minus sign before zero.
     return f"{value:z,.{digits}f}".replace("-", "−") if math.isfinite(value) else "n/a"
 
 
 def interval(advantage: Advantage) -> str:
-    """As ``"0.10 to 0.20"``."""
+    """For example ``"0.10 to 0.20"``."""
     return f"{number(advantage.low)} to {number(advantage.high)}"
 
 
@@ -293,7 +293,7 @@ def kept(text: str) -> str:
 
 
 def share(share: float) -> str:
-    """In percent, to three digits."""
+    """A share in percent, to three significant digits."""
     if not math.isfinite(share):
         return "n/a"
     percent = 100 * share
@@ -302,7 +302,7 @@ def share(share: float) -> str:
 
 
 def time(search: KeySearch) -> str | Markup:
-    """Many years as a power of ten; shorter times in words."""
+    """A search time: many years as a power of ten, shorter times in words."""
     if not math.isfinite(search.years):
         return "n/a"
     if search.years >= 1e4:

@@ -1,5 +1,6 @@
 """The ``selcrypt`` program."""
 
+import contextlib
 import errno
 import importlib
 import io
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from ._help import Filled, one_line_each, summary_of
 from ._memory import check_memory
 from ._text import note
 
@@ -31,8 +33,8 @@ COMMANDS = {
 
 
 def command(name: str) -> Any:
-    """The function of a command; its module is imported now, since a start takes long enough."""
-    return getattr(importlib.import_module(f".{COMMANDS[name]}", __name__), name)
+    """The function of a command; its module is imported only now, which keeps startup fast."""
+    return one_line_each(getattr(importlib.import_module(f".{COMMANDS[name]}", __name__), name))
 
 
 _DESCRIPTION = """\
@@ -44,9 +46,10 @@ exponents. With --rest plain it runs without a key, at reduced quality. Each gra
 quality; the top level is the original, bit for bit.
 
   selcrypt keygen -o keys
-  selcrypt protect model.safetensors -o public.safetensors --secret keys/secret.key \\
-    --signing keys/signing.key
-  selcrypt grant public.safetensors --level 2 --secret keys/secret.key -o alice.grant
+  selcrypt protect model.safetensors -o public.safetensors \\
+    --secret keys/secret.key --signing keys/signing.key
+  selcrypt grant public.safetensors --level 2 \\
+    --secret keys/secret.key -o alice.grant
   selcrypt unlock public.safetensors --grant alice.grant -o alice.safetensors
 """
 
@@ -80,17 +83,23 @@ def _end(number: int, _: Any) -> None:
 def _run(args: list[str]) -> int:
     if args == ["--version"]:
         args = ["version"]
-    # One command's parser is made, not ten.
+    # Build only the parser that is needed.
     names = args[:1] if args and args[0] in COMMANDS else COMMANDS
     try:
         check_memory(args[0] if args else "")
-        import tyro  # what fails to start is answered too
+        import tyro  # here, so that a failed import is reported too
 
         from ._types import plain_types
 
-        with plain_types():
+        stdout: Any = sys.stdout
+        functions = {name: command(name) for name in names}
+        if stdout is not None and {"-h", "--help"}.intersection(args):
+            stdout = Filled(stdout)
+            if names is COMMANDS:
+                functions = {name: summary_of(each) for name, each in functions.items()}
+        with plain_types(), contextlib.redirect_stdout(stdout):
             tyro.extras.subcommand_cli_from_dict(
-                {name: command(name) for name in names},
+                functions,
                 prog="selcrypt",
                 description=_DESCRIPTION,
                 args=args,
@@ -98,12 +107,12 @@ def _run(args: list[str]) -> int:
         if sys.stdout is not None:  # it may have been closed
             sys.stdout.flush()
     except BrokenPipeError:
-        # The reader of our output has closed it: no error, not even while Python exits.
+        # The reader closed the pipe: no error, not even while Python exits.
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        # Its own text begins with a number, and ends with the path.
+        # str(error) begins with a number and ends with the path.
         known = error.strerror is not None and error.filename is not None
         _complain(f"{error.filename}: {_reason(error)}" if known else str(error))
         return 1
@@ -119,8 +128,8 @@ def _run(args: list[str]) -> int:
         _complain(
             str(error)
             if str(error).startswith("memory: ")
-            else "not enough memory, or too few threads allowed. A tensor at a time is held, a few "
-            "times over; nothing was written. Free some, or raise the limit."
+            else "not enough memory, or too few threads allowed; nothing was written. A few copies "
+            "of one tensor at a time have to fit: free some memory, or raise the limit."
         )
         return 1
     except (KeyboardInterrupt, EOFError):
@@ -130,7 +139,7 @@ def _run(args: list[str]) -> int:
 
 
 def _is_short(error: MemoryError | RuntimeError) -> bool:
-    """Whether there was too little memory, or no thread to be had."""
+    """Whether memory or threads ran out."""
     words = ("RESOURCE_EXHAUSTED", "can't start new thread")
     return isinstance(error, MemoryError) or any(each in str(error) for each in words)
 
@@ -138,22 +147,22 @@ def _is_short(error: MemoryError | RuntimeError) -> bool:
 def _missing(error: ImportError) -> str:
     text = str(error).strip()
     if isinstance(error, ModuleNotFoundError) and not text.startswith("No module named"):
-        return text  # one of ours, which names the extra
+        return text  # our own error, which names the extra
     return (
-        f"a library does not start: {text.splitlines()[-1] if text else type(error).__name__}. The "
-        "installation is broken, or memory is short: install again (pip install "
-        "--force-reinstall), or raise the limit (ulimit -v)."
+        f"a library failed to load: {text.splitlines()[-1] if text else type(error).__name__}. The "
+        "installation is broken, or memory is short: reinstall (pip install --force-reinstall), or "
+        "raise the limit (ulimit -v)."
     )
 
 
-# For the system's own texts, which say what is wrong, and not what to do.
+# Replacements for the system's messages, which say what is wrong, but not what to do.
 _REASONS = {
     errno.ENOENT: "there is no such file. Check its name and the working folder.",
     errno.EEXIST: "expected a folder, got a file. Name another one.",
-    errno.ENOTDIR: "expected a folder on the way, got a file. Check the path.",
+    errno.ENOTDIR: "expected only folders above it, got a file. Check the path.",
     errno.EISDIR: "expected a file, got a folder. Name a file in it.",
-    errno.EACCES: "permission denied. Check who may read and write it, or name another.",
-    errno.ELOOP: "expected a file, got links that lead round in a circle. Name the file itself.",
+    errno.EACCES: "permission denied. Check its permissions, or name another.",
+    errno.ELOOP: "expected a file, got a loop of symbolic links. Name the file itself.",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter one.",
     errno.EROFS: "the file system is read-only. Name another place.",
     errno.EIO: "the disk failed to read or write it. Check the disk, or take another copy.",
@@ -167,7 +176,7 @@ def _reason(error: OSError) -> str:
 
 
 def _complain(text: str) -> None:
-    """One line, also where a library's message has several."""
+    """Prints an error as one line, even if a library's message has several."""
     note(" ".join(["selcrypt:", *map(str.strip, text.split("\n"))]))
 
 

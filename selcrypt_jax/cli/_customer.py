@@ -9,6 +9,7 @@ from .._release.use import inspect_file, unlock_file, verify_file
 from ._options import (
     AnyGrantFile,
     Flat,
+    Maybe,
     Opening,
     Output,
     Printing,
@@ -25,8 +26,8 @@ def unlock(
     file: Positional[Path],
     grant: Annotated[Path, arg(aliases=["-g"])],
     out: Output,
-    level: int | None = None,
-    signer: Path | None = None,
+    level: Maybe[int] = None,
+    signer: Maybe[Path] = None,
     exact_bytes: Switch = False,
     copy_config: Switch = False,
     opening: Annotated[Opening, Flat] = Opening(),
@@ -37,16 +38,16 @@ def unlock(
     Signature, digests and decrypted weights are all checked before the output appears.
 
     Args:
-        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        file: The protected file; if sharded, its index or folder; for Orbax, the folder.
         grant: The grant file.
-        out: The checkpoint; a new folder for a checkpoint in a folder.
-        level: A lower level than the grant's.
+        out: Where to write the checkpoint; a new folder if the input is one.
+        level: Open this level, if lower than the grant's.
         signer: The owner's signing.pub: refuse a file that is unsigned or signed by anyone else.
             Grants of signed files enforce this by themselves.
         exact_bytes: Leave out the metadata entry selcrypt-unlocked, which names the level and the
             model of a file below the top level.
-        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
-            and all other files that cannot be weights. Only the weights are checked.
+        copy_config: Also copy the other files of a folder: configuration, tokenizer, and
+            everything else that cannot be weights. Only the weights are checked.
         opening: How the grant is opened.
         writing: How it is written.
     """
@@ -81,7 +82,7 @@ def inspect(
     """Shows levels, shares, cipher, signer and sizes; with a grant, also what it opens.
 
     Args:
-        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        file: The protected file; if sharded, its index or folder; for Orbax, the folder.
         grant: A grant file.
         opening: How the grant is opened.
         printing: How it is printed.
@@ -91,19 +92,19 @@ def inspect(
 
 def verify(
     file: Positional[Path],
-    signer: Path | None = None,
-    model_id: str | None = None,
+    signer: Maybe[Path] = None,
+    model_id: Maybe[str] = None,
     grant: AnyGrantFile = None,
     opening: Annotated[Opening, Flat] = Opening(),
     printing: Annotated[Printing, Flat] = Printing(),
 ) -> None:
-    """Checks the signature and every digest; with a grant, also all that it opens.
+    """Checks the signature and every digest; with a grant, also everything that it opens.
 
     Without --signer, this shows that the file is intact, not whose it is: compare the signer shown.
     An earlier release by the same owner passes too, unless --model-id names the release.
 
     Args:
-        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        file: The protected file; if sharded, its index or folder; for Orbax, the folder.
         signer: The owner's signing.pub.
         model_id: The model id of the expected release, as its owner published it.
         grant: A grant file.
@@ -113,12 +114,12 @@ def verify(
     opened = opening.read(grant)
     found = verify_file(file, signer=signer, model_id=model_id, grant=opened)
     known = signer is not None or (opened is not None and opened.signer is not None)
-    text = f"{file}: every digest fits."
+    text = f"{file}: all digests match."
     if found.signer is not None:
-        whose = ", as expected" if known else "; compare that with the key that the owner published"
+        whose = ", as expected" if known else "; compare this with the owner's published key"
         text += f" Signed by {found.signer}{whose}."
     else:
         text += " Not signed; the grant vouches for it."
     if opened is not None:
-        text += f" Levels 1 to {opened.key.level} open to what was encrypted."
+        text += f" Levels 1 to {opened.key.level} decrypt to the original weights."
     Writing(as_json=printing.as_json).say(inspection_as_dict(found) | {"signer_known": known}, text)

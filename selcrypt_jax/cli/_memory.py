@@ -1,4 +1,4 @@
-"""What a command needs of memory, asked before libraries end the process for want of it."""
+"""The memory that a command needs, checked before libraries abort the process."""
 
 import os
 
@@ -17,7 +17,7 @@ def check_memory(command: str) -> None:
     except ModuleNotFoundError:  # a system without such limits
         return
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    # Measured; each core has threads, and each thread a stack and an arena of its own.
+    # Measured. Each core adds threads, each with its own stack and arena.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     least = (1400 + 80 * cores if command in _JAX else 160 + 32 * cores) * _MIB
     if limit != resource.RLIM_INFINITY and limit < least:

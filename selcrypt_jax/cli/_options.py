@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
@@ -18,17 +18,21 @@ from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
 from .._keys.signing import SigningKey
 from ._text import printable
 
-_MOST = 4 * MAX_PASSPHRASE  # bytes that are read; normal form C may be shorter
+_MOST = 4 * MAX_PASSPHRASE  # bytes to read; normal form C may be shorter
 
 Flat = arg(name="")
-"""For a parameter whose fields are options of the command itself."""
+"""For a parameter whose fields become options of the command itself."""
 
 Switch = Annotated[bool, FlagCreatePairsOff, arg(help_behavior_hint="")]
-"""A flag: on if it is given. The help shows no default for it."""
+"""A flag, off by default. The help shows no default for it."""
 AsJson = Annotated[Switch, arg(name="json")]
 
+_T = TypeVar("_T")
+Maybe = Annotated[_T | None, arg(help_behavior_hint="")]
+"""An option with the default None, which the help does not show."""
+
 Output = Annotated[Path, arg(aliases=["-o"])]
-AnyGrantFile = Annotated[Path | None, arg(aliases=["-g"])]
+AnyGrantFile = Annotated[Path | None, arg(aliases=["-g"], help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Writing:
     """How results are written.
 
     Attributes:
-        force: Replace an existing output file. (A folder is never replaced.)
+        force: Replace an existing output file (but never a folder).
         as_json: Print JSON.
     """
 
@@ -49,17 +53,17 @@ class Writing:
 
 
 def beside_as_dict(beside: Companions | None) -> dict[str, Any]:
-    """What was copied along with the weights, as JSON has it; nothing unless it was asked for."""
+    """The files copied along with the weights, for JSON; empty if none were requested."""
     if beside is None:
         return {}
     return {"copied": list(beside.copied), "left_out": beside.left_out}
 
 
 def beside_as_text(beside: Companions | None) -> list[str]:
-    """The same for a reader, as lines."""
+    """The same as lines of text."""
     if beside is None:
         return []
-    lines = [f"Copied along: {', '.join(beside.copied) or 'nothing'}."]
+    lines = [f"Also copied: {', '.join(beside.copied) or 'nothing'}."]
     reasons: dict[str, list[str]] = {}
     for name, reason in beside.left_out.items():
         reasons.setdefault(reason, []).append(name)
@@ -83,12 +87,12 @@ class OwnerSecret:
 
     Attributes:
         secret: Your secret.key.
-        passphrase_file: A file with the passphrase of your keys, if they have one, in place of
-            typing it.
+        passphrase_file: A file that holds the passphrase of your keys, if they have one. Without
+            it you are asked.
     """
 
     secret: Path
-    passphrase_file: Path | None = None
+    passphrase_file: Maybe[Path] = None
 
     def read_secret(self) -> Secret:
         """Reads it; asks for a passphrase if it has one."""
@@ -108,7 +112,7 @@ class OwnerKeys(OwnerSecret):
         signing: Your signing.key.
     """
 
-    signing: Path | None = None
+    signing: Maybe[Path] = None
 
     def read_signing(self) -> SigningKey | None:
         """Reads the signing key, if there is one."""
@@ -127,13 +131,13 @@ class Opening:
     """How a grant is opened.
 
     Attributes:
-        identity: Your age or SSH private key, for a grant that is encrypted to you. Repeat it for
-            several.
-        passphrase_file: A file with the grant's passphrase, if it has one, in place of typing it.
+        identity: Your age or SSH private key, for a grant that is encrypted to you.
+        passphrase_file: A file that holds the grant's passphrase, if it has one. Without it you
+            are asked.
     """
 
     identity: UseAppendAction[tuple[Path, ...]] = ()
-    passphrase_file: Path | None = None
+    passphrase_file: Maybe[Path] = None
 
     def read(self, path: Path | None) -> Grant | None:
         """Reads a grant, if there is one."""
@@ -148,17 +152,17 @@ class Locking:
     """How a new file of keys is locked.
 
     Attributes:
-        passphrase: Lock it with a passphrase; you are asked for it.
-        new_passphrase_file: Lock it with the passphrase in this file.
+        passphrase: Lock the output with a passphrase, for which you are asked.
+        new_passphrase_file: Lock the output with the passphrase in this file.
     """
 
     passphrase: Switch = False
-    new_passphrase_file: Path | None = None
+    new_passphrase_file: Maybe[Path] = None
 
     def read(self) -> Callable[[], str] | None:
-        """Asks for the new passphrase; a function that gives it, or None.
+        """Asks for the new passphrase; returns a function that gives it, or None.
 
-        Not the text: where something fails, crash reporters print local variables.
+        A function, because crash reporters print local variables.
         """
         if self.new_passphrase_file is None and not self.passphrase:
             return None
@@ -171,27 +175,28 @@ class Locking:
             return _passphrase_in(self.new_passphrase_file)
         if not _somebody():
             raise ValueError(
-                "passphrase: there is no terminal to ask for it. Put it into a file, and name that "
-                "(--new-passphrase-file)."
+                "passphrase: there is no terminal to ask for it. Put it into a file, and pass that "
+                "with --new-passphrase-file."
             )
         first = _typed("New passphrase: ")
         passphrase_bytes(first)  # before it is typed again
-        if _typed("Once more: ") != first:
+        if _typed("Repeat it: ") != first:
             raise ValueError(
-                "passphrase: expected the same one twice, got two; nothing was written. Try again."
+                "passphrase: expected the same one twice, got two different ones; nothing was "
+                "written. Try again."
             )
         return first
 
 
 def ask(file: Path | None, what: Path) -> Callable[[], str]:
-    """Asks for a passphrase once it is needed. Never an argument: other users see those."""
+    """Asks for a passphrase when it is needed. It is never an argument: other users see those."""
 
     def words() -> str:
         if file is not None:
             return _passphrase_in(file)
         if not _somebody():
             raise ValueError(
-                f"{what}: is locked with a passphrase, and there is no terminal to ask for it. Use "
+                f"{what}: locked with a passphrase, and there is no terminal to ask for it. Use "
                 "--passphrase-file."
             )
         return _typed(printable(f"Passphrase of {what}: "))
@@ -207,10 +212,10 @@ def _somebody() -> bool:
 def _typed(prompt: str) -> str:
     try:
         return getpass.getpass(prompt)
-    except UnicodeDecodeError:  # whose message shows some of it
+    except UnicodeDecodeError:  # its message shows part of the passphrase
         raise ValueError(
-            "passphrase: expected text as this terminal encodes it, got other bytes. Set the "
-            "locale that the terminal has (LANG), or put the passphrase into a file in UTF-8."
+            "passphrase: expected text in the encoding of the locale, got other bytes. Set LANG to "
+            "the terminal's locale, or put the passphrase into a UTF-8 file."
         ) from None
 
 
@@ -229,7 +234,7 @@ def _passphrase_in(file: Path) -> str:
         raise ValueError(
             f"{file}: expected a passphrase in UTF-8, got something else. Save it as UTF-8 text."
         ) from None
-    # Not splitlines(), to which more characters end a line than to other programs.
+    # Not splitlines(), which recognises more line ends than other programs do.
     lines = text.removesuffix("\n").split("\n")
     if len(lines) > 1:
         raise ValueError(
@@ -245,5 +250,5 @@ def _passphrase_in(file: Path) -> str:
 
 
 def spare(out: Path, *inputs: Path | None) -> None:
-    """Keys are inputs too: even with --force an output replaces none of them."""
+    """Refuses an output that would replace an input, such as a key, even with --force."""
     check_output(out, *(path for path in inputs if path is not None))

@@ -9,19 +9,19 @@ import tyro
 from .. import __version__
 from ..demo import DemoConfig
 from ..demo import run as run_demo
-from ._options import Flat, Switch
+from ._options import Flat, Maybe, Switch
 from ._text import printable
 
 
 @dataclass(frozen=True)
 class Demo(DemoConfig):
-    """What the demo takes."""
+    """The demo's options."""
 
     quick: Switch = False
 
 
 def demo(config: Annotated[Demo, Flat]) -> None:
-    """Runs the method on real images: trains, learns importance, protects, evaluates levels."""
+    """Trains two networks on real images, protects them in tiers, and measures every tier."""
     run_demo(config)
 
 
@@ -30,7 +30,7 @@ def audit(
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])],
     quick: Switch = False,
     advise: Switch = False,
-    target_advantage: float | None = None,
+    target_advantage: Maybe[float] = None,
 ) -> None:
     """Attacks your network as an attacker would, and reports how much they recover.
 
@@ -38,15 +38,15 @@ def audit(
     resumes where it stopped.
 
     Args:
-        config: A TOML file, see docs/audit.md; or demo, demo-vgg19, demo-dncnn, demo-transformer.
-        out: Folder for the results; made if it does not exist.
+        config: A TOML file (see docs/audit.md), or demo, demo-vgg19, demo-dncnn, demo-transformer.
+        out: Folder for the results, created if it does not exist.
         quick: A reduced grid: the strongest attacks, one key, few steps.
-        advise: Look for the smallest share that meets the target, instead of trying given ones.
+        advise: Find the smallest share that meets the target, instead of trying the given shares.
         target_advantage: With --advise: how far the strongest attacker may get from what the
-            architecture alone gives (0) to the original (1); 0.1 if it is left out.
+            architecture alone gives (0) to the original (1); 0.1 by default.
     """
     if target_advantage is not None and not advise:
-        raise ValueError("--target-advantage: expected with --advise, which looks for it.")
+        raise ValueError("--target-advantage: expected only with --advise. Add --advise.")
     try:
         from ..audit._audit import audit as run_audit
         from ..audit._config import read_config

@@ -12,6 +12,7 @@ from .._release.use import issue_grant
 from ._options import (
     Flat,
     Locking,
+    Maybe,
     Output,
     OwnerKeys,
     OwnerSecret,
@@ -36,7 +37,7 @@ def keygen(
     then never be opened again.
 
     Args:
-        out: Folder for the keys; made if it does not exist.
+        out: Folder for the keys, created if it does not exist.
         lock: How the private keys are locked.
         writing: How they are written.
     """
@@ -56,7 +57,7 @@ def grant(
     level: int,
     owner: Annotated[OwnerSecret, Flat],
     out: Output,
-    signer: str | None = None,
+    signer: Maybe[str] = None,
     to: UseAppendAction[tuple[str, ...]] = (),
     lock: Annotated[Locking, Flat] = Locking(),
     writing: Annotated[Writing, Flat] = Writing(),
@@ -70,12 +71,11 @@ def grant(
         file: The protected file.
         level: The highest level that the grant opens.
         owner: Your secret.
-        out: The grant file.
-        signer: Your signing.pub; by default the one beside your secret. Or "unsigned", if the file
+        out: Where to write the grant.
+        signer: Your signing.pub; by default the one next to your secret. Or "unsigned", if the file
             was never signed and this is your own copy.
         to: Encrypt the grant to this recipient, so that it can be sent in the open: an age public
-            key (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one. May be
-            given several times.
+            key (age1...), an SSH public key ("ssh-ed25519 ..."), or a file that holds one.
         lock: How the grant is locked.
         writing: How it is written.
     """
@@ -104,8 +104,8 @@ def grant(
 def rotate(
     file: Positional[Path],
     keys: Annotated[OwnerKeys, Flat],
-    old_signer: Path | None = None,
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None,
+    old_signer: Maybe[Path] = None,
+    out: Annotated[Path | None, arg(aliases=["-o"], help_behavior_hint="")] = None,
     copy_config: Switch = False,
     writing: Annotated[Writing, Flat] = Writing(),
 ) -> None:
@@ -113,17 +113,17 @@ def rotate(
 
     New keys change the quality of the levels below the top: measure them again (selcrypt levels).
 
-    An old copy of the file can still be opened with an old grant. Anyone who can see the
-    weights that are not graded (everyone if the rest is plain, holders of level 1 if it is sealed)
-    can compare the two files: they show where the graded weights are, and many such files also show
-    which level opens which weights.
+    An old grant still opens old copies of the file. Anyone who can see the weights that are not
+    graded (everyone if the rest is plain, holders of level 1 if it is sealed) can compare the two
+    files, which reveals the positions of the graded weights. Many such files also reveal which
+    level opens which weights.
 
     Args:
-        file: The protected file; or the index or folder of one in several files, or of Orbax.
+        file: The protected file; if sharded, its index or folder; for Orbax, the folder.
         keys: Your keys; the signing key is needed if the file is signed, by the same key.
         old_signer: The signing.pub of the old file, if it is signed with another key of yours.
-        out: Where to write it; by default it replaces the old file. A new folder for a
-            checkpoint in a folder.
+        out: Where to write the new file; a new folder if the old one is a folder. By default it
+            replaces the old file.
         copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
             and all other files that cannot be weights. Only the weights are checked.
         writing: How it is written.
@@ -142,7 +142,7 @@ def rotate(
     where = file if out is None else out
     writing.say(
         {"out": str(where), "model_id": done.model_id.hex()} | beside_as_dict(done.beside),
-        f"Wrote {where}: is now model {done.model_id.hex()}. Issue new grants. New keys change "
+        f"Wrote {where}, now model {done.model_id.hex()}. Issue new grants. New keys change "
         "the quality of levels below the top: measure them (selcrypt levels).",
         *beside_as_text(done.beside),
     )
@@ -153,20 +153,20 @@ def _own_public(secret: Path) -> Path:
     public = secret.parent / PUBLIC_FILE
     if not public.exists():
         raise ValueError(
-            f"--signer: expected your {PUBLIC_FILE} beside {secret}, got no such file. Name it, or "
-            "say --signer unsigned if the file was never signed and this is your own copy."
+            f"--signer: expected your {PUBLIC_FILE} next to {secret}, got no such file. Name it, "
+            "or pass --signer unsigned if the file was never signed and this is your own copy."
         )
     return public
 
 
 def _recipient(text: str) -> str:
-    """A public key, or that in a file. No message shows it: it may be a private one."""
+    """A public key, or the one in a file. No message shows it, as it may be a private key."""
     if text.startswith(("age1", "ssh-")):
         return text
     if text.upper().startswith("AGE-SECRET-KEY-") or text.startswith("-----BEGIN"):
         raise ValueError(
-            "--to: expected a public key (age1... or ssh-...), got a private one. Keep that one to "
-            "yourself, and name the public one."
+            "--to: expected a public key (age1... or ssh-...), got a private one. Keep that one "
+            "secret, and pass the public one."
         )
     try:
         with Path(text).open("rb") as file:
@@ -179,7 +179,7 @@ def _recipient(text: str) -> str:
     lines = [line for line in map(str.strip, lines) if line and not line.startswith("#")]
     if len(lines) != 1 or not lines[0].startswith(("age1", "ssh-")):
         raise ValueError(
-            f"{text}: expected a file with one public key (age1... or ssh-...), got another. Ask "
-            "the customer for their public key."
+            f"{text}: expected a file with one public key (age1... or ssh-...), got something "
+            "else. Ask the customer for their public key."
         )
     return lines[0]

@@ -27,21 +27,21 @@ def calibrate(
 ) -> None:
     """Finds how much each level has to open to give the quality that you name.
 
-    Encrypts the checkpoint in memory in up to 8 ways a level, under new keys each time, measures
-    the result, and prints the shares for selcrypt protect. Writes nothing.
+    Encrypts the checkpoint in memory with up to 8 shares per level, under new keys each time,
+    measures the result, and prints the shares for selcrypt protect. Writes nothing.
 
-      selcrypt calibrate model.safetensors --targets 20 24 28 --evaluate mine:psnr
+      selcrypt calibrate model.safetensors --targets 20 24 28 --evaluate my:psnr
 
-    These are averages over keys, for planning. A file has one key, with which a level may be far
-    off: selcrypt protect --targets makes a file whose own levels meet the targets.
+    The results are averages over keys, for planning. A single file has one key, under which a level
+    may be far off: selcrypt protect --targets makes a file whose own levels meet the targets.
 
     Args:
         file: The checkpoint, as for selcrypt protect.
         goal: The quality of the levels.
         selection: What is encrypted, as for selcrypt protect. To plan with random scores, which
             differ each time, save them (selcrypt_jax.importance.random).
-        keys: How many encryptions a value is averaged over, at most; three where they agree.
-        seed: For the keys that are tried.
+        keys: Maximum number of encryptions to average a value over; three if they agree.
+        seed: Seed of the keys that are tried.
         unit: As for selcrypt protect.
         printing: How it is printed.
     """
@@ -81,21 +81,21 @@ def levels(
 ) -> None:
     """Measures every level of a protected file: the quality that each customer gets.
 
-    Decrypts one level after the other in memory, from the top level, which is the original, down
-    to level 0, the file without a key, and calls your metric once for each. Writes nothing.
+    Decrypts one level after the other in memory, from the top level (the original) down to level 0
+    (the file without a key), and calls your metric once for each. Writes nothing.
 
-      selcrypt levels public.safetensors --secret keys/secret.key --evaluate mine:psnr
+      selcrypt levels public.safetensors --secret keys/secret.key --evaluate my:psnr
 
     The value of level 0 of a sealed file is meaningless, and may be NaN. If levels hardly differ,
     selcrypt protect --targets makes a file whose levels meet the targets that you name.
 
     Args:
-        file: The protected file; or the index or folder of one in several files, or of Orbax. Each
+        file: The protected file; if sharded, its index or folder; for Orbax, the folder. Each
             level has to fit into memory.
         owner: Your secret.
-        evaluate: Import path module:function of your metric, a function of a dict from the names
-            of the tensors to arrays; the working folder is searched. Let it measure on data that
-            the network was not trained on.
+        evaluate: Import path module:function of your metric, which takes a dict from tensor names
+            to arrays; the working folder is searched too. Use data that the network was not
+            trained on.
         printing: How it is printed.
     """
     from .._release.measure import measure_levels  # the start of JAX

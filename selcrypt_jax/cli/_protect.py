@@ -11,6 +11,7 @@ from .._format.manifest import Rest
 from .._release.use import inspect_file
 from ._options import (
     Flat,
+    Maybe,
     Output,
     OwnerKeys,
     Switch,
@@ -23,7 +24,7 @@ from ._selection import Goal, Levels, Selection, Unit, check_like_alone, levels_
 from ._tables import calibration_as_dict, print_inspection
 from ._text import note, printable
 
-_SHOWN = 8  # tensors that are like others, of which there may be thousands
+_SHOWN = 8  # notes on similar tensors, of which there may be thousands
 
 
 def protect(
@@ -35,8 +36,8 @@ def protect(
         Levels, arg(metavar="INT|SHARE [SHARE ...]", help_behavior_hint="(default: 5)")
     ] = None,
     goal: Annotated[Goal, Flat] = Goal(),
-    like: Path | None = None,
-    old_signer: str | None = None,
+    like: Maybe[Path] = None,
+    old_signer: Maybe[str] = None,
     unit: Unit = "weight",
     rest: Rest = "sealed",
     copy_config: Switch = False,
@@ -60,24 +61,25 @@ def protect(
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.
-        levels: How many levels of quality. Each opens an equal part of the budget; in small
-            tensors, where a part would be too little to hide, the next higher level opens it. Or
-            the share of the groups that each level opens, ascending, such as 0.02 0.05 0.08; the
-            last one is all that is encrypted. selcrypt calibrate finds such shares.
+        levels: Number of quality levels. Each opens an equal part of the budget; in small tensors,
+            a part that is too small to hide goes to the next higher level. Or the share of the
+            groups that each level opens, ascending, such as 0.02 0.05 0.08; the last one is
+            everything that is encrypted. selcrypt calibrate finds such shares.
         goal: The quality of the levels.
         like: Your protected file of an earlier version: the same weights are graded again, and
-            opened by the same levels, in place of a new selection. Weights change little from
-            version to version: what is encrypted in one and plain in the next is as good as plain.
+            opened by the same levels, instead of a new selection. Weights change little between
+            versions, so a weight that is encrypted in one and plain in the next is as good as
+            plain.
         old_signer: With --like: the signing.pub of the earlier version, if it is signed with
-            another key of yours; or "unsigned", if it never was signed and this is your own copy.
+            another key of yours; or "unsigned", if it was never signed and this is your own copy.
         unit: What the cipher permutes: single weights, or whole groups, which leave less of a
-            trace and have fewer orders.
+            trace but have fewer possible orders.
         rest: What happens to all other weights. Sealed: encrypted too, under the key of level 1.
-            Plain: left as they are, so that anyone can run level 0 (for a free tier); what is
-            plain helps an attacker.
-        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
-            and all other files that cannot be weights. They are not encrypted: check the list.
-        verbose: List all tensors that were selected, not kinds of them alone.
+            Plain: left as they are, so that anyone can run level 0 (for a free tier); plain weights
+            help an attacker.
+        copy_config: Also copy the other files of a folder: configuration, tokenizer, and
+            everything else that cannot be weights. They are not encrypted: check the list.
+        verbose: List every selected tensor, instead of a summary by kind.
         writing: How it is written.
     """
     from .._release.files import protect_file  # the start of JAX, which other commands don't need
@@ -138,13 +140,13 @@ def protect(
         note(f"The earlier version lacks these tensors: {listed(selected.new)}. They are {now}.")
     if found is not None and wanted.targets[0] is None and selection.budget is None:
         note(
-            "any: all groups are graded, since no budget was given. To grade less, add a share of "
-            "them, such as --budget 0.3."
+            "any: all groups are graded, since no budget was given. To grade fewer, add a budget, "
+            "such as --budget 0.3."
         )
     if found is not None and rest == "sealed" and wanted.targets[0] is None:
         note(
-            "Level 1 removes the seal and nothing else, and gives what the budget leaves of the "
-            "network, which may be worthless to a customer. Name a number for it in place of any."
+            "Level 1 only removes the seal. Its quality is what the budget leaves of the network, "
+            "which may be worthless to a customer. To set it, give a number instead of any."
         )
     if selected.random_keys:
         note(
@@ -160,8 +162,8 @@ def protect(
     given = selection.select is not None or selection.scores_file is not None
     if not given and sum(integers.values()) > made.weights / 2:
         note(
-            f"Most weights are integers ({', '.join(integers)}), which take part only if --select "
-            "names their tensors: none of them is encrypted."
+            f"Most weights are integers ({', '.join(integers)}), which are graded only if --select "
+            "names their tensors: none of these is."
         )
     if (change := selected.plain_change) is not None and change > 0.05:
         note(
@@ -169,7 +171,7 @@ def protect(
             "with the base recovers nearly all of your network from this file: use --rest sealed."
         )
     if keys.signing is None:
-        note("Not signed: only a grant holder can tell if it is altered. Use --signing.")
+        note("Not signed: only grant holders can tell if the file was altered. Use --signing.")
     if found is None:
         command = shlex.join(["levels", str(out), "--secret", str(keys.secret)])
         note(

@@ -5,28 +5,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, arg
 
 from .._calibrate.targets import Evaluation, Targets
 from .._io.imported import imported
 from .._io.progress import Pace
 from .._masks.options import Select
-from ._options import Switch
+from .._tree.groups import Granularity, Layout
+from ._help import one_line_each
+from ._options import Maybe, Switch
 from ._text import note
 
 Unit = Literal["weight", "group"]
 Levels = int | tuple[float, ...] | None
 
 
+@one_line_each
 @dataclass(frozen=True)
 class Selection(Select):
-    """What is encrypted."""
+    __doc__ = Select.__doc__
 
     importance: str = "l2"
-    select: str | None = None
-    base: Path | None = None
+    budget: Maybe[float] = None
+    granularity: Maybe[Granularity] = None
+    layout: Maybe[Layout] = None
+    select: Maybe[str] = None
+    small: Maybe[float] = None
+    base: Maybe[Path] = None
 
     def flags(self) -> list[str]:
         """The options that differ from their defaults, as they are written on a command line."""
@@ -38,27 +45,31 @@ class Selection(Select):
         return words
 
 
+@one_line_each
 @dataclass(frozen=True)
 class Goal(Targets):
     """The quality of the levels.
 
     Attributes:
-        targets: The quality of levels 1, 2, ... (with --rest plain: 0, 1, ...), from the worst to
-            the best; one more level gives the original. The first may be "any": as bad as the
+        targets: The quality of levels 1, 2, ... (with --rest plain: 0, 1, ...), from worst to
+            best; one more level gives the original. The first may be "any": as bad as the
             budget makes it. The checkpoint has to fit into memory.
-        evaluate: With targets: import path module:function of your metric, a function of a dict
-            from the names of the tensors to arrays; the working folder is searched. Let it measure
-            on data that the network was not trained on.
+        evaluate: With targets: import path module:function of your metric, which takes a dict from
+            tensor names to arrays; the working folder is searched too. Use data that the network
+            was not trained on.
         tolerance: With targets: how far a level may be from its target. By default 2 % of the way
             from the first target to the original.
-        evaluations: With targets: how often the metric may be called; 8 times a target and 8 more
-            by default, and up to four times as often while values lie on both sides of a target.
+        evaluations: With targets: how often the metric may be called. By default 8 times per target
+            plus 8, and up to four times as often while a level has values on both sides of its
+            target.
         lower_is_better: With targets: the metric is a loss; targets then descend.
     """
 
-    # As they are typed.
-    targets: tuple[str, ...] = ()  # pyright: ignore
-    evaluate: str | None = None  # pyright: ignore
+    # As typed on the command line.
+    targets: Annotated[tuple[str, ...], arg(help_behavior_hint="")] = ()  # pyright: ignore
+    evaluate: Maybe[str] = None  # pyright: ignore
+    tolerance: Maybe[float] = None
+    evaluations: Maybe[int] = None
     lower_is_better: Switch = False
     progress: Suppress[Callable[[Evaluation], None] | None] = None
 
@@ -83,10 +94,10 @@ class Goal(Targets):
 
 
 def said(text: Callable[[Any], str]) -> Callable[[Any], None]:
-    """Reports steps of long work on stderr: every step on a terminal, one now and then in a log.
+    """Reports progress on stderr: every step on a terminal, one now and then in a log.
 
     Args:
-        text: of a step.
+        text: step → its text.
     """
     due = Pace()
 
@@ -99,7 +110,7 @@ def said(text: Callable[[Any], str]) -> Callable[[Any], None]:
 
 @contextmanager
 def naming(metric: str | None) -> Iterator[None]:
-    """Errors of the metric's results name the metric.
+    """Makes errors about the metric's results name the metric.
 
     Args:
         metric: its import path.
@@ -113,10 +124,10 @@ def naming(metric: str | None) -> Iterator[None]:
 
 
 def check_like_alone(levels: Levels, goal: Goal, selection: Selection) -> None:
-    """Refuses options beside --like, by the names under which they were typed.
+    """Refuses options that conflict with --like, by their names on the command line.
 
     Raises:
-        ValueError: of some.
+        ValueError: there are some.
     """
     given = ["levels"] if levels is not None else []
     for chosen in (goal, selection):
@@ -127,24 +138,24 @@ def check_like_alone(levels: Levels, goal: Goal, selection: Selection) -> None:
     if given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         raise ValueError(
-            f"like: expected no {names} beside it, since the earlier release decides what is "
-            "encrypted and which level opens it. Leave that out, or --like."
+            f"like: expected no {names} with it, since the earlier release decides what is "
+            "encrypted and which level opens it. Leave out one or the other."
         )
 
 
 def levels_of(levels: Levels, goal: Goal) -> Any:
-    """What `protect_file` takes as its levels."""
+    """The levels argument of `protect_file`."""
     if goal.targets:
         if levels is not None:
             raise ValueError(
-                "targets: expected no levels beside them, since they decide those, got some. Leave "
-                "one of the two out."
+                "targets: expected no levels with them, since targets determine the levels, got "
+                "both. Leave out one or the other."
             )
         return goal.read()
     alone = [o.name for o in fields(Goal) if getattr(goal, o.name) != o.default]
     if alone:
         names = ", ".join(name.replace("_", "-") for name in alone)
-        raise ValueError(f"{names}: is of use with targets only, got none. Add --targets.")
+        raise ValueError(f"{names}: expected targets too, got none. Add --targets.")
     return 5 if levels is None else levels
 
 

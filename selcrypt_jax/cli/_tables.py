@@ -1,4 +1,4 @@
-"""What commands print: a file's levels, and what levels give."""
+"""The tables that commands print: a file's levels, and their quality."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 def inspection_as_dict(found: "Inspection") -> dict[str, Any]:
-    """An inspection as JSON has it."""
+    """An inspection, for JSON."""
     cipher = {"name": "lossless"} | vars(found.cipher)
     return found._asdict() | {
         "cipher": cipher,
@@ -33,7 +33,7 @@ def print_inspection(
     calibration: dict[str, Any] | None = None,
     verbose: bool = False,
 ) -> None:
-    """Prints what a file says, what was selected in it, and what its levels give."""
+    """Prints a file's manifest, what was selected in it, and the quality of its levels."""
     if as_json:
         more = {"calibration": calibration} if calibration else {}
         print(json.dumps(inspection_as_dict(found) | (chosen or {}) | more, indent=2))
@@ -78,14 +78,14 @@ def print_inspection(
 def selected_rows(
     groups: Mapping[str, int], whole: Collection[str], verbose: bool
 ) -> list[tuple[str, ...]]:
-    """What was selected, as a table: all tensors if they are few, and else kinds of them.
+    """The selection as a table: every tensor if there are few, otherwise kinds of tensors.
 
-    A kind is all tensors whose names differ in numbers alone, such as the layers of a stack.
+    A kind is all tensors whose names differ only in numbers, such as the layers of a stack.
 
     Args:
-        groups: tensor → how many of its groups.
-        whole: names of tensors that were taken whole.
-        verbose: all tensors, however many they are.
+        groups: tensor → number of selected groups.
+        whole: names of tensors that were selected whole.
+        verbose: list every tensor, however many there are.
     """
     titles = ("tensor", "groups", "")
     if verbose or len(groups) <= _SHOWN:
@@ -123,7 +123,7 @@ def _tensors(count: int) -> str:
 def calibration_as_dict(
     found: "Calibration", targets: Sequence[float | None], *, spreads: bool, first: int = 0
 ) -> dict[str, Any]:
-    """What levels give, from the first that has a target, as JSON has it."""
+    """The quality of levels, from the first that has a target, for JSON."""
     rows: list[dict[str, Any]] = []
     for level, (share, target, value, spread) in enumerate(
         zip(
@@ -147,7 +147,7 @@ def calibration_as_dict(
 
 
 def print_levels(found: dict[str, Any]) -> None:
-    """The table of what levels give."""
+    """Prints the quality of levels as a table."""
     spreads = "spread" in found["levels"][0]
     rows = [["level", "opens", "target", "gives", *(["± over keys"] if spreads else [])]]
     for row in found["levels"]:
@@ -158,7 +158,7 @@ def print_levels(found: dict[str, Any]) -> None:
 
 
 def print_measured(file: str, metric: str, found: "Sequence[MeasuredLevel]", as_json: bool) -> None:
-    """Prints what every level gives."""
+    """Prints the measured quality of every level."""
     if as_json:
         rows = [
             level._asdict() | {"value": level.value if math.isfinite(level.value) else None}

@@ -1,34 +1,34 @@
-"""Text for a terminal or a pipe: never cut, and with nothing in it that a terminal obeys."""
+"""Text for a terminal or a pipe: never truncated, and free of control characters."""
 
 import sys
 import unicodedata
 from collections.abc import Collection, Sequence
 
-# Controls, marks that turn or hide text, lone surrogates, private and unknown characters, and
-# separators of lines and paragraphs.
+# Control and format characters, lone surrogates, private and unassigned characters, and line and
+# paragraph separators.
 _HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def printable(text: object) -> str:
-    """One line of text, in which characters that are not seen are escaped as Python writes them.
+    """One line of text, with invisible characters escaped as in Python.
 
-    Names of tensors and files, and texts of other libraries, come from strangers: they could
-    colour, hide or rewrite what stands around them.
+    Names of tensors and files, and messages of other libraries, come from strangers: they could
+    colour, hide or rewrite the text around them.
     """
     return "".join(ascii(c)[1:-1] if unicodedata.category(c) in _HIDDEN else c for c in str(text))
 
 
 def note(text: str) -> None:
-    """A line on standard error."""
+    """Prints a line to standard error."""
     print(printable(text), file=sys.stderr)
 
 
 def columns(rows: Sequence[Sequence[str]], *, numbers: bool | Collection[int] = False) -> str:
-    """Lines of columns, as wide as their contents whatever the terminal.
+    """Aligns rows in columns, as wide as their contents, whatever the terminal's width.
 
     Args:
-        rows: of as many texts each.
-        numbers: whether columns are aligned at the right; or which of them.
+        rows: rows with the same number of cells.
+        numbers: whether columns are right-aligned; or which ones.
     """
     rows = [[printable(text) for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

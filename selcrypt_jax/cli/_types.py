@@ -1,4 +1,4 @@
-"""How the command line shows options that may be left out: without Python's None and ()."""
+"""How the command line shows optional values: without Python's None and ()."""
 
 import dataclasses
 from types import NoneType, UnionType
@@ -6,14 +6,12 @@ from typing import Any, Union, get_args, get_origin
 
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-_NOT_GIVEN = ["not", "given"]  # as tyro wants it: word by word
-
 
 def plain_types() -> ConstructorRegistry:
     """Rules for types such as ``Path | None`` and ``tuple[str, ...]``.
 
-    They are read as tyro reads them, and shown as a person would: ``PATH``, and "not given" where
-    nothing is the default.
+    They are parsed as tyro does, and shown as ``PATH`` and ``STR [STR ...]``. A default of None or
+    () is shown as nothing.
     """
     registry = ConstructorRegistry()
 
@@ -34,9 +32,7 @@ def plain_types() -> ConstructorRegistry:
                 None if words == ["None"] else inner.instance_from_str(words)
             ),
             is_instance=lambda value: value is None or inner.is_instance(value),
-            str_from_instance=lambda value: (
-                _NOT_GIVEN if value is None else inner.str_from_instance(value)
-            ),
+            str_from_instance=lambda value: [] if value is None else inner.str_from_instance(value),
             choices=None if inner.choices is None else (*inner.choices, "None"),
         )
 
@@ -49,7 +45,7 @@ def plain_types() -> ConstructorRegistry:
             metavar="STR [STR ...]",
             instance_from_str=tuple,
             is_instance=lambda value: isinstance(value, tuple),
-            str_from_instance=lambda value: list(value) or _NOT_GIVEN,
+            str_from_instance=list,
         )
 
     return registry

@@ -221,13 +221,13 @@ def test_batches_come_by_number_and_a_rate_that_fails_ends_early():
 
 @pytest.mark.parametrize("stops", [(), (0, 5), (5, 5), (9, 3)])
 def test_stops_must_ascend(stops):
-    with pytest.raises(ValueError, match="stops: expected ascending numbers of steps from 1"):
+    with pytest.raises(ValueError, match="stops: expected ascending step numbers from 1"):
         next(audit.fine_tune(linear(), squared, lambda n: 0, stops=stops, optimizer=optax.sgd(1)))
 
 
 def test_something_must_be_trained():
     nothing = {"w": False, "b": False, "act": False}
-    with pytest.raises(ValueError, match="trainable: expected to select floats"):
+    with pytest.raises(ValueError, match="trainable: expected a mask that selects some floats"):
         next(
             audit.fine_tune(
                 linear(), squared, lambda n: 0, stops=[1], optimizer=optax.sgd(1),
@@ -280,7 +280,7 @@ def test_a_draw_without_room_says_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([], [1.0], 2.0), "expected a value a key, got none"),
+        (([], [1.0], 2.0), "expected one value per key, got none"),
         (([1.0], [2.0], 2.0), "clean: expected more than the baseline, 2, got 2"),
     ],
 )

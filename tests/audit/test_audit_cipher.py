@@ -252,26 +252,26 @@ class DoesNotDecrypt(Toy):
 
 
 KEYSTREAM = {
-    "keystream: another in every ring",
-    "keystream: another in every leaf",
-    "keystream: another for every model id",
+    "keystream: different in every ring",
+    "keystream: different in every leaf",
+    "keystream: different for every model id",
 }
 UNEVEN = KEYSTREAM | {
     "keystream: as many ones as zeros",
     "keystream: does not repeat within a ring",
 }
 OTHERS = {
-    "order: another in every ring",
-    "order: another in every leaf",
-    "order: another for every model id",
+    "order: different in every ring",
+    "order: different in every leaf",
+    "order: different for every model id",
 }
 STUCK = {
-    "order: weights leave their places",
-    "order: every stretch is moved",
-    "order: weights go everywhere",
-    "order: another in every block",
+    "order: weights move",
+    "order: every part is permuted",
+    "order: weights spread over the ring",
+    "order: different in every block",
 } | OTHERS
-ALIKE = {"order: weights go everywhere", "order: another in every block"}
+ALIKE = {"order: weights spread over the ring", "order: different in every block"}
 
 # What must be found, and what may be besides; nothing else.
 BROKEN = {
@@ -294,28 +294,28 @@ BROKEN = {
     "blocks alike, of 700": (Blocks(same=True, size=700), ALIKE, STUCK),
     "blocks alike, of 7": (Blocks(same=True, size=7), ALIKE, STUCK),
     "neighbours permuted": (Neighbours(), STUCK, set()),
-    "one key": (ConstantKey(), KEYSTREAM | {"a key opens no other ring"} | OTHERS, set()),
+    "one key": (ConstantKey(), KEYSTREAM | {"a key decrypts its own ring only"} | OTHERS, set()),
     "key of the level": (
         KeyOfLevel(),
-        {"keystream: another in every leaf", "order: another in every leaf"},
+        {"keystream: different in every leaf", "order: different in every leaf"},
         set(),
     ),
     "key of the leaf": (
         KeyOfLeaf(),
         {
-            "keystream: another in every ring",
-            "a key opens no other ring",
-            "order: another in every ring",
+            "keystream: different in every ring",
+            "a key decrypts its own ring only",
+            "order: different in every ring",
         },
         set(),
     ),
     "no key": (
         NoKey(),
-        {"keystream: another for every model id", "order: another for every model id"},
+        {"keystream: different for every model id", "order: different for every model id"},
         set(),
     ),
-    "plain weights change": (ChangesPlain(), {"weights outside of the masks stay"}, set()),
-    "does not decrypt": (DoesNotDecrypt(), {"decrypts to what was encrypted"}, set()),
+    "plain weights change": (ChangesPlain(), {"weights outside the masks are unchanged"}, set()),
+    "does not decrypt": (DoesNotDecrypt(), {"decryption restores the weights"}, set()),
 }
 
 
@@ -346,11 +346,11 @@ def test_each_fault_is_found_by_its_name(name):
 def test_the_librarys_own_cipher_with_one_key_for_all():
     found = failed(check_cipher(OneKeyForAll()))
     faults = {
-        "keystream: another in every ring",
-        "keystream: another in every leaf",
-        "a key opens no other ring",
-        "order: another in every ring",
-        "order: another in every leaf",
+        "keystream: different in every ring",
+        "keystream: different in every leaf",
+        "a key decrypts its own ring only",
+        "order: different in every ring",
+        "order: different in every leaf",
     }
     assert {f"float32: {name}" for name in faults} == {n for n in found if n.startswith("float32")}
 
@@ -520,7 +520,7 @@ def test_files_that_do_not_fit():
     with pytest.raises(ValueError, match=r"'bias': expected the same shape and dtype.* and str"):
         shared_keystream(params, params | {"bias": "none"}, mask)
     nothing = dict.fromkeys(params, False)
-    with pytest.raises(ValueError, match="truth: expected to select some weights"):
+    with pytest.raises(ValueError, match="truth: expected a mask that selects some weights"):
         changed(params, params, nothing)
 
 

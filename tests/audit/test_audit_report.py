@@ -660,7 +660,7 @@ def _report_page(made):
 @pytest.mark.parametrize(
     ("opened", "gain", "words"),
     [
-        (19.0, 0.0, "Worth nothing as opened: anyone with this data"),
+        (19.0, 0.0, "Worthless as opened: anyone with this data"),
         (19.0, None, "With an attack, 30 % of the way from there to the original"),
         (25.0, None, "Nothing to gain"),
         (25.0, 0.01, "Barely gets above their level"),
@@ -702,7 +702,7 @@ def test_how_much_to_encrypt():
         "For an advantage of at most 0.1, “p0.02” is enough: it encrypts 2 % of all weights "
         "(advantage 0.05, interval 0.01 to 0.09)."
     )
-    assert "But the interval is too wide" in said(*several, advice=[{**found, "target": 0.06}])
+    assert "However, the interval is too wide" in said(*several, advice=[{**found, "target": 0.06}])
     other = {**found, "subject": "another network"}
     assert "The smallest share tried that keeps" in said(*several, advice=[other])
     missing = {**found, "strategy": "l2", "protection": None, "share": None}
@@ -768,7 +768,7 @@ def test_ways_to_publish(rows, holders, rest, holds, name):
     assert [way.holds for way in ways[:3]] == holds
     assert recommended(ways).name == name
     with_base = ways_to_publish(dataclasses.replace(made, base=True), 0.1, rest=rest)
-    assert with_base[3].name == "sealed adapters beside the public base"
+    assert with_base[3].name == "sealed adapters for the public base"
 
 
 @pytest.mark.parametrize(
@@ -797,7 +797,7 @@ def test_one_protection_must_do_all_that_a_way_promises():
 def test_where_the_cipher_failed_no_file_is_recommended():
     ways = without_cipher(ways_to_publish(held(LOW, *APART), 0.1, rest="plain"))
     assert [way.holds for way in ways] == [False, False, False, True]
-    assert recommended(ways).name == "not at all: a service"
+    assert recommended(ways).name == "no file: a hosted service"
 
 
 def test_where_no_share_can_be_judged_none_is_advised():
@@ -812,7 +812,7 @@ def test_where_no_share_can_be_judged_none_is_advised():
 def test_of_a_sealed_file_no_share_is_advised():
     found = {"subject": "dncnn", "strategy": "l2", "target": 0.1, "protection": "l2 2 %"}
     (words,) = _words.how_much(subject(protection(), sealed=True), [found])
-    assert "depends on what key holders reach" in words
+    assert "depends on how far key holders get" in words
 
 
 def test_ways_are_on_the_page(tmp_path):
@@ -823,7 +823,8 @@ def test_ways_are_on_the_page(tmp_path):
     rows = page.tables["s1-ways"]
     assert [row[1] for row in rows[1:]] == ["no", "yes", "yes", "yes"]
     assert (
-        "In “pss 8\u00a0%”, a holder of level 2 gets 33\u00a0% of the way to level 3." in rows[2][2]
+        "In “pss 8\u00a0%”, a level 2 key holder gets 33\u00a0% of the way to level 3."
+        in rows[2][2]
     )
     assert "holds against the attacks tried: sealed rest, graded" in page.text
     written = json.loads((tmp_path / "audit.json").read_text("utf-8"))

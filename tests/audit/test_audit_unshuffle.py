@@ -143,9 +143,12 @@ def test_trials_are_compiled_once_and_kept_to():
     ("change", "message"),
     [
         ({"unit": "layer"}, "unit: expected one of .*, got 'layer'"),
-        ({"trials": 4}, "trials: expected at least 5, for 2 batches"),
-        ({"mask": {"w": False, "b": False, "act": False}}, "expected two weights or more"),
-        ({"mask": mask_of(1)}, "expected two weights or more in some leaf"),
+        ({"trials": 4}, r"trials: expected at least 5 \(one step, and 2 batches"),
+        (
+            {"mask": {"w": False, "b": False, "act": False}},
+            "expected a leaf with two or more weights",
+        ),
+        ({"mask": mask_of(1)}, "expected a leaf with two or more weights"),
     ],
 )
 def test_errors(change, message):

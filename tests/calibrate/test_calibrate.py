@@ -651,7 +651,7 @@ def test_what_no_release_gives_is_told():
         run([75, 60])
     with pytest.raises(ValueError, match="metadata"):
         run([60], metadata={"selcrypt": "mine"})
-    with pytest.raises(TypeError, match="expected text for text"):
+    with pytest.raises(TypeError, match="expected a mapping from str to str"):
         run([60], metadata={"a": 1})
 
 
@@ -810,11 +810,11 @@ def test_bad_targets_are_refused(files):
     base = "protect model.safetensors --rest plain -o p.safetensors --secret keys/secret.key"
     goal = "--targets 60 80 --evaluate calibrate_metric:intact"
     for line, message in (
-        (f"{goal} --levels 3", "targets: expected no levels beside them"),
+        (f"{goal} --levels 3", "targets: expected no levels with them"),
         (f"{goal} --levels 0.1", "expected no levels"),
         ("--targets 60", "Add --evaluate"),
-        ("--evaluate calibrate_metric:intact", "evaluate: is of use with targets only"),
-        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: is of use with"),
+        ("--evaluate calibrate_metric:intact", "evaluate: expected targets too"),
+        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: expected targets too"),
         ("--targets 60 good --evaluate calibrate_metric:intact", "may be \"any\", got 'good'"),
         ("--targets 60 --evaluate nowhere", "expected an import path"),
         ("--targets 60 --evaluate calibrate_metric:wrong", "expected a number"),

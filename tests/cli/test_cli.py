@@ -3,8 +3,10 @@
 import base64
 import errno
 import io
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -188,7 +190,7 @@ def test_passphrases_from_a_terminal(selcrypt, monkeypatch):
         ("a", "b"): "expected the same one twice",
         ("",): "got an empty one",
         ("a\x1b[A",): "got a control character",
-        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set the locale",
+        (UnicodeDecodeError("utf-8", b"my secret", 3, 4, "bad"),): "Set LANG",
     }.items():
         typed[:] = words
         selcrypt("keygen -o keys --passphrase", fails=fails)
@@ -261,11 +263,11 @@ def test_unlocked_weights_are_for_their_owner_alone(selcrypt, public):
 def test_nothing_is_overwritten(selcrypt, public):
     selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g")
     before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-    selcrypt("keygen -o keys", fails="exists already")
-    selcrypt(PROTECT, fails="the output exists already")
-    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g", fails="exists already")
-    selcrypt(f"unlock {public} -g g -o model.safetensors", fails="the output exists already")
-    selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected another file than")
+    selcrypt("keygen -o keys", fails="already exists")
+    selcrypt(PROTECT, fails="the output already exists")
+    selcrypt(f"grant {public} --level 1 --secret keys/secret.key -o g", fails="already exists")
+    selcrypt(f"unlock {public} -g g -o model.safetensors", fails="the output already exists")
+    selcrypt(f"unlock {public} -g g -o {public} --force", fails="expected a different file")
     assert before == {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
     selcrypt(f"unlock {public} -g g -o model.safetensors --force")
 
@@ -282,7 +284,7 @@ def test_keys_are_never_an_output(selcrypt, public):
         f"unlock {public} -g g -o g",
         f"rotate {public} {secret} {signing} -o keys/signing.key",
     ):
-        selcrypt(f"{line} --force", fails="expected another file than the input")
+        selcrypt(f"{line} --force", fails="expected a different file from the input")
     assert keys == {path: path.read_bytes() for path in keys}
 
 
@@ -303,7 +305,7 @@ def test_only_what_the_owner_signed_is_signed_anew_or_granted(selcrypt, public):
 
 BAD = {
     "no such file": ("verify nothing", "nothing"),
-    "not a safetensors file": ("verify words", "is cut off, or not a safetensors file"),
+    "not a safetensors file": ("verify words", "is truncated, or not a safetensors file"),
     "not protected": ("verify model.safetensors", "is not a protected file"),
     "protected already": (
         PROTECT.replace("model.safetensors", "public.safetensors").replace("-o public", "-o x"),
@@ -433,9 +435,26 @@ def test_help_is_for_the_command_line():
         assert "(default: )" not in text, command
         assert "(default: False)" not in text, command
         assert "--no-" not in text, command
+        assert "not given" not in text, command
     assert "sealed with everything else" in " ".join(
         run("protect", "--help").stdout.replace("│", " ").split()
     )
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fills_the_terminal(command, columns, capsys, monkeypatch):
+    """No line is too long, and none ends before the next word would have fitted."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([*([command] if command else []), "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns
+    for line, following in itertools.pairwise(lines):
+        boxed = line.startswith("│") and following.startswith("│ ")
+        if boxed and line[2:16].isspace() and following[2:16].isspace():
+            word = re.split(r"[ ,]", following[1:].strip())[0]
+            assert len(line[:-1].rstrip()) + 1 + len(word) > len(line) - 3, (line, following)
 
 
 def test_odd_surroundings(selcrypt, public):
@@ -482,7 +501,7 @@ def test_a_broken_installation_is_one_line(here, fault, module):
     line = [sys.executable, "-m", "selcrypt_jax", *PROTECT.split()]
     done = subprocess.run(line, capture_output=True, text=True, env=env, timeout=60)
     assert done.returncode == 1
-    assert done.stderr.startswith("selcrypt: a library does not start: "), done.stderr
+    assert done.stderr.startswith("selcrypt: a library failed to load: "), done.stderr
     assert "pip install --force-reinstall" in done.stderr
     assert done.stderr.count("\n") == 1
 

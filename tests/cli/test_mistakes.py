@@ -71,16 +71,16 @@ COMMANDS = {
         r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; download it again"),
     "truncated download": (
         PROTECT.replace("model.safetensors", "half.safetensors"),
-        r"half.safetensors: tensor '.*': .* expected at most .* It is cut off; download it again"),
+        r"half.safetensors: tensor '.*': .* expected at most .* It is truncated; download"),
     "download that hardly began": (
         PROTECT.replace("model.safetensors", "start.safetensors"),
-        r"start.safetensors: header: expected 240 bytes.* got 42. It is cut.* download it again"),
+        r"start.safetensors: header: expected 240 bytes.* got 42. It is truncated.*again"),
     "no such file": (
         PROTECT.replace("model", "modle"),
         r"modle.safetensors: there is no such file. Check its name"),
     "links in a circle": (
         PROTECT.replace("model.safetensors", "circle"),
-        r"circle: expected a file, got links that lead round in a circle. Name the file itself"),
+        r"circle: expected a file, got a loop of symbolic links. Name the file itself"),
     "header that is no JSON": (
         PROTECT.replace("model.safetensors", "header.safetensors"),
         r"header.safetensors: header: expected UTF-8 JSON, .* damaged: download the file again"),
@@ -158,9 +158,9 @@ COMMANDS = {
         f"{GRANT} keys", r"keys: expected a file, got a folder. Name a file in it"),
     "wrong passphrase": (
         f"{UNLOCK} locked.grant --passphrase-file bad_words",
-        r"locked.grant: wrong passphrase. Use the one that the file was locked with"),
+        r"locked.grant: wrong passphrase. Type exactly the one that the file was locked with"),
     "no passphrase": (
-        f"{UNLOCK} locked.grant", r"locked.grant: is locked with .* Use --passphrase-file"),
+        f"{UNLOCK} locked.grant", r"locked.grant: locked with .* Use --passphrase-file"),
     "two passphrases": (
         f"{UNLOCK} locked.grant --passphrase-file two_lines",
         r"two_lines: expected one line .* got 2 lines. Put nothing else into the file"),
@@ -185,22 +185,22 @@ COMMANDS = {
     # --- the wrong place
     "output exists": (
         f"{UNLOCK} alice.grant --out model.safetensors",
-        r"model.safetensors: the output exists already. Name another file, or .*--force"),
+        r"model.safetensors: the output already exists. Name another file, or .*--force"),
     "grant exists": (
         f"{GRANT} keys/secret.key --out alice.grant",
-        r"alice.grant: exists already, .* Name another file; .*--force"),
+        r"alice.grant: already exists, .* Name another file; .*--force"),
     "keys exist": (
-        "keygen -o keys", r"keys/secret.key: exists already. Name another folder; --force would"),
+        "keygen -o keys", r"keys/secret.key: already exists. Name another folder; --force would"),
     "output onto the input": (
         f"{UNLOCK} alice.grant --out public.safetensors --force",
-        r"public.safetensors: expected another file than the input, .* Name another output"),
+        r"public.safetensors: expected a different file from the input, .* Name another output"),
     "output onto a key": (
         f"{PROTECT} --out keys/secret.key --force",
-        r"keys/secret.key: expected another file than the input, .* Name another output"),
+        r"keys/secret.key: expected a different file from the input, .* Name another output"),
     "output is a folder": (
         f"{UNLOCK} alice.grant --out folder", r"folder: expected a file .* Name a file in it"),
     "output folder missing": (
-        f"{PROTECT} --out no/new", r"/no: there is no such folder for the output; make it first"),
+        f"{PROTECT} --out no/new", r"/no: no such folder for the output; create it first"),
     "output folder closed": (
         f"{PROTECT} --out closed/new", r"closed: the folder .* is read-only; name another one"),
     "keys into a file": (
@@ -277,12 +277,12 @@ COMMANDS = {
         r"targets\[1\]: expected ascending .* Sort"),
     "a target without advice": (
         "audit demo -o report --target-advantage 0.2",
-        "--target-advantage: expected with --advise"),
+        "--target-advantage: expected only with --advise"),
     "no such audit": (
         "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
     "audit of a checkpoint": (
         "audit model.safetensors -o report",
-        r"model.safetensors: expected TOML, as docs/audit.md shows it"),
+        r"model.safetensors: expected TOML as in docs/audit.md"),
 }  # fmt: skip
 
 METRICS = """
@@ -697,7 +697,7 @@ CALLS = {
         ValueError, r"select: the default \(floating-point .* There are: 'ids'.* change `select`"),
     "numbers that are no arrays": (
         lambda m: sj.encrypt({"w": [0.5, 1.5]}, [{"w": True}], m.keys[:1]),
-        ValueError, r"masks\[0\]: 'w': expected arrays in params .* got none. Turn numbers into"),
+        ValueError, r"masks\[0\]: 'w': expected arrays in params .* got none. Convert numbers to"),
     "a key among the parameters": (
         lambda m: sj.protect({"w": jax.random.key(0)}, [{"w": True}], secret=SECRET),
         ValueError, r"masks: 'w': expected False for random keys.*Pass False there"),
@@ -713,7 +713,7 @@ CALLS = {
     # --- files
     "tree in place of Protected": (
         lambda m: sj.unlock(m.params, m.key),
-        TypeError, r"protected: expected a Protected, got dict. For what encrypt .* use decrypt"),
+        TypeError, r"protected: expected a Protected, got dict. For the result .* use decrypt"),
     "plain file": (
         lambda m: sj.open_model(plain(m), m.key),
         ValueError, r"plain.safetensors: is not a protected file: .* Expected a file written by"),
@@ -725,14 +725,14 @@ CALLS = {
         FileNotFoundError, r"expected the folder of an Orbax .* opened with open_model"),
     "another architecture": (
         lambda m: sj.open_model(m.path, m.key, like=OTHER),
-        ValueError, r"like: expected the tensors of .* 'dense/kernel' besides. Leave `like` out"),
+        ValueError, r"like: expected the tensors of .* 'dense/kernel'. Leave `like` out"),
     "another width": (
         lambda m: sj.open_model(
             m.path, m.key, like=jax.tree.map(lambda leaf: leaf[..., :8], m.params)),
         ValueError, r"like: 'conv/bias': expected F32\[64\] .* got F32\[8\]. Build the model as"),
     "numbers as metadata": (
         lambda m: sj.protect(m.params, m.masks, secret=SECRET, metadata={"epoch": 3}),
-        TypeError, r"metadata: expected text for text, .* Turn values into text with str or json"),
+        TypeError, r"metadata: expected a mapping .* Convert values with str or json"),
     # --- functions
     "loss for each example": (
         lambda m: importance.fisher(lambda p, b: b.sum(1), m.params, jnp.ones((2, 4, 3))),

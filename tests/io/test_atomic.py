@@ -85,7 +85,7 @@ def test_nothing_remains_after_an_error(error, force, way, tmp_path):
 def test_an_existing_file_needs_force(way, tmp_path):
     path = tmp_path / "out"
     path.write_bytes(b"old")
-    with pytest.raises(FileExistsError, match=r"the output exists already.*/out"), new_file(path):
+    with pytest.raises(FileExistsError, match=r"the output already exists.*/out"), new_file(path):
         pytest.fail("no work before the check")
     assert path.read_bytes() == b"old"
     with new_file(path, force=True) as file:
@@ -178,8 +178,8 @@ def test_outputs_that_cannot_be(tmp_path):
     os.symlink(tmp_path / "loop", tmp_path / "loop")
     reader, writer = os.pipe()
     table = [
-        (tmp_path, IsADirectoryError, "expected a file as output, got a folder"),
-        (tmp_path / "gone" / "out", FileNotFoundError, "no such folder .* make it first.*gone'$"),
+        (tmp_path, IsADirectoryError, "expected a file as the output, got a folder"),
+        (tmp_path / "gone" / "out", FileNotFoundError, "no such folder .* create it first.*gone'$"),
         (tmp_path / "file" / "out", FileNotFoundError, "no such folder"),
         (tmp_path / "pipe", ValueError, "expected a regular file as output, got a pipe"),
         ("/dev/null", ValueError, "expected a regular file as output"),
@@ -477,7 +477,7 @@ def test_folders_are_never_merged(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("out", "out/", "file", "empty", "link", ".", ".."):
-        with pytest.raises(FileExistsError, match="exists already"), new_folder(tmp_path / name):
+        with pytest.raises(FileExistsError, match="already exists"), new_folder(tmp_path / name):
             pytest.fail("no work before the check")
     with pytest.raises(FileNotFoundError, match="no such folder"), new_folder(path / "a" / "b"):
         pytest.fail("no work before the check")
@@ -491,7 +491,7 @@ def test_an_output_is_no_input(tmp_path):
     os.link(path, tmp_path / "hard")
     (tmp_path / "other").write_bytes(b"")
     for name in ("in", "soft", "hard", "../" + tmp_path.name + "/in"):
-        with pytest.raises(ValueError, match=r"another file than the input, got .*/in"):
+        with pytest.raises(ValueError, match=r"different file from the input, got .*/in"):
             check_output(tmp_path / name, tmp_path / "other", path)
     check_output(tmp_path / "other", path, tmp_path / "gone")
     check_output(tmp_path / "gone", path, tmp_path / "gone")

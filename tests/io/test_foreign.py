@@ -69,7 +69,7 @@ def test_a_good_header_of_any_length_is_no_other_format(first, tmp_path):
         assert list(file.tensors) == ["w"]
     # Cut off, it is said to be, and nothing else.
     (tmp_path / "w.safetensors").write_bytes(length.to_bytes(8, "little") + text)
-    with pytest.raises(ValueError, match="It is cut off"):
+    with pytest.raises(ValueError, match="It is truncated"):
         SafetensorsFile(tmp_path / "w.safetensors")
 
 

@@ -272,7 +272,7 @@ def test_costs_are_bounded(tmp_path, costs):
 
 def test_nothing_is_overwritten_unless_forced(tmp_path, value):
     put(tmp_path / "a", "precious").chmod(0o644)
-    with pytest.raises(FileExistsError, match="exists already") as caught:
+    with pytest.raises(FileExistsError, match="already exists") as caught:
         value.write(tmp_path / "a")
     assert str(tmp_path / "a") in str(caught.value)
     assert (tmp_path / "a").read_text() == "precious"

@@ -113,7 +113,7 @@ def test_what_the_base_lacks_has_changed_as_a_whole(files, tmp_path):
     [
         ("missing", OSError, "missing"),
         ("text", ValueError, "text: "),
-        ("other", ValueError, "base: expected tensors as this network has them.*got 'x'"),
+        ("other", ValueError, "base: expected the tensors of this network.*got 'x'"),
         ("protected", ValueError, "protected: base: is a protected file"),
         ("nan", ValueError, "base: 'out.weight': expected finite weights.*in 1 of 10240"),
         ("tuned", ValueError, "got the base itself: no weight has changed"),

@@ -197,7 +197,7 @@ def test_it_is_for_folders(model):
     with pytest.raises(ValueError, match="copy_config: expected the folder of a model, got a file"):
         protect_file(shard, "public", secret=SECRET, copy_config=True)
     save_file({"w": np.ones((64, 64), "f4")}, "one.safetensors")
-    with pytest.raises(ValueError, match=r"copy_config: .* copy what lies beside .* yourself"):
+    with pytest.raises(ValueError, match=r"copy_config: .* copy the other files yourself"):
         protect_file("one.safetensors", "other", secret=SECRET, copy_config=True)
     protect_file("one.safetensors", "other", secret=SECRET, levels=1)
     with pytest.raises(ValueError, match="copy_config: expected the folder of a model, got a file"):
@@ -223,14 +223,14 @@ def test_commands_say_what_they_copied(model, capsys):
     assert main(f"protect model -o public {keys} --copy-config".split()) == 0
     out = capsys.readouterr().out
     assert (
-        "\nCopied along: 1_Pooling/config.json, LICENSE, README.md, a/__init__.py, a/b/c.yaml, "
+        "\nAlso copied: 1_Pooling/config.json, LICENSE, README.md, a/__init__.py, a/b/c.yaml, "
         in out
     )
     assert "\nLeft out: keys/secret.key (a key or grant of selcrypt's).\n" in out
     assert main(["grant", "public", "--level", "1", "--secret", "k/secret.key", "-o", "g"]) == 0
     capsys.readouterr()
     assert main(["unlock", "public", "-g", "g", "-o", "opened", "--copy-config"]) == 0
-    assert "\nCopied along: 1_Pooling/config.json, " in capsys.readouterr().out
+    assert "\nAlso copied: 1_Pooling/config.json, " in capsys.readouterr().out
     assert main(["unlock", "public", "-g", "g", "-o", "again", "--copy-config", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (sorted(found["copied"]), found["left_out"]) == (sorted(BESIDE), {})

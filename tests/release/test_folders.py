@@ -195,7 +195,7 @@ def test_components_are_named(tmp_path):
 
 def test_the_output_is_not_the_folder_of_the_input(tmp_path):
     save_file(weights(0), tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"expected another file than the input"):
+    with pytest.raises(ValueError, match=r"expected a different file from the input"):
         protected(tmp_path, tmp_path)
     with open_checkpoint(tmp_path) as one, open_checkpoint(tmp_path / "model.safetensors") as file:
         assert (one.folder, file.folder) == (tmp_path, None)

@@ -145,7 +145,7 @@ def test_an_owner_may_have_changed_the_key_or_begun_without_one(first, tmp_path,
         with pytest.raises(IntegrityError, match=r'--old-signer signing.pub.*or "unsigned"'):
             protect_file(second, tmp_path / "v2", like=old, old_signer=how, **options)
     for call in (protect_file, protect):
-        with pytest.raises(ValueError, match="old_signer: is of use with like only"):
+        with pytest.raises(ValueError, match="old_signer: expected only with like"):
             call(
                 *((second, tmp_path / "v3") if call is protect_file else (changed(0.01),)),
                 secret=SECRET, old_signer="unsigned",
@@ -170,7 +170,7 @@ def test_what_the_earlier_release_did_not_have_is_named(first, tmp_path, capsys)
         err = capsys.readouterr().err
         assert "'head.weight'" in err
         assert said in err
-    with pytest.warns(UserWarning, match="says nothing of 'head.weight'"):
+    with pytest.warns(UserWarning, match="lacks 'head.weight', which stay plain"):
         protect(second, secret=SECRET, like=first, rest="plain")
 
 
@@ -197,11 +197,11 @@ def test_on_the_command_line(first, tmp_path, capsys):
     ]
     capsys.readouterr()
     assert main([*words, "--force", "--budget", "0.3"]) == 1
-    assert "like: expected no --budget beside it" in capsys.readouterr().err
+    assert "like: expected no --budget with it" in capsys.readouterr().err
     assert main([*words, "--force", "--levels", "2"]) == 1
-    assert "like: expected no --levels beside it" in capsys.readouterr().err
+    assert "like: expected no --levels with it" in capsys.readouterr().err
     assert main([*words, "--force", "--evaluate", "mine:metric", "--small", "0"]) == 1
-    assert "like: expected no --evaluate, --small beside it" in capsys.readouterr().err
+    assert "like: expected no --evaluate, --small with it" in capsys.readouterr().err
 
 
 def refusal(kind, first, tmp_path):
@@ -240,7 +240,7 @@ def refusal(kind, first, tmp_path):
         ("integers", ValueError, "tensor 'out.weight'"),
         ("plain like sealed", ValueError, "like: .*has a sealed rest, expected a plain one"),
         ("not protected", ValueError, "is not a protected file"),
-        ("levels", ValueError, "like: expected no levels beside it, since like decides"),
+        ("levels", ValueError, "like: expected no levels with it, since like determines"),
         ("no file", OSError, "missing"),
     ],
 )

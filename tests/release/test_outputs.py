@@ -31,7 +31,7 @@ def test_the_output_is_the_input(command, how, force, small, no_work, tmp_path, 
     else:
         output = Path("work", "..", scene.input.name)
     before = files(tmp_path)
-    with pytest.raises(ValueError, match="expected another file than the input"):
+    with pytest.raises(ValueError, match="expected a different file from the input"):
         run(command, scene.input, output, force=force, **scene.options)
     assert files(tmp_path) == before
 
@@ -45,7 +45,9 @@ def test_the_output_is_the_folder_of_the_input(command, several, no_work, tmp_pa
     before = files(tmp_path)
     for output in (scene.input, link, Path(), scene.input / INDEX):
         for path in (scene.input, scene.input / INDEX):
-            with pytest.raises((ValueError, FileExistsError), match=r"another file|exists already"):
+            with pytest.raises(
+                (ValueError, FileExistsError), match=r"different file|already exists"
+            ):
                 run(command, path, output, force=True, **scene.options)
     assert files(tmp_path) == before
 
@@ -53,7 +55,7 @@ def test_the_output_is_the_folder_of_the_input(command, several, no_work, tmp_pa
 def test_the_output_is_the_file_of_scores(small, tmp_path):
     scene = Scene(small, "protect", tmp_path)
     scores = shutil.copyfile(small.scores, tmp_path / "scores.safetensors")
-    with pytest.raises(ValueError, match="expected another file than the input"):
+    with pytest.raises(ValueError, match="expected a different file from the input"):
         run("protect", scene.input, scores, importance=scores, force=True)
     assert scores.read_bytes() == small.scores.read_bytes()
 
@@ -62,7 +64,7 @@ def test_the_output_is_the_file_of_scores(small, tmp_path):
 def test_an_existing_output_needs_force(command, small, no_work, tmp_path):
     scene = Scene(small, command, tmp_path)
     scene.output.write_bytes(b"old")
-    with pytest.raises(FileExistsError, match="exists already"):
+    with pytest.raises(FileExistsError, match="already exists"):
         run(*scene.args, **scene.options)
     assert files(scene.work) == {scene.output.name: b"old"}
 
@@ -106,7 +108,7 @@ def test_an_existing_folder_stays(command, several, no_work, tmp_path):
     scene = Scene(several, command, tmp_path)
     scene.output.mkdir()
     for force in (False, True):
-        with pytest.raises(FileExistsError, match="exists already"):
+        with pytest.raises(FileExistsError, match="already exists"):
             run(*scene.args, force=force, **scene.options)
     assert list(scene.work.iterdir()) == [scene.output]
     assert list(scene.output.iterdir()) == []
@@ -149,7 +151,7 @@ def test_a_folder_that_is_missing(command, small, several, no_work, tmp_path):
 def test_a_folder_in_place_of_the_output(command, small, no_work, tmp_path):
     scene = Scene(small, command, tmp_path)
     for force in (False, True):
-        with pytest.raises(IsADirectoryError, match="expected a file as output, got a folder"):
+        with pytest.raises(IsADirectoryError, match="expected a file as the output, got a folder"):
             run(command, scene.input, scene.work, force=force, **scene.options)
     assert list(scene.work.iterdir()) == []
 

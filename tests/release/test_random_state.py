@@ -112,7 +112,7 @@ def test_a_key_that_is_selected_is_refused():
     params = {"w": jnp.ones((64, 64)), "rng": jax.random.key(0)}
     with pytest.raises(ValueError, match="rng"):
         protect(params, (True,), secret=SECRET)
-    with pytest.raises(ValueError, match="expected something to be selected"):
+    with pytest.raises(ValueError, match="expected masks that select something"):
         protect(params, ({"w": False, "rng": False},), secret=SECRET)
 
 

@@ -179,7 +179,7 @@ def test_only_what_is_asked_for_is_checked_and_all_of_it(plain, tmp_path):
         LazyModel(tmp_path / "p", key).rows("large", 0, 1201)
     with pytest.raises(ValueError, match=r"has no tensor 'none'\. There are: .*'conv\.weight'"):
         open_model(tmp_path / "p", key, names=["none"])
-    with pytest.raises(ValueError, match="names: expected none beside like"):
+    with pytest.raises(ValueError, match="names: expected none with like"):
         open_model(tmp_path / "p", key, names=["half"], like=TENSORS)
 
 

@@ -103,10 +103,10 @@ def test_the_command_names_the_owner_by_itself(tmp_path, monkeypatch, capsys):
     assert grants(f"public {mine}", capsys) == ""
     assert Grant.read("new.grant").signer == PUBLIC
     protected(tmp_path, "never", None)
-    assert '"unsigned" if it never was' in grants(f"never {mine}", capsys)
+    assert '"unsigned" if it was never' in grants(f"never {mine}", capsys)
     assert grants(f"never {mine} --signer unsigned", capsys) == ""
     Path("keys/signing.pub").rename("away.pub")  # or a secret from a pipe
-    assert "expected your signing.pub beside keys/secret.key" in grants(f"public {mine}", capsys)
+    assert "expected your signing.pub next to keys/secret.key" in grants(f"public {mine}", capsys)
     assert grants(f"public {mine} --signer away.pub", capsys) == ""
 
 
@@ -150,7 +150,7 @@ def test_a_grant_and_a_caller_that_disagree(public, tmp_path):
         lambda: sj.unlock_file(public, tmp_path / "out", grant, signer=ATTACKER.public),
         lambda: sj.verify_file(public, grant=grant, signer=ATTACKER.public),
     ):
-        with pytest.raises(GrantError, match="Use one of them") as caught:
+        with pytest.raises(GrantError, match="leave signer out or correct") as caught:
             opens()
         assert caught.value.reason == "signer"
 

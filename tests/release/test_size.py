@@ -42,9 +42,14 @@ def test_digests_of_large_tensors_count_too():
 @pytest.mark.parametrize(
     ("tensors", "metadata", "selection", "words"),
     [
-        ({f"layer{i}": (8, 8) for i in range(30)}, None, {"budget": 0.2}, "tensors into several"),
+        (
+            {f"layer{i}": (8, 8) for i in range(30)},
+            None,
+            {"budget": 0.2},
+            "into several files",
+        ),
         ({"w": (256, 256)}, None, {"budget": 0.5, "scope": "model"}, "Select larger groups"),
-        ({"w": (64, 64)}, {"note": "x" * 5700}, {"budget": 0.02}, "Keep less in the metadata"),
+        ({"w": (64, 64)}, {"note": "x" * 5700}, {"budget": 0.02}, "Shorten the metadata"),
     ],
     ids=["tensors", "positions", "metadata"],
 )

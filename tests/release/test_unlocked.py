@@ -88,7 +88,7 @@ def test_what_others_write_there_says_nothing(tmp_path, text):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         key = protected(source, tmp_path / "public")
-    with pytest.raises(ValueError, match="is not a protected file: its metadata have no entry"):
+    with pytest.raises(ValueError, match="is not a protected file: its metadata has no entry"):
         sj.inspect_file(source)
     sj.unlock_file(tmp_path / "public", tmp_path / "top", key)
     assert (tmp_path / "top").read_bytes() == source.read_bytes()
