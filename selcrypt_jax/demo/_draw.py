@@ -56,10 +56,10 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )  # fmt: skip
     places = range(len(values))
-    errors = [2 * tier.held_out.error for tier in tiers.tiers]
+    errors = [2 * tier.difference_error for tier in tiers.tiers]
     axis.errorbar(
         places, values, errors, fmt="o-", color=_TIER, capsize=3, zorder=3,
-        label="measured on held-out data, ± 2 standard errors",
+        label="on held-out data, ± 2 standard errors of its\ndifference from the calibration data",
     )  # fmt: skip
     targets = [(n, t.target) for n, t in enumerate(tiers.tiers) if t.target is not None]
     axis.plot(
