@@ -68,20 +68,21 @@ def tier_table(result: Result) -> Table:
         f"encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this network.",
     )
     view.add_column("tier")
-    for heading in ("target", "calibration data", "held-out data", "difference from target"):
+    for heading in ("target", "calibration\ndata", "held-out\ndata", "difference\nfrom target"):
         view.add_column(heading, justify="right")
-    view.add_row("level 0, sealed (no key)", "", "", _shown(tiers.sealed), "")
+    view.add_row("level 0: sealed, no key", "", "", _shown(tiers.sealed), "")
     for level, tier in enumerate(tiers.tiers):
-        name = f"level {level}: {tier.name}" + ("" if level else " (plain, no key)")
+        name = f"level {level}: {tier.name}" + ("" if level else ", no key")
         target, difference = "exact", ""
         if tier.target is not None:
             off = tier.held_out.mean - tier.target
             target, difference = f"{tier.target:g}", f"{off:+.2f} ± {tier.difference_error:.2f}"
         seen = f"{tier.calibration.mean:.2f}"
         view.add_row(name, target, seen, _shown(tier.held_out), difference)
-    view.columns[0].no_wrap = True
+    for column in view.columns:
+        column.no_wrap = True
     view.rows[-1].end_section = True
-    view.add_row("trained without the file", "", "", _shown(tiers.without_file))
+    view.add_row("without the file", "", "", _shown(tiers.without_file))
     view.add_row(WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.2f}")
     return view
 
