@@ -26,13 +26,15 @@ _TIER = "#0072B2"
 
 def draw_tiers(path: Path, results: dict[str, Result]) -> None:
     """``tiers.png``: what each tier gives on held-out data, its target, and the sealed file."""
-    size = (6.2 * len(results), 4.9)
+    size = (6.2 * len(results), 5.1)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=130)
     for axis, result in zip(
         figure.subplots(1, len(results), squeeze=False)[0], results.values(), strict=True
     ):
         _draw_tiers(axis, result.tiers)
         axis.set_title(result.title)
+    drawn, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(drawn, labels, loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path)
 
 
@@ -56,10 +58,10 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8},
     )  # fmt: skip
     places = range(len(values))
-    errors = [2 * tier.held_out.error for tier in tiers.tiers]
+    errors = [2 * tier.difference_error for tier in tiers.tiers]
     axis.errorbar(
         places, values, errors, fmt="o-", color=_TIER, capsize=3, zorder=3,
-        label="measured on held-out data, ± 2 standard errors",
+        label="held-out data, ± 2 standard errors of its difference from the calibration data",
     )  # fmt: skip
     targets = [(n, t.target) for n, t in enumerate(tiers.tiers) if t.target is not None]
     axis.plot(
@@ -84,7 +86,6 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
     axis.set_ylim(low, high)
     axis.set_ylabel(METRIC[tiers.unit])
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize="small", loc="upper left")
 
 
 def draw_paper(path: Path, results: dict[str, Result]) -> None:

@@ -61,23 +61,28 @@ def tier_table(result: Result) -> Table:
     exact = "yes" if tiers.top_bit_exact else "NO"
     view = Table(
         title=f"{result.title}: tiers by target, {tiers.unit}",
-        caption="± is one standard error. Calibration data have it too, so the two may differ by "
-        f"1.4 times as much. Calibrated on {tiers.calibrated_on} {examples}, held out "
-        f"{tiers.held_out} others; "
+        caption="± is one standard error over examples; that of the difference includes the "
+        f"calibration data, on which the target was met. Calibrated on {tiers.calibrated_on} "
+        f"{examples}, held out {tiers.held_out} others; "
         f"{tiers.evaluations} evaluations. {tiers.fraction:.1%} of the convolution weights "
         f"encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this network.",
     )
     view.add_column("tier")
-    for heading in ("target", "calibration data", "held-out data"):
+    for heading in ("target", "calibration\ndata", "held-out\ndata", "difference\nfrom target"):
         view.add_column(heading, justify="right")
-    view.add_row("level 0, sealed (no key)", "", "", _shown(tiers.sealed))
+    view.add_row("level 0: sealed, no key", "", "", _shown(tiers.sealed), "")
     for level, tier in enumerate(tiers.tiers):
-        name = f"level {level}: {tier.name}" + ("" if level else " (plain, no key)")
-        target = "exact" if tier.target is None else f"{tier.target:g}"
-        view.add_row(name, target, f"{tier.calibration.mean:.2f}", _shown(tier.held_out))
-    view.columns[0].no_wrap = True
+        name = f"level {level}: {tier.name}" + ("" if level else ", no key")
+        target, difference = "exact", ""
+        if tier.target is not None:
+            off = tier.held_out.mean - tier.target
+            target, difference = f"{tier.target:g}", f"{off:+.2f} ± {tier.difference_error:.2f}"
+        seen = f"{tier.calibration.mean:.2f}"
+        view.add_row(name, target, seen, _shown(tier.held_out), difference)
+    for column in view.columns:
+        column.no_wrap = True
     view.rows[-1].end_section = True
-    view.add_row("trained without the file", "", "", _shown(tiers.without_file))
+    view.add_row("without the file", "", "", _shown(tiers.without_file))
     view.add_row(WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.2f}")
     return view
 

@@ -22,7 +22,7 @@ class Goal(NamedTuple):
     Attributes:
         targets: of levels 0 to 3; level 4 gives the original.
         tolerance: how far a level may be from its target on the calibration data.
-        select: pattern of the names of the kernels of which some are encrypted.
+        select: pattern of the names of the kernels of which some weights are encrypted.
         steps: of training without the file.
     """
 
@@ -52,12 +52,15 @@ class Tier(NamedTuple):
         target: that was asked for; None for the top level.
         calibration: on the data that the search looked at.
         held_out: on data that it did not.
+        difference_error: standard error of the difference between these two means. The target is
+            met on one sample and judged on the other, so the spread over both counts.
     """
 
     name: str
     target: float | None
     calibration: Measured
     held_out: Measured
+    difference_error: float
 
 
 class Tiers(NamedTuple):
@@ -130,10 +133,11 @@ def tiers_by_target(
             goal.targets,
             lambda params: subject.calibration(params).mean(),
             tolerance=goal.tolerance,
-            evaluations=200,  # it takes about 30; the next network may take more
+            evaluations=400,  # it takes 20 to 140; the next network may take more
             progress=lambda _: advance(),
         ),
-        selection=Select("random", select=goal.select, layout="HWIO"),
+        # Single weights: with kernels, keys differ by many times this tolerance.
+        selection=Select("random", select=goal.select, granularity="weight"),
     )
     found, top = released.calibration, len(goal.targets)
     assert found is not None
@@ -141,10 +145,12 @@ def tiers_by_target(
     opened = [released.params, *(unlock(released, key) for key in keys)]
     # For comparison only: publishing the same weights in two forms would give them away.
     sealed = protect(subject.params, found.masks, secret=secret, rest="sealed").params
-    rows, scores = [], ((), ())
+    rows, examples = [], (0, 0)
     for name, target, params in zip(NAMES, [*goal.targets, None], opened, strict=True):
         scores = subject.calibration(params), subject.held_out(params)
-        rows.append(Tier(name, target, *map(Measured.of, scores)))
+        seen, held_out = map(Measured.of, scores)
+        rows.append(Tier(name, target, seen, held_out, math.hypot(seen.error, held_out.error)))
+        examples = len(scores[0]), len(scores[1])
     return Tiers(
         unit=subject.unit,
         worthless=subject.worthless,
@@ -153,8 +159,8 @@ def tiers_by_target(
         without_file=Measured.of(subject.held_out(without_file)),
         steps=goal.steps,
         examples=round(DATA * len(jax.tree.leaves(subject.examples)[0])),
-        calibrated_on=len(scores[0]),
-        held_out=len(scores[1]),
+        calibrated_on=examples[0],
+        held_out=examples[1],
         tolerance=goal.tolerance,
         evaluations=found.evaluations,
         fraction=selected(subject.params, found.masks[-1])[1],

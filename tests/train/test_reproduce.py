@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -32,6 +33,13 @@ def script(monkeypatch):
     monkeypatch.syspath_prepend(str(TRAIN / "reproduce"))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield importlib.import_module
+
+
+def test_the_audits_picture_is_drawn_from_its_figures(script, tmp_path):
+    picture = script("audit_picture")
+    shutil.copy(TRAIN.parent / "docs" / "results" / "audit.json", tmp_path)
+    picture.main(picture.Config(tmp_path))
+    assert (tmp_path / "audit.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow

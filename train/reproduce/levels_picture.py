@@ -78,6 +78,7 @@ def main(config: Config) -> None:
         return jnp.clip(nnx.merge(subject.graph, state)(subject.noisy)[0], 0, 1)
 
     images = [subject.noisy[0], *(denoise(state) for state in states)]
+    assert len(images) % 2 == 0, "on a phone, the site shows the two halves below each other"
     figure = matplotlib.figure.Figure(figsize=(12, 2.5), layout="constrained", dpi=100)
     for axes, image, title in zip(
         figure.subplots(1, len(images)), images, ["input", *TITLES], strict=True
