@@ -246,7 +246,7 @@ def test_external_data_of_onnx_itself(onnx, tmp_path, monkeypatch):
     for path in ("m.onnx", tmp_path / "m.onnx", "link/m.onnx", "sub/../m.onnx"):
         assert_read(ConvertedFile(path, ONNX), found)
     others = [path for path in tmp_path.iterdir() if path.name not in ("m.onnx", "link", "sub")]
-    with pytest.raises(ValueError, match="expected another file than the input"):
+    with pytest.raises(ValueError, match="expected a different file from the input"):
         protect_file("m.onnx", others[0], secret=SECRET, selection=HALF, force=True)
 
 
@@ -449,7 +449,7 @@ def test_a_release_opens_to_the_original(source):
             assert octets(found) == octets(array), name
     again = protect_file(path, "public", secret=SECRET, levels=2, selection=HALF, force=True)
     assert again.model_id != done.model_id
-    with pytest.raises(ValueError, match="expected another file than the input"):
+    with pytest.raises(ValueError, match="expected a different file from the input"):
         protect_file(path, path, secret=SECRET, selection=HALF, force=True)
     with pytest.raises(ValueError, match="copy_config: expected the folder of a model"):
         protect_file(path, "other", secret=SECRET, selection=HALF, copy_config=True)

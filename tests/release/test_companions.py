@@ -235,4 +235,4 @@ def test_commands_say_what_they_copied(model, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (sorted(found["copied"]), found["left_out"]) == (sorted(BESIDE), {})
     assert main(f"rotate public -o next {keys} --copy-config".split()) == 0
-    assert "\nCopied along: 1_Pooling/config.json, " in capsys.readouterr().out
+    assert "\nAlso copied: 1_Pooling/config.json, " in capsys.readouterr().out
