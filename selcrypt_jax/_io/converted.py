@@ -47,8 +47,9 @@ class ConvertedFile(ArraySource):
 
     def __init__(self, path: str | os.PathLike[str], kind: Kind) -> None:
         self.path = Path(path)
-        self.inputs = [self.path]
-        found = _flax(self.path) if kind is FLAX else _onnx(self.path, self.inputs)
+        beside: set[Path] = set()
+        found = _flax(self.path) if kind is FLAX else _onnx(self.path, beside)
+        self.inputs = [self.path, *sorted(beside)]
         super().__init__(found, f"{self.path}:")
         self.metadata = {"format": "flax" if kind is FLAX else "onnx"}
 
@@ -89,8 +90,8 @@ def _flax(path: Path) -> dict[str, Any]:
     return leaves
 
 
-def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
-    """Initialisers of the main graph, by name; adds files of external data to `inputs`."""
+def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
+    """Initialisers of the main graph, by name; adds files of external data to `beside`."""
     try:
         import onnx  # pyright: ignore[reportMissingImports] - an extra
     except ModuleNotFoundError as error:
@@ -120,7 +121,9 @@ def _onnx(path: Path, inputs: list[Path]) -> dict[str, np.ndarray]:
             if array.shape != tuple(tensor.dims):  # -1 stands for the rest in NumPy alone
                 raise ValueError(f"expected lengths from 0, got shape {list(tensor.dims)}")
             found[tensor.name] = array
-            inputs += [path.parent / e.value for e in tensor.external_data if e.key == "location"]
+            beside.update(
+                path.parent / each.value for each in tensor.external_data if each.key == "location"
+            )
         sparse = [tensor.values.name for tensor in model.graph.sparse_initializer]
         where, remedy = "", _EXPORT
         others = {n: size for n, size in _elsewhere(model) if size >= _LARGE}

@@ -206,6 +206,11 @@ class Checkpoint:
     folder: Path | None = None
 
     @property
+    def in_orbax(self) -> bool:
+        """Whether it is an Orbax checkpoint, the one kind that is a folder and not files in one."""
+        return self.folder == self.path
+
+    @property
     def tensors(self) -> dict[str, Any]:
         """The tensors of all files."""
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
@@ -275,8 +280,8 @@ class Checkpoint:
         Raises:
             ValueError: it is no folder of safetensors files.
         """
-        if self.folder is None or self.folder == self.path:
-            got = "an Orbax checkpoint" if self.folder else "a file by itself"
+        if self.folder is None or self.in_orbax:
+            got = "an Orbax checkpoint" if self.in_orbax else "a file by itself"
             raise ValueError(
                 f"{self.path}: copy_config: expected the folder of a model, got {got}. Name the "
                 "folder, or copy the other files yourself."
@@ -391,9 +396,10 @@ def checkpoint_outputs(
         output, force = checkpoint.path, True
     else:
         check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
-    from .._io.orbax import OrbaxCheckpoint, orbax_output
+    if checkpoint.in_orbax:
+        from .._io.orbax import OrbaxCheckpoint, orbax_output
 
-    if isinstance(first, OrbaxCheckpoint):
+        assert isinstance(first, OrbaxCheckpoint)
         with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
     elif as_file:

@@ -99,7 +99,7 @@ def rotate_file(
         key = level_key(secret, manifest.model_id, levels=levels)
         plain = checkpoint.unlocked(envelopes, key, owner=True)
         protection = Protection.new(secret, levels, manifest.cipher, manifest.rest, signing)
-        if output is None and (checkpoint.index is not None or checkpoint.path.is_dir()):
+        if output is None and (checkpoint.index is not None or checkpoint.in_orbax):
             raise ValueError(
                 f"{checkpoint.path}: is a checkpoint in a folder, expected a new folder for the "
                 "output, got none. Name one."

@@ -124,8 +124,8 @@ def rotate(
         old_signer: The signing.pub of the old file, if it is signed with another key of yours.
         out: Where to write the new file; a new folder if the old one is a folder. By default it
             replaces the old file.
-        copy_config: Also copy what lies beside the weights in a folder: configuration, tokenizer,
-            and all other files that cannot be weights. Only the weights are checked.
+        copy_config: Also copy the other files of a folder: configuration, tokenizer, and
+            everything else that cannot be weights. Only the weights are checked.
         writing: How it is written.
     """
     if out is not None:

@@ -145,12 +145,11 @@ def tiers_by_target(
     opened = [released.params, *(unlock(released, key) for key in keys)]
     # For comparison only: publishing the same weights in two forms would give them away.
     sealed = protect(subject.params, found.masks, secret=secret, rest="sealed").params
-    rows, examples = [], (0, 0)
-    for name, target, params in zip(NAMES, [*goal.targets, None], opened, strict=True):
-        scores = subject.calibration(params), subject.held_out(params)
-        seen, held_out = map(Measured.of, scores)
+    scores = [(subject.calibration(params), subject.held_out(params)) for params in opened]
+    rows = []
+    for name, target, both in zip(NAMES, [*goal.targets, None], scores, strict=True):
+        seen, held_out = map(Measured.of, both)
         rows.append(Tier(name, target, seen, held_out, math.hypot(seen.error, held_out.error)))
-        examples = len(scores[0]), len(scores[1])
     return Tiers(
         unit=subject.unit,
         worthless=subject.worthless,
@@ -159,8 +158,8 @@ def tiers_by_target(
         without_file=Measured.of(subject.held_out(without_file)),
         steps=goal.steps,
         examples=round(DATA * len(jax.tree.leaves(subject.examples)[0])),
-        calibrated_on=examples[0],
-        held_out=examples[1],
+        calibrated_on=len(scores[0][0]),
+        held_out=len(scores[0][1]),
         tolerance=goal.tolerance,
         evaluations=found.evaluations,
         fraction=selected(subject.params, found.masks[-1])[1],

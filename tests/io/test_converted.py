@@ -246,6 +246,9 @@ def test_external_data_of_onnx_itself(onnx, tmp_path, monkeypatch):
     for path in ("m.onnx", tmp_path / "m.onnx", "link/m.onnx", "sub/../m.onnx"):
         assert_read(ConvertedFile(path, ONNX), found)
     others = [path for path in tmp_path.iterdir() if path.name not in ("m.onnx", "link", "sub")]
+    read = ConvertedFile("m.onnx", ONNX)  # many tensors, one file of data
+    assert [path.name for path in read.inputs] == ["m.onnx", others[0].name]
+    assert read.size == Path("m.onnx").stat().st_size + others[0].stat().st_size
     with pytest.raises(ValueError, match="expected a different file from the input"):
         protect_file("m.onnx", others[0], secret=SECRET, selection=HALF, force=True)
 
