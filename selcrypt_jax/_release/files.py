@@ -25,8 +25,9 @@ from .._masks.levels import LevelsLike
 from .._masks.options import STRATEGIES, Select, check_options
 from .._masks.scores import NamedTensors, scores_for
 from .._tree.groups import Layout
-from .checkpoint import AnyPath, Checkpoint, Job, Protection, checkpoint_outputs, open_original
+from .checkpoint import AnyPath, Checkpoint, open_original
 from .choose import Plan, check_like, check_rest, choose_like, plain_change, random_keys
+from .outputs import Job, Protection, checkpoint_outputs
 from .signers import AnySigner
 from .size import check_header
 

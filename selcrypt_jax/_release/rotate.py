@@ -5,7 +5,8 @@ from typing import NamedTuple
 from .._io.companions import Companions
 from .._keys.keys import Secret, level_key
 from .._keys.signing import SigningKey, check_signing
-from .checkpoint import AnyPath, Job, Protection, checkpoint_outputs, open_checkpoint
+from .checkpoint import AnyPath, open_checkpoint
+from .outputs import Job, Protection, checkpoint_outputs
 from .signers import AnySigner, verify_key
 
 

@@ -29,7 +29,7 @@ from .._masks.scores import source_of_tree
 from .._tree.hosts import from_first, is_spread, put, the_same_everywhere
 from .._tree.names import is_random_key, listed, named_leaves
 from .._tree.rings import split_rings
-from .checkpoint import AnyPath, Job, Protection, of_one_file
+from .checkpoint import AnyPath, of_one_file
 from .choose import (
     Chosen,
     Plan,
@@ -41,6 +41,7 @@ from .choose import (
     random_keys,
     sealed,
 )
+from .outputs import Job, Protection
 from .signers import AnySigner, expected_signer
 from .twins import with_twins
 from .use import AnyGrant, grant_key

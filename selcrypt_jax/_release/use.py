@@ -22,7 +22,8 @@ from .._io.strict_json import show
 from .._keys.grant import Grant
 from .._keys.keys import MODEL_ID_BYTES, LevelKey, Secret, level_key
 from .._keys.signing import VerifyKey
-from .checkpoint import AnyPath, Checkpoint, checkpoint_outputs, open_checkpoint
+from .checkpoint import AnyPath, Checkpoint, open_checkpoint
+from .outputs import checkpoint_outputs
 from .signers import AnySigner, check_owner, expected_signer
 
 AnyGrant = Grant | LevelKey | AnyPath

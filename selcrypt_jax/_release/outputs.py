@@ -1,0 +1,230 @@
+"""Checkpoints as outputs: files of one protection, or opened ones, which appear together."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import BinaryIO, NamedTuple
+
+from .._ciphers.lossless import LosslessCipher
+from .._ciphers.windows import Window
+from .._format.boxes import Rings, SealedRing
+from .._format.envelope import Envelope, Own
+from .._format.manifest import (
+    NO_DIGEST,
+    LevelSize,
+    Manifest,
+    Rest,
+    Tensor,
+    chunk_count,
+    metadata_digest,
+)
+from .._format.tensors import TensorSource, Unlocked, Write, encrypt_tensors
+from .._io.atomic import check_output, new_file, new_files, new_folder
+from .._io.companions import Companions
+from .._io.safetensors import header
+from .._keys.files import AnyPath
+from .._keys.keys import LevelKey, Secret, level_key, new_model_id
+from .._keys.signing import SigningKey, check_signing
+from .checkpoint import Checkpoint
+from .size import header_length
+
+
+@dataclass(frozen=True)
+class Protection:
+    """What all files of one protection share.
+
+    Attributes:
+        key: of the top level; it names the model.
+        cipher: see `LosslessCipher`.
+        rest: what becomes of weights that are in no ring.
+        signing: of the owner, or None.
+    """
+
+    key: LevelKey
+    cipher: LosslessCipher
+    rest: Rest
+    signing: SigningKey | None
+
+    @classmethod
+    def new(
+        cls,
+        secret: Secret,
+        levels: int,
+        cipher: LosslessCipher,
+        rest: Rest,
+        signing: SigningKey | None,
+        model_id: bytes | None = None,
+    ) -> "Protection":
+        """A protection with a model id of its own, so that no keystream is used twice.
+
+        Where several processes protect together, they have agreed on a new one.
+        """
+        check_signing(signing)
+        key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
+        return cls(key, cipher, rest, signing)
+
+    def encrypt(self, job: "Job", write: Write) -> Envelope:
+        """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
+        rings = self._separate(job.rings)
+        found = encrypt_tensors(job.source, rings, self.key, self.cipher, self.rest, write)
+        manifest, levels = self._manifest(job, *found)
+        return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
+
+    def blank(self, job: "Job") -> Envelope:
+        """As long as what `encrypt` returns can be, before digests and windows are known."""
+        tensors = {}
+        for name, dtype, shape in layout(job.source):
+            digests = (NO_DIGEST,) * chunk_count(dtype, shape)
+            # As long as any can be; most are shorter.
+            window = Window(2**11, 11, True) if self.rest == "sealed" else None
+            tensors[name] = Tensor(dtype, shape, digests, window)
+        manifest, levels = self._manifest(job, tensors, self._separate(job.rings))
+        return Envelope.blank(manifest, job.metadata, levels, job.what)
+
+    def _separate(self, rings: Rings) -> Rings:
+        """The rings that are encrypted by themselves: level 1 opens its own with the seal."""
+        if self.rest == "plain":
+            return rings
+        above = {n: [(m, ring) for m, ring in found if m > 1] for n, found in rings.items()}
+        return {name: found for name, found in above.items() if found}
+
+    def _manifest(
+        self, job: "Job", tensors: Mapping[str, Tensor], rings: Rings
+    ) -> tuple[Manifest, list[list[SealedRing]]]:
+        """The manifest of a file, and its rings by level."""
+        levels: list[list[SealedRing]] = [[] for _ in range(self.key.level)]
+        for level, ring in itertools.chain.from_iterable(rings.values()):
+            levels[level - 1].append(ring)
+        manifest = Manifest(
+            model_id=self.key.model_id,
+            cipher=self.cipher,
+            rest=self.rest,
+            levels=tuple(
+                LevelSize(
+                    sum(ring.groups for ring in found),
+                    sum(ring.weights(tensors[ring.tensor].shape) for ring in found),
+                )
+                for found in levels
+            ),
+            tensors=tensors,
+            signer=None if self.signing is None else self.signing.public,
+            metadata=None if job.metadata is None else metadata_digest(job.metadata),
+            shard=job.shard,
+        )
+        return manifest, levels
+
+
+class Job(NamedTuple):
+    """One file of a checkpoint that is to be protected.
+
+    Attributes:
+        source: its tensors in the clear.
+        metadata: the caller's own, or None if the file has none at all.
+        rings: what is encrypted in them.
+        shard: number of the file and of all files, or None.
+        what: the file, for messages.
+    """
+
+    source: TensorSource
+    metadata: Mapping[str, str] | None
+    rings: Rings
+    shard: tuple[int, int] | None
+    what: str
+
+
+class _SafetensorsOutput(NamedTuple):
+    """One new file."""
+
+    file: BinaryIO
+
+    def protected(self, job: Job, protection: Protection) -> None:
+        """Encrypts the tensors and writes them."""
+        # The header comes before the data but holds their digests, so its place is left free.
+        tensors = layout(job.source)
+        length = header_length(tensors, protection.blank(job), job.what)
+        self.file.seek(length)
+        envelope = protection.encrypt(job, lambda _, data: self.file.write(data))
+        head = header(tensors, envelope.entries(), size=length)
+        self.file.seek(0)
+        self.file.write(head)
+
+    def plain(self, source: Unlocked, metadata: Own) -> None:
+        """Writes the tensors as a level sees them, and entries of the metadata."""
+        self.file.write(header(layout(source), metadata))
+        for _, piece in source.pieces():
+            self.file.write(piece)
+
+
+class _OrbaxOutput(NamedTuple):
+    """The same, to be written by Orbax."""
+
+    data: dict[str, memoryview]
+    metadata: dict[str, str]
+
+    def protected(self, job: Job, protection: Protection) -> None:
+        self.metadata.update(protection.encrypt(job, self.data.__setitem__).entries())
+
+    def plain(self, source: Unlocked, metadata: Own) -> None:
+        self.data.update((name, source.read(name)) for name in source.tensors)
+        self.metadata.update(metadata or {})
+
+
+def layout(source: TensorSource) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and shape of all tensors, for `header`."""
+    return [(name, info.dtype, tuple(info.shape)) for name, info in source.tensors.items()]
+
+
+Output = _SafetensorsOutput | _OrbaxOutput
+
+
+@contextmanager
+def checkpoint_outputs(
+    checkpoint: Checkpoint,
+    output: AnyPath | None,
+    *,
+    force: bool,
+    private: bool = False,
+    beside: Companions | None = None,
+) -> Iterator[Callable[[str], Output]]:
+    """Opens outputs by file name; all of them appear together, or none.
+
+    Args:
+        checkpoint: the input; the outputs are of its kind (safetensors in place of a format that is
+            converted), with its file names.
+        output: path of the file, or of the folder for a checkpoint in a folder; None to take the
+            place of the input, a file.
+        force: replace an existing file.
+        private: only its owner may read a new output.
+        beside: what else of a folder is copied.
+
+    Raises:
+        ValueError, OSError: the output is an input, exists, or cannot be written.
+    """
+    (first, *_) = checkpoint.files.values()
+    inputs = getattr(first, "inputs", [file.path for file in checkpoint.files.values()])
+    as_file = checkpoint.folder is None or (output is None and checkpoint.index is None)
+    if output is None:
+        output, force = checkpoint.path, True
+    else:
+        check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
+    if checkpoint.in_orbax:
+        from .._io.orbax import OrbaxCheckpoint, orbax_output
+
+        assert isinstance(first, OrbaxCheckpoint)
+        with orbax_output(output, first, private=private) as new:
+            yield lambda _: _OrbaxOutput(*new)
+    elif as_file:
+        # Opened now, so that what is wrong with it is told before the work.
+        with new_file(output, force=force, private=private) as file:
+            yield lambda _: _SafetensorsOutput(file)
+    else:
+        with new_folder(output, private=private) as folder:
+            # All files get their names together, when the last one is written: until then a
+            # process that is killed leaves nothing of them behind.
+            with new_files() as new_one:
+                yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
+            if checkpoint.index is not None:
+                (folder / checkpoint.index.path.name).write_bytes(checkpoint.index.text)
+            if beside is not None:
+                beside.copy_to(folder)
