@@ -19,7 +19,7 @@ from ._base import fill_from_base, rank_by_base
 from ._fill import clip_norm, mean_fill, resample, zero_fill
 from ._finetune import fine_tune, warm_cosine
 from ._structure import in_order, ranked_by_siblings, sign_leanings, with_signs
-from ._subject import Subject, is_scale, layout_of, normalisation_leaves, reset
+from ._subject import Subject, is_scale, layout_of, normalisation_leaves, quality, reset
 from ._unshuffle import unshuffle
 
 
@@ -298,7 +298,8 @@ def run_attack(
 
     Yields:
         The number of steps and the parameters of each run; only step 0 if the attack needs no
-        data. A run whose loss is not finite yields nothing.
+        data. Of a training run these are the last weights or their running average, whichever the
+        subject's metric rates higher. A run whose loss is not finite yields nothing.
 
     Raises:
         ValueError: the attack needs normalisation or leaves that the network does not have.
@@ -308,9 +309,23 @@ def run_attack(
         >>> attack = run_attack(ATTACKS["fine-tune all"], loot, batch, rate=1e-3, stops=[1, 2])
         >>> metrics = {step: subject.metric(params) for step, params in attack}
     """
+    for step, found in candidates(attack, loot, batch, rate=rate, stops=stops):
+        rated = [quality(loot.subject, params) for params in found] if len(found) > 1 else [0.0]
+        yield step, found[int(np.argmax(np.nan_to_num(rated, nan=-np.inf)))]
+
+
+def candidates(
+    attack: Attack,
+    loot: Loot,
+    batch: Callable[[int], Any],
+    *,
+    rate: float,
+    stops: Sequence[int],
+) -> Iterator[tuple[int, list[PyTree]]]:
+    """As `run_attack`, with all parameters that an attacker chooses from: last weights, average."""
     params = attack.start(loot)
     if not needs_data(attack):
-        yield 0, params
+        yield 0, [params]
         return
     subject = loot.subject
     if attack.trains == "order":
@@ -336,17 +351,17 @@ def run_attack(
             statistics=training is not None,
             rate_factors=dict.fromkeys(norms, _NORM_RATE),
         ):
-            yield checkpoint.step, checkpoint.params
+            yield checkpoint.step, [checkpoint.params, checkpoint.average]
 
 
 def _unshuffled(
     params: PyTree, loot: Loot, batch: Callable[[int], Any], stops: Sequence[int]
-) -> Iterator[tuple[int, PyTree]]:
+) -> Iterator[tuple[int, list[PyTree]]]:
     batches = jax.tree.map(lambda *leaves: jnp.stack(leaves), batch(1), batch(2))
     for last, stop in itertools.pairwise([0, *stops]):
         trials = max(stop - last, 5)  # the minimum for two batches
         params = unshuffle(params, loot.mask, loot.subject.loss_fn, batches, trials=trials).params
-        yield stop, params
+        yield stop, [params]
 
 
 def applies(attack: Attack, subject: Subject) -> bool:

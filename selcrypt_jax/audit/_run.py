@@ -15,7 +15,7 @@ from .._ciphers.dprm import Cipher, encrypt
 from .._keys.keys import level_key, ring_keys
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import mask_counts
-from ._attacks import ATTACKS, REFERENCES, Attack, Loot, applies, needs_data, run_attack
+from ._attacks import ATTACKS, REFERENCES, Attack, Loot, applies, candidates, needs_data
 from ._detection import detect
 from ._file import Protected
 from ._grid import SCRATCH, Grid
@@ -128,7 +128,7 @@ class Audit:
             reached = self._reached(
                 SCRATCH, loot, max(self.grid.data), number, stops=[self.grid.steps[-1]]
             )
-            trained = next((params for _, params in reached), start)
+            trained = next((params for _, (params, *_) in reached), start)
             self.networks[number] = self.subject._replace(params=trained)
         return self.networks[number]
 
@@ -141,12 +141,12 @@ class Audit:
         *,
         stops: Sequence[int],
         rate: float | None = None,
-    ) -> Iterator[tuple[int, PyTree]]:
-        """Steps and parameters of an attack with the data set of this number."""
+    ) -> Iterator[tuple[int, list[PyTree]]]:
+        """See `candidates`: an attack with the data set of this number."""
         # An attack without data never asks for a batch.
         batch = example_batches(self.subject, data or 1.0, number)[1]
         rate = self.grid.rates[0] if rate is None else rate
-        return run_attack(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
+        return candidates(ATTACKS[attack], loot, batch, rate=rate, stops=stops)
 
     def keys(self, number: int, levels: int) -> Any:
         """The audit's own keys, derived from its seed; released files have random keys."""
@@ -269,7 +269,10 @@ class Audit:
             key = jax.random.key(number)
             loot = Loot(self.subject, file.opened(level), file.closed(level), key, self.cipher)
             steps = self._reached(attack, loot, data, number, stops=stops, rate=rate)
-            reached = {step: quality(self.subject, params) for step, params in steps}
+            reached = {
+                step: float(np.fmax.reduce([quality(self.subject, each) for each in tried]))
+                for step, tried in steps
+            }
             for step in stops:
                 found[str(step)].append(reached.get(step, math.nan))
         return found
@@ -301,7 +304,7 @@ class Audit:
         masks, params = self.masks(plan), self.subject.params
         loot = Loot(self.subject, params, False, jax.random.key(0))
         reached = self._reached("fine-tune all", loot, 1.0, 0, stops=[1])
-        successor = next((trained for _, trained in reached), params)
+        successor = next((trained for _, (trained, *_) in reached), params)
         first, *others = (
             self._encrypted(each, masks, number).params
             for number, each in enumerate([params, params, successor])

@@ -1,5 +1,7 @@
 """Attacks on small networks whose answers are known."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -193,6 +195,34 @@ def test_fine_tuning_finds_least_squares():
     np.testing.assert_array_equal(start["w"], normal(8, (6, 3)))
 
 
+def test_the_average_is_over_the_last_steps():
+    """Weights in proportion to (step + 6) · (step + 5) ⋯ step, the seventh rising power."""
+    stops = tuple(range(1, 31))
+    found = list(
+        audit.fine_tune(
+            linear(), squared, lambda n: (X, Y), stops=stops, optimizer=optax.sgd(1.0), rate=0.1
+        )
+    )
+    for last in (1, 2, 30):
+        shares = np.array([math.prod(range(n, n + 7)) for n in stops[:last]], float)
+        for name in ("w", "b"):
+            seen = np.stack([np.asarray(each.params[name], float) for each in found[:last]])
+            expected = np.tensordot(shares / shares.sum(), seen, 1)
+            np.testing.assert_allclose(found[last - 1].average[name], expected, rtol=1e-5)
+
+
+def test_an_average_of_half_precision_does_not_stand_still():
+    """A share of the last bit would be lost."""
+    start = {"w": jnp.ones(4, jnp.bfloat16)}
+    (found,) = audit.fine_tune(
+        start, lambda p, _: p["w"].sum(), lambda n: 0, stops=[150], optimizer=optax.sgd(1.0),
+        rate=lambda n: -1 / 128 if n == 20 else 0.0,
+    )  # fmt: skip
+    assert found.average["w"].dtype == jnp.bfloat16
+    for params in (found.params, found.average):
+        np.testing.assert_array_equal(np.asarray(params["w"], np.float32), 1 + 1 / 128)
+
+
 def test_what_is_not_trained_keeps_its_bits():
     mask = {"w": np.arange(6)[:, None] == 2, "b": False, "act": False}
     optimizer = optax.adamw(0.05, weight_decay=0.5)  # decay moves everything, if it may
@@ -200,7 +230,8 @@ def test_what_is_not_trained_keeps_its_bits():
         linear(), squared, lambda n: (X, Y), stops=[20], optimizer=optimizer, trainable=mask
     )
     rest = np.arange(6) != 2
-    np.testing.assert_array_equal(np.asarray(found.params["w"])[rest], linear()["w"][rest])
+    for params in (found.params, found.average):
+        np.testing.assert_array_equal(np.asarray(params["w"])[rest], linear()["w"][rest])
     assert (np.asarray(found.params["w"])[2] != linear()["w"][2]).all()
     np.testing.assert_array_equal(found.params["b"], 0)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from rich.console import Console
 import selcrypt_jax as sj
 from selcrypt_jax import audit
 from selcrypt_jax._tree.names import named_leaves
+from selcrypt_jax.audit._attacks import candidates
 from selcrypt_jax.audit._audit import _cells
 from selcrypt_jax.audit._audit import audit as run_audit
 from selcrypt_jax.audit._base import rank_by_base
@@ -108,6 +110,47 @@ def test_statistics_move_as_they_would_in_a_loop_of_ones_own(subject):
     )  # fmt: skip
     for a, b in zip(jax.tree.leaves(found.params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("better", ["last", "average"])
+def test_an_attacker_keeps_the_better_of_last_weights_and_average(subject, better):
+    """The other one gives NaN, which is no better than anything."""
+    _, batch = example_batches(subject, 1.0, 0)
+    loot = audit.Loot(subject, subject.fresh(jax.random.key(1)), True, jax.random.key(0))
+    attack = audit.ATTACKS["fine-tune all, batch statistics"]
+    ((_, tried),) = candidates(attack, loot, batch, rate=1e-2, stops=[12])
+    last, average = (np.asarray(params["last"]["kernel"]) for params in tried)
+    kernels = {"last": last, "average": average}
+    assert not np.array_equal(last, average)
+    for name in ("mean", "var"):
+        assert not np.array_equal(*(np.asarray(params["norm"][name]) for params in tried))
+
+    def metric(params):
+        close = np.allclose(params["last"]["kernel"], kernels[better], rtol=1e-5)
+        return -50.0 if close else math.nan
+
+    rated = subject._replace(metric=metric)
+    ((_, found),) = audit.run_attack(
+        attack, loot._replace(subject=rated), batch, rate=1e-2, stops=[12]
+    )
+    np.testing.assert_allclose(found["last"]["kernel"], kernels[better], rtol=1e-5)
+
+
+def test_the_reference_gets_the_better_of_both_too(subject):
+    """Whatever trains is judged alike, with the file and without."""
+    run = Audit("toy", subject, dataclasses.replace(SMALL, keys=1, steps=(12,), rates=(1e-2,)))
+    cells = {
+        "from scratch": (ARCHITECTURE, 0.1),
+        "fine-tune all, batch statistics": (Plan("l2", 0.2), 0.1),
+    }
+    for name, (plan, data) in cells.items():
+        found = run._attempt(plan, 0, name, data, 1e-2)["12"]
+        file = run.protected(plan, 0)
+        loot = audit.Loot(run.subject, file.opened(0), file.closed(0), jax.random.key(0))
+        batch = example_batches(run.subject, data, 0)[1]
+        ((_, tried),) = candidates(audit.ATTACKS[name], loot, batch, rate=1e-2, stops=[12])
+        assert len(tried) == 2
+        assert found == pytest.approx([max(map(subject.metric, tried))], rel=1e-4)
 
 
 def test_rates_share_a_compiled_step(subject):
