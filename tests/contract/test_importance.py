@@ -104,6 +104,11 @@ def learned(objective: Any) -> Callable[..., Any]:
     )
 
 
+def at_budgets(params: Any, loss: Any, batches: Any = (X, Y), **more: Any) -> Any:
+    config = sj.PSSBudgets((0.5,), "model", steps=1)
+    return sj.pss(loss, params, batches, key=KEY, config=config, **more)
+
+
 MEMBERS = {
     "random": Member(closed("random", key=KEY), exact=False),
     "l2": Member(closed("l2"), lambda groups: np.sqrt((groups**2).sum(-1))),
@@ -117,6 +122,7 @@ MEMBERS = {
         by_gradient("fisher"), of_products=lambda groups: (groups**2).sum(-1), learns=True
     ),
     "pss keep": Member(learned("keep"), learns=True, jit=False),
+    "pss budgets": Member(at_budgets, learns=True, jit=False, exact=False),
     "pss break": Member(learned("break"), learns=True, jit=False, exact=False),
 }
 GRANULARITIES = ["kernel", "filter", "weight"]

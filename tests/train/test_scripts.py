@@ -141,6 +141,21 @@ def test_scores_say_what_is_encrypted(capsys):
 
 
 @pytest.mark.slow
+def test_importance_at_shares():
+    options = ("--shares", 0.01, 0.1, "--steps", 8, "--every", 4, "--out", "scores.safetensors")
+    rows = run("importance.py", *LEARN, *options)
+    groups = 16 + 16 * 16 + 16
+    assert [row["included"] for row in rows] == [groups // 100, groups // 10]
+    scores = np.concatenate([s.ravel() for s in load_file("scores.safetensors").values()])
+    assert (scores > 1.5).sum() == groups // 100
+    assert (scores > 0.5).sum() == groups // 10
+    with safe_open("scores.safetensors", framework="np") as file:
+        assert file.metadata() == {
+            "importance": "PSS, 0.01, 0.1, kernel", "steps": "8", "scope": "model", "seed": "0",
+        }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_importance_killed_at_random_ends_as_an_unbroken_run():
     """At any point of a step, or of a checkpoint, with checkpoints now here and now there."""
 
