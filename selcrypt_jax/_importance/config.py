@@ -115,8 +115,10 @@ class PSSBudgets:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shares", tuple(self.shares))
-        if not self.shares:
-            raise ValueError("shares: expected at least one share, got none. Pass (0.02, 0.08).")
+        if not 1 <= len(self.shares) <= 127:  # counted in int8
+            raise ValueError(
+                f"shares: expected 1 to 127 shares, got {len(self.shares)}. Pass (0.02, 0.08)."
+            )
         for index, share in enumerate(self.shares):
             check_share(f"shares[{index}]", share)
         if list(self.shares) != sorted(set(self.shares)):

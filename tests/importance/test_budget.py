@@ -160,7 +160,7 @@ def test_what_is_expected_is_a_regression_without_negative_weights(seed):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sj.PSSBudgets(()), "shares: expected at least one share"),
+        (lambda: sj.PSSBudgets(()), "shares: expected 1 to 127 shares, got 0"),
         (lambda: sj.PSSBudgets((8,)), r"shares\[0\]: expected a share .* For 8 % pass 0.08"),
         (lambda: sj.PSSBudgets((0.2, 0.1)), "shares: expected ascending shares"),
         (lambda: sj.PSSBudgets((0.1,), "layer"), "scope: expected 'leaf' or 'model'"),

@@ -37,7 +37,8 @@ CONVOLUTIONS = r"^convs/\d+/kernel$"
 # Wong's palette, which colour-blind readers can tell apart.
 COLOURS = {
     "PSS, published": "#000000",
-    "PSS, break": "#D55E00",
+    "PSS, budgets": "#D55E00",
+    "PSS, break": "#F0A07A",
     "PSS, keep": "#E69F00",
     "random": "#999999",
     "descend": "#0072B2",
