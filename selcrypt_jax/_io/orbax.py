@@ -176,7 +176,7 @@ class OrbaxCheckpoint:
         if self.stored.keys() != given.keys():
             raise ValueError(
                 f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
-                f"got one with {listed(given)}. Pass one of the same paths."
+                f"got one with {listed(given)}. Pass one with the same paths."
             )
         item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
@@ -424,7 +424,7 @@ def load_tree(
         check: raises an error unless the metadata are valid and match the tensors.
 
     Raises:
-        ValueError: not a checkpoint of ours, or one of another tree.
+        ValueError: not a protected checkpoint, or one of another tree.
         OSError: it cannot be read.
     """
     if not Path(path).is_dir():
