@@ -97,7 +97,7 @@ def test_what_a_registry_shows(built):
     assert isinstance(text, bytes)
     assert text.decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert {"Summary", "Keywords", "Classifier"} <= set(about)
-    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "test", "train"}
+    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "onnx", "test", "train"}
     assert set(about.get_all("Provides-Extra", [])) == extras
 
 
