@@ -98,7 +98,7 @@ def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
         return _Shares(tuple(map(exact, shares)))
     if budget is not None:
         raise ValueError(
-            "budget: expected a number of levels with it, got levels that already decide the "
+            "budget: expected only with a number of levels, got levels that already determine the "
             "share that is encrypted. Omit the budget."
         )
     if isinstance(levels, Sequence | np.ndarray | jax.Array) and not isinstance(levels, str):

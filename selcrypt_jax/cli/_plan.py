@@ -69,7 +69,7 @@ def calibrate(
     print_levels(result)
     command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
     command += f"--secret keys/secret.key {shlex.join(flags)}"
-    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n")
+    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it this way:\n")
     print(f"  {printable(command)}")
 
 

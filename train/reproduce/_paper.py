@@ -58,14 +58,14 @@ class Experiment:
     """Folder of the reference data."""
 
     out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
+    """Folder for the results; created if it does not exist."""
 
 
 class Denoiser(NamedTuple):
     """A trained DnCNN and its test images.
 
     Attributes:
-        graph: of the network, in evaluation mode.
+        graph: the network's graph, in evaluation mode.
         state: its weights and running statistics.
         clean: images ``[n, H, W, C]`` in [0, 1].
         noisy: the same images with noise, not clipped.

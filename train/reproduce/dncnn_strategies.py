@@ -79,7 +79,7 @@ class Config(Experiment):
     """Number of protections under different keys, for PSS."""
 
     other_keys: int = 3
-    """The same for other strategies, and with the lossless cipher."""
+    """Number of protections for other strategies, and with the lossless cipher."""
 
     seeds: int = 3
     """Runs of PSS, and draws of "random"."""
