@@ -11,6 +11,7 @@ import numpy as np
 
 from .._tree.dtypes import known_dtype
 from .arrays import ArraySource
+from .errors import quoted
 from .foreign import FLAX, ONNX, Kind
 from .strict_json import listing, show
 
@@ -76,7 +77,7 @@ def _flax(path: Path) -> dict[str, Any]:
     except Exception as error:  # msgpack, NumPy and Flax each have their own
         raise ValueError(
             f"{path}: expected a msgpack file as flax.serialization.to_bytes makes it, got: "
-            f"{_line(error)}. It is damaged or of another program: save it again."
+            f"{quoted(error)}. It is damaged or of another program: save it again."
         ) from error
     leaves = named_leaves(tree, str(path)).leaves if isinstance(tree, dict) else {}
     for name, leaf in leaves.items():
@@ -130,7 +131,7 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # protobuf, NumPy and onnx each have their own
-        text = _line(error)
+        text = quoted(error)
         if not text.startswith("expected"):
             text = f"expected what onnx can read, got: {text}"
         raise ValueError(f"{path}:{where} {text}. {remedy}") from error
@@ -199,8 +200,3 @@ def _in_nodes(nodes: Iterable[Any]) -> Iterator[tuple[str, int]]:
             yield name, len(attribute.floats)
             for graph in (attribute.g, *attribute.graphs):
                 yield from _in_graph(graph)
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text or type(error).__name__

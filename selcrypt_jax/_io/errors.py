@@ -28,6 +28,17 @@ def check_type(value: object, kind: Any, expected: str, remedy: str) -> None:
         raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
 
 
+def quoted(error: BaseException) -> str:
+    """An error's text, to be put into a sentence: one line, without a full stop at its end."""
+    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+
+
+def described(error: BaseException, place: str = "") -> str:
+    """An error's type, the place given, and its text as `quoted` has it, if it has any."""
+    name = type(error).__name__
+    return f"{name}{place}" + (f": {quoted(error)}" if str(error).strip() else "")
+
+
 class _ReasonedError(ValueError):
     reason: str
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .._importance.closed import LossFn, batch_count
+from .._importance.closed import LossFn, batch_count, loss_of
 from .._tree.groups import group_positions
 from .._tree.names import is_array, listed, named_leaves
 from .._tree.rings import split_rings
@@ -148,7 +148,7 @@ def _loss(
     loss_fn: LossFn,
     structure: Structure,
 ) -> Array:
-    return loss_fn(structure.rebuild(_assembled(values, positions, arrays)), batch)
+    return loss_of(loss_fn, structure.rebuild(_assembled(values, positions, arrays)), batch)
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "structure"))

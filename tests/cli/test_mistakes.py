@@ -269,6 +269,12 @@ COMMANDS = {
     "metric that raises": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:raises",
         r"mistaken:raises raised KeyError in line \d+ of mistaken.py: 'conv'. Correct it there"),
+    "metric that raises a sentence": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:says",
+        r"mistaken:says raised ValueError in line \d+ of mistaken.py: Two lines\. And a stop\. C"),
+    "metric that raises nothing": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:bare",
+        r"mistaken:bare raised AssertionError in line \d+ of mistaken.py\. Correct it there"),
     "metric that gives an array": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:array",
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
@@ -279,10 +285,11 @@ COMMANDS = {
         "audit demo -o report --target-advantage 0.2",
         "--target-advantage: expected only with --advise"),
     "no such audit": (
-        "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
+        "audit nothing.toml -o report",
+        r"nothing.toml: expected demo, .* or a TOML file, got no .* Write one .* or try .* demo"),
     "audit of a checkpoint": (
         "audit model.safetensors -o report",
-        r"model.safetensors: expected TOML as in docs/audit.md"),
+        r"model.safetensors: expected TOML as in docs/audit.md, .* the TOML file names it"),
 }  # fmt: skip
 
 METRICS = """
@@ -295,6 +302,12 @@ def array(tensors):
 
 def raises(tensors):
     return tensors["conv"]
+
+def says(tensors):
+    raise ValueError("Two lines.\\nAnd a stop.")
+
+def bare(tensors):
+    raise AssertionError
 """
 
 
@@ -307,6 +320,7 @@ def assert_helpful(text: str, message: str, hidden: list[str]) -> None:
     """One line of a few words, which says what was to be said, and no secret."""
     assert re.search(message, text), text
     assert "\n" not in text
+    assert not re.search(r"(?<!\.)[.:] ?\.(?!\.)( |$)", text), text  # a stop after a stop
     assert "Traceback" not in text
     assert len(text) <= 320, len(text)
     assert not [form for form in hidden if form in text]
@@ -739,7 +753,10 @@ CALLS = {
         TypeError, r"loss_fn: expected a scalar array, got shape \(4,\). Return the loss alone"),
     "batches of different sizes": (
         lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [jnp.ones(3), jnp.ones(2)]),
-        ValueError, r"batches: expected arrays with the same first axis, .* Stack the batches"),
+        ValueError, r"batches: expected arrays with the same first axis, .* Stack batches of one"),
+    "a list of batches": (
+        lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [(jnp.ones(3),)] * 2),
+        ValueError, r"batches: expected one pytree .* got a list of 2. Stack them, .*jax.tree.map"),
     "metric that gives an array": (
         lambda m: sj.calibrate_levels(
             m.params, sj.Targets([20, 24], lambda p: jnp.ones(3)), key=jax.random.key(0),
