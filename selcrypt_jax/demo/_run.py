@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from .. import PSSConfig
-from .._io.atomic import writable_folder
+from .._io.places import writable_folder
 from .._io.progress import bars
 from . import DemoConfig
 from ._draw import draw_paper, draw_photographs, draw_tiers

@@ -199,6 +199,24 @@ COMMANDS = {
         r"keys/secret.key: expected a different file from the input, .* Name another output"),
     "output is a folder": (
         f"{UNLOCK} alice.grant --out folder", r"folder: expected a file .* Name a file in it"),
+    "protect a folder into a file": (
+        "protect single -o new.safetensors --secret keys/secret.key",
+        r"new.safetensors: expected a folder .* name a folder, or single/a.safetensors as the in"),
+    "unlock a folder into a file": (
+        "unlock opened -o new.safetensors -g opened.grant",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "rotate a folder into a file": (
+        "rotate opened -o new.safetensors --secret keys/secret.key --signing keys/signing.key",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "unlock shards into a file": (
+        "unlock released -o new.safetensors -g released.grant",
+        r"new.safetensors: expected a folder .* The input is a folder, so .* name a folder$"),
+    "keys into one file": (
+        "keygen -o new.key", r"new.key: expected a folder as the output, .* Name a folder"),
+    "audit into a page": (
+        "audit demo -o new.html", r"new.html: expected a folder as the output, .* Name a folder"),
+    "demo into a picture": (
+        "demo -o new.png", r"new.png: expected a folder as the output, .* Name a folder"),
     "output folder missing": (
         f"{PROTECT} --out no/new", r"/no: no such folder for the output; create it first"),
     "output folder closed": (
@@ -402,6 +420,16 @@ def fill() -> list[str]:
     save({"a": kernel}, "sharded/1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     Path("sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("single", "shards"):
+        Path(name).mkdir()
+    shutil.copy("model.safetensors", "single/a.safetensors")
+    save({"a": kernel}, "shards/1.safetensors")
+    save({"b": kernel + 1}, "shards/2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
+    for source, output in (("single", "opened"), ("shards", "released")):
+        run(f"protect {source} -o {output} {secret} --signing keys/signing.key --budget 0.3")
+        run(f"grant {output} --level 2 {secret} -o {output}.grant")
     Path("circle").symlink_to("circle")
     Path("header.safetensors").write_bytes((7).to_bytes(8, "little") + b'{"\xff":1}')
     Path("nothing.safetensors.index.json").write_text('{"weight_map": {}}')
