@@ -50,7 +50,7 @@ def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]
             reason="recipient",
         )
     for path in identities:
-        check_path(path)
+        check_path(path, "identity")
     pyrage = _pyrage()
     keys = [key for path in identities for key in _identities(pyrage, Path(path))]
     try:
