@@ -11,7 +11,7 @@ import numpy as np
 
 from .._tree.dtypes import known_dtype
 from .arrays import ArraySource
-from .errors import quoted
+from .errors import extra, quoted
 from .foreign import FLAX, ONNX, Kind
 from .strict_json import listing, show
 
@@ -97,14 +97,13 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
         import onnx  # pyright: ignore[reportMissingImports] - an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path}: is an ONNX model, and the package onnx is not installed. Install the extra: "
-            "pip install 'selcrypt-jax[onnx]'",
+            f"{path}: is an ONNX model, and the package onnx is not installed. {extra('onnx')}.",
             name=error.name,
         ) from error
     if tuple(int(step) for step in onnx.__version__.split(".")[:2]) < _OLDEST:
         raise ModuleNotFoundError(
             f"{path}: is an ONNX model: expected onnx {'.'.join(map(str, _OLDEST))} or later to "
-            f"read it, got {onnx.__version__}. Install the extra: pip install 'selcrypt-jax[onnx]'"
+            f"read it, got {onnx.__version__}. {extra('onnx')}."
         )
     found: dict[str, np.ndarray] = {}
     where, remedy = "", _EXPORT

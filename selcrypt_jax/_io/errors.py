@@ -28,6 +28,11 @@ def check_type(value: object, kind: Any, expected: str, remedy: str) -> None:
         raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
 
 
+def extra(name: str) -> str:
+    """How to install an extra, for messages: from a copy of the repository, as README has it."""
+    return f"Install the extra: pip install '.[{name}]' in your copy of the repository"
+
+
 def quoted(error: BaseException) -> str:
     """An error's text, to be put into a sentence: one line, without a full stop at its end."""
     return " ".join(str(error).split()).rstrip(". ") or type(error).__name__

@@ -128,7 +128,8 @@ def read_split(folder: Path, split: str) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{found[-1]}: needs the extra `train`: pip install 'selcrypt-jax[train]'. ({error})",
+            f"{found[-1]}: needs tensorflow-datasets, which does not import ({error}). Install the "
+            "extra: pip install '.[train]' in your copy of the repository.",
             name="tensorflow_datasets",
         ) from None
     try:

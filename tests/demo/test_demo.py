@@ -208,7 +208,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert "skimage" in message
-    assert "pip install 'selcrypt-jax[demo]'" in message
+    assert "pip install '.[demo]' in your copy" in message
 
 
 def test_version(capsys):

@@ -439,6 +439,6 @@ def test_grants_sealed_to_an_ssh_key(tmp_path, pyrage):
 
 def test_age_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrage", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'selcrypt-jax\[age\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[age\]'"):
         GRANT.write(tmp_path / "g", recipients=["age1xyz"])
     assert not list(tmp_path.iterdir())
