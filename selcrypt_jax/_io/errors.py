@@ -33,6 +33,11 @@ def extra(name: str) -> str:
     return f"Install the extra: pip install '.[{name}]' in your copy of the repository"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, for messages: ``1 key``, ``1,200 keys``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def quoted(error: BaseException) -> str:
     """An error's text, to be put into a sentence: one line, without a full stop at its end."""
     return " ".join(str(error).split()).rstrip(". ") or type(error).__name__

@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.atomic import new_file
-from .._io.errors import GrantError
+from .._io.errors import GrantError, counted
 from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, forgetting, hkdf, stretched
 
 AnyPath = str | os.PathLike[str]
@@ -262,7 +262,7 @@ def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            actual = f"{len(data)} bytes of something else"
+            actual = f"{counted(len(data), 'byte')} of something else"
     if actual:
         message = f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}"
         raise GrantError(message, reason="kind")

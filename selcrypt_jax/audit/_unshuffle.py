@@ -78,8 +78,8 @@ def unshuffle(
     count = batch_count(batches)
     if trials < 2 * count + 1:
         raise ValueError(
-            f"trials: expected at least {2 * count + 1} (one step, and {count} batches before and "
-            f"after it), got {trials}."
+            f"trials: expected at least {2 * count + 1} (one step, and {count} "
+            f"batch{'es' * (count != 1)} before and after it), got {trials}."
         )
     tree = named_leaves(params)
     arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._io.errors import counted
 from ._text import columns
 
 if TYPE_CHECKING:
@@ -47,13 +48,13 @@ def print_inspection(
         "rest": "sealed: nothing can be used without a grant"
         if found.rest == "sealed"
         else "plain: anyone can run level 0",
-        "tensors": f"{found.tensors}, {found.weights:,} weights",
+        "tensors": f"{found.tensors}, {counted(found.weights, 'weight')}",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
     }
     blocks = []
     if chosen is not None:
         groups, whole = chosen["selected"], len(chosen["whole"])
-        text = f"{sum(groups.values()):,} groups in {_tensors(len(groups))}"
+        text = f"{counted(sum(groups.values()), 'group')} in {counted(len(groups), 'tensor')}"
         text += f", {whole} of them whole" if whole else ""
         text += f", layout {chosen['layout']}" if chosen["layout"] else ""
         # Level 1 of a sealed file has no rings of its own: it opens its groups with the seal.
@@ -116,14 +117,10 @@ def selected_rows(
         )
     if rest := [name for names in ranked[_SHOWN:] for name in names]:
         entire = sum(name in whole for name in rest)
-        text = f"{len(ranked) - _SHOWN} more kinds, --verbose lists them"
+        text = f"{counted(len(ranked) - _SHOWN, 'more kind')}, --verbose lists all"
         total = f"{sum(map(groups.__getitem__, rest)):,}"
         rows.append((text, str(len(rest)), total, "", str(entire or "")))
     return rows
-
-
-def _tensors(count: int) -> str:
-    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def calibration_as_dict(

@@ -205,6 +205,6 @@ def test_kinds_beyond_the_largest_are_counted():
     groups = {f"{letter}.{n}": 10 + ord(letter) + n for letter in "abcdefghij" for n in range(2)}
     rows = selected_rows(groups, ["a.0", "b.0", "b.1", "j.0"], verbose=False)
     assert rows[1] == ("j.*", "2", "233", "j.1 (117)", "1")
-    assert rows[-1][:3] == ("2 more kinds, --verbose lists them", "4", "432")
+    assert rows[-1][:3] == ("2 more kinds, --verbose lists all", "4", "432")
     assert rows[-1][4] == "3"
     assert sum(int(row[1]) for row in rows[1:]) == 20

@@ -640,7 +640,7 @@ CALLS = {
         TypeError, r"keys\[0\]: expected a typed key, got int. Derive keys with ring_keys"),
     "one key for three masks": (
         lambda m: sj.encrypt(m.params, m.masks, jax.random.key(0)),
-        ValueError, r"keys: expected 3, one for each of the 3 masks, got a single key. For level"),
+        ValueError, r"keys: expected 3, one for each mask, got a single key. For level"),
     "more masks than keys": (
         lambda m: sj.decrypt(m.params, m.masks, m.keys[:2]),
         ValueError, r"keys: expected 3, .* got 2. For level m pass masks\[:m\] and keys\[:m\]"),

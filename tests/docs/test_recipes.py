@@ -384,6 +384,7 @@ def test_protect_says_that_it_cannot_tell(tmp_path, monkeypatch):
     assert protect_file("marked", "public", secret=SECRET, levels=[0.5]).layout == "OIHW"
 
 
+@pytest.mark.usefixtures("same_draws")
 def test_tied_weights_that_are_stored_twice(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     weight = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)

@@ -909,6 +909,7 @@ def test_pytorch_says_the_layout_itself(tmp_path):
     assert chosen.layout == "OIHW"
 
 
+@pytest.mark.usefixtures("same_draws")
 @pytest.mark.parametrize("select", [None, "embed"])
 def test_copies_have_the_same_selection(tmp_path, select):
     # What is encrypted in one copy and plain in the other would be plain.
