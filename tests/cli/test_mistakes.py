@@ -675,6 +675,9 @@ CALLS = {
     "secret as grant": (
         lambda m: sj.open_model(m.path, SECRET),
         TypeError, r"grant: expected a Grant, .* got Secret. The owner makes one with issue_grant"),
+    "grant without the owner's key": (
+        lambda m: sj.issue_grant(m.path, level=1, secret=SECRET, signer=None),
+        TypeError, r"signer: expected the owner's public key, .* got None. Name your signing.pub;"),
     "level without a grant": (
         lambda m: sj.open_model(m.path, level=1),
         ValueError, r"level: expected none without a grant, got 1. Pass the grant"),

@@ -214,7 +214,9 @@ def shipped(tmp_path_factory) -> Path:
     masks = sj.nested_masks(sj.importance.l2(state), [0.2, 0.3, 0.5])
     path = folder / "model.safetensors"
     sj.protect(state, masks, secret=secret, signing=signing).save(path)
-    sj.issue_grant(path, level=2, secret=secret).write(folder / "alice.grant")
+    sj.issue_grant(path, level=2, secret=secret, signer=signing.public).write(
+        folder / "alice.grant"
+    )
     return folder
 
 
