@@ -94,11 +94,9 @@ def selected_rows(
         whole: names of tensors that were selected whole.
         verbose: list every tensor, however many there are.
     """
-    titles = ("tensor", "groups", "whole")
     if verbose or len(groups) <= _SHOWN:
-        return [titles] + [
-            (name, f"{n:,}", "yes" if name in whole else "") for name, n in groups.items()
-        ]
+        rows = [(name, f"{n:,}", "yes" if name in whole else "") for name, n in groups.items()]
+        return [("tensor", "groups", "whole"), *rows]
     kinds: dict[str, list[str]] = {}
     for name in groups:
         kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
