@@ -35,9 +35,9 @@ def same_draws(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def programs_of_other_processes(tmp_path_factory):
-    """What the tests start compiles the same programs again and again: once a run is enough.
+    """Programs started by the tests compile the same functions repeatedly: once per run is enough.
 
-    JAX reads these when it starts, so that the tests themselves, which count what is compiled, use
+    JAX reads these variables when it starts, so the tests themselves, which count compilations, use
     no cache.
     """
     folder = tmp_path_factory.getbasetemp()

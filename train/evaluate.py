@@ -63,7 +63,7 @@ class Config:
     """A grant: opens its levels."""
 
     out: Path | None = None
-    """Folder for levels.json, levels.md and levels.png; made if it does not exist."""
+    """Folder for levels.json, levels.md and levels.png; created if it does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Dncnn(Config):
     """ε of BatchNorm."""
 
     bgr: bool = False
-    """The network expects blue, green, red, like the weights published with the paper."""
+    """The network expects BGR channels, as do the weights published with the paper."""
 
     tests: int | None = None
     """Number of images; all by default."""

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 from .._io.errors import counted
-from .._masks.levels import check_share
+from .._tree.shares import check_share
 from .curve import Curve, isotonic
 from .network import Network
 from .places import Places

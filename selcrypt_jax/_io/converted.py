@@ -1,4 +1,4 @@
-"""Weights in ONNX models and msgpack files of Flax, which are read and never written."""
+"""Weights in ONNX models and Flax msgpack files, which are read but never written."""
 
 import math
 import os
@@ -34,7 +34,8 @@ class ConvertedFile(ArraySource):
 
     Attributes:
         path: as given.
-        metadata: for a safetensors file of these arrays. The format tells the layout of kernels.
+        metadata: the metadata for a safetensors file of these arrays; ``format`` implies the layout
+            of kernels.
         inputs: all files that were read.
 
     Raises:
@@ -65,7 +66,7 @@ CONVERTED = frozenset({ONNX, FLAX})
 
 
 def _flax(path: Path) -> dict[str, Any]:
-    """Steps of the path in the tree, joined by ``/`` → array."""
+    """The path in the tree, its steps joined by ``/`` → array."""
     from flax import serialization
 
     from .._tree.names import named_leaves
@@ -77,7 +78,7 @@ def _flax(path: Path) -> dict[str, Any]:
     except Exception as error:  # msgpack, NumPy and Flax each have their own
         raise ValueError(
             f"{path}: expected a msgpack file as flax.serialization.to_bytes makes it, got: "
-            f"{quoted(error)}. It is damaged or of another program: save it again."
+            f"{quoted(error)}. It is damaged, or another program wrote it: save it again."
         ) from error
     leaves = named_leaves(tree, str(path)).leaves if isinstance(tree, dict) else {}
     for name, leaf in leaves.items():
@@ -119,7 +120,7 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
                 raise ValueError("expected each name once, got it twice")
             array = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
             if array.shape != tuple(tensor.dims):  # -1 stands for the rest in NumPy alone
-                raise ValueError(f"expected lengths from 0, got shape {list(tensor.dims)}")
+                raise ValueError(f"expected non-negative lengths, got shape {list(tensor.dims)}")
             found[tensor.name] = array
             beside.update(
                 path.parent / each.value for each in tensor.external_data if each.key == "location"
@@ -132,7 +133,7 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
     except Exception as error:  # protobuf, NumPy and onnx each have their own
         text = quoted(error)
         if not text.startswith("expected"):
-            text = f"expected what onnx can read, got: {text}"
+            text = f"expected data that onnx can read, got: {text}"
         raise ValueError(f"{path}:{where} {text}. {remedy}") from error
     if sparse:
         raise ValueError(

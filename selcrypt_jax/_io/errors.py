@@ -97,7 +97,7 @@ class GrantError(_ReasonedError):
         reason: one of
 
             - ``"kind"``: the file holds no key, one of another kind, or one of a later version;
-            - ``"damaged"``: the file was cut off or mistyped;
+            - ``"damaged"``: the file was truncated or mistyped;
             - ``"passphrase"``: the file is locked, and the passphrase is missing or wrong;
             - ``"recipient"``: the file is sealed, and the private key is missing, malformed or not
               the recipient's;

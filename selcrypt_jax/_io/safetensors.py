@@ -141,7 +141,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
                 raise ValueError(
                     f"{self.path}: expected {self.size} bytes as when it was opened, got "
                     f"{stop - len(buffer)}. Another program changed it in the meantime: try again "
-                    "when none writes to it."
+                    "when no program writes to it."
                 )
             buffer, start = buffer[count:], start + count
 

@@ -100,7 +100,7 @@ def _many_brackets(raw: bytes | bytearray, most: int) -> bool:
 
 
 def _brackets_outside_strings(raw: bytes | bytearray) -> int:
-    """The count is right up to the first byte that no JSON has there, where the parser stops."""
+    """The count is exact up to the first byte that JSON cannot have there, where a parser stops."""
     raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     return len(b"".join(raw.translate(None, _NO_BRACKETS).split(b'"')[::2]))
 

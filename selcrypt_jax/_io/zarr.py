@@ -112,7 +112,7 @@ def _check_codecs(codecs: list[Any]) -> None:
 
 def _shape(shape: Any, chunks: Any, dtype: Any) -> tuple[int, ...]:
     if not isinstance(dtype, str) or _SIZED.match(dtype):
-        raise ValueError(f"dtype: expected that of a number, got {show(dtype)}")
+        raise ValueError(f"dtype: expected a numeric dtype, got {show(dtype)}")
     for lengths in (shape, chunks):
         if not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths):
             raise ValueError(f"shape: expected non-negative integers, got {show(lengths)}")

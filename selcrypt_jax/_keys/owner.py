@@ -18,7 +18,7 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
     """Makes a secret and a signing pair, and writes all three files or none.
 
     Args:
-        folder: the folder for the files; made if it does not exist.
+        folder: the folder for the files; created if it does not exist.
         passphrase: locks the private files; or a function that returns it.
         force: replace existing files.
 

@@ -15,7 +15,8 @@ from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS, Dtype, known_dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, listed
-from .levels import Levels, check_share, exact
+from .._tree.shares import check_share, exact
+from .levels import Levels
 from .packed import code_tables
 from .ranks import Ranked, Scope, Scores, ranked
 

@@ -1,4 +1,4 @@
-"""What every level of a release gives."""
+"""Measures the quality of every level of a release."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,11 +12,11 @@ from .use import inspection_of
 
 
 class MeasuredLevel(NamedTuple):
-    """What a level gives.
+    """The measured quality of a level.
 
     Attributes:
         level: 0 to M; level 0 is the file without a key, and level M the original.
-        share: of all weights of the file that are encrypted and that the level opens.
+        share: the encrypted weights that the level opens, as a share of all weights in the file.
         value: the metric. For level 0 of a sealed file it is meaningless, and may be NaN or
             infinite.
 
@@ -40,22 +40,22 @@ def measure_levels(
     secret: Secret,
     progress: Callable[[MeasuredLevel], None] | None = None,
 ) -> tuple[MeasuredLevel, ...]:
-    """The quality of every level of a protected file, as its customers get it.
+    """Measures every level of a protected file: the quality that each customer gets.
 
-    Every level is decrypted under the keys of the release, as `unlock_file` does it, and checked on
-    the way: signature, digests, decrypted weights. Levels are measured from the top down, one after
-    the other, and each of them has to fit into memory.
+    Every level is decrypted under the keys of the release, with the checks of `unlock_file`:
+    signature, digests, decrypted weights. Levels are measured from the top down, one after the
+    other, and each of them has to fit into memory.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint.
         evaluate: ``params -> number``: the metric, as in `Targets`. The params are a dict from the
-            names of all tensors to arrays: JAX arrays, or NumPy arrays of dtypes that JAX does not
-            have. Let it measure on data that the network was not trained on.
-        secret: the owner's.
+            names of all tensors to arrays: JAX arrays, or NumPy arrays for dtypes that JAX lacks.
+            Use data that the network was not trained on.
+        secret: the owner's secret.
         progress: called after each level.
 
     Returns:
-        Levels 0 to M, in this order.
+        Levels 0 to M, in ascending order.
 
     Raises:
         ValueError: not a protected file; a metric that is not finite.

@@ -60,7 +60,7 @@ def beside_as_dict(beside: Companions | None) -> dict[str, Any]:
 
 
 def beside_as_text(beside: Companions | None) -> list[str]:
-    """The same as lines of text."""
+    """The files copied along with the weights, as lines of text."""
     if beside is None:
         return []
     lines = [f"Also copied: {', '.join(beside.copied) or 'nothing'}."]

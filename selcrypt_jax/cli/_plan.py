@@ -71,7 +71,7 @@ def calibrate(
     command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
     command += f"--secret keys/secret.key {shlex.join(flags)}"
     print(f"\n{counted(found.evaluations, 'evaluation')}, {counted(found.calls, 'call')}.")
-    print("To protect it so:\n")
+    print("To protect it this way:\n")
     print(f"  {printable(command)}")
 
 

@@ -56,9 +56,9 @@ def protect(
     two forms, plain or with another selection: comparing them reveals what is encrypted.
 
     Args:
-        file: A .safetensors file; or the index, or the folder, of one in several files; or the
-            folder of an Orbax checkpoint. Only the weights of a folder are read and written. Or an
-            ONNX model, or a msgpack file of Flax; the output is a .safetensors file.
+        file: A .safetensors file; the index or folder of a checkpoint in several files; the folder
+            of an Orbax checkpoint; an ONNX model; or a Flax msgpack file. From a folder, only the
+            weights are read and written. For ONNX and Flax, the output is a .safetensors file.
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.
@@ -168,7 +168,7 @@ def protect(
         )
     if (change := selected.plain_change) is not None and change > 0.05:
         note(
-            f"{change:.0%} of what changed from the base stays plain. An attacker "
+            f"{change:.0%} of the change from the base stays plain. An attacker "
             "with the base recovers nearly all of your network from this file: use --rest sealed."
         )
     if keys.signing is None:

@@ -63,7 +63,7 @@ def print_inspection(
         lines["selected"] = text
         blocks = [columns(selected_rows(groups, chosen["whole"], verbose), numbers={1, 2, 4})]
         if (change := chosen.get("plain_change")) is not None:
-            lines["change"] = f"{change:.2%} of what changed from the base stays plain"
+            lines["change"] = f"{change:.2%} of the change from the base stays plain"
         if chosen["untouched"]:
             rest = ", ".join(f"{n:,} {dtype}" for dtype, n in chosen["untouched"].items())
             lines["untouched"] = f"in the other tensors: {rest}"

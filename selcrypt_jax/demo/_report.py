@@ -1,4 +1,4 @@
-"""The tables and the JSON file of the demo."""
+"""The demo's tables and JSON file."""
 
 import json
 from pathlib import Path
@@ -17,11 +17,11 @@ _TRAINED_ON = {"%": "digits", "dB": "patches"}
 
 
 class Result(NamedTuple):
-    """What was measured of one network, and how long it took.
+    """The measurements of one network, and how long they took.
 
     Attributes:
-        title: network, data.
-        tiers: by target.
+        title: the network and its data.
+        tiers: the tiers by target.
         paper: the paper's levels and strategies.
         seconds: from the start of training to the last measurement.
     """
@@ -46,7 +46,7 @@ def write_json(path: Path, results: dict[str, Result]) -> None:
 
 
 def _named(value: Any) -> Any:
-    """Named tuples as dicts, all the way down."""
+    """Named tuples as dicts, at every depth."""
     as_dict = getattr(value, "_asdict", None)
     if as_dict is not None:
         value = as_dict()
@@ -92,7 +92,7 @@ def _shown(measured: Measured) -> str:
 
 
 def warning(result: Result) -> str:
-    """What the line of training without the file means for the tiers."""
+    """A message about what training without the file means for the tiers."""
     tiers = result.tiers
     said = (
         f"{result.title}: {counted(tiers.steps, 'training step')} from fresh weights on "

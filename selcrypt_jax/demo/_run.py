@@ -1,4 +1,4 @@
-"""Runs the demo from the data to the pictures."""
+"""Runs the demo, from data to pictures."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ._train import Pictures, Subject, train_dncnn, train_vgg19
 
 
 class _Plan(NamedTuple):
-    """How much is done for one network."""
+    """The amount of work for one network."""
 
     name: str
     title: str
@@ -52,7 +52,7 @@ _FULL = (
         train=train_dncnn,
         settings={"depth": 10, "width": 32, "steps": 400, "crop": 192, "rate": 1.2e-2},
         # All but the outer layers, which are small: a few of their weights change a lot at once.
-        # The tolerance is that of level 0, whose mean PSNR has a standard error of 0.02 dB.
+        # The tolerance suits level 0, whose mean PSNR has a standard error of 0.02 dB.
         goal=Goal((20.5, 22.8, 25, 27.5), tolerance=0.03, select="^convs/[1-8]/kernel$", steps=100),
         pss=PSSConfig(steps=150),
         budget=0.02,
@@ -84,7 +84,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     results: dict[str, Result] = {}
     photographs: tuple[Pictures, list[PyTree]] | None = None
     with bars(console) as progress:
-        # All of them from the start, so that one sees what is still to come.
+        # All bars are shown from the start, so that users see what is still to come.
         tasks = iter(
             [
                 progress.add_task(f"{plan.title}: {what}", total=total, start=False)
@@ -106,7 +106,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
 
         @contextmanager
         def evaluations(plan: _Plan) -> Iterator[Callable[[], None]]:
-            """Counts them: how many a search takes is not known in advance."""
+            """Counts evaluations: how many a search takes is not known in advance."""
             task, count = next(tasks), 0
             progress.start_task(task)
 
@@ -147,7 +147,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     for result in results.values():
         console.print(tier_table(result))
         console.print(warning(result), markup=False)
-    console.print("\nThe paper's levels open 68, 76, 84, 92 and 100 % of what is encrypted:")
+    console.print("\nThe paper's levels open 68, 76, 84, 92 and 100 % of the encrypted kernels:")
     for result in results.values():
         console.print(paper_table(result))
     names = ("tiers.json", "tiers.png", "denoised.png", "paper.png")

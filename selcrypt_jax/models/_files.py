@@ -1,4 +1,4 @@
-"""Files to make the two networks from and to evaluate them on: checkpoints, CIFAR, images."""
+"""Reads files for the two networks: checkpoints, and CIFAR or images to evaluate them on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
 _STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 _HOW = (
-    'Prepare it on a machine with TensorFlow and the internet: tfds.builder("NAME", '
+    'Prepare it on a machine with TensorFlow and internet access: tfds.builder("NAME", '
     'file_format="array_record", data_dir="DATA").download_and_prepare().'
 )
 

@@ -1,4 +1,4 @@
-"""What `selcrypt levels` measures, what `protect` says of levels, and how it names tensors."""
+"""What `selcrypt levels` measures, and how `protect` reports levels and tensors."""
 
 import json
 import math

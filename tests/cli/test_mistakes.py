@@ -1,4 +1,4 @@
-"""The likeliest mistakes: each is answered by one line that says what is wrong, and what to do."""
+"""Likely mistakes: the answer to each is one line that says what is wrong and what to do."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ COMMANDS = {
     # --- the wrong file
     "protect what is protected": (
         PROTECT.replace("model", "public"),
-        r"public.safetensors: is a protected file already, .* Unlock it at the top level first"),
+        r"public.safetensors: is already a protected file, .* Unlock it at the top level first"),
     "unlock what is not protected": (
         "unlock model.safetensors -o new -g alice.grant",
         r"model.safetensors: is not a protected file: .* Expected a file written by"),
@@ -65,7 +65,7 @@ COMMANDS = {
         r"lfs.safetensors: .* Git LFS pointer\. .* `git lfs pull`"),
     "key instead of the model": (
         PROTECT.replace("model.safetensors", "keys/secret.key"),
-        r"keys/secret.key: .* a key or grant of selcrypt's. Name the model's file"),
+        r"keys/secret.key: .* a selcrypt key or grant. Name the model's file"),
     "empty file": (
         PROTECT.replace("model.safetensors", "empty.safetensors"),
         r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; download it again"),
@@ -246,7 +246,7 @@ COMMANDS = {
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
         f"{PROTECT} --levels 0.2 0.3 --budget 0.3",
-        r"budget: expected a number of levels .* Omit the budget"),
+        r"budget: expected only with a number of levels, .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
         r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
@@ -335,7 +335,7 @@ def secret_forms(*secrets: bytes) -> list[str]:
 
 
 def assert_helpful(text: str, message: str, hidden: list[str]) -> None:
-    """One line of a few words, which says what was to be said, and no secret."""
+    """One short line with the expected words, and no secret."""
     assert re.search(message, text), text
     assert "\n" not in text
     assert not re.search(r"(?<!\.)[.:] ?\.(?!\.)( |$)", text), text  # a stop after a stop
@@ -350,7 +350,7 @@ def run(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what a vendor and a customer have, and what they may take for it."""
+    """A folder with the files of a vendor and a customer, and files mistaken for them."""
     folder = tmp_path_factory.mktemp("mistakes")
     before = Path.cwd()
     os.chdir(folder)
@@ -362,7 +362,7 @@ def workplace(tmp_path_factory):
 
 
 def fill() -> list[str]:
-    """Puts everything into the working folder; the secrets that no message may show."""
+    """Puts everything into the working folder; returns the secrets that no message may show."""
     rng = np.random.default_rng(0)
     save = safetensors.numpy.save_file
     kernel = rng.standard_normal((32, 16, 3, 3)).astype(np.float32)
@@ -470,7 +470,7 @@ def fill() -> list[str]:
 
 @pytest.fixture
 def here(workplace, monkeypatch):
-    """The folder as the working one, where nothing may be written."""
+    """A working folder in which nothing can be written."""
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the working folder is added
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -520,7 +520,7 @@ USAGE = {
 
 @pytest.mark.parametrize(("line", "message"), USAGE.values(), ids=USAGE)
 def test_wrong_usage_names_the_option_and_what_there_is(here, capsys, line, message):
-    """In a box: these are the errors of the command line's parser."""
+    """In a box, since the command line's parser prints these errors."""
     with pytest.raises(SystemExit) as caught:
         main(line.split())
     assert caught.value.code == 2
@@ -581,7 +581,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def without_extras(workplace):
-    """What each command says, in a process in which a package is not to be found."""
+    """What each command prints in a process that cannot find a package."""
     seal = "-----BEGIN AGE ENCRYPTED FILE-----\nYWdl\n-----END AGE ENCRYPTED FILE-----\n"
     (workplace.folder / "age.grant").write_text(seal)
     lines = json.dumps({name: (module, line) for name, (module, line, _) in EXTRAS.items()})
@@ -610,7 +610,7 @@ TREE = {"conv": {"kernel": jnp.ones((3, 3, 32, 64)), "bias": jnp.ones(64)}}
 
 @pytest.fixture(scope="module")
 def m(tmp_path_factory):
-    """Parameters, and what was made of them."""
+    """Parameters, and everything made from them."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, "f4")), TREE)
     scores = importance.l2(params)

@@ -1,4 +1,4 @@
-"""Every public function runs under every checker of JAX's own, and gives the same."""
+"""Every public function runs under each of JAX's own checkers, with the same result."""
 
 from typing import Any
 

@@ -99,7 +99,7 @@ def key_of(path: Path, level: int, secret: Secret = SECRET) -> LevelKey:
 
 
 def differing(found: dict[str, Any]) -> dict[str, int]:
-    """Tensor → weights that are not the original's."""
+    """Tensor → its weights that differ from the original."""
     return {
         name: int((np.asarray(found[name]).view("u1") != np.asarray(leaf).view("u1")).sum())
         if np.ndim(leaf)
@@ -166,6 +166,6 @@ def test_verified_and_described(public):
 
 
 def test_protected_once(public, tmp_path):
-    with pytest.raises(ValueError, match="protected file already"):
+    with pytest.raises(ValueError, match="already a protected file"):
         protect_file(public, tmp_path / "twice", secret=SECRET)
     assert not (tmp_path / "twice").exists()

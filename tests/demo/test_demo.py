@@ -61,7 +61,7 @@ def test_psnr():
 
 
 def toy() -> tuple[_train.Subject, dict]:
-    """A "network" whose metric is the share of its weights that are right."""
+    """A "network" whose metric is the share of its weights that are correct."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((3, 3, 10, 20)).astype(np.float32)
     params = {"convs": {"0": {"kernel": kernel}}, "head": {"kernel": np.ones((4, 4), np.float32)}}

@@ -1,4 +1,4 @@
-"""What is given to others: the sdist, the wheel, and the program in an environment of its own."""
+"""What is distributed: the sdist, the wheel, and the program in its own environment."""
 
 import email
 import os
@@ -48,7 +48,7 @@ def members(wheel: Path) -> dict[str, bytes]:
 
 
 def files(folder: str) -> set[str]:
-    """Names of the repository's files, without what Python and the tests leave there."""
+    """Names of the repository's files, except those that Python and the tests leave behind."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / folder).rglob("*")
@@ -97,7 +97,7 @@ def test_what_a_registry_shows(built):
     assert isinstance(text, bytes)
     assert text.decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert {"Summary", "Keywords", "Classifier"} <= set(about)
-    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "test", "train"}
+    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "onnx", "test", "train"}
     assert set(about.get_all("Provides-Extra", [])) == extras
 
 
@@ -106,7 +106,7 @@ def test_what_a_registry_shows(built):
 
 @pytest.fixture(scope="module")
 def programs(built, tmp_path_factory) -> Path:
-    """The folder with `python` and `selcrypt` of a new environment."""
+    """A new environment's folder with `python` and `selcrypt`."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     # This environment's pip serves that one, and Python compiles what is imported only: twice as
     # fast as an environment with a pip of its own.

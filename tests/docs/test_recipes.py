@@ -1,4 +1,4 @@
-"""What docs/recipes.md shows runs, and what it says of each framework is so."""
+"""The code in docs/recipes.md runs, and what the page says about each framework is true."""
 
 import json
 import re
@@ -46,7 +46,7 @@ FAST = {"A sharded Hugging Face folder", "An ONNX model", "Quantised weights"}
 
 
 def recipes(slow: Callable[[str], bool]) -> list[Any]:
-    """The titles, each with its marks."""
+    """The titles, each with its pytest marks."""
     marks: dict[str, list[Any]] = {title: [] for title in BLOCKS}
     for title, found in marks.items():
         if slow(title):
@@ -60,7 +60,7 @@ def recipes(slow: Callable[[str], bool]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def done() -> Iterator[dict[str, tuple[Path, types.ModuleType]]]:
-    """What was run already: the folder, and the names."""
+    """Results of the blocks run so far: the folder, and the names."""
     found: dict[str, tuple[Path, types.ModuleType]] = {}
     yield found
     for _, module in found.values():
@@ -69,7 +69,7 @@ def done() -> Iterator[dict[str, tuple[Path, types.ModuleType]]]:
 
 @pytest.fixture
 def recipe(done, tmp_path, monkeypatch) -> Callable[[str], dict[str, Any]]:
-    """Runs a block once, under this suite's strict settings; gives its names, in its folder."""
+    """Runs a block once, under this suite's strict settings; returns its names, in its folder."""
 
     def execute(title: str) -> dict[str, Any]:
         if title not in done:
@@ -89,7 +89,7 @@ def recipe(done, tmp_path, monkeypatch) -> Callable[[str], dict[str, Any]]:
 
 
 def changed(one: Any, other: Any) -> dict[str, float]:
-    """Which share of each leaf differs."""
+    """The share of each leaf that differs."""
     others = named_leaves(other).leaves
     return {
         name: float(np.mean(np.asarray(leaf) != np.asarray(others[name])))
@@ -486,7 +486,7 @@ def test_a_graph_of_onnx_holds_no_weights(recipe):
 
 @pytest.mark.slow
 def test_msgpack_has_the_names_of_the_tree(recipe):
-    recipe("A msgpack file of Flax")
+    recipe("A Flax msgpack file")
     assert set(open_model("public.safetensors")) == {
         f"params/layers_{n}/{name}" for n in (0, 2) for name in ("kernel", "bias")
     }

@@ -1,4 +1,4 @@
-"""docs/reader.mjs, which was written from FORMAT.md: it gives what ours gives, bit for bit."""
+"""docs/reader.mjs, written from FORMAT.md, gives the same tensors as ours, bit for bit."""
 
 import base64
 import hashlib
@@ -66,7 +66,7 @@ def node():
 
 @pytest.fixture
 def read(node, tmp_path):
-    """Runs the reader: the bytes that it wrote, or its complaint."""
+    """Runs the reader; returns the bytes that it wrote, or its error."""
 
     def run(path: Path, grant: Path, *options: Any) -> bytes | str:
         before = set(tmp_path.iterdir())
@@ -146,7 +146,7 @@ def test_bad_vectors_are_refused(read, tmp_path, name, reason):
 
 
 def checkpoint(folder: Path, metadata: dict[str, str] | None) -> tuple[Path, Path]:
-    """Any bit pattern of every dtype, groups of many shapes, and names that JavaScript mixes up."""
+    """Any bit pattern of every dtype, groups of many shapes, and names that confuse JavaScript."""
     rng = np.random.default_rng(0)
     shapes = {  # of the tensor, and of its scores
         "weights": ((60, 30), (60, 30)),
@@ -358,7 +358,7 @@ def content_of(metadata: dict[str, str], level: int) -> tuple[list[dict], list[b
 
 
 def forged(folder: Path, change: Any, like: int = 1) -> Path:
-    """An unsigned vector whose box of level 1 has another table or other bitmaps."""
+    """An unsigned vector with another table or other bitmaps in its box of level 1."""
     head, data = split((FOLDER / VECTOR["file"]).read_bytes())
     metadata = head["__metadata__"]
     rings, bitmaps = content_of(metadata, like)

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent: errors, kills, full disks, links, pipes, permissions."""
+"""Outputs are complete or absent: errors, kills, full disks, links, pipes, permissions."""
 
 import contextlib
 import errno
@@ -24,7 +24,7 @@ def names(folder):
 
 @pytest.fixture(params=["unnamed", "no O_TMPFILE", "refused"])
 def way(request, monkeypatch):
-    """All ways to a file that has no name yet."""
+    """All ways to make a file that has no name yet."""
     if request.param == "no O_TMPFILE":
         monkeypatch.delattr(os, "O_TMPFILE")
     if request.param == "refused":
@@ -211,7 +211,7 @@ UNKNOWN = [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
 
 
 def failing(monkeypatch, name, number, only=lambda _: True):
-    """A call of the system that fails on some files."""
+    """A system call that fails on some files."""
     real = getattr(os, name)
 
     def call(file, *args, **kwargs):

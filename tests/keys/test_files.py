@@ -1,4 +1,4 @@
-"""Keys and grants as text files: what is read, what is refused, and that no secret is shown."""
+"""Key files and grants: what is read, what is refused, and that no secret is shown."""
 
 import base64
 import os
@@ -246,7 +246,7 @@ def test_missing_and_unreadable_paths(tmp_path, value):
 
 
 def with_field(path: Path, text: str, field: str, value: str) -> Path:
-    """A key file with another text in a field, and the checksum that this makes."""
+    """A key file with another text in a field, and the matching checksum."""
     lines = [ln for ln in text.split("\n") if ln and not ln.startswith(("#", "checksum"))]
     lines = [f"{field}: {value}" if ln.startswith(f"{field}:") else ln for ln in lines]
     return put(path, "\n".join([*lines, f"checksum: {checksum(lines)}"]))

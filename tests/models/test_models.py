@@ -45,7 +45,7 @@ def rngs():
 
 # From tensors, whose numbers need not be compiled.
 def small_vgg(*, batch_norm=True):
-    """Of 2, 4, 8 and 16 channels."""
+    """A network with 2, 4, 8 and 16 channels."""
     return model_of(torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm)))
 
 
@@ -121,7 +121,7 @@ def test_layer_starts_with_he_variance():
 
 
 def abstract(build):
-    """Shapes of a network without its memory."""
+    """A network's shapes, without allocating it."""
     return shapes(nnx.eval_shape(build))
 
 
@@ -314,7 +314,7 @@ def test_batch_over_eight_devices(axis_type, build, shape):
 @pytest.mark.parametrize("name", [pytest.param("vgg", marks=pytest.mark.slow), "dncnn"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_loss_of_params_in_jit(name, batch_norm):
-    """The way of the training scripts: split, merge within a jitted loss, statistics out."""
+    """As in the training scripts: split, merge within a jitted loss, return the statistics."""
     chex.clear_trace_counter()
     model = (small_vgg if name == "vgg" else small_dncnn)(batch_norm=batch_norm)
     images = jnp.asarray(normal(0, (2, 32, 32, 3 if name == "vgg" else 1)))

@@ -1,4 +1,4 @@
-"""Folders as model hubs have them: variants, one file, components, and files beside the index."""
+"""Folders as on model hubs: variants, one file, components, and files beside the index."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The protected file: what comes back, who gets what, and that it is an ordinary file."""
+"""Protected files: what they restore, who can open what, and that they are ordinary files."""
 
 import dataclasses
 import json
@@ -193,7 +193,7 @@ def test_one_file_five_grants_five_results(tmp_path):
 
 
 def test_the_ciphertext_is_that_of_encrypt(tmp_path):
-    """The JAX engine, given the masks that lie in the boxes."""
+    """The JAX engine, given the masks from the boxes."""
     source, public = make(tmp_path, kernels(), layout="HWIO")
     grant = key_of(public, 3)
     with SafetensorsFile(public) as file:
@@ -428,7 +428,7 @@ def test_an_orbax_checkpoint(tmp_path):
 
     with pytest.raises(FileExistsError, match="the output already exists"):
         unlock_file(tmp_path / "public", tmp_path / "4", key_of(tmp_path / "public", 3))
-    with pytest.raises(ValueError, match="is a protected file already"):
+    with pytest.raises(ValueError, match="is already a protected file"):
         protect_file(tmp_path / "public", tmp_path / "5", secret=SECRET, levels=THREE)
     (tmp_path / "outer").mkdir()
     (tmp_path / "model").rename(tmp_path / "outer" / "default")
@@ -667,7 +667,7 @@ def test_bad_choices_are_refused(tmp_path, options, message):
 
 def test_twice_is_refused(tmp_path):
     _, public = make(tmp_path, kernels(), layout="HWIO")
-    with pytest.raises(ValueError, match=r"is a protected file already.*rotate"):
+    with pytest.raises(ValueError, match=r"is already a protected file.*rotate"):
         protect_file(public, tmp_path / "x", secret=SECRET, levels=THREE)
     write(tmp_path / "clash", kernels(), {"selcrypt.x": "mine"})
     with pytest.raises(ValueError, match=r"metadata: .'selcrypt\.x'. are names"):

@@ -1,4 +1,4 @@
-"""Random state beside parameters: keys keep their type, and none is given away in silence."""
+"""Random state beside parameters: keys keep their type, and none is silently published."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Who vouches for whom: files that customers sealed again, and earlier releases."""
+"""Signers: files that customers sealed again, and earlier releases."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def key_of(path: Path, level: int) -> LevelKey:
 
 
 def sealed_again(path: Path, key: LevelKey, signing: SigningKey | None) -> Path:
-    """What a customer makes of a file: another manifest, and the boxes that they can open."""
+    """A customer's forgery of a file: another manifest, and the boxes that they can open."""
     parts = Parts.of(path)
     old = Envelope.from_metadata(parts.metadata, "file")
     text = replace(old.manifest, signer=signing and signing.public).to_text()
@@ -97,7 +97,7 @@ def test_the_owner_has_to_name_the_signer(tmp_path, public):
 
 
 def grants(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a grant that was refused says; nothing of one that was written."""
+    """The error of a refused grant; nothing if it was written."""
     status = main(f"grant {line} --level 1 -o new.grant --force".split())
     error = capsys.readouterr().err
     assert status == bool(error), error
@@ -185,7 +185,7 @@ def test_the_command_insists_too(tmp_path, monkeypatch, capsys):
 
 
 def test_an_earlier_release_is_not_the_current_one(tmp_path, monkeypatch, capsys):
-    """Its signature is as good: only the model id tells."""
+    """Its signature is just as valid: only the model id differs."""
     monkeypatch.chdir(tmp_path)
     old, new = (protected(tmp_path, name) for name in ("old", "new"))
     PUBLIC.write("signing.pub")
