@@ -1,11 +1,13 @@
 """Closed-form importance; what all of it has in common is in tests/contract."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from selcrypt_jax import importance
+from selcrypt_jax import PSSConfig, importance, pss
 from selcrypt_jax._importance.closed import batch_count
 
 KEY = jax.random.key(0)
@@ -32,8 +34,15 @@ def test_random_depends_on_key_and_name_alone():
     assert ((first["a"] >= 0) & (first["a"] < 1)).all()
 
 
+def learned(loss, params, batches):
+    config = PSSConfig("keep", steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nothing was trained
+        return pss(loss, params, batches, key=KEY, config=config)
+
+
 @pytest.mark.parametrize("kind", [list, tuple])
-@pytest.mark.parametrize("function", [importance.taylor, importance.fisher])
+@pytest.mark.parametrize("function", [importance.taylor, importance.fisher, learned])
 def test_a_loss_that_fails_on_listed_arrays_says_to_stack_them(function, kind):
     def loss(params, batch):
         return jnp.square(batch.reshape(-1, 5) @ params["w"]).mean()
