@@ -325,7 +325,8 @@ def check_numbers(config: Any) -> None:
     batch = values.get("batch", devices)
     if batch < 1 or batch % devices:
         raise SystemExit(
-            f"--batch: expected at least 1, and a multiple of the {devices} devices, got {batch}."
+            f"--batch: expected at least 1, and a multiple of the {devices} "
+            f"device{'s' * (devices != 1)}, got {batch}."
         )
 
 

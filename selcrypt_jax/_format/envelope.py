@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .._io.errors import GrantError, IntegrityError
+from .._io.errors import GrantError, IntegrityError, counted
 from .._io.safetensors import PROTECTED
 from .._io.strict_json import listing, show
 from .._keys.keys import LevelKey
@@ -201,8 +201,8 @@ class Envelope:
             )
         if key.level > len(self.manifest.levels):
             raise GrantError(
-                f"{self.what}: has {len(self.manifest.levels)} levels, but the grant is for level "
-                f"{key.level}. {remedy}",
+                f"{self.what}: has {counted(len(self.manifest.levels), 'level')}, but the grant is "
+                f"for level {key.level}. {remedy}",
                 reason="level",
             )
 
@@ -237,8 +237,9 @@ class Envelope:
                     )
             if (actual := LevelSize(groups, weights)) != expected:
                 raise check.error(
-                    f"expected {expected.groups} groups of {expected.weights} weights, as in the "
-                    f"manifest, got {actual.groups} of {actual.weights}"
+                    f"expected {counted(expected.groups, 'group')} of "
+                    f"{counted(expected.weights, 'weight')}, as in the manifest, got "
+                    f"{actual.groups} of {actual.weights}"
                 )
         return result
 

@@ -18,7 +18,7 @@ from .._tree.names import (
     named_leaves,
     select_differentiable,
 )
-from .closed import LossFn, batch_count, checked_loss
+from .closed import LossFn, batch_count, loss_of
 
 Leaves = dict[str, AnyArray]
 
@@ -68,8 +68,8 @@ class Frozen:
 
     def loss(self, leaves: Leaves, changed: Mapping[str, AnyArray], batch: Any) -> Array:
         """The loss with some leaves replaced."""
-        loss = self._loss_fn(self._tree.rebuild({**leaves, **changed}), batch)
-        return checked_loss(loss).astype(jnp.float32)
+        loss = loss_of(self._loss_fn, self._tree.rebuild({**leaves, **changed}), batch)
+        return loss.astype(jnp.float32)
 
     def draw(
         self,

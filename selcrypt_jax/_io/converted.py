@@ -11,6 +11,7 @@ import numpy as np
 
 from .._tree.dtypes import known_dtype
 from .arrays import ArraySource
+from .errors import extra, quoted
 from .foreign import FLAX, ONNX, Kind
 from .strict_json import listing, show
 
@@ -77,7 +78,7 @@ def _flax(path: Path) -> dict[str, Any]:
     except Exception as error:  # msgpack, NumPy and Flax each have their own
         raise ValueError(
             f"{path}: expected a msgpack file as flax.serialization.to_bytes makes it, got: "
-            f"{_line(error)}. It is damaged, or another program wrote it: save it again."
+            f"{quoted(error)}. It is damaged, or another program wrote it: save it again."
         ) from error
     leaves = named_leaves(tree, str(path)).leaves if isinstance(tree, dict) else {}
     for name, leaf in leaves.items():
@@ -97,14 +98,13 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
         import onnx  # pyright: ignore[reportMissingImports] - an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path}: is an ONNX model, and the package onnx is not installed. Install the extra: "
-            "pip install 'selcrypt-jax[onnx]'",
+            f"{path}: is an ONNX model, and the package onnx is not installed. {extra('onnx')}.",
             name=error.name,
         ) from error
     if tuple(int(step) for step in onnx.__version__.split(".")[:2]) < _OLDEST:
         raise ModuleNotFoundError(
             f"{path}: is an ONNX model: expected onnx {'.'.join(map(str, _OLDEST))} or later to "
-            f"read it, got {onnx.__version__}. Install the extra: pip install 'selcrypt-jax[onnx]'"
+            f"read it, got {onnx.__version__}. {extra('onnx')}."
         )
     found: dict[str, np.ndarray] = {}
     where, remedy = "", _EXPORT
@@ -131,7 +131,7 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # protobuf, NumPy and onnx each have their own
-        text = _line(error)
+        text = quoted(error)
         if not text.startswith("expected"):
             text = f"expected data that onnx can read, got: {text}"
         raise ValueError(f"{path}:{where} {text}. {remedy}") from error
@@ -200,8 +200,3 @@ def _in_nodes(nodes: Iterable[Any]) -> Iterator[tuple[str, int]]:
             yield name, len(attribute.floats)
             for graph in (attribute.g, *attribute.graphs):
                 yield from _in_graph(graph)
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text or type(error).__name__

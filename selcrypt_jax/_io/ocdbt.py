@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from .errors import quoted
 from .folders import read_regular
 from .strict_json import DAMAGED, show
 
@@ -94,7 +95,8 @@ def _database(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {error}. {_REMEDY}"
+            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {quoted(error)}. "
+            f"{_REMEDY}"
         ) from None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
+from .errors import quoted
 from .folders import read_regular, regular_files
 from .ocdbt import MANIFEST
 from .safetensors import MAX_HEADER
@@ -288,9 +289,9 @@ def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        text = str(error).strip().rstrip(".")
         raise ValueError(
-            f"{path}: Orbax cannot read it: expected a whole checkpoint, got: {text}. {remedy}"
+            f"{path}: Orbax cannot read it: expected a whole checkpoint, got: {quoted(error)}. "
+            f"{remedy}"
         ) from error
 
 

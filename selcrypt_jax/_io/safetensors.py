@@ -26,6 +26,7 @@ import safetensors
 
 from .._tree.dtypes import SAFETENSORS
 from .buffers import new_buffer
+from .errors import quoted
 from .foreign import OtherFormatError, format_of
 from .strict_json import json_object, show
 
@@ -190,8 +191,8 @@ class SafetensorsFile(AbstractContextManager[Any]):
                 pass
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{self.path}: the safetensors library refuses it: {error}. Download the file "
-                "again, or save it again."
+                f"{self.path}: the safetensors library refuses it: {quoted(error)}. Download "
+                "the file again, or save it again."
             ) from None
         except MemoryError:
             # It maps the whole file, which a limit on address space forbids; then it has no answer.

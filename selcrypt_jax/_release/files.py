@@ -16,8 +16,8 @@ from .._format.envelope import check_unprotected
 from .._format.manifest import Rest
 from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import as_array
-from .._io.atomic import check_output
 from .._io.companions import Companions
+from .._io.places import check_output
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey

@@ -20,8 +20,9 @@ from .._format.manifest import (
     metadata_digest,
 )
 from .._format.tensors import TensorSource, Unlocked, Write, encrypt_tensors
-from .._io.atomic import check_output, new_file, new_files, new_folder
+from .._io.atomic import new_file, new_files, new_folder
 from .._io.companions import Companions
+from .._io.places import check_folder_name, check_output
 from .._io.safetensors import header
 from .._keys.files import AnyPath
 from .._keys.keys import LevelKey, Secret, level_key, new_model_id
@@ -208,6 +209,10 @@ def checkpoint_outputs(
         output, force = checkpoint.path, True
     else:
         check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
+    if not as_file:
+        alone = checkpoint.index is None and not checkpoint.in_orbax
+        remedy = "The input is a folder, so the output is one: name a folder"
+        check_folder_name(output, f"{remedy}, or {first.path} as the input" if alone else remedy)
     if checkpoint.in_orbax:
         from .._io.orbax import OrbaxCheckpoint, orbax_output
 

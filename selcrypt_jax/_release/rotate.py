@@ -75,7 +75,9 @@ def rotate_file(
         >>> secret, signing = Secret.read("keys/secret.key"), SigningKey.read("keys/signing.key")
         >>> done = rotate_file("model.safetensors", "new.safetensors", secret=secret,
         ...                    signing=signing)
-        >>> issue_grant("new.safetensors", level=2, secret=secret).write("new.grant")
+        >>> grant = issue_grant(
+        ...     "new.safetensors", level=2, secret=secret, signer=signing.public
+        ... )
     """
     check_signing(signing)
     with open_checkpoint(path) as checkpoint:

@@ -24,7 +24,7 @@ from .._keys.keys import MODEL_ID_BYTES, LevelKey, Secret, level_key
 from .._keys.signing import VerifyKey
 from .checkpoint import AnyPath, Checkpoint, open_checkpoint
 from .outputs import checkpoint_outputs
-from .signers import AnySigner, check_owner, expected_signer
+from .signers import AnySigner, check_owner, expected_signer, owner_key
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
@@ -50,9 +50,7 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, Veri
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
-def issue_grant(
-    path: AnyPath, *, level: int, secret: Secret, signer: AnySigner | None = None
-) -> Grant:
+def issue_grant(path: AnyPath, *, level: int, secret: Secret, signer: AnySigner) -> Grant:
     """Issues a grant: a key that opens the levels of a protected file up to a given one.
 
     Args:
@@ -60,9 +58,9 @@ def issue_grant(
         level: the highest level that the grant opens.
         secret: the owner's secret.
         signer: the owner's public key, or its file; ``"unsigned"`` if the file was never signed and
-            this is your own copy. Without it, a customer of the top level could have sealed and
-            signed an altered file; customers of lower levels cannot, since all boxes are opened
-            here.
+            this is your own copy. A customer of the top level can seal an altered file, and sign it
+            or not: the grant would vouch for it. (Customers of lower levels cannot, since all boxes
+            are opened here.)
 
     Returns:
         A grant for this file only; if the file is signed, its signer must have signed whatever the
@@ -70,15 +68,19 @@ def issue_grant(
 
     Raises:
         ValueError: not a protected file, or a level that it does not have.
+        TypeError: no signer.
         GrantError: the secret did not protect this file.
         IntegrityError: another owner's file, or one that was altered.
         OSError: a file that cannot be read.
 
     Examples:
         >>> secret = Secret.read("keys/secret.key")
-        >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
+        >>> grant = issue_grant(
+        ...     "model.safetensors", level=1, secret=secret, signer="keys/signing.pub"
+        ... )
         >>> grant.write("bob.grant")
     """
+    owner = owner_key(signer)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes()
         manifest = next(iter(envelopes.values())).manifest
@@ -92,7 +94,7 @@ def issue_grant(
         # Another secret would open nothing. And a customer who altered the manifest, which all
         # boxes are bound to, can only seal the boxes of their own levels again.
         checkpoint.unlocked(envelopes, key, owner=True)
-        check_owner(envelopes.values(), signer, checkpoint.path)
+        check_owner(envelopes.values(), owner, checkpoint.path)
     return Grant(key.lower(level), manifest.signer)
 
 

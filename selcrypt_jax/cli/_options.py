@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
-from .._io.atomic import check_output
 from .._io.companions import Companions
+from .._io.places import check_output
 from .._keys.grant import Grant
 from .._keys.keys import Secret
 from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes

@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
+from .._io.errors import counted
 from .._release.use import inspect_file
 from ._options import (
     Flat,
@@ -156,7 +157,7 @@ def protect(
     for text in selected.similar[:_SHOWN]:
         note(text)
     if (more := len(selected.similar) - _SHOWN) > 0:
-        note(f"The same holds for {more} more tensors: --json lists them.")
+        note(f"The same holds for {counted(more, 'more tensor')}: --json lists all.")
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None

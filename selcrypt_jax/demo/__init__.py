@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from .._io.errors import extra
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -55,8 +57,7 @@ def run(config: DemoConfig, console: "Console | None" = None) -> "dict[str, Resu
         from . import _run
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"the demo needs {error.name}, which is not installed. "
-            "Install the extra: pip install 'selcrypt-jax[demo]'",
+            f"the demo needs {error.name}, which is not installed. {extra('demo')}.",
             name=error.name,
         ) from error
     return _run.run(config, console)

@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from .. import PSSConfig
-from .._io.atomic import writable_folder
+from .._io.errors import counted
+from .._io.places import writable_folder
 from .._io.progress import bars
 from . import DemoConfig
 from ._draw import draw_paper, draw_photographs, draw_tiers
@@ -112,7 +113,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
             def advance() -> None:
                 nonlocal count
                 count += 1
-                text = f"{plan.title}: search for the tiers, {count} evaluations"
+                text = f"{plan.title}: search for the tiers, {counted(count, 'evaluation')}"
                 progress.update(task, completed=count, description=text)
 
             yield advance

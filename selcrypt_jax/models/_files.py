@@ -128,7 +128,8 @@ def read_split(folder: Path, split: str) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{found[-1]}: needs the extra `train`: pip install 'selcrypt-jax[train]'. ({error})",
+            f"{found[-1]}: needs tensorflow-datasets, which does not import ({error}). Install the "
+            "extra: pip install '.[train]' in your copy of the repository.",
             name="tensorflow_datasets",
         ) from None
     try:
@@ -141,7 +142,7 @@ def read_split(folder: Path, split: str) -> Any:
     except Exception as error:  # many kinds, depending on what is missing or half-written
         raise ValueError(
             f"{found[-1]}: expected {folder.name} in ArrayRecord files with a split {split!r}, got "
-            f"{type(error).__name__}: {str(error)[:200]}. {_HOW}"
+            f"{type(error).__name__}: {str(error)[:200].rstrip('.')}. {_HOW}"
         ) from error
 
 
@@ -242,7 +243,7 @@ def read_images(
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{path}: expected an image, got {error}. Repair or remove it."
+                f"{path}: expected an image, got {str(error).rstrip('.')}. Repair or remove it."
             ) from error
         images.append(_pixels(image, str(path), channels, smallest))
     return images

@@ -199,6 +199,24 @@ COMMANDS = {
         r"keys/secret.key: expected a different file from the input, .* Name another output"),
     "output is a folder": (
         f"{UNLOCK} alice.grant --out folder", r"folder: expected a file .* Name a file in it"),
+    "protect a folder into a file": (
+        "protect single -o new.safetensors --secret keys/secret.key",
+        r"new.safetensors: expected a folder .* name a folder, or single/a.safetensors as the in"),
+    "unlock a folder into a file": (
+        "unlock opened -o new.safetensors -g opened.grant",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "rotate a folder into a file": (
+        "rotate opened -o new.safetensors --secret keys/secret.key --signing keys/signing.key",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "unlock shards into a file": (
+        "unlock released -o new.safetensors -g released.grant",
+        r"new.safetensors: expected a folder .* The input is a folder, so .* name a folder$"),
+    "keys into one file": (
+        "keygen -o new.key", r"new.key: expected a folder as the output, .* Name a folder"),
+    "audit into a page": (
+        "audit demo -o new.html", r"new.html: expected a folder as the output, .* Name a folder"),
+    "demo into a picture": (
+        "demo -o new.png", r"new.png: expected a folder as the output, .* Name a folder"),
     "output folder missing": (
         f"{PROTECT} --out no/new", r"/no: no such folder for the output; create it first"),
     "output folder closed": (
@@ -269,6 +287,12 @@ COMMANDS = {
     "metric that raises": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:raises",
         r"mistaken:raises raised KeyError in line \d+ of mistaken.py: 'conv'. Correct it there"),
+    "metric that raises a sentence": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:says",
+        r"mistaken:says raised ValueError in line \d+ of mistaken.py: Two lines\. And a stop\. C"),
+    "metric that raises nothing": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:bare",
+        r"mistaken:bare raised AssertionError in line \d+ of mistaken.py\. Correct it there"),
     "metric that gives an array": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:array",
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
@@ -279,10 +303,11 @@ COMMANDS = {
         "audit demo -o report --target-advantage 0.2",
         "--target-advantage: expected only with --advise"),
     "no such audit": (
-        "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
+        "audit nothing.toml -o report",
+        r"nothing.toml: expected demo, .* or a TOML file, got no .* Write one .* or try .* demo"),
     "audit of a checkpoint": (
         "audit model.safetensors -o report",
-        r"model.safetensors: expected TOML as in docs/audit.md"),
+        r"model.safetensors: expected TOML as in docs/audit.md, .* the TOML file names it"),
 }  # fmt: skip
 
 METRICS = """
@@ -295,6 +320,12 @@ def array(tensors):
 
 def raises(tensors):
     return tensors["conv"]
+
+def says(tensors):
+    raise ValueError("Two lines.\\nAnd a stop.")
+
+def bare(tensors):
+    raise AssertionError
 """
 
 
@@ -307,6 +338,7 @@ def assert_helpful(text: str, message: str, hidden: list[str]) -> None:
     """One short line with the expected words, and no secret."""
     assert re.search(message, text), text
     assert "\n" not in text
+    assert not re.search(r"(?<!\.)[.:] ?\.(?!\.)( |$)", text), text  # a stop after a stop
     assert "Traceback" not in text
     assert len(text) <= 320, len(text)
     assert not [form for form in hidden if form in text]
@@ -388,6 +420,16 @@ def fill() -> list[str]:
     save({"a": kernel}, "sharded/1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     Path("sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("single", "shards"):
+        Path(name).mkdir()
+    shutil.copy("model.safetensors", "single/a.safetensors")
+    save({"a": kernel}, "shards/1.safetensors")
+    save({"b": kernel + 1}, "shards/2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
+    for source, output in (("single", "opened"), ("shards", "released")):
+        run(f"protect {source} -o {output} {secret} --signing keys/signing.key --budget 0.3")
+        run(f"grant {output} --level 2 {secret} -o {output}.grant")
     Path("circle").symlink_to("circle")
     Path("header.safetensors").write_bytes((7).to_bytes(8, "little") + b'{"\xff":1}')
     Path("nothing.safetensors.index.json").write_text('{"weight_map": {}}')
@@ -492,23 +534,23 @@ def test_wrong_usage_names_the_option_and_what_there_is(here, capsys, line, mess
 EXTRAS = {
     "age, to seal": (
         "pyrage", f"{GRANT} keys/secret.key --to age1qqqq",
-        r"need pyrage, which is not installed. Install the extra: pip .*'selcrypt-jax\[age\]'"),
+        r"need pyrage, which is not installed. Install the extra: pip install '\.\[age\]' in"),
     "age, to open": (
         "pyrage", f"{UNLOCK} age.grant --identity id.txt",
-        r"need pyrage, which is not installed. Install the extra: pip .*'selcrypt-jax\[age\]'"),
+        r"need pyrage, which is not installed. Install the extra: pip install '\.\[age\]' in"),
     # These first: what has been imported would not be looked for again.
     "demo, matplotlib": (
         "matplotlib", "demo -o new",
-        r"the demo needs matplotlib, which is not installed. Install the extra: .*jax\[demo\]'"),
+        r"the demo needs matplotlib, which is not installed. Install the extra: .*'\.\[demo\]'"),
     "audit, matplotlib": (
         "matplotlib", "audit demo -o new",
-        r"the audit needs matplotlib, which is not installed. Install the .*\[audit,demo\]'"),
+        r"the audit needs matplotlib, which is not installed. Install the .*'\.\[audit,demo\]'"),
     "demo": (
         "skimage", "demo -o new",
-        r"the demo needs skimage, which is not installed. Install the extra: pip .*jax\[demo\]'"),
+        r"the demo needs skimage, which is not installed. Install the extra: pip .*'\.\[demo\]'"),
     "audit": (
         "jinja2", "audit demo -o new",
-        r"the audit needs jinja2, which is not installed. Install the extra: .*\[audit,demo\]'"),
+        r"the audit needs jinja2, which is not installed. Install the extra: .*'\.\[audit,demo\]'"),
 }  # fmt: skip
 
 WITHOUT = """
@@ -598,7 +640,7 @@ CALLS = {
         TypeError, r"keys\[0\]: expected a typed key, got int. Derive keys with ring_keys"),
     "one key for three masks": (
         lambda m: sj.encrypt(m.params, m.masks, jax.random.key(0)),
-        ValueError, r"keys: expected 3, one for each of the 3 masks, got a single key. For level"),
+        ValueError, r"keys: expected 3, one for each mask, got a single key. For level"),
     "more masks than keys": (
         lambda m: sj.decrypt(m.params, m.masks, m.keys[:2]),
         ValueError, r"keys: expected 3, .* got 2. For level m pass masks\[:m\] and keys\[:m\]"),
@@ -633,6 +675,9 @@ CALLS = {
     "secret as grant": (
         lambda m: sj.open_model(m.path, SECRET),
         TypeError, r"grant: expected a Grant, .* got Secret. The owner makes one with issue_grant"),
+    "grant without the owner's key": (
+        lambda m: sj.issue_grant(m.path, level=1, secret=SECRET, signer=None),
+        TypeError, r"signer: expected the owner's public key, .* got None. Name your signing.pub;"),
     "level without a grant": (
         lambda m: sj.open_model(m.path, level=1),
         ValueError, r"level: expected none without a grant, got 1. Pass the grant"),
@@ -739,7 +784,10 @@ CALLS = {
         TypeError, r"loss_fn: expected a scalar array, got shape \(4,\). Return the loss alone"),
     "batches of different sizes": (
         lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [jnp.ones(3), jnp.ones(2)]),
-        ValueError, r"batches: expected arrays with the same first axis, .* Stack the batches"),
+        ValueError, r"batches: expected arrays with the same first axis, .* Stack batches of one"),
+    "a list of batches": (
+        lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [(jnp.ones(3),)] * 2),
+        ValueError, r"batches: expected one pytree .* got a list of 2. Stack them, .*jax.tree.map"),
     "metric that gives an array": (
         lambda m: sj.calibrate_levels(
             m.params, sj.Targets([20, 24], lambda p: jnp.ones(3)), key=jax.random.key(0),

@@ -300,3 +300,7 @@ def test_bad_losses_and_batches_are_refused(member):
     for batches in ((), (X, Y[:2]), (X, np.float32(1))):
         with pytest.raises(ValueError, match="batches: expected arrays with the same first axis"):
             member.scores(params, loss, batches=batches)
+    for listed in ([(X[0], Y[0]), (X[1], Y[1])], ((X[0], Y[0]),), [(X[0], Y[0]), (X[1][:2], Y[1])]):
+        message = rf"got a {type(listed).__name__} of {len(listed)}. Stack them.*jax.tree.map"
+        with pytest.raises(ValueError, match=message):
+            member.scores(params, loss, batches=listed)

@@ -214,7 +214,9 @@ def shipped(tmp_path_factory) -> Path:
     masks = sj.nested_masks(sj.importance.l2(state), [0.2, 0.3, 0.5])
     path = folder / "model.safetensors"
     sj.protect(state, masks, secret=secret, signing=signing).save(path)
-    sj.issue_grant(path, level=2, secret=secret).write(folder / "alice.grant")
+    sj.issue_grant(path, level=2, secret=secret, signer=signing.public).write(
+        folder / "alice.grant"
+    )
     return folder
 
 
@@ -298,3 +300,18 @@ def test_names_in_the_reference_exist():
     here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
     parts = {"DnCNN", "models", "audit", "run", "read", "write", "reason"}  # of other objects
     assert named - parts - here == set()
+
+
+def test_attacks_have_the_names_of_the_audit():
+    """In italics on the page of figures, so that each can be repeated."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    _, _, figures = text.partition("## A stronger adversary")
+    italics = r"(?<!\*)\*([^*\n]+)\*(?!\*)"
+    named = set(re.findall(italics, figures))
+    words = {"Structure.", "Training.", "noise", "italics"}
+    assert named - words <= set(audit.ATTACKS)
+    assert len(named - words) > 12
+    # A name without its italics would not be checked.
+    longest = sorted(audit.ATTACKS, key=len, reverse=True)[:20]
+    plain = re.sub(italics, "", figures)
+    assert not [name for name in longest if name in plain]

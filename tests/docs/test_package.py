@@ -176,7 +176,7 @@ def message(function, *args, **options):
     except ModuleNotFoundError as error:
         return str(error)
 
-assert "selcrypt-jax[audit]" in message(audit.detect, params, mask, [], seed=0)
+assert "pip install '.[audit]'" in message(audit.detect, params, mask, [], seed=0)
 key = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
 for extra, command in {
     "age": "grant p.safetensors --level 1 --secret keys/secret.key --signer unsigned -o a.grant "
@@ -186,7 +186,7 @@ for extra, command in {
 }.items():
     with contextlib.redirect_stderr(io.StringIO()) as text:
         assert cli.main(command.split()) == 1
-    assert f"pip install 'selcrypt-jax[{extra}]'" in text.getvalue(), text.getvalue()
+    assert f"pip install '.[{extra}]'" in text.getvalue(), text.getvalue()
 """
 
 

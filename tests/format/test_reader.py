@@ -210,7 +210,8 @@ def test_equals_unlock_file_at_every_level(read, tmp_path, case):
     )
     SIGNING.public.write(tmp_path / "signer")
     for level in range(1, len(LEVELS) + 1):
-        grant = issue_grant(public, level=level, secret=SECRET)
+        owner = "unsigned" if signing is None else signing.public
+        grant = issue_grant(public, level=level, secret=SECRET, signer=owner)
         grant.write(tmp_path / f"grant{level}")
         unlock_file(public, tmp_path / f"expected{level}", grant)
         written = read(public, tmp_path / f"grant{level}")
@@ -255,7 +256,7 @@ def small(tmp_path):
         ),
         signing=SIGNING,
     )
-    issue_grant(public, level=2, secret=SECRET).write(tmp_path / "grant")
+    issue_grant(public, level=2, secret=SECRET, signer=SIGNING.public).write(tmp_path / "grant")
     return public, tmp_path / "grant"
 
 
@@ -467,7 +468,7 @@ def test_grants(read, tmp_path, small):
         with pytest.raises(GrantError) as caught:
             Grant.read(other)
         assert caught.value.reason == reason
-    key = issue_grant(public, level=2, secret=SECRET).key
+    key = issue_grant(public, level=2, secret=SECRET, signer=SIGNING.public).key
     Grant(key).write(other, passphrase="secret", force=True)
     assert read(public, other).startswith("passphrase: ")
     stranger = SigningKey(bytes(32)).public

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from selcrypt_jax._io import atomic as _atomic
-from selcrypt_jax._io.atomic import check_output, new_file, new_files, new_folder
+from selcrypt_jax._io.atomic import new_file, new_files, new_folder
+from selcrypt_jax._io.places import check_output, writable_folder
 
 REAL_OPEN = os.open
 
@@ -482,6 +483,21 @@ def test_folders_are_never_merged(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"), new_folder(path / "a" / "b"):
         pytest.fail("no work before the check")
     assert names(tmp_path) == ["empty", "file", "link", "out"]
+
+
+def test_a_folder_is_not_called_like_a_file(tmp_path):
+    for name in ("out.safetensors", "OUT.JSON", "out.key/"):
+        with pytest.raises(NotADirectoryError, match="got the name of a"):  # noqa: SIM117
+            with new_folder(tmp_path / name):
+                pytest.fail("no work before the check")
+        with pytest.raises(NotADirectoryError, match="got the name of a"):
+            writable_folder(tmp_path / name)
+    assert not names(tmp_path)
+    for name in ("v1.0", "model.ckpt", "plain"):
+        with new_folder(tmp_path / name):
+            pass
+    (tmp_path / "old.json").mkdir()
+    writable_folder(tmp_path / "old.json")  # made by somebody else, or before
 
 
 def test_an_output_is_no_input(tmp_path):

@@ -224,8 +224,10 @@ FILES: dict[str, Callable[[Path], object]] = {
     "digest of a file": lambda w: sj.unlock_file(w / "altered", w / "o", grant_of(w / "public")),
     "plaintext": lambda w: wrong_digests(w / "public"),
     "model": lambda w: sj.open_model(w / "other", grant_of(w / "public")),
-    "secret": lambda w: sj.issue_grant(w / "public", level=1, secret=Secret(VALUE[::-1])),
-    "level": lambda w: sj.issue_grant(w / "public", level=9, secret=SECRET),
+    "secret": lambda w: sj.issue_grant(
+        w / "public", level=1, secret=Secret(VALUE[::-1]), signer="unsigned"
+    ),
+    "level": lambda w: sj.issue_grant(w / "public", level=9, secret=SECRET, signer="unsigned"),
     "signer": lambda w: sj.verify_file(w / "public", signer=SigningKey(VALUE).public),
     "full disk, unlock": lambda w: on_a_full_disk(
         lambda: sj.unlock_file(w / "public", w / "o", grant_of(w / "public"))

@@ -226,7 +226,7 @@ def test_dncnn_subtracts_the_noise():
             (1, 8, 8, 3),
             r"\[N, H, W, 1\] \(grey\), got shape \(1, 8, 8, 3\): 3 channels \(colour",
         ),
-        (3, (1, 8, 8, 1), r"\(colour\), got shape .*: 1 channels \(grey\)"),
+        (3, (1, 8, 8, 1), r"\(colour\), got shape .*: 1 channel \(grey\)"),
         (3, (1, 8, 8, 4), r"4 channels \(colour with alpha\)"),
         (3, (1, 3, 8, 8), r"8 channels .*channels come last"),
         (1, (8, 8), r"a batch of images \[N, H, W, 1\], got shape \(8, 8\)"),
@@ -249,7 +249,7 @@ def test_vgg19_needs_32_by_32(size):
     message = rf"32×32 pixels, \[N, 32, 32, 3\], got shape \(2, {size[0]}, {size[1]}, 3\)"
     with pytest.raises(ValueError, match=message):
         small_vgg()(jnp.zeros((2, *size, 3)))
-    with pytest.raises(ValueError, match="1 channels"):
+    with pytest.raises(ValueError, match="1 channel"):
         small_vgg()(jnp.zeros((2, 32, 32, 1)))
 
 

@@ -60,12 +60,13 @@ def public(tmp_path) -> Path:
 @pytest.mark.parametrize("signing", [ATTACKER, None], ids=["signed by them", "unsigned"])
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_owner_opens_boxes_that_a_customer_cannot_seal(public, level, signing):
-    """No signer has to be named for that."""
+    """Even if the owner names the wrong signer."""
     forged = sealed_again(public, key_of(public, level), signing)
     sj.open_model(forged, key_of(public, level))  # to the customer it opens
+    wrong = "unsigned" if signing is None else signing.public
     for granted in range(1, LEVELS + 1):
         with pytest.raises(GrantError, match="the manifest or the box was altered") as caught:
-            sj.issue_grant(forged, level=granted, secret=SECRET)
+            sj.issue_grant(forged, level=granted, secret=SECRET, signer=wrong)
         assert caught.value.reason == "secret"
 
 
@@ -79,6 +80,20 @@ def test_against_a_customer_of_the_top_level_the_owner_names_the_signer(public, 
     assert sj.issue_grant(public, level=1, secret=SECRET, signer=PUBLIC).signer == PUBLIC
     with pytest.raises(IntegrityError, match="expected a file without a signature"):
         sj.issue_grant(public, level=1, secret=SECRET, signer="unsigned")
+
+
+def test_the_owner_has_to_name_the_signer(tmp_path, public):
+    """In Python as on the command line, for a signed file and for one that never was."""
+    issue: Any = sj.issue_grant
+    never = protected(tmp_path, "never", None)
+    for path in (public, never):
+        with pytest.raises(TypeError, match="'signer'"):
+            issue(path, level=1, secret=SECRET)
+        with pytest.raises(TypeError, match=r"got None\. Name your signing.pub; "):
+            issue(path, level=1, secret=SECRET, signer=None)
+    assert sj.issue_grant(never, level=1, secret=SECRET, signer="unsigned").signer is None
+    with pytest.raises(IntegrityError, match="expected a file signed by"):
+        sj.issue_grant(never, level=1, secret=SECRET, signer=PUBLIC)
 
 
 def grants(line: str, capsys: pytest.CaptureFixture[str]) -> str:
