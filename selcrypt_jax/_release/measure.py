@@ -1,5 +1,6 @@
 """Measures the quality of every level of a release."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ class MeasuredLevel(NamedTuple):
         share: the encrypted weights that the level opens, as a share of all weights in the file.
         value: the metric. For level 0 of a sealed file it is meaningless, and may be NaN or
             infinite.
+        worthless: whether the value is no better than the reference; None without one.
 
     Examples:
         >>> def size(params):
@@ -31,6 +33,7 @@ class MeasuredLevel(NamedTuple):
     level: int
     share: float
     value: float
+    worthless: bool | None = None
 
 
 def measure_levels(
@@ -38,6 +41,8 @@ def measure_levels(
     evaluate: Callable[[dict[str, Any]], Any],
     *,
     secret: Secret,
+    reference: float | None = None,
+    lower_is_better: bool = False,
     progress: Callable[[MeasuredLevel], None] | None = None,
 ) -> tuple[MeasuredLevel, ...]:
     """Measures every level of a protected file: the quality that each customer gets.
@@ -52,13 +57,17 @@ def measure_levels(
             names of all tensors to arrays: JAX arrays, or NumPy arrays for dtypes that JAX lacks.
             Use data that the network was not trained on.
         secret: the owner's secret.
+        reference: the metric that someone reaches without the file, from the architecture or a
+            public base, with data of their own; see the audit's report. A level that is no better
+            is worth nothing to them.
+        lower_is_better: True for a loss.
         progress: called after each level.
 
     Returns:
         Levels 0 to M, in ascending order.
 
     Raises:
-        ValueError: not a protected file; a metric that is not finite.
+        ValueError: not a protected file; a metric or a reference that is not finite.
         TypeError: a metric that does not return a number.
         GrantError: the secret did not protect this file.
         IntegrityError: the file was altered.
@@ -72,6 +81,12 @@ def measure_levels(
         [0, 1, 2, 3]
     """
     check_metric(evaluate)
+    if reference is not None and not math.isfinite(reference):
+        raise ValueError(
+            f"reference: expected a finite number, got {reference}. Give the metric that is "
+            "reached without the file, or leave it out."
+        )
+    sign = -1 if lower_is_better else 1
     found: list[MeasuredLevel] = []
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes()
@@ -86,7 +101,9 @@ def measure_levels(
             value = number_of(evaluate(params))
             if level or manifest.rest == "plain":
                 check_finite(value, f"at level {level}")
-            found.append(MeasuredLevel(level, share, value))
+            # NaN is no better either.
+            worthless = None if reference is None else not sign * value > sign * reference
+            found.append(MeasuredLevel(level, share, value, worthless))
             if progress is not None:
                 progress(found[-1])
     return tuple(reversed(found))

@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from .._ciphers.lossless import LosslessCipher
 from .._io.errors import counted
 from .._io.imported import imported
-from ._options import Flat, OwnerSecret, Printing
+from ._options import Flat, Maybe, OwnerSecret, Printing, Switch
 from ._selection import Goal, Selection, Unit, naming, said
 from ._tables import calibration_as_dict, print_levels, print_measured
 from ._text import printable
@@ -79,6 +79,8 @@ def levels(
     file: Positional[Path],
     owner: Annotated[OwnerSecret, Flat],
     evaluate: str,
+    reference: Maybe[float] = None,
+    lower_is_better: Switch = False,
     printing: Annotated[Printing, Flat] = Printing(),
 ) -> None:
     """Measures every level of a protected file: the quality that each customer gets.
@@ -98,6 +100,10 @@ def levels(
         evaluate: Import path module:function of your metric, which takes a dict from tensor names
             to arrays; the working folder is searched too. Use data that the network was not
             trained on.
+        reference: The metric that your customers reach without the file, from the architecture or
+            a public base, with data of their own. Levels that give no more are marked: they are
+            worth nothing to them. selcrypt audit measures it.
+        lower_is_better: With a reference: the metric is a loss.
         printing: How it is printed.
     """
     from .._release.measure import measure_levels  # the start of JAX
@@ -108,6 +114,8 @@ def levels(
             file,
             metric,
             secret=owner.read_secret(),
+            reference=reference,
+            lower_is_better=lower_is_better,
             progress=said(lambda found: f"level {found.level}: {found.value:.6g}"),
         )
-    print_measured(str(file), evaluate, found, printing.as_json)
+    print_measured(str(file), evaluate, found, reference, printing.as_json)

@@ -158,15 +158,30 @@ def print_levels(found: dict[str, Any]) -> None:
     print(columns(rows, numbers=True))
 
 
-def print_measured(file: str, metric: str, found: "Sequence[MeasuredLevel]", as_json: bool) -> None:
-    """Prints the measured quality of every level."""
+def print_measured(
+    file: str,
+    metric: str,
+    found: "Sequence[MeasuredLevel]",
+    reference: float | None,
+    as_json: bool,
+) -> None:
+    """Prints the measured quality of every level, beside what is reached without the file."""
     if as_json:
         rows = [
             level._asdict() | {"value": level.value if math.isfinite(level.value) else None}
             for level in found
         ]
-        print(json.dumps({"file": file, "evaluate": metric, "levels": rows}, indent=2))
+        content = {"file": file, "evaluate": metric, "reference": reference, "levels": rows}
+        print(json.dumps(content, indent=2))
         return
+    lines = [("file", file), ("metric", metric)]
     rows = [["level", "of all weights", "gives"]]
     rows += [[str(each.level), f"{each.share:.3%}", f"{each.value:.4g}"] for each in found]
-    print(columns([("file", file), ("metric", metric)]), columns(rows, numbers=True), sep="\n\n")
+    if reference is not None:
+        lines.append(("without the file", f"{reference:.4g}"))
+        marks = ["worth nothing" if each.worthless else "" for each in found]
+        rows = [[*row, mark] for row, mark in zip(rows, ["", *marks], strict=True)]
+    print(columns(lines), columns(rows, numbers={0, 1, 2}), sep="\n\n")
+    below = ", ".join(str(each.level) for each in found if each.worthless)
+    if below:
+        print(f"\nTo someone who reaches that, these levels are worth nothing: {below}.")

@@ -29,6 +29,8 @@ def fails(tensors):
     return tensors["no such tensor"]
 def nothing(tensors):
     return float("nan")
+def loss(tensors):
+    return -psnr(tensors)
 """
 
 
@@ -79,6 +81,33 @@ def test_every_level_is_measured_as_its_customer_gets_it(rest, capsys):
     assert values[1:] == sorted(values[1:])
     direct = sj.measure_levels("public.safetensors", metrics_of_levels.psnr, secret=secret)
     assert [level.value for level in direct] == values
+
+
+def test_levels_below_what_is_reached_without_the_file_are_marked(capsys):
+    protect("--levels 3 --budget 0.3 --rest plain")
+    values = [row["value"] for row in measured(capsys)["levels"]]
+    assert [row["worthless"] for row in measured(capsys)["levels"]] == [None] * 4
+    line = "levels public.safetensors --secret keys/secret.key --evaluate metrics_of_levels:"
+    assert main(f"{line}psnr --reference {values[2]}".split()) == 0
+    out = capsys.readouterr().out
+    assert f"\nwithout the file  {values[2]:.4g}\n" in out
+    assert re.findall(r"\n +(\d) .* worth nothing", out) == ["0", "1", "2"]  # 2: as good, no better
+    assert out.endswith("\nTo someone who reaches that, these levels are worth nothing: 0, 1, 2.\n")
+    # Of a loss, the same levels.
+    assert main(f"{line}loss --reference={-values[2]} --lower-is-better --json".split()) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["reference"] == -values[2]
+    assert [row["worthless"] for row in found["levels"]] == [True, True, True, False]
+    # A reference below all levels, and one above the original.
+    assert main(f"{line}psnr --reference -1000".split()) == 0
+    assert "worth nothing" not in capsys.readouterr().out
+    assert main(f"{line}psnr --reference 1000 --json".split()) == 0
+    assert all(row["worthless"] for row in json.loads(capsys.readouterr().out)["levels"])
+    assert main(f"{line}psnr --reference nan".split()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "selcrypt: reference: expected a finite number, got nan. Give the metric"
+    )
 
 
 def test_targets_are_what_it_measures(capsys):
@@ -152,6 +181,11 @@ def test_level_0_of_a_sealed_file_may_be_no_number(capsys):
     secret, values = sj.Secret.read("keys/secret.key"), iter([1.0, math.nan])
     found = sj.measure_levels("public.safetensors", lambda _: next(values), secret=secret)
     assert math.isnan(found[0].value)
+    values = iter([1.0, math.nan])
+    found = sj.measure_levels(
+        "public.safetensors", lambda _: next(values), secret=secret, reference=0.5
+    )
+    assert [level.worthless for level in found] == [True, False]
     Path("odd.py").write_text("VALUES = iter([1.0, float('inf')])\ndef m(_): return next(VALUES)")
     capsys.readouterr()
     line = "levels public.safetensors --secret keys/secret.key --evaluate odd:m --json"
