@@ -131,10 +131,10 @@ def measure(
     """Measures all contenders that ``build(*arguments)`` returns.
 
     Args:
-        section: of the rows.
-        case: of the rows.
+        section: the section of the rows.
+        case: the case of the rows.
         build: a module-level function, so that other processes can call it too.
-        arguments: for `build`; picklable.
+        arguments: the arguments of `build`; they must be picklable.
         baseline: the contender that ratios are relative to.
         options: how many runs.
 

@@ -144,12 +144,12 @@ class Subject:
 
     @cached_property
     def masks(self) -> Sequence[Any]:
-        """One a level."""
+        """One per level."""
         return TREES[self.case.tree].masks(self.params, self.case.share, self.case.levels)
 
     @cached_property
     def keys(self) -> Any:
-        """One a level."""
+        """One per level."""
         return ring_keys(level_key(Secret(SECRET), MODEL_ID, levels=self.case.levels))
 
     @cached_property

@@ -60,7 +60,7 @@ class OnHost:
 
     @cached_property
     def copies(self) -> Buffers:
-        """The same in writable memory."""
+        """The bits of all leaves in writable memory."""
         return {name: leaf.copy() for name, leaf in self.original.items()}
 
     def encrypted(self, cipher: LosslessCipher) -> Buffers:

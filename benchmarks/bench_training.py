@@ -29,7 +29,7 @@ BETA, GAMMA, ZETA = 2 / 3, -0.1, 1.1
 
 
 def dncnn_training() -> Callable[[], Any]:
-    """Of DnCNN, in training mode, with Adam."""
+    """The training step of DnCNN, in training mode, with Adam."""
     model, (clean, noisy) = DnCNN(rngs=nnx.Rngs(0)), noisy_images(PATCHES)
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     optimizer = optax.adam(1e-3)

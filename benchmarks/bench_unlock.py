@@ -207,7 +207,7 @@ def contenders(
     if {"unlock", "open_model"} & set(only):
         program = shutil.which("selcrypt", path=str(Path(sys.executable).parent))
         if program is None:
-            raise SystemExit("selcrypt is not installed with this Python: pip install selcrypt-jax")
+            raise SystemExit("selcrypt is not installed with this Python: pip install .")
         files["selcrypt"], grant = with_selcrypt(folder, original, program, options)
         output = folder / "unlocked.safetensors"
         unlock: list[str | Path] = [program, "unlock", files["selcrypt"], "--grant", grant]

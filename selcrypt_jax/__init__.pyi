@@ -10,6 +10,8 @@ from ._ciphers.gaussian import GaussianCipher as GaussianCipher
 from ._ciphers.lossless import LosslessCipher as LosslessCipher
 from ._ciphers.window import WindowCipher as WindowCipher
 from ._ciphers.windows import Window as Window
+from ._importance.budget import PSSBudgetState as PSSBudgetState
+from ._importance.config import PSSBudgets as PSSBudgets
 from ._importance.config import PSSConfig as PSSConfig
 from ._importance.pss import PSSLearner as PSSLearner
 from ._importance.pss import PSSState as PSSState

@@ -1,6 +1,7 @@
 """Strict settings for every test: eight fake devices, strict promotion, warnings are errors."""
 
 import os
+import random
 
 # Both before JAX starts: the fake devices for the sharding tests, and the runtime type
 # checks of jaxtyping, which are for testing only.
@@ -23,11 +24,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("default")
 
 
+@pytest.fixture
+def same_draws(monkeypatch):
+    """Ids, secrets and nonces that are the same in each run.
+
+    For what holds for all keys but a few: one weight in a million stays as it is by chance.
+    """
+    monkeypatch.setattr(os, "urandom", random.Random(0).randbytes)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def programs_of_other_processes(tmp_path_factory):
-    """What the tests start compiles the same programs again and again: once a run is enough.
+    """Programs started by the tests compile the same functions repeatedly: once per run is enough.
 
-    JAX reads these when it starts, so that the tests themselves, which count what is compiled, use
+    JAX reads these variables when it starts, so the tests themselves, which count compilations, use
     no cache.
     """
     folder = tmp_path_factory.getbasetemp()

@@ -1,7 +1,7 @@
-"""Commands in processes of their own, to be killed; and the checkpoints that they run on.
+"""Runs commands in their own processes, to be killed; and makes the checkpoints they run on.
 
-The processes are forks of one server (this file, run as a program), which has imported all that
-they need and has not started JAX.
+The processes are forks of one server (this file, run as a program), which has imported everything
+that they need and has not started JAX.
 """
 
 import json
@@ -77,7 +77,7 @@ def run(
 
 
 def patch(holder: Any, name: str, before: Callable[[], None]) -> None:
-    """Has something called before a function is."""
+    """Calls something before each call of a function."""
     function = getattr(holder, name)
 
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,7 @@ def patch(holder: Any, name: str, before: Callable[[], None]) -> None:
 
 
 def die_before(step: int | None) -> list[int]:
-    """Kills this process before its nth read, write, or change of a name; counts them."""
+    """Kills this process before its nth read, write, or name change; counts them."""
     count = [0]
 
     def before() -> None:
@@ -104,7 +104,7 @@ def die_before(step: int | None) -> list[int]:
 
 
 def job(options: dict[str, Any]) -> int:
-    """What a fork does; its exit status."""
+    """The work of a fork; returns its exit status."""
     with open(options.pop("log"), "w") as log:
         os.dup2(log.fileno(), 2)
     if (limit := options.pop("limit", None)) is not None:
@@ -127,7 +127,7 @@ def job(options: dict[str, Any]) -> int:
 
 
 def serve() -> None:
-    """A job a line; the answer is how it ended."""
+    """Reads one job per line; answers how it ended."""
     for line in sys.stdin:
         options = json.loads(line)
         delay, number = options.pop("delay", None), options.pop("signal", signal.SIGKILL)
@@ -144,7 +144,7 @@ def serve() -> None:
 
 
 class Server:
-    """Runs commands in processes of their own."""
+    """Runs commands in their own processes."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
         self.process, self.log = process, log
@@ -167,7 +167,7 @@ class Server:
 
     @property
     def errors(self) -> str:
-        """What the last one wrote."""
+        """The output of the last one."""
         return self.log.read_text()
 
 
@@ -175,7 +175,7 @@ class Server:
 
 
 def tensors(number: int, outputs: int) -> dict[str, np.ndarray]:
-    """Of 16 KiB an output channel, and a quarter of it that takes no part."""
+    """Tensors with 16 KiB per output channel; a quarter of them is not selected."""
     rng = np.random.default_rng(number)
     kernel = rng.standard_normal((outputs, 256, 4, 4)).astype("<f4")
     kernel[:: max(outputs // 16, 1), 7] = MARKER.reshape(4, 4)
@@ -192,7 +192,7 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> Path:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All that is in a folder."""
+    """Everything in a folder."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
@@ -201,7 +201,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint, scores for it, and what it is when protected; none of them to be changed."""
+    """A checkpoint, its scores, and its protected form; none of them may be changed."""
 
     plain: Path
     scores: Path
@@ -239,12 +239,12 @@ def checkpoint(folder: Path, *, outputs: int, shards: int = 0) -> Checkpoint:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """Of a checkpoint, in one file or several."""
+    """The tensors of a checkpoint, in one file or several."""
     return files(path) if path.is_dir() else {path.name: path.read_bytes()}
 
 
 class Scene:
-    """One command on a copy of a checkpoint, and what may be seen afterwards."""
+    """One command on a copy of a checkpoint, and what it leaves behind."""
 
     def __init__(self, given: Checkpoint, command: str, folder: Path) -> None:
         self.command, self.original = command, list(contents(given.plain).values())
@@ -265,17 +265,17 @@ class Scene:
         return self.command, self.input, self.output
 
     def leftovers(self) -> list[Path]:
-        """What lies beside the output."""
+        """The other files in the output's folder."""
         return [path for path in self.work.iterdir() if path != self.output]
 
     def plaintext(self) -> list[str]:
-        """What holds weights that are encrypted, of all that nobody asked for."""
+        """Unrequested files that contain weights that should be encrypted."""
         ours = self.output.name if self.command == "unlock" else ""
         found = files(self.work).items()
         return [name for name, data in found if MARKER.tobytes() in data and name != ours]
 
     def check_whole(self) -> None:
-        """The output is what a run to the end gives."""
+        """The output is the same as after a complete run."""
         path = self.output
         if self.command != "unlock":
             verify_file(path, signer=SIGNING.public)
@@ -286,7 +286,7 @@ class Scene:
             (shutil.rmtree if path.is_dir() else os.unlink)(path)
 
     def check(self, *, ended: bool = False) -> None:
-        """The output is whole, or as before; the input is as before."""
+        """The output is complete or unchanged; the input is unchanged."""
         if self.input == self.output:
             if (now := contents(self.input)) != self.before:
                 self.check_whole()

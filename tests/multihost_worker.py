@@ -72,7 +72,7 @@ def octets(array):
 
 
 def assert_shards(tree, expected):
-    """Every process looks at what it has."""
+    """Every process checks its own part."""
     for name, leaf in tree.items():
         for shard in leaf.addressable_shards:
             assert octets(shard.data) == octets(expected[name][shard.index]), (name, shard.index)
@@ -87,7 +87,7 @@ def masks_of(params):
 
 
 def bits():
-    """Encryption of arrays that nobody has as a whole."""
+    """Encrypts arrays that no process holds whole."""
     whole = original()
     params, masks, keys = (
         spread(whole),
@@ -144,7 +144,7 @@ def read():
 
 
 def different():
-    """Processes that do not agree."""
+    """Processes with different inputs."""
     whole = original()
     if index:
         whole["scale"] = whole["scale"] * 2  # replicated, so that each can have its own

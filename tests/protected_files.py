@@ -38,11 +38,11 @@ CALLER = {"format": "np", "note": "ü"}
 KINDS = ["signed", "unsigned"]
 
 Expected = str | tuple[str, ...] | dict[str, Any]
-"""A reason, several that will do, or one by kind of file."""
+"""A reason, several acceptable ones, or one for each kind of file."""
 
 
 def reason_of(error: Exception) -> str:
-    """The reason of a refusal as FORMAT.md names it; some are plain errors in this package."""
+    """The reason for a refusal, as in FORMAT.md; some are plain errors in this package."""
     if isinstance(error, GrantError | IntegrityError):
         return error.reason
     plain = {"is not a protected file": "unprotected", "was written by another": "version"}
@@ -57,7 +57,7 @@ class Stored(NamedTuple):
 
 @dataclass
 class Parts:
-    """A safetensors file as an attacker sees it; all of it may be changed."""
+    """A safetensors file as an attacker sees it: they may change anything."""
 
     tensors: dict[str, Stored]
     metadata: dict[str, str] | None
@@ -83,7 +83,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Released:
-    """A protected file, and what opens it."""
+    """A protected file, and a grant that opens it."""
 
     parts: Parts
     key: LevelKey
@@ -125,7 +125,7 @@ class World:
         return copy.deepcopy(self.model.parts)
 
     def expected(self, reason: "Expected") -> set[str]:
-        """The reasons that will do for this kind of file."""
+        """The acceptable reasons for this kind of file."""
         reason = reason[self.kind] if isinstance(reason, dict) else reason
         return {reason} if isinstance(reason, str) else set(reason)
 
@@ -174,7 +174,7 @@ def protected(folder: Path, plain: Parts, signing: SigningKey | None) -> Path:
 
 
 def check_refusal(error: Exception, path: Path, given: Released) -> None:
-    """What holds for every error: its type, the file's name, a bearable length, and no secrets."""
+    """Checks every error: its type, the file's name, a reasonable length, and no secrets."""
     text = str(error)
     assert type(error) in (ValueError, GrantError, IntegrityError), repr(error)
     assert str(path) in text
@@ -196,7 +196,7 @@ def attempts(world: World, given: Released, path: Path) -> dict[str, Callable[[]
 def assert_refused(
     world: World, data: bytes, expected: Expected, given: Released | None = None
 ) -> None:
-    """By all that reads tensors, for the customer of `World.model` or of another file."""
+    """Opens it in every way that reads tensors, for a customer of `World.model` or another."""
     given = given or world.model
     path = world.folder / "tampered.safetensors"
     path.write_bytes(data)
@@ -208,7 +208,7 @@ def assert_refused(
 
 
 def peak_memory(action: Callable[[], object]) -> int:
-    """Bytes that Python holds while something runs, at most."""
+    """The peak of the bytes that Python holds while something runs."""
     tracemalloc.start()
     try:
         action()

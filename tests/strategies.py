@@ -136,4 +136,4 @@ JAX_CHECKERS: dict[str, Callable[[], Any]] = {
     "checking_leaks": jax.checking_leaks,
     "enable_x64": lambda: jax.enable_x64(True),
 }
-"""Checkers of JAX's own: name → the context in which it is on."""
+"""JAX's own checkers: name → the context that enables it."""

@@ -1,4 +1,4 @@
-"""The house: which package may import which, what starts without JAX, how large modules are."""
+"""Architecture: which package may import which, what starts without JAX, how large modules are."""
 
 import ast
 import subprocess
@@ -64,10 +64,10 @@ class Import(NamedTuple):
     """An import: of a file of this package, or of a library.
 
     Attributes:
-        path: file that imports, such as ``_keys/keys.py``.
-        line: where.
-        module: file of this package, or name of the library.
-        at_start: whether it runs when the file is imported; not if it stands in a function.
+        path: the importing file, such as ``_keys/keys.py``.
+        line: the line of the import.
+        module: the imported file of this package, or the name of a library.
+        at_start: whether it runs when the file is imported, not only when a function is called.
     """
 
     path: str
@@ -77,7 +77,7 @@ class Import(NamedTuple):
 
 
 def statements(node: ast.AST, at_start: bool = True) -> Iterator[tuple[ast.AST, bool]]:
-    """All nodes but those for type checkers, and whether they run when the file is imported."""
+    """All nodes except those for type checkers, and whether they run when the file is imported."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
             for other in child.orelse:
@@ -89,7 +89,7 @@ def statements(node: ast.AST, at_start: bool = True) -> Iterator[tuple[ast.AST, 
 
 
 def file_of(*parts: str) -> str:
-    """The file of this package that is imported by these steps; the last may be a name in it."""
+    """The file of this package at these steps of a path; the last one may be a name in the file."""
     for steps in (parts, parts[:-1]):
         path = HOUSE.joinpath(*steps)
         for file in (path.with_suffix(".py"), path / "__init__.py"):

@@ -1,6 +1,6 @@
-"""PyTorch's checkpoints of the two networks, and what they compute, by NumPy alone.
+"""PyTorch checkpoints of the two networks, and their outputs, in NumPy alone.
 
-Channels first, in float64, one tap after the other: nothing of the library's own.
+Channels first, in float64, tap by tap: independent of the library.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def vgg_layers(widths, hidden, batch_norm):
 
 
 def numpy_conv(x, weight, bias=0.0):
-    """Channels first, float64, one tap after the other."""
+    """A convolution: channels first, float64, tap by tap."""
     _, _, h, w = x.shape
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)))
     y = sum(
@@ -127,5 +127,5 @@ def without_counters(tensors):
 
 
 def stand_ins(shapes):
-    """Tensors of these names and shapes, without their memory."""
+    """Tensors with these names and shapes, without allocating them."""
     return {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}

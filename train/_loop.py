@@ -146,9 +146,10 @@ def gradient_step(
     """A step for `train`, whose carry is ``params, rest, optimizer state``.
 
     Args:
-        graph: of the network, split into ``nnx.Param`` and the rest.
-        optimizer: of the parameters.
-        loss: ``(model, batch, key) -> scalar``; its changes to the model, such as statistics, stay.
+        graph: the network's graph, split into ``nnx.Param`` and the rest.
+        optimizer: the optimizer for the parameters.
+        loss: ``(model, batch, key) -> scalar``; its changes to the model, such as
+            to running statistics, are kept.
     """
 
     # Not in a scan: XLA's CPU backend computes the gradients of convolutions in loops slowly.
@@ -184,7 +185,7 @@ def train_model(
     """Trains one of our networks, and writes its best weights under PyTorch's names.
 
     Args:
-        model: in training mode.
+        model: the model, in training mode.
         config: the dataclass of the command line, with out, steps, rate, every and checkpoints.
         optimizer: made from the schedule: warm-up over a twentieth of the steps, then a cosine.
         loss: ``(model, batch, key) -> scalar``.
@@ -285,7 +286,7 @@ def check_output(path: Path, *inputs: Path) -> None:
     """Refuses, before any work, an output path that cannot or must not be written.
 
     Args:
-        path: the output; its folder is made if it does not exist.
+        path: the output; its folder is created if it does not exist.
         inputs: files that the output must not replace.
 
     Raises:
@@ -324,7 +325,8 @@ def check_numbers(config: Any) -> None:
     batch = values.get("batch", devices)
     if batch < 1 or batch % devices:
         raise SystemExit(
-            f"--batch: expected at least 1, and a multiple of the {devices} devices, got {batch}."
+            f"--batch: expected at least 1, and a multiple of the {devices} "
+            f"device{'s' * (devices != 1)}, got {batch}."
         )
 
 

@@ -1,10 +1,10 @@
-"""Pretrained networks that come inside Python packages, each with real data and its own framework.
+"""Pretrained networks from Python packages, each with real data and its own framework.
 
-Nothing is downloaded at run time: weights, texts, images and speech lie in installed packages. A
-package is read by its list of files, so that one that was installed with ``--no-deps`` will do.
+Nothing is downloaded at run time: weights, texts, images and speech are part of installed packages.
+Files are found by a package's list of files, so a package installed with ``--no-deps`` is enough.
 """
 
-# Most of the packages are large, and installed by those who repeat the page alone.
+# Most of these packages are large, and needed only to repeat the page's measurements.
 # pyright: reportMissingImports=false
 
 import ast
@@ -24,7 +24,7 @@ import safetensors.numpy
 
 Tensors = Mapping[str, Any]
 RATE = 16_000
-"""Samples a second of all speech."""
+"""Sampling rate of all speech, in Hz."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,21 @@ class Network:
     """A pretrained network with test data.
 
     Attributes:
-        title: for people.
-        framework: that runs it.
+        title: its name for readers.
+        framework: the framework that runs it.
         file: the weights as their package ships them.
         metric: what `scores` measures, in words.
-        worthless: what guessing gives, in percent.
+        worthless: the quality of guessing, in percent.
         targets: quality of the levels below the original, in percent; None for as bad as it gets.
-        tolerance: how far from its target a level may be on the items to calibrate on, in points.
+        tolerance: how far a level may be from its target on the calibration items, in points.
         tensors: name → array.
-        scores: tensors → a number for each test item, whose mean is the quality.
-        evaluations: how often a search for the targets may measure; None: as `Targets` has it.
-        rebuilt: tensors → the bytes of `file` with these weights; None for files of PyTorch.
-        weights: weight of each test item in the mean; None: all alike.
-        select: tensors that the targets grade, a regular expression; None: all kernels. Where a
-            small first or last layer decides everything, levels jump past their targets.
+        scores: tensors → a number for each test item; their mean is the quality.
+        evaluations: how many evaluations a search for the targets may take; None for the default of
+            `Targets`.
+        rebuilt: tensors → the bytes of `file` with these weights; None for PyTorch's files.
+        weights: weight of each test item in the mean; None if all are equal.
+        select: regular expression for the tensors that the targets grade; None for all kernels.
+            Where a small first or last layer decides everything, levels jump past their targets.
     """
 
     title: str
@@ -68,7 +69,7 @@ class Network:
         return self.mean(scores, part)
 
     def mean(self, scores: np.ndarray, part: slice = slice(None)) -> float:
-        """That of scores; of every other item with ``slice(0, None, 2)``."""
+        """The weighted mean of some of the scores, in percent."""
         weights = None if self.weights is None else self.weights[part]
         return 100 * float(np.average(scores[part], weights=weights))
 
@@ -80,7 +81,7 @@ def packaged(package: str, end: str) -> Path:
     """A file of an installed package.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: the package or the file is missing.
     """
     try:
         found = [file for file in files(package) or () if str(file).endswith(end)]
@@ -95,9 +96,9 @@ def packaged(package: str, end: str) -> Path:
 
 
 def onnx_tensors(path: Path) -> dict[str, np.ndarray]:
-    """The floats among the initialisers of an ONNX file, by name.
+    """The floats among an ONNX file's initialisers, by name.
 
-    Integers there are axes and shapes: without them the graph is no graph.
+    Integers are axes and shapes there: the graph is invalid without them.
     """
     import onnx
 
@@ -106,7 +107,7 @@ def onnx_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def onnx_with(path: Path, tensors: Tensors) -> bytes:
-    """An ONNX file with other initialisers; the same bytes if they are the same."""
+    """An ONNX file with other initialisers; identical bytes if they are identical."""
     import onnx
 
     model = onnx.load(path)
@@ -119,7 +120,7 @@ def onnx_with(path: Path, tensors: Tensors) -> bytes:
 
 
 def onnx_session(model: bytes) -> Any:
-    """A session of onnxruntime on one core."""
+    """An onnxruntime session on one core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -132,7 +133,7 @@ def onnx_session(model: bytes) -> Any:
 
 
 def docstrings(path: Path) -> dict[str, str]:
-    """First line → the rest, of the docstrings of functions and classes of the standard library."""
+    """First line → the rest, for docstrings of the standard library's functions and classes."""
     pairs: dict[str, str] = {}
     for source in sorted(path.glob("*.py")):
         for node in ast.walk(ast.parse(source.read_text(encoding="utf-8", errors="replace"))):
@@ -144,7 +145,7 @@ def docstrings(path: Path) -> dict[str, str]:
 
 
 def minilm(items: int = 200) -> Network:
-    """MiniLM: of the docstrings' bodies, find the one that belongs to a first line."""
+    """MiniLM: finds the docstring body that belongs to a first line."""
     import torch
     from sentence_transformers import SentenceTransformer
 
@@ -158,7 +159,7 @@ def minilm(items: int = 200) -> Network:
 
     def scores(tensors: Tensors) -> np.ndarray:
         state = {name: torch.from_numpy(np.array(array)) for name, array in tensors.items()}
-        # Older files name a buffer that newer versions of the library make themselves.
+        # Older files include a buffer that newer versions of the library create themselves.
         missing = inner.load_state_dict(state, strict=False).missing_keys
         if missing:
             raise ValueError(f"{file}: expected all weights of the encoder, lacks {missing}.")
@@ -183,7 +184,7 @@ def minilm(items: int = 200) -> Network:
 
 
 def text_lines(count: int) -> list[tuple[str, np.ndarray]]:
-    """Text and picture: words of Python's licence, rendered in fonts that matplotlib ships."""
+    """Text and image: words of Python's licence, rendered in fonts that matplotlib ships."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
@@ -212,7 +213,7 @@ def _licence() -> str:
 
 
 def distance(first: str, second: str) -> int:
-    """Levenshtein's."""
+    """Levenshtein distance."""
     row = list(range(len(second) + 1))
     for i, a in enumerate(first, 1):
         above, row[0] = row[0], i
@@ -222,7 +223,7 @@ def distance(first: str, second: str) -> int:
 
 
 def text_recogniser(items: int = 60) -> Network:
-    """RapidOCR's recogniser of text lines (PP-OCR): characters read right."""
+    """RapidOCR's recogniser for text lines (PP-OCR): the share of characters read correctly."""
     from PIL import Image
 
     file = packaged("rapidocr", "PP-OCRv6_rec_small.onnx")
@@ -248,7 +249,7 @@ def text_recogniser(items: int = 60) -> Network:
         title="PP-OCR, a text recogniser",
         framework="onnxruntime",
         file=file,
-        metric=f"of {items} rendered lines of four words, share of characters read right",
+        metric=f"of {items} rendered lines of four words, share of characters read correctly",
         worthless=0.0,
         targets=(None, 40, 75),
         tolerance=6.0,
@@ -273,7 +274,7 @@ def pcm(path: Path) -> np.ndarray:
 
 @cache
 def conversation() -> tuple[np.ndarray, list[tuple[float, float, str]]]:
-    """Half a minute of a telephone call, and who speaks when: start and end in s, speaker."""
+    """Half a minute of a telephone call, and its turns: start and end in seconds, speaker."""
     sample = packaged("pyannote.audio", "sample/sample.wav")
     rows = [line.split() for line in sample.with_suffix(".rttm").read_text().splitlines()]
     turns = [(float(row[3]), float(row[3]) + float(row[4]), row[7]) for row in rows]
@@ -281,7 +282,7 @@ def conversation() -> tuple[np.ndarray, list[tuple[float, float, str]]]:
 
 
 def voice_activity() -> Network:
-    """Silero's voice-activity detector, on frames of 32 ms."""
+    """Silero's voice-activity detector, on 32 ms frames."""
     file = packaged("silero-vad", "silero_vad_16k_op15.onnx")
     sound, turns = conversation()
     frames = sound[: len(sound) // 512 * 512].reshape(-1, 512)
@@ -302,8 +303,8 @@ def voice_activity() -> Network:
         title="Silero, a voice-activity detector",
         framework="onnxruntime",
         file=file,
-        metric=f"of {len(frames)} frames of a telephone call, share told right at the usual "
-        "threshold, speech and silence counted alike",
+        metric=f"of {len(frames)} frames of a telephone call, share classified correctly at the "
+        "usual threshold, averaged over speech and silence",
         worthless=50.0,
         targets=(None, 70, 85),
         tolerance=3.0,
@@ -316,12 +317,12 @@ def voice_activity() -> Network:
 
 
 def arrays_of(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """NumPy arrays of PyTorch's tensors; contiguous, since safetensors writes views wrongly."""
+    """PyTorch tensors as NumPy arrays; contiguous, since safetensors writes views incorrectly."""
     return {name: np.ascontiguousarray(tensor.numpy()) for name, tensor in state.items()}
 
 
 def balanced(labels: np.ndarray) -> np.ndarray:
-    """Weights under which each label counts alike, in both halves."""
+    """Weights that give all labels the same total, in both halves."""
     weights = np.zeros(len(labels))
     for part in (CALIBRATION, HELD_OUT):
         _, which, counts = np.unique(labels[part], return_inverse=True, return_counts=True)
@@ -330,7 +331,7 @@ def balanced(labels: np.ndarray) -> np.ndarray:
 
 
 def voices(folder: Path) -> dict[str, np.ndarray]:
-    """Seven speakers: the two of the call, and those of pocketsphinx's tests."""
+    """Seven speakers: the two in the call, and those in pocketsphinx's tests."""
     sound, turns = conversation()
     tests = folder / "test"
     paths = {
@@ -348,7 +349,7 @@ def voices(folder: Path) -> dict[str, np.ndarray]:
 
 
 def speaker_encoder(folder: Path) -> Network:
-    """Resemblyzer's LSTM: which of seven speakers is heard in 1.6 s."""
+    """Resemblyzer's LSTM: which of seven speakers is heard in 1.6 seconds."""
     import torch
     from resemblyzer import VoiceEncoder
     from resemblyzer.audio import normalize_volume, wav_to_mel_spectrogram
@@ -391,20 +392,20 @@ def speaker_encoder(folder: Path) -> Network:
 
 
 def faces() -> tuple[np.ndarray, np.ndarray]:
-    """Pictures [200, 3, 24, 24] in [-1, 1], and whether each is a face; 50 of each kind a half."""
+    """Images [200, 3, 24, 24] in [-1, 1], and whether each is a face: 50 in either half."""
     from PIL import Image
 
     grey = np.load(packaged("scikit-image", "lfw_subset.npy")).astype(np.float32)
     bilinear = Image.Resampling.BILINEAR
     small = np.stack([np.asarray(Image.fromarray(g).resize((24, 24), bilinear)) for g in grey])
-    # Face, face, other, other: every other item is half faces.
+    # Face, face, other, other: half of every other item are faces.
     order = np.arange(200).reshape(2, 50, 2).transpose(1, 0, 2).ravel()
     x = np.repeat(small[order][:, None], 3, axis=1) * 2 - 1
     return x.astype(np.float32), order < 100
 
 
 def face_detector() -> Network:
-    """MTCNN's R-Net, a small convolutional network: face or not."""
+    """MTCNN's R-Net, a small convolutional network that tells faces from other images."""
     import torch
     from facenet_pytorch.models.mtcnn import RNet
 
@@ -422,7 +423,7 @@ def face_detector() -> Network:
         title="R-Net of MTCNN, a face detector (CNN)",
         framework="facenet-pytorch (PyTorch)",
         file=file,
-        metric="of 100 faces and 100 other pictures, share told right",
+        metric="of 100 faces and 100 other pictures, share classified correctly",
         worthless=50.0,
         targets=(60, 75, 90),
         tolerance=2.0,
@@ -432,7 +433,7 @@ def face_detector() -> Network:
 
 
 def networks(speech: Path | None) -> dict[str, Callable[[], Network]]:
-    """All of them by a short name; without the recordings, without the speaker encoder."""
+    """All networks by a short name; the speaker encoder only with the recordings."""
     found: dict[str, Callable[[], Network]] = {
         "minilm": minilm,
         "ocr": text_recogniser,

@@ -143,7 +143,7 @@ class DncnnTask:
     """ε of BatchNorm."""
 
     bgr: bool = False
-    """The network expects blue, green, red, like the weights published with the paper."""
+    """The network expects BGR channels, as do the weights published with the paper."""
 
     batch: int = 8
     """Patches per step."""

@@ -38,7 +38,8 @@ class Config(Run):
     """Folder of training images, or of a data set prepared by TFDS (its split "train")."""
 
     test: Path
-    """The same for measuring PSNR and SSIM (the split "test"); never used for training."""
+    """Folder of test images, or of a data set prepared by TFDS (its split "test"), to measure PSNR
+    and SSIM on; never used for training."""
 
     sigma: tuple[float, ...] = (25.0,)
     """Standard deviation of the noise, for pixels in 0..255; or two numbers, a range from which

@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from selcrypt_jax import Grant, Secret, inspect_file, issue_grant, open_model
+from selcrypt_jax import Grant, Secret, inspect_file, level_key, open_model
 from selcrypt_jax.models import VGG19, DnCNN
 from selcrypt_jax.models._files import (
     is_protected,
@@ -63,7 +63,7 @@ class Config:
     """A grant: opens its levels."""
 
     out: Path | None = None
-    """Folder for levels.json, levels.md and levels.png; made if it does not exist."""
+    """Folder for levels.json, levels.md and levels.png; created if it does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Dncnn(Config):
     """ε of BatchNorm."""
 
     bgr: bool = False
-    """The network expects blue, green, red, like the weights published with the paper."""
+    """The network expects BGR channels, as do the weights published with the paper."""
 
     tests: int | None = None
     """Number of images; all by default."""
@@ -118,12 +118,13 @@ def levels_of(config: Config) -> list[tuple[int | None, Any]]:
                 )
         return [(None, tensors)]
     if config.secret is not None:
-        highest = len(inspect_file(config.file).levels)
+        found = inspect_file(config.file)
+        highest = len(found.levels)
         passphrase = None
         if config.passphrase_file is not None:
             passphrase = config.passphrase_file.read_text(encoding="utf-8").partition("\n")[0]
         secret = Secret.read(config.secret, passphrase=passphrase)
-        grant = issue_grant(config.file, level=highest, secret=secret)
+        grant = level_key(secret, bytes.fromhex(found.model_id), levels=highest)
     else:
         grant = None if config.grant is None else Grant.read(config.grant)
         highest = 0 if grant is None else grant.key.level

@@ -28,14 +28,24 @@ import tyro
 from _loop import Row, Run, check_numbers, check_output, exits, train, write_tensors
 from _tasks import CustomTask, DncnnTask, Vgg19Task
 
-from selcrypt_jax import PSSConfig, PSSState, pss_learner
+from selcrypt_jax import PSSBudgets, PSSBudgetState, PSSConfig, PSSState, pss_learner
 from selcrypt_jax._importance.gates import probability_open
+from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.models import to_torch, torch_names
+
+State = PSSState | PSSBudgetState
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Run):
     """How importance is learned."""
+
+    shares: tuple[float, ...] | None = None
+    """Shares of the groups that will be encrypted, ascending: learns which ones do the most damage
+    at each. Without them, gates have a price (--objective, --penalty, --cap, --sampled)."""
+
+    scope: Literal["leaf", "model"] = "model"
+    """Whether the shares hold in every tensor, or over the whole model."""
 
     objective: Literal["break", "keep"] = "break"
     """What counts as important: groups that break the network when encrypted ("break"), or, as in
@@ -109,30 +119,40 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
         raise ValueError(
             f"--select: expected a regular expression, got {config.select!r}: {error}."
         ) from None
-    learner = pss_learner(
-        task.loss_fn,
-        task.params,
-        config=PSSConfig(
+    how: PSSConfig | PSSBudgets
+    if config.shares is not None:
+        how = PSSBudgets(config.shares, config.scope, steps=config.steps)
+    else:
+        how = PSSConfig(
             config.objective,
             steps=config.steps,
             penalty=penalty,
             optimizer=optax.adam(config.rate, eps=max(penalty / 10, 1e-8)),
             cap=config.cap,
             sampled=config.sampled,
-        ),
+        )
+    learner = pss_learner(
+        task.loss_fn,
+        task.params,
+        config=how,
         select=None if names is None and config.select is None else selected,
         granularity=config.granularity,
         layout=layout,
     )
     state = learner.init(task.params, _one(task.batch(1)), key=jax.random.key(config.seed))
 
-    def step(state: PSSState, batch: Any, _: jax.Array) -> tuple[PSSState, jax.Array]:
+    def step(state: State, batch: Any, _: jax.Array) -> tuple[State, jax.Array]:
         # The state has its own key, from which the noise of each step is derived.
         state, metrics = learner.run(task.params, _one(batch), state, 1)
-        return state, metrics.loss[0]
+        (loss,) = metrics.loss
+        if config.shares is not None:  # an encrypted network may overflow, and learning goes on
+            loss = jnp.where(jnp.isfinite(loss), loss, jnp.finfo(loss.dtype).max)
+        return state, loss
 
-    def measure(number: int, state: PSSState, rows: list[Row]) -> Row:
-        """The expected number of open gates."""
+    def measure(number: int, state: State, rows: list[Row]) -> Row:
+        """The number of groups in finished budgets, or the expected number of open gates."""
+        if isinstance(state, PSSBudgetState):
+            return {"included": float(sum((a > 0).sum() for a in state.included.values()))}
         return {"open": float(sum(probability_open(a).sum() for a in state.log_alpha.values()))}
 
     state, _ = train(
@@ -150,11 +170,16 @@ def main(config: Vgg19 | Dncnn | Custom) -> None:
     if task.model is not None:
         tensors = to_torch(task.model, scores)
     else:
-        tensors = {name: np.asarray(a) for name, a in state.log_alpha.items()}
+        named = named_leaves(scores).leaves
+        tensors = {name: np.asarray(a) for name, a in named.items() if a is not False}
+    settings = {"penalty": f"{penalty:g}"}
+    goal = config.objective
+    if config.shares is not None:
+        settings, goal = {"scope": config.scope}, ", ".join(map("{:g}".format, config.shares))
     metadata = {
-        "importance": f"PSS, {config.objective}, {config.granularity}",
+        "importance": f"PSS, {goal}, {config.granularity}",
         "steps": str(config.steps),
-        "penalty": f"{penalty:g}",
+        **settings,
         "seed": str(config.seed),
     }
     write_tensors(tensors, config.out, metadata)

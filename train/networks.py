@@ -1,4 +1,4 @@
-"""Protects pretrained networks of other frameworks and measures every level: docs/networks.md.
+"""Protects pretrained networks from other frameworks and measures every level: docs/networks.md.
 
 Example::
 
@@ -9,9 +9,9 @@ Example::
     python train/networks.py --out networks/ --speech pocketsphinx-5.1.1 --page docs/networks.md
 
 Each network is protected twice, with the defaults and to targets, and a third time with a plain
-rest, which is then attacked without training. Every level is opened as a customer opens it and run
-by the framework of the network. What was measured before, in the folder, is kept: delete
-``NAME.json`` to measure a network again. ``--page`` writes the tables into a page.
+rest, which is then attacked without training. Every level is opened as a customer opens it, and run
+by the network's own framework. Measurements found in the folder are kept: delete ``NAME.json`` to
+measure a network again. ``--page`` writes the tables into a page.
 """
 
 import json
@@ -58,26 +58,27 @@ START, END = "<!-- measured by train/networks.py: {} -->\n", "<!-- end -->"
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to measure."""
+    """The networks to measure, and how."""
 
     out: Path
-    """Folder for the files and for NAME.json; made if it does not exist."""
+    """Folder for the files and for NAME.json; created if it does not exist."""
 
     names: tuple[str, ...] = ()
     """Which networks; all of them by default."""
 
     speech: Path | None = None
-    """The unpacked source of pocketsphinx, whose tests have recordings: for the speaker encoder."""
+    """The unpacked source of pocketsphinx, whose tests include recordings: for the speaker
+    encoder."""
 
     page: Path | None = None
-    """A page whose tables to write."""
+    """A page to write the tables into."""
 
     repeats: int = 3
-    """How often to measure a time; the shortest counts."""
+    """How often to repeat a timing; the shortest counts."""
 
 
 def seconds(action: Callable[[], Any], repeats: int) -> float:
-    """Of the fastest run."""
+    """The time of the fastest run."""
     found = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -87,7 +88,7 @@ def seconds(action: Callable[[], Any], repeats: int) -> float:
 
 
 def graded(network: Network, selected: Selected) -> float:
-    """Share of the weights that levels grade: groups are kernels, or the weights of whole ones."""
+    """Share of graded weights; a group is a kernel, or a weight of a tensor taken whole."""
     shapes = {name: np.shape(array) for name, array in network.tensors.items()}
     weights = sum(
         n if name in selected.whole else n * math.prod(shapes[name][2:])
@@ -103,7 +104,7 @@ def top_grant(public: Path, secret: Secret) -> Grant:
 
 
 def levels_of(network: Network, public: Path, secret: Secret) -> list[dict[str, Any]]:
-    """A row a level, from level 0: its quality, on the items to calibrate on and on the others."""
+    """One row per level, from level 0: its quality, on the calibration items and on the others."""
     rows = []
     grant = top_grant(public, secret)
     opened = public.with_name("opened.safetensors")
@@ -119,7 +120,7 @@ def levels_of(network: Network, public: Path, secret: Secret) -> list[dict[str, 
 
 
 def check_exact(network: Network, opened: Path) -> None:
-    """The top level is the original: tensors and, where the format allows it, the file.
+    """Checks that the top level is the original: tensors and, if the format allows it, the file.
 
     Raises:
         ValueError: it is not.
@@ -137,7 +138,7 @@ def check_exact(network: Network, opened: Path) -> None:
 
 
 def attacked(network: Network, plain: Path, public: Path) -> dict[str, float]:
-    """Quality of a file with a plain rest: as it is, and after each attack without training.
+    """Quality of a file with a plain rest: unattacked, and after each attack without training.
 
     The attacker knows which groups are encrypted.
     """
@@ -171,7 +172,7 @@ def attacked(network: Network, plain: Path, public: Path) -> dict[str, float]:
 
 
 def to_targets(network: Network, plain: Path, secret: Secret) -> dict[str, Any]:
-    """A release to targets, and its levels; or why none was found, under any of some keys."""
+    """A release to targets and its levels; or why several keys gave none."""
     goal = plain.with_name("targets.safetensors")
     targets = Targets(
         network.targets,
@@ -203,7 +204,7 @@ def to_targets(network: Network, plain: Path, secret: Secret) -> dict[str, Any]:
 
 
 def measure(network: Network, folder: Path, repeats: int) -> dict[str, Any]:
-    """Everything about one network; its files are left in the folder."""
+    """All measurements of one network; its files stay in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     plain, public = folder / "model.safetensors", folder / "default.safetensors"
     if network.file.suffix == ".safetensors":
@@ -246,12 +247,12 @@ def measure(network: Network, folder: Path, repeats: int) -> dict[str, Any]:
 
 
 def joined(values: Any) -> str:
-    """Numbers as cells."""
+    """Numbers in a table's cell."""
     return " / ".join("any" if value is None else f"{value:.0f}" for value in values)
 
 
 def overview(rows: list[dict[str, Any]]) -> str:
-    """The table at the top."""
+    """The page's first table."""
     lines = [
         "| network, and what runs it | weights, file | default: graded, levels 1 to 5 "
         "| by target: aim, held-out quality | protect, unlock "
@@ -279,7 +280,7 @@ def overview(rows: list[dict[str, Any]]) -> str:
 
 
 def audit(rows: list[dict[str, Any]]) -> str:
-    """What attacks without training reach."""
+    """The table of attacks without training."""
     lines = [
         f"| network | guessing | {' | '.join(rows[0]['attacks'])} | original |",
         "|---" * (len(rows[0]["attacks"]) + 3) + "|",
@@ -295,10 +296,10 @@ def audit(rows: list[dict[str, Any]]) -> str:
 
 
 def written(text: str, name: str, table: str) -> str:
-    """A page with another table in its place.
+    """A page with one of its tables replaced.
 
     Raises:
-        ValueError: it has no such place.
+        ValueError: the page has no place for this table.
     """
     before, mark, after = text.partition(START.format(name))
     _, end, rest = after.partition(END)

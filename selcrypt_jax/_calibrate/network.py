@@ -295,7 +295,7 @@ def number_of(value: Any) -> float:
     """What a metric returned, as a number.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not a number.
     """
     try:
         return float(value)

@@ -7,7 +7,8 @@ from fractions import Fraction
 
 import numpy as np
 
-from .._masks.levels import check_share
+from .._io.errors import counted
+from .._tree.shares import check_share
 from .curve import Curve, isotonic
 from .network import Network
 from .places import Places
@@ -58,8 +59,8 @@ class Search:
         self._most = math.floor(Fraction(str(budget)) * network.groups)
         if self._most < self._levels:
             raise ValueError(
-                f"budget: expected at least {self._levels} groups, one per level, got {self._most} "
-                f"of {network.groups}. Raise the budget, or use smaller groups."
+                f"budget: expected at least {counted(self._levels, 'group')}, one per level, got "
+                f"{self._most} of {network.groups}. Raise the budget, or use smaller groups."
             )
         self.untouched = network.measure(network.params)
         self._said(self._levels, network.groups, self.untouched)
@@ -384,8 +385,9 @@ class Search:
         if target is None:
             return (
                 f"targets[{level}]: expected no more than the level above gives, got more in "
-                f"{self.evaluations} evaluations, though all of the budget is encrypted. Raise the "
-                "budget, encrypt small leaves too (small=0.02), or raise the next target."
+                f"{counted(self.evaluations, 'evaluation')}, though all of the budget is "
+                "encrypted. Raise the budget, encrypt small leaves too (small=0.02), or raise the "
+                "next target."
             )
         # Without values that were near enough, in a release where another level failed.
         given = sorted(e for e in self._given[level] if abs(e[0] - target) > self._near)
@@ -395,8 +397,8 @@ class Search:
         self._bracketed = len({value > target for value, _ in given}) == 2
         return (
             f"targets[{level}]: cannot reach {self._show(target)} within {self._tolerance:.3g} in "
-            f"{self.evaluations} evaluations: it gave {' and '.join(shown) or 'nothing yet'}. "
-            + self._remedy(given)
+            f"{counted(self.evaluations, 'evaluation')}: it gave "
+            f"{' and '.join(shown) or 'nothing yet'}. " + self._remedy(given)
         )
 
     def _remedy(self, given: Sequence[tuple[float, int]]) -> str:

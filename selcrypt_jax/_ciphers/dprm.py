@@ -297,7 +297,7 @@ def _check_keys(keys: Any, levels: int) -> None:
     if count != levels:
         actual = "a single key" if count is None and hasattr(keys, "dtype") else count
         raise ValueError(
-            f"keys: expected {levels}, one for each of the {levels} masks, got "
+            f"keys: expected {levels}, one for each mask, got "
             f"{type(keys).__name__ if actual is None else actual}. For level m pass masks[:m] and "
             "keys[:m]; for a LevelKey, pass ring_keys(level_key)."
         )

@@ -92,7 +92,7 @@ def _write(bits: Array, positions: Array, values: Array, *, flat: bool) -> Array
 
 
 def _indices(positions: Array, shape: Sequence[int]) -> tuple[Array, ...]:
-    """Indices axis by axis; out-of-bounds positions stay so, on the first axis."""
+    """Indices axis by axis; out-of-bounds positions stay out of bounds, on the first axis."""
     indices = []
     for size in reversed(shape[1:]):
         indices.append(positions % size)

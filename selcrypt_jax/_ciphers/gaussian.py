@@ -57,10 +57,9 @@ class GaussianCipher:
             it. It reveals the range of the selected weights.
         wrap: our variant, not the paper's: ``c = μ + σ·Φ⁻¹(((w − h)/(f − h) + r) mod 1)``. With the
             paper's formula, ``w + r`` is far from uniform unless the range of ``w`` is small
-            against
-            1: on the paper's own DnCNN, ``c`` then has less than half of the standard deviation
-                that
-            it should. Modulo 1 it is uniform, and ``c`` normal and independent of ``w``.
+            compared with 1: on the paper's own DnCNN, ``c`` has less than half the standard
+            deviation that it should. Modulo 1, the sum is uniform, and ``c`` is normal and
+            independent of ``w``.
 
     Examples:
         >>> cipher = GaussianCipher.fit(params, masks)

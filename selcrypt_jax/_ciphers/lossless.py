@@ -29,6 +29,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from .._io.errors import counted
 from .._tree.dtypes import DTYPES, Dtype
 from .blocks import order_bits
 
@@ -136,11 +137,11 @@ class LosslessCipher:
         hiding = arrangements + weights * fine.bit_count()
         if hiding < MINIMUM_HIDING:
             raise ValueError(
-                f"{what}: too small to hide in: {weights} weights of {dtype.name} give "
-                f"{hiding:.0f} bits ({arrangements:.0f} of order, {weights * fine.bit_count()} "
-                f"masked), expected at least {MINIMUM_HIDING}. Select more groups in this leaf, "
-                "use fewer levels or larger groups (or unit='weight'), or exclude it (--select, "
-                "or mask False)."
+                f"{what}: too small to hide in: {counted(weights, 'weight')} of {dtype.name} with "
+                f"{counted(round(hiding), 'bit')} ({arrangements:.0f} of order, "
+                f"{weights * fine.bit_count()} masked), expected at least {MINIMUM_HIDING}. Select "
+                "more groups in this leaf, use fewer levels or larger groups (or unit='weight'), "
+                "or exclude it (--select, or mask False)."
             )
         if not arrangements and not fine & _coarse_mask(dtype):
             raise ValueError(

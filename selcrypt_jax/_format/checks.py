@@ -47,7 +47,7 @@ def hex_of(size: int) -> Rule:
 
 
 def or_null(rule: Rule) -> Rule:
-    """The same, or null."""
+    """A valid value of another rule, or null."""
     return Rule(lambda value: value is None or rule.fits(value), f"null or {rule.expected}")
 
 
@@ -55,8 +55,8 @@ class Checker(NamedTuple):
     """Checks one part of a file.
 
     Attributes:
-        reason: the reason of its errors.
-        reason: of the errors.
+        what: the part, for messages.
+        reason: the reason that its errors give.
     """
 
     what: str

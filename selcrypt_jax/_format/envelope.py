@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .._io.errors import GrantError, IntegrityError
+from .._io.errors import GrantError, IntegrityError, counted
 from .._io.safetensors import PROTECTED
 from .._io.strict_json import listing, show
 from .._keys.keys import LevelKey
@@ -51,7 +51,7 @@ def check_unprotected(metadata: Own, what: str) -> None:
     ours = sorted(filter(_is_ours, metadata or {}))
     if MANIFEST in ours:
         raise ValueError(
-            f"{what}: is a protected file already, expected a plain checkpoint. Unlock it at the "
+            f"{what}: is already a protected file, expected a plain checkpoint. Unlock it at the "
             "top level first, or give it new keys with rotate."
         )
     if ours:
@@ -136,7 +136,7 @@ class Envelope:
         if found != expected:
             missing, unknown = sorted(expected - found), sorted(found - expected)
             parts = [f"{listing(missing)} missing"] * bool(missing)
-            parts += [f"{listing(unknown)}, unknown here"] * bool(unknown)
+            parts += [f"{listing(unknown)} unknown"] * bool(unknown)
             raise check.error(
                 f"expected the entries {listing(sorted(expected))}, got {' and '.join(parts)}"
             )
@@ -174,7 +174,7 @@ class Envelope:
             raise IntegrityError(
                 f"{self.what}: expected a file signed by {signer.hex()}, got one "
                 + (f"signed by {actual.hex()}" if actual else "without a signature")
-                + ". It is another's, or was altered: download it from its owner.",
+                + ". It is someone else's, or was altered: download it from its owner.",
                 reason="signer",
             )
         message = signed_message(self.text, self.boxes)
@@ -192,7 +192,7 @@ class Envelope:
             GrantError: the key belongs to another model, or to a level that the model does not
                 have.
         """
-        remedy = "Ask the owner for a grant of this file."
+        remedy = "Ask the owner for a grant for this file."
         if key.model_id != self.manifest.model_id:
             raise GrantError(
                 f"{self.what}: is model {self.manifest.model_id.hex()}, but the grant is for model "
@@ -201,8 +201,8 @@ class Envelope:
             )
         if key.level > len(self.manifest.levels):
             raise GrantError(
-                f"{self.what}: has {len(self.manifest.levels)} levels, but the grant is for level "
-                f"{key.level}. {remedy}",
+                f"{self.what}: has {counted(len(self.manifest.levels), 'level')}, but the grant is "
+                f"for level {key.level}. {remedy}",
                 reason="level",
             )
 
@@ -237,8 +237,9 @@ class Envelope:
                     )
             if (actual := LevelSize(groups, weights)) != expected:
                 raise check.error(
-                    f"expected {expected.groups} groups of {expected.weights} weights, as in the "
-                    f"manifest, got {actual.groups} of {actual.weights}"
+                    f"expected {counted(expected.groups, 'group')} of "
+                    f"{counted(expected.weights, 'weight')}, as in the manifest, got "
+                    f"{actual.groups} of {actual.weights}"
                 )
         return result
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._ciphers.engine_numpy import leaf_key, rewrite_ring
 from .._ciphers.lossless import LosslessCipher
-from .._io.errors import IntegrityError
+from .._io.errors import IntegrityError, counted
 from .._keys.material import DerivedKey
 from .._tree.dtypes import SAFETENSORS
 from .._tree.groups import unit_places
@@ -77,8 +77,8 @@ def ring_groups(ring: SealedRing, level: int, what: str) -> np.ndarray:
         good = len(raw) > 0 and bool(last[-1]) and len(groups) == count and groups[-1] < size
     if not good or len(groups) != count:
         raise Checker(f"{what}: box of level {level}", "ring").error(
-            f"tensor {ring.tensor!r}: expected the positions of {count} groups out of {size}, got "
-            "others"
+            f"tensor {ring.tensor!r}: expected the positions of {counted(count, 'group')} out of "
+            f"{size}, got others"
         )
     return groups
 

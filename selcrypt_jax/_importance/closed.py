@@ -5,6 +5,7 @@ broadcast against their leaf (a kernel score of an HWIO leaf is ``(1, 1, I, O)``
 for leaves that are not selected. Higher is more important. They run under ``jit``.
 """
 
+import itertools
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from .._io.errors import described
 from .._tree.groups import Granularity, Layout, group_shape, inner_axes
 from .._tree.names import (
     AnyArray,
@@ -27,6 +29,7 @@ from .._tree.names import (
     select_leaves,
 )
 
+_SHOWN = 4  # arrays, in messages
 LossFn = Callable[[PyTree, Any], Float[Array, ""]]
 Axes = tuple[int, ...]
 
@@ -219,7 +222,8 @@ def taylor(
     Args:
         loss_fn: ``(params, batch) -> scalar``.
         params: pytree of arrays.
-        batches: pytree of arrays ``[batches, ...]``; one gradient per batch.
+        batches: pytree of arrays ``[batches, ...]``; one gradient per batch. A list of batches is
+            stacked with ``jax.tree.map(lambda *x: jnp.stack(x), *batches)``.
         select: as in `random`, but floating-point leaves only.
         granularity: as in `random`.
         layout: as in `random`.
@@ -228,7 +232,7 @@ def taylor(
         Scores ≥ 0, in units of the loss.
 
     Raises:
-        ValueError: batches of different numbers, a selected leaf without gradients, or as in
+        ValueError: batches that are not stacked, a selected leaf without gradients, or as in
             `random`.
         TypeError: the loss is not a scalar array.
 
@@ -294,7 +298,7 @@ def _by_gradient(
     @jax.jit
     def products(arrays: dict[str, AnyArray], batch: Any) -> dict[str, Array]:
         def loss(chosen: dict[str, AnyArray]) -> Array:
-            return checked_loss(loss_fn(tree.rebuild(arrays | chosen), batch))
+            return loss_of(loss_fn, tree.rebuild(arrays | chosen), batch)
 
         gradients = jax.grad(loss)({name: arrays[name] for name in chosen})
         return {
@@ -314,6 +318,26 @@ def _by_gradient(
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
 
 
+def loss_of(loss_fn: LossFn, params: PyTree, batch: Any) -> Array:
+    """The loss of one batch, after checking that it is one.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: `loss_fn` cannot use the batch, which may come from batches in a list.
+    """
+    try:
+        loss = loss_fn(params, batch)
+    except Exception as error:  # a user's function may raise anything
+        # Arrays of one shape may be the two images of a pair, so they are refused only now.
+        if type(batch) not in (list, tuple) or len({np.shape(part) for part in batch}) != 1:
+            raise
+        raise ValueError(
+            f"loss_fn: raised {described(error)}, given one entry of each of the {len(batch)} "
+            f"arrays in batches. If each array is a batch, stack them: {_STACK}."
+        ) from error
+    return checked_loss(loss)
+
+
 def checked_loss(loss: Any) -> Array:
     """The loss, after checking that it is one.
 
@@ -326,18 +350,33 @@ def checked_loss(loss: Any) -> Array:
     return loss
 
 
+_STACK = "jax.tree.map(lambda *x: jnp.stack(x), *batches)"
+
+
 def batch_count(batches: PyTree) -> int:
     """The common length of the first axis of all arrays in ``batches``.
 
     Raises:
-        ValueError: there are no arrays, or their lengths differ.
+        ValueError: there are no arrays, or their lengths differ; or it is a list or tuple of
+            batches.
     """
+    if type(batches) in (list, tuple):
+        # A batch itself is rarely a list of containers that are all alike.
+        kinds = {jax.tree.structure(part) for part in batches}
+        if len(kinds) == 1 and not jax.tree_util.treedef_is_leaf(*kinds):
+            raise ValueError(
+                "batches: expected one pytree of arrays with a first axis for the batches, got a "
+                f"{type(batches).__name__} of {len(batches)}. Stack them, without a smaller last "
+                f"one: {_STACK}. If they are parts of one batch, name them in a dict."
+            )
     leaves = named_leaves(batches, "batches").leaves
     sizes = {name: leaf.shape[0] if np.ndim(leaf) else None for name, leaf in leaves.items()}
     count, *others = {*sizes.values()} or {None}
     if others or not count:
+        shown = dict(itertools.islice(sizes.items(), _SHOWN))
+        more = f" and {len(sizes) - _SHOWN} more" if len(sizes) > _SHOWN else ""
         raise ValueError(
-            f"batches: expected arrays with the same first axis, one batch per entry, got {sizes}. "
-            "Stack the batches: jax.tree.map(lambda *b: jnp.stack(b), *list_of_batches)."
+            "batches: expected arrays with the same first axis, one entry per batch, got "
+            f"{shown}{more}. Stack batches of one size: {_STACK}."
         )
     return count

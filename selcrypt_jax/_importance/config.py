@@ -2,11 +2,13 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import optax
 
+from .._tree.shares import check_share
 from .gates import BETA
 
 
@@ -86,3 +88,44 @@ class PSSConfig:
         if self.initial_log_alpha is not None:
             return self.initial_log_alpha
         return 2.5 if self.objective == "keep" else -3.5
+
+
+@dataclass(frozen=True)
+class PSSBudgets:
+    """Settings for learning with `pss` when it is known how much will be encrypted.
+
+    Learns which groups do the most damage *together*, for each budget. The scores rank the groups
+    of the smallest budget first, then those that the next one adds: one run serves all levels.
+
+    Attributes:
+        shares: shares of the groups that will be encrypted, ascending, each in (0, 1]: those
+            that are later passed to `nested_masks`.
+        scope: whether they hold in every ``"leaf"`` or over the whole ``"model"``, as there.
+        steps: gradient steps, in equal parts for each budget.
+
+    Examples:
+        >>> config = PSSBudgets((0.02, 0.08), scope="model", steps=40)
+        >>> scores = pss(loss_fn, params, batches, key=jax.random.key(0), config=config)
+        >>> masks = nested_masks(scores, config.shares, scope=config.scope)
+    """
+
+    shares: Sequence[float]
+    scope: Literal["leaf", "model"] = "leaf"
+    steps: int = 200
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shares", tuple(self.shares))
+        if not 1 <= len(self.shares) <= 127:  # counted in int8
+            raise ValueError(
+                f"shares: expected 1 to 127 shares, got {len(self.shares)}. Pass (0.02, 0.08)."
+            )
+        for index, share in enumerate(self.shares):
+            check_share(f"shares[{index}]", share)
+        if list(self.shares) != sorted(set(self.shares)):
+            raise ValueError(f"shares: expected ascending shares, got {self.shares}. Sort them.")
+        if self.scope not in ("leaf", "model"):
+            raise ValueError(f"scope: expected 'leaf' or 'model', got {self.scope!r}.")
+        if operator.index(self.steps) < len(self.shares):
+            raise ValueError(
+                f"steps: expected at least one per budget, {len(self.shares)}, got {self.steps}."
+            )

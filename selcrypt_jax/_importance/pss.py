@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,15 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from .._tree.groups import Granularity, Layout, group_shape
-from .._tree.names import (
-    AnyArray,
-    Selector,
-    check_key,
-    constants_move,
-    named_leaves,
-    select_differentiable,
-)
-from .closed import LossFn, batch_count, checked_loss
-from .config import PSSConfig
+from .._tree.groups import Granularity, Layout
+from .._tree.names import Selector, constants_move, listed
+from .budget import AtBudgets
+from .closed import LossFn, batch_count
+from .config import PSSBudgets, PSSConfig
+from .frozen import Frozen, Leaves, PSSMetrics
 from .gates import hard_concrete, probability_open
+
+State = TypeVar("State")
 
 
 class PSSState(NamedTuple):
@@ -57,25 +54,14 @@ class PSSState(NamedTuple):
     cap: Float[Array, ""]
 
 
-class PSSMetrics(NamedTuple):
-    """The metrics of each step, ``[steps]``.
-
-    Attributes:
-        loss: task loss with the gates in place.
-        open: expected number of open gates.
-    """
-
-    loss: Float[Array, " steps"]
-    open: Float[Array, " steps"]
-
-
 class PSSLearner(NamedTuple):
     """Pure functions that learn importance, in the style of an optax transformation.
 
     Attributes:
-        init: ``(params, batches, key=...) -> PSSState``.
-        run: ``(params, batches, state, steps) -> (PSSState, PSSMetrics)``, jitted; step t uses
-            batch t modulo the number of batches.
+        init: ``(params, batches, key=...) -> state``: a `PSSState`, or a `PSSBudgetState` if
+            configured by `PSSBudgets`.
+        run: ``(params, batches, state, steps) -> (state, PSSMetrics)``, jitted; step t uses batch t
+            modulo the number of batches.
         scores: ``(state) -> scores``, a pytree of the structure of params.
         steps: the total number of steps in the configuration.
 
@@ -86,9 +72,9 @@ class PSSLearner(NamedTuple):
         >>> masks = nested_masks(learner.scores(state), [0.02, 0.08])
     """
 
-    init: Callable[..., PSSState]
-    run: Callable[[PyTree, PyTree, PSSState, int], tuple[PSSState, PSSMetrics]]
-    scores: Callable[[PSSState], PyTree]
+    init: Callable[..., Any]
+    run: Callable[[PyTree, PyTree, Any, int], tuple[Any, PSSMetrics]]
+    scores: Callable[[Any], PyTree]
     steps: int
 
 
@@ -96,7 +82,7 @@ def pss_learner(
     loss_fn: LossFn,
     params: PyTree,
     *,
-    config: PSSConfig = PSSConfig(),
+    config: PSSConfig | PSSBudgets = PSSConfig(),
     select: Selector = None,
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
@@ -107,7 +93,7 @@ def pss_learner(
         loss_fn: ``(params, batch) -> scalar``, positive; params are trained and frozen.
         params: pytree, for its structure and shapes; `init` and `run` use the values passed to
             them.
-        config: see `PSSConfig`.
+        config: `PSSBudgets` if it is known how much will be encrypted, or `PSSConfig`.
         select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
             ``None`` for floats with two axes or more.
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: the unit that shares a gate.
@@ -126,75 +112,24 @@ def pss_learner(
         ...     state, metrics = learner.run(params, batches, state, 2)
         >>> scores = learner.scores(state)
     """
-    tree = named_leaves(params)
-    shapes = {
-        name: group_shape(leaf.shape, granularity, layout)
-        for name, leaf in select_differentiable(params, select).items()
-    }
-    names = list(shapes)
+    frozen = Frozen(loss_fn, params, select, granularity, layout)
+    if isinstance(config, PSSBudgets):
+        learn = AtBudgets(frozen, config)
+        return PSSLearner(learn.init, _runner(frozen, learn.step), learn.scores, config.steps)
+    names, shapes = frozen.names, frozen.shapes
     optimizer = config.optimizer or optax.adam(0.1, eps=max(config.penalty / 10, 1e-8))
     at_rest = 1.0 if config.objective == "keep" else 0.0
-    taken = tree.arrays.keys()
-
-    def arrays(params: PyTree) -> dict[str, AnyArray]:
-        return {n: leaf for n, leaf in named_leaves(params).leaves.items() if n in taken}
-
-    def task_loss(leaves: dict[str, AnyArray], changed: dict[str, AnyArray], batch: Any) -> Array:
-        loss = loss_fn(tree.rebuild(leaves | changed), batch)
-        return checked_loss(loss).astype(jnp.float32)
-
-    # One draw for all leaves: it compiles in a fraction of the time of one draw per leaf.
-    def draw(
-        sample: Callable[..., Array], key: PRNGKeyArray, shapes: dict[str, tuple[int, ...]]
-    ) -> dict[str, Array]:
-        order = sorted(shapes)  # not the container's order: equal paths give equal noise
-        ends = np.cumsum([math.prod(shapes[name]) for name in order])
-        parts = jnp.split(sample(key, (int(ends[-1]),), jnp.float32), ends[:-1])
-        return {n: part.reshape(shapes[n]) for n, part in zip(order, parts, strict=True)}
-
-    def noise(leaves: dict[str, AnyArray], key: PRNGKeyArray) -> dict[str, AnyArray]:
-        """Normal noise with each leaf's mean and standard deviation."""
-        normal = draw(jax.random.normal, key, {name: leaves[name].shape for name in names})
-        wide = {name: leaves[name].astype(jnp.float32) for name in names}
-        return {name: wide[name].mean() + wide[name].std() * normal[name] for name in names}
 
     def gates(log_alpha: dict[str, Array], key: PRNGKeyArray) -> dict[str, Array]:
-        uniform = draw(jax.random.uniform, key, shapes) if config.sampled else {}
+        uniform = frozen.draw(jax.random.uniform, key, shapes) if config.sampled else {}
         return {
             name: hard_concrete(log_alpha[name], uniform=uniform.get(name), beta=config.beta)
             for name in names
         }
 
-    @jax.jit
-    def rest_and_broken(leaves: dict[str, AnyArray], batch: Any, key: PRNGKeyArray) -> Array:
-        everything = {n: leaf.astype(leaves[n].dtype) for n, leaf in noise(leaves, key).items()}
-        return jnp.stack([task_loss(leaves, {}, batch), task_loss(leaves, everything, batch)])
-
     @constants_move()
     def init(params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSState:
-        check_key(key)
-        leaves = arrays(params)
-        for name in names:
-            if not bool(jnp.isfinite(leaves[name]).all()):
-                raise ValueError(
-                    f"params {name!r}: expected finite weights, got NaN or Inf. Nothing can be "
-                    "learned from such a network: go back to its last good checkpoint."
-                )
-        batch_count(batches)
-        first = jax.tree.map(lambda leaf: leaf[0], batches)
-        rest, broken = rest_and_broken(leaves, first, jax.random.fold_in(key, 2**32 - 1))
-        if not bool(jnp.isfinite(rest)) or (config.objective == "break" and not rest > 0):
-            raise ValueError(
-                f"loss_fn: expected a finite, positive loss of the untouched network, got "
-                f"{float(rest)} on the first batch."
-            )
-        if rest >= broken:
-            warnings.warn(
-                f"loss_fn: the network's loss on the first batch, {float(rest):.3g}, is no better "
-                f"than with noise in place of the selected leaves, {float(broken):.3g}. Is it "
-                "trained, and are the batches like its training data?",
-                stacklevel=2,
-            )
+        rest, broken = frozen.check(params, batches, key, positive=config.objective == "break")
         cap = float(jnp.finfo(jnp.float32).max)  # unused; finite, so that no arithmetic fails
         if config.objective == "break":
             # Noise may also make a loss overflow; the network is broken well before that.
@@ -206,9 +141,7 @@ def pss_learner(
             log_alpha, optimizer.init(log_alpha), jnp.int32(0), key, jnp.float32(math.log(cap))
         )
 
-    def step(
-        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState
-    ) -> tuple[PSSState, PSSMetrics]:
+    def step(leaves: Leaves, batches: PyTree, state: PSSState) -> tuple[PSSState, PSSMetrics]:
         count = batch_count(batches)
         batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
         opt_state = state.opt_state
@@ -220,7 +153,7 @@ def pss_learner(
             first = state.step % config.steps == 0
             opt_state = jax.tree.map(lambda new, old: jnp.where(first, new, old), fresh, opt_state)
         gate_key, noise_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        instead = noise(leaves, noise_key) if config.objective == "break" else None
+        instead = frozen.noise(leaves, noise_key) if config.objective == "break" else None
 
         def objective(log_alpha: dict[str, Array]) -> tuple[Array, tuple[Array, Array]]:
             changed, price = {}, jnp.float32(0)
@@ -231,7 +164,7 @@ def pss_learner(
                 changed[name] = wide.astype(leaves[name].dtype)
                 open_ = probability_open(log_alpha[name], beta=config.beta).sum()
                 price += jnp.where(active[name], open_, 0)
-            loss = target = task_loss(leaves, changed, batch)
+            loss = target = frozen.loss(leaves, changed, batch)
             if config.objective == "break":
                 # Logarithm: damage multiplies a network's loss, group by group.
                 target = -jnp.minimum(jnp.log(loss + jnp.finfo(jnp.float32).tiny), state.cap)
@@ -252,21 +185,27 @@ def pss_learner(
         state = state._replace(log_alpha=moved, opt_state=opt_state, step=state.step + 1)
         return state, PSSMetrics(loss, price)
 
+    total = config.steps * (len(names) if config.layerwise else 1)
+    return PSSLearner(
+        init, _runner(frozen, step), lambda state: frozen.rebuild_only(state.log_alpha), total
+    )
+
+
+def _runner(
+    frozen: Frozen, step: Callable[[Leaves, PyTree, State], tuple[State, PSSMetrics]]
+) -> Callable[[PyTree, PyTree, State, int], tuple[State, PSSMetrics]]:
+    """Runs many steps, compiled."""
     one_step = jax.jit(step)
 
     @partial(jax.jit, static_argnums=3)
-    def scan(
-        leaves: dict[str, AnyArray], batches: PyTree, state: PSSState, steps: int
-    ) -> tuple[PSSState, PSSMetrics]:
+    def scan(leaves: Leaves, batches: PyTree, state: State, steps: int) -> tuple[State, PSSMetrics]:
         return lax.scan(lambda state, _: step(leaves, batches, state), state, None, length=steps)
 
     @constants_move()
-    def run(
-        params: PyTree, batches: PyTree, state: PSSState, steps: int
-    ) -> tuple[PSSState, PSSMetrics]:
+    def run(params: PyTree, batches: PyTree, state: State, steps: int) -> tuple[State, PSSMetrics]:
         if steps < 1:
             raise ValueError(f"steps: expected at least 1, got {steps}.")
-        leaves = arrays(params)
+        leaves = frozen.arrays(params)
         if jax.default_backend() != "cpu":
             return scan(leaves, batches, state, steps)
         # Inside loops, XLA's CPU backend does not rewrite the gradients of convolutions into its
@@ -277,8 +216,36 @@ def pss_learner(
             history.append(metrics)
         return state, jax.tree.map(lambda *values: jnp.stack(values), *history)
 
-    total = config.steps * (len(names) if config.layerwise else 1)
-    return PSSLearner(init, run, lambda state: tree.rebuild_only(state.log_alpha), total)
+    return run
+
+
+def _check_losses(loss: np.ndarray, config: PSSConfig | PSSBudgets, step: int) -> None:
+    """Refuses the losses of the steps up to this one if nothing can be learned from them.
+
+    Raises:
+        ValueError: one is not finite, or negative where the logarithm is taken.
+    """
+    positive = isinstance(config, PSSBudgets) or config.objective == "break"
+    bad = (loss < 0) & positive
+    if isinstance(config, PSSConfig):  # at a budget, only a step is lost
+        bad |= ~np.isfinite(loss)
+    if bad.any():
+        raise ValueError(
+            f"loss_fn: expected a finite loss, got {loss[bad][0]} at step "
+            f"{step - len(loss) + int(bad.argmax())}. Use a loss that cannot become negative, or, "
+            'for the objective "keep", lower the optimiser\'s rate.'
+        )
+
+
+def _warn_of_ignored(same: dict[str, Array]) -> None:
+    """Warns of leaves that the loss does not depend on: all of their groups learned the same."""
+    ignored = [name for name, alike in same.items() if alike]
+    if ignored:
+        warnings.warn(
+            f"loss_fn: the loss does not depend on {listed(ignored)}, so nothing is learned of "
+            "their importance. Exclude them with `select`, or use a loss that needs them.",
+            stacklevel=3,
+        )
 
 
 def pss(
@@ -287,11 +254,11 @@ def pss(
     batches: PyTree,
     *,
     key: PRNGKeyArray,
-    config: PSSConfig = PSSConfig(),
+    config: PSSConfig | PSSBudgets = PSSConfig(),
     select: Selector = None,
     granularity: Granularity = "kernel",
     layout: Layout = "HWIO",
-    progress: Callable[[PSSState, PSSMetrics], None] | None = None,
+    progress: Callable[[Any, PSSMetrics], None] | None = None,
 ) -> PyTree:
     """Learns which groups of weights matter, for a frozen, trained network.
 
@@ -300,7 +267,7 @@ def pss(
         params: pytree; not modified.
         batches: pytree of arrays ``[batches, ...]``; step t uses batch t modulo their number.
         key: typed key for gates and noise.
-        config: see `PSSConfig`.
+        config: `PSSBudgets` if it is known how much will be encrypted, or `PSSConfig`.
         select: leaves with gates: a regular expression, a function ``(name, leaf) -> bool``, or
             ``None`` for floats with two axes or more.
         granularity: ``"kernel"``, ``"filter"`` or ``"weight"``: the unit that shares a gate.
@@ -329,16 +296,30 @@ def pss(
     # A divisor of the number of steps, so that all calls have one length and compile once.
     most = max(learner.steps // 20, 1)
     chunk = max(n for n in range(1, most + 1) if learner.steps % n == 0)
-    for _ in range(learner.steps // chunk):
+    finite = False
+    for done in range(learner.steps // chunk):
         state, metrics = learner.run(params, batches, state, chunk)
         loss = np.asarray(metrics.loss)
-        bad = ~np.isfinite(loss) | ((loss < 0) if config.objective == "break" else False)
-        if bad.any():
-            raise ValueError(
-                f"loss_fn: expected a finite loss, got {loss[bad][0]} at step "
-                f"{int(state.step) - chunk + int(bad.argmax())}. Lower the optimiser's rate; for "
-                "the objective 'break', use a loss that cannot become negative."
-            )
+        _check_losses(loss, config, int(state.step))
+        finite |= bool(np.isfinite(loss).any())
+        # After one or two steps, Adam may have moved all gates alike.
+        if done == 0 and chunk > 2 and isinstance(config, PSSConfig) and not config.layerwise:
+            _warn_of_ignored({n: jnp.ptp(leaf) == 0 for n, leaf in state.log_alpha.items()})
         if progress is not None:
             progress(state, metrics)
+    if not finite:
+        raise ValueError(
+            "loss_fn: expected a finite loss, got none in all steps: the encrypted network "
+            "overflows whatever is encrypted. Take smaller shares, or a wider dtype."
+        )
+    if isinstance(config, PSSBudgets):
+        # A group that is not encrypted has a slope, unless the loss ignores it.
+        _warn_of_ignored(
+            {
+                name: (slope == 0).all()
+                & (state.tried[name] > 0).any()
+                & (state.tried[name] == 0).any()
+                for name, slope in state.slope.items()
+            }
+        )
     return learner.scores(state)

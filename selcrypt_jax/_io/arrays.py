@@ -72,7 +72,7 @@ class ArraySource:
         what: the arrays, for messages.
 
     Raises:
-        ValueError: safetensors has no such dtype.
+        ValueError: safetensors lacks a dtype.
     """
 
     def __init__(self, arrays: Mapping[str, Any], what: str = "params") -> None:

@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .places import check_folder_name
+
 _SUFFIX = ".selcrypt-tmp"
 # Errors of file systems (network, container) that do not support a call at all.
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
@@ -161,11 +163,13 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
 
     Raises:
         FileExistsError: something of this name already exists.
+        NotADirectoryError: see `check_folder_name`.
         OSError: the parent folder is missing or not writable, or writing failed.
     """
     target = Path(path).absolute()
     if os.path.lexists(target):
         raise _exists(target, "Remove it, or name another folder")
+    check_folder_name(target)
     _check_parent(target)
     temporary = _sibling(target)
     with _blame(target):
@@ -197,24 +201,6 @@ def new_folder(path: str | os.PathLike[str], *, private: bool = False) -> Iterat
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     _sync_names(target.parent)
-
-
-def check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str]) -> None:
-    """Checks that an output isn't one of the inputs, under any name or link.
-
-    Raises:
-        ValueError: it is one of them.
-    """
-    for path in inputs:
-        try:
-            same = os.path.samefile(output, path)
-        except FileNotFoundError:
-            continue  # an output that doesn't exist cannot be an input
-        if same:
-            raise ValueError(
-                f"{os.fspath(output)}: expected a different file from the input, got "
-                f"{os.fspath(path)} again. Name another output."
-            )
 
 
 class _Output(io.FileIO):
@@ -421,15 +407,3 @@ def _exists(path: Path, advice: str) -> FileExistsError:
 
 def _appeared(path: Path) -> FileExistsError:
     return _exists(path, "It appeared in the meantime; nothing was written")
-
-
-def writable_folder(path: Path) -> None:
-    """Makes a folder if it is missing, and tests that it is writable before minutes of work.
-
-    Raises:
-        OSError: it cannot be made or written to.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    probe = path / ".selcrypt-probe"
-    probe.touch()
-    probe.unlink()

@@ -1,4 +1,4 @@
-"""What lies beside the weights in a model's folder: configuration, tokenizer, and the like."""
+"""The other files in a model's folder: configuration, tokenizer, and the like."""
 
 import os
 import stat
@@ -23,25 +23,25 @@ from .foreign import (
 from .safetensors import MAX_HEADER
 
 MOST = 256 << 20
-"""Bytes of a file; no configuration and no tokenizer is as large."""
+"""Bytes; no configuration or tokenizer is that large."""
 
-# Weights in forms that no loader of models looks for, arrays, and archives, which may hold some.
+# Weights in formats that no model loader looks for, arrays, and archives, which may hold some.
 _OTHER_WEIGHTS = frozenset(
     {".7z", ".arrow", ".bz2", ".engine", ".gz", ".joblib", ".mlmodel", ".npy", ".orbax", ".ort"}
     | {".ot", ".params", ".parquet", ".pdparams", ".pickle", ".pkl", ".plan", ".tar", ".tgz"}
     | {".xz", ".zip", ".zst"}
-    # External data of ONNX models: of all tensors, or named like the tensor.
+    # External data of ONNX models: for all tensors in one file, or one file per tensor.
     | {".bias", ".data", ".weight", ".weights"}
 )
 _ARCHIVE = "an archive, which may hold weights"
-# Why a file of a format that `by_magic` knows stays behind, unless because it holds weights.
+# Why a file whose format `by_magic` recognises is left out, if not because it holds weights.
 _REASONS = {
     LFS: f"{LFS.name}: {LFS.remedy}",
     OURS: OURS.name,
     ZIP: _ARCHIVE,
     GZIP: _ARCHIVE,
 }
-# And how others begin, whatever their name.
+# The first bytes of further files, whatever their names.
 _MAGIC = {
     b"-----BEGIN": "a key",
     b"AGE-SECRET-KEY-": "a key",
@@ -52,12 +52,12 @@ _ORBAX = frozenset({"_METADATA", "manifest.ocdbt"})  # in the folder of a checkp
 
 
 class Companions(NamedTuple):
-    """What comes along with the weights of a folder, and what does not.
+    """The other files in a folder of weights: those to copy, and those to leave out.
 
     Attributes:
-        folder: that holds them.
-        copied: paths from the folder, with ``/`` between steps, sorted.
-        left_out: path → why it stays behind.
+        folder: the folder.
+        copied: paths relative to it, with ``/`` between steps, sorted.
+        left_out: path → why it is left out.
     """
 
     folder: Path
@@ -65,11 +65,11 @@ class Companions(NamedTuple):
     left_out: dict[str, str]
 
     def copy_to(self, folder: Path) -> None:
-        """Copies them into a folder that has none of them; nothing is replaced.
+        """Copies them into another folder; replaces nothing.
 
         Raises:
-            FileExistsError: there is something of that name.
-            ValueError, OSError: what lies there has changed, or cannot be read or written.
+            FileExistsError: a file of that name exists.
+            ValueError, OSError: a file has changed, or cannot be read or written.
         """
         for name in self.copied:
             target = folder / name
@@ -80,17 +80,17 @@ class Companions(NamedTuple):
 
 
 def companions(folder: Path, own: Collection[str] = ()) -> Companions:
-    """What may be copied of a folder beside its weights: every other file that can be no weights.
+    """The other files in a folder of weights; those that cannot be weights are to be copied.
 
-    Hidden files and folders (``.git``) stay behind, as do links that lead out of the folder; but
-    for those into the store of the Hugging Face cache, of which a snapshot consists.
+    Hidden files and folders (``.git``) are left out, as are links that lead out of the folder,
+    except for links into the Hugging Face cache's store, of which a snapshot consists.
 
     Args:
-        folder: of a model.
-        own: names of its weights, of which nothing has to be said.
+        folder: a model's folder.
+        own: names of its weights, which are not mentioned in the result.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the folder cannot be read.
     """
     inside = [folder.resolve()]
     if inside[0].parent.name == "snapshots":
@@ -108,7 +108,7 @@ def companions(folder: Path, own: Collection[str] = ()) -> Companions:
 
 
 def _files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """All that is not a folder, and folders that are not entered; hidden ones are not seen."""
+    """All files, and folders that are not entered; skips hidden ones."""
     for top, folders, names in os.walk(folder):
         step = PurePath(top).relative_to(folder)
         kept = [name for name in folders if not _is_hidden(name)]
@@ -125,7 +125,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _reason(name: str, path: Path, inside: list[Path]) -> str | None:
-    """Why a file stays behind, or None."""
+    """Why a file is left out, or None."""
     real = Path(os.path.realpath(path))
     if any(_is_named_as_weights(each) for each in (PurePath(name), real)):
         return "weights"

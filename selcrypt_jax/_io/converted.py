@@ -1,4 +1,4 @@
-"""Weights in ONNX models and msgpack files of Flax, which are read and never written."""
+"""Weights in ONNX models and Flax msgpack files, which are read but never written."""
 
 import math
 import os
@@ -11,6 +11,7 @@ import numpy as np
 
 from .._tree.dtypes import known_dtype
 from .arrays import ArraySource
+from .errors import extra, quoted
 from .foreign import FLAX, ONNX, Kind
 from .strict_json import listing, show
 
@@ -33,7 +34,8 @@ class ConvertedFile(ArraySource):
 
     Attributes:
         path: as given.
-        metadata: for a safetensors file of these arrays. The format tells the layout of kernels.
+        metadata: the metadata for a safetensors file of these arrays; ``format`` implies the layout
+            of kernels.
         inputs: all files that were read.
 
     Raises:
@@ -64,7 +66,7 @@ CONVERTED = frozenset({ONNX, FLAX})
 
 
 def _flax(path: Path) -> dict[str, Any]:
-    """Steps of the path in the tree, joined by ``/`` → array."""
+    """The path in the tree, its steps joined by ``/`` → array."""
     from flax import serialization
 
     from .._tree.names import named_leaves
@@ -76,7 +78,7 @@ def _flax(path: Path) -> dict[str, Any]:
     except Exception as error:  # msgpack, NumPy and Flax each have their own
         raise ValueError(
             f"{path}: expected a msgpack file as flax.serialization.to_bytes makes it, got: "
-            f"{_line(error)}. It is damaged or of another program: save it again."
+            f"{quoted(error)}. It is damaged, or another program wrote it: save it again."
         ) from error
     leaves = named_leaves(tree, str(path)).leaves if isinstance(tree, dict) else {}
     for name, leaf in leaves.items():
@@ -96,14 +98,13 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
         import onnx  # pyright: ignore[reportMissingImports] - an extra
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{path}: is an ONNX model, and the package onnx is not installed. Install the extra: "
-            "pip install 'selcrypt-jax[onnx]'",
+            f"{path}: is an ONNX model, and the package onnx is not installed. {extra('onnx')}.",
             name=error.name,
         ) from error
     if tuple(int(step) for step in onnx.__version__.split(".")[:2]) < _OLDEST:
         raise ModuleNotFoundError(
             f"{path}: is an ONNX model: expected onnx {'.'.join(map(str, _OLDEST))} or later to "
-            f"read it, got {onnx.__version__}. Install the extra: pip install 'selcrypt-jax[onnx]'"
+            f"read it, got {onnx.__version__}. {extra('onnx')}."
         )
     found: dict[str, np.ndarray] = {}
     where, remedy = "", _EXPORT
@@ -119,7 +120,7 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
                 raise ValueError("expected each name once, got it twice")
             array = onnx.numpy_helper.to_array(tensor, str(path.absolute().parent))
             if array.shape != tuple(tensor.dims):  # -1 stands for the rest in NumPy alone
-                raise ValueError(f"expected lengths from 0, got shape {list(tensor.dims)}")
+                raise ValueError(f"expected non-negative lengths, got shape {list(tensor.dims)}")
             found[tensor.name] = array
             beside.update(
                 path.parent / each.value for each in tensor.external_data if each.key == "location"
@@ -130,9 +131,9 @@ def _onnx(path: Path, beside: set[Path]) -> dict[str, np.ndarray]:
     except (MemoryError, OSError):
         raise
     except Exception as error:  # protobuf, NumPy and onnx each have their own
-        text = _line(error)
+        text = quoted(error)
         if not text.startswith("expected"):
-            text = f"expected what onnx can read, got: {text}"
+            text = f"expected data that onnx can read, got: {text}"
         raise ValueError(f"{path}:{where} {text}. {remedy}") from error
     if sparse:
         raise ValueError(
@@ -199,8 +200,3 @@ def _in_nodes(nodes: Iterable[Any]) -> Iterator[tuple[str, int]]:
             yield name, len(attribute.floats)
             for graph in (attribute.g, *attribute.graphs):
                 yield from _in_graph(graph)
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split()).rstrip(".")
-    return text or type(error).__name__

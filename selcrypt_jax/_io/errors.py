@@ -28,6 +28,27 @@ def check_type(value: object, kind: Any, expected: str, remedy: str) -> None:
         raise TypeError(f"{expected}, got {type(value).__name__}. {remedy}")
 
 
+def extra(name: str) -> str:
+    """How to install an extra, for messages: from a copy of the repository, as README has it."""
+    return f"Install the extra: pip install '.[{name}]' in your copy of the repository"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, for messages: ``1 key``, ``1,200 keys``."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def quoted(error: BaseException) -> str:
+    """An error's text, to be put into a sentence: one line, without a full stop at its end."""
+    return " ".join(str(error).split()).rstrip(". ") or type(error).__name__
+
+
+def described(error: BaseException, place: str = "") -> str:
+    """An error's type, the place given, and its text as `quoted` has it, if it has any."""
+    name = type(error).__name__
+    return f"{name}{place}" + (f": {quoted(error)}" if str(error).strip() else "")
+
+
 class _ReasonedError(ValueError):
     reason: str
 
@@ -76,7 +97,7 @@ class GrantError(_ReasonedError):
         reason: one of
 
             - ``"kind"``: the file holds no key, one of another kind, or one of a later version;
-            - ``"damaged"``: the file was cut off or mistyped;
+            - ``"damaged"``: the file was truncated or mistyped;
             - ``"passphrase"``: the file is locked, and the passphrase is missing or wrong;
             - ``"recipient"``: the file is sealed, and the private key is missing, malformed or not
               the recipient's;

@@ -11,8 +11,8 @@ class Kind(NamedTuple):
     """A file format.
 
     Attributes:
-        name: with its article.
-        remedy: what to do with such a file.
+        name: its name in messages, with an article.
+        remedy: how to make a safetensors file of it.
     """
 
     name: str
@@ -23,7 +23,7 @@ class OtherFormatError(ValueError):
     """A file of another format in place of a safetensors file.
 
     Attributes:
-        path: of the file.
+        path: the file's path.
         kind: its format.
     """
 
@@ -49,7 +49,7 @@ _TORCH = Kind(
 )
 _READ = "only selcrypt protect and calibrate read such files, by name; for anything else, "
 FLAX = Kind(
-    "a msgpack file of Flax",
+    "a Flax msgpack file",
     f"{_READ}load it with flax.serialization.msgpack_restore(data), name its leaves with "
     "flax.traverse_util.flatten_dict(tree, sep='/') and save them with safetensors.flax.save_file",
 )
@@ -57,7 +57,9 @@ ONNX = Kind(
     "an ONNX model",
     f"{_READ}save its initialisers (onnx.numpy_helper.to_array) with safetensors.numpy.save_file",
 )
-_KERAS = Kind("an HDF5 file, such as a Keras .h5", f"load it there and {_NUMPY}")
+_KERAS = Kind(
+    "an HDF5 file, such as a Keras .h5", f"load it with the library that wrote it, and {_NUMPY}"
+)
 _TENSORFLOW = Kind(
     "a file of a TensorFlow checkpoint or SavedModel",
     f"read it with tf.train.load_checkpoint(path) and {_NUMPY}",
@@ -66,12 +68,13 @@ _TFLITE = Kind("a TensorFlow Lite model", "protect the checkpoint that it was co
 _GGUF = Kind("a GGUF file", "use the safetensors file that it was made from")
 ZIP = Kind(
     "a zip archive, such as a PyTorch .pt, a Keras .keras or a NumPy .npz file",
-    "load it there and save it with safetensors.torch or safetensors.numpy",
+    "load it with the library that wrote it, and save it with safetensors.torch or "
+    "safetensors.numpy",
 )
 
 LFS = Kind("a Git LFS pointer", "get the file itself with `git lfs pull`")
 GZIP = Kind("gzip-compressed data", "unpack it first")
-OURS = Kind("a key or grant of selcrypt's", "name the model's file")
+OURS = Kind("a selcrypt key or grant", "name the model's file")
 
 _MAGIC = {
     b"version https://git-lfs": LFS,
@@ -127,7 +130,7 @@ def format_of(first: bytes, name: str, *, certain: bool) -> Kind | None:
 
 
 def by_magic(first: bytes) -> Kind | None:
-    """The format that begins with these bytes, if they are many enough to tell."""
+    """The format that begins with these bytes, if there are enough to tell."""
     return next((kind for magic, kind in _MAGIC.items() if first.startswith(magic)), None)
 
 
@@ -139,7 +142,7 @@ def by_a_few_bytes(first: bytes) -> Kind | None:
     if one == b"\x80" and two and two[0] <= 5:
         return Kind(
             "a Python pickle, such as an old PyTorch .pt or .ckpt file",
-            "load it there and save it with safetensors.torch",
+            "load it with the library that wrote it, and save it with safetensors.torch",
         )
     if one == b"<":
         return Kind("a web page", "download the file itself")
@@ -157,7 +160,7 @@ def by_a_few_bytes(first: bytes) -> Kind | None:
 
 
 def by_name(name: str) -> Kind | None:
-    """The format that a file's name tells."""
+    """The format that a file's name implies."""
     if (".ckpt" in name and PurePath(name).suffix in (".index", ".meta")) or ".ckpt.data-" in name:
         return _TENSORFLOW
     return _SUFFIXES.get(PurePath(name).suffix.lower())
@@ -175,7 +178,7 @@ def weights_in(folder: Path) -> list[str]:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file name is that of an index of a checkpoint in several files.
+    """Whether a file name is that of an index for a checkpoint in several files.
 
     Variants have their own names, such as ``model.safetensors.index.fp16.json``.
     """

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .errors import described
+
 
 def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = False) -> Any:
     """The object at an import path ``module:name``; the working folder is searched too.
@@ -38,7 +40,7 @@ def imported(what: str, path: str, known: Sequence[str] = (), *, data: bool = Fa
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # a module may raise anything on import
         raise ValueError(
-            f"{what}: expected {path!r} to import, got {type(error).__name__}: {error}. Correct "
+            f"{what}: expected {path!r} to import, got {described(error)}. Correct "
             "the path or the module; modules in the working folder are found too."
         ) from error
     if not callable(found):
@@ -69,7 +71,7 @@ def blamed(what: str, path: str, function: Callable[..., Any]) -> Callable[..., 
             own = [frame for frame in frames if frame.filename == frames[0].filename]
             place = f" in line {own[-1].lineno} of {Path(own[-1].filename).name}" if own else ""
             raise ValueError(
-                f"{what}: {path} raised {type(error).__name__}{place}: {error}. Correct it there."
+                f"{what}: {path} raised {described(error, place)}. Correct it there."
             ) from error
 
     return call

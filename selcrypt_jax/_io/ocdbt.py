@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from .errors import quoted
 from .folders import read_regular
 from .strict_json import DAMAGED, show
 
@@ -39,18 +40,17 @@ _BLOCK = 1 << 17
 
 
 def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
-    """Refuses a database that takes far more memory than the file, or that lacks a piece.
+    """Refuses a database that would take far more memory than the file, or that lacks a piece.
 
-    A missing or truncated piece is found here and not by Orbax, which reads many at once and
-    does not name the file or a remedy; and reads that are still running when it gives up
-    print errors of their own.
+    Missing or truncated pieces are found here because Orbax reads many at once and names neither
+    the file nor a remedy; and the reads still running when it gives up print errors of their own.
 
     Args:
         folder: the folder of the manifest.
         files: from `regular_files`.
 
     Raises:
-        ValueError: the database does, or is damaged.
+        ValueError: it would take too much memory, lacks a piece, or is damaged.
     """
     import tensorstore as ts
 
@@ -77,7 +77,7 @@ def check_ocdbt(folder: Path, files: Mapping[str, int]) -> None:
             continue
         with _database(folder):
             if height and size > _MAX_INNER:
-                raise ValueError(f"{size} bytes in an inner node, expected {_MAX_INNER} at most")
+                raise ValueError(f"{size} bytes in an inner node, more than {_MAX_INNER}")
             node: Any = ts.ocdbt.dump(base, location).result()
             if height:
                 todo += [(entry.get("location"), height - 1) for entry in node["entries"]]
@@ -95,7 +95,8 @@ def _database(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {error}. {_REMEDY}"
+            f"{folder / MANIFEST}: expected a database as Orbax writes it, got: {quoted(error)}. "
+            f"{_REMEDY}"
         ) from None
 
 
@@ -162,7 +163,7 @@ def zstd_bound(data: bytes | memoryview) -> int:
     """An upper bound of the decompressed size of Zstandard frames, from their block headers.
 
     Raises:
-        ValueError: they are cut off or malformed; the caller adds the file.
+        ValueError: they are truncated or malformed; the caller adds the file.
     """
 
     def number(start: int, size: int) -> int:

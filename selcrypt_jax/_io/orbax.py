@@ -11,6 +11,7 @@ from typing import Any
 
 from .arrays import ArrayInfo, ArraySource, as_array
 from .atomic import new_folder
+from .errors import quoted
 from .folders import read_regular, regular_files
 from .ocdbt import MANIFEST
 from .safetensors import MAX_HEADER
@@ -68,10 +69,10 @@ class OrbaxCheckpoint:
 
     Attributes:
         path: the folder.
-        metadata: our metadata, or None if there are none.
+        metadata: our metadata, or None if there is none.
 
     Raises:
-        ValueError: our metadata are malformed; here and later, files that are not
+        ValueError: our metadata is malformed; here and later, files that are not
             regular, or would grow in memory beyond the arrays that they hold; a checkpoint that
             Orbax cannot read; a leaf that a safetensors file could not hold.
     """
@@ -176,7 +177,7 @@ class OrbaxCheckpoint:
         if self.stored.keys() != given.keys():
             raise ValueError(
                 f"{self.path}: Orbax cannot read it: expected a tree with {listed(self.stored)}, "
-                f"got one with {listed(given)}. Pass one of the same paths."
+                f"got one with {listed(given)}. Pass one with the same paths."
             )
         item = _nested({self.stored[name]: leaf for name, leaf in given.items()})
         arguments = ocp.checkpoint_utils.construct_restore_args(item)
@@ -288,9 +289,9 @@ def _orbax(path: Path, remedy: str = _REMEDY) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        text = str(error).strip().rstrip(".")
         raise ValueError(
-            f"{path}: Orbax cannot read it: expected a whole checkpoint, got: {text}. {remedy}"
+            f"{path}: Orbax cannot read it: expected a whole checkpoint, got: {quoted(error)}. "
+            f"{remedy}"
         ) from error
 
 
@@ -421,10 +422,10 @@ def load_tree(
     Args:
         path: the folder's path.
         like: a tree of arrays or ``jax.ShapeDtypeStruct``, with shardings.
-        check: raises an error unless the metadata are valid and match the tensors.
+        check: raises an error unless the metadata is valid and matches the tensors.
 
     Raises:
-        ValueError: not a checkpoint of ours, or one of another tree.
+        ValueError: not a protected checkpoint, or one of another tree.
         OSError: it cannot be read.
     """
     if not Path(path).is_dir():

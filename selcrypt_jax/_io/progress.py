@@ -1,4 +1,4 @@
-"""How far long work has come: bars on a terminal, and in a log a line now and then."""
+"""Progress of long work: bars on a terminal, and an occasional line in a log."""
 
 import threading
 import time
@@ -14,13 +14,13 @@ from rich.progress import (
 )
 
 FIRST, THEN = 10.0, 30.0
-"""Seconds until the first line of a log, and between two of them."""
+"""Seconds before the first line in a log, and between any two lines after it."""
 
 
 def bars(console: Console) -> Progress:
-    """Bars with a share and a time, which is that of the last minutes of work.
+    """Bars that show the share done and the time left, estimated from the last five minutes.
 
-    Where the console is not a terminal: a line after 10 seconds, and every 30 from then on.
+    If the console is not a terminal: a line after 10 seconds, then one every 30 seconds.
     """
     kind = Progress if console.is_terminal else _Lines
     return kind(
@@ -34,14 +34,14 @@ def bars(console: Console) -> Progress:
 
 
 class Pace:
-    """Says of each line of a log whether it is due: after 10 seconds, and every 30 from then on."""
+    """Decides when to write a line to a log: after 10 seconds, then every 30 seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._due = clock() + FIRST
 
     def __call__(self) -> bool:
-        """Whether a line is due now; the next one is not before 30 seconds have passed."""
+        """Whether to write a line now; if so, the next one is due in 30 seconds."""
         now = self._clock()
         if now < self._due:
             return False
@@ -50,7 +50,7 @@ class Pace:
 
 
 class _Lines(Progress):
-    """Prints the task at work as a line, from a thread, since one step may take minutes."""
+    """Prints the current task as a line, from a thread, since one step may take minutes."""
 
     _thread: threading.Thread | None = None
 

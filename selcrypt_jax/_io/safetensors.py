@@ -26,6 +26,7 @@ import safetensors
 
 from .._tree.dtypes import SAFETENSORS
 from .buffers import new_buffer
+from .errors import quoted
 from .foreign import OtherFormatError, format_of
 from .strict_json import json_object, show
 
@@ -140,7 +141,7 @@ class SafetensorsFile(AbstractContextManager[Any]):
                 raise ValueError(
                     f"{self.path}: expected {self.size} bytes as when it was opened, got "
                     f"{stop - len(buffer)}. Another program changed it in the meantime: try again "
-                    "when none writes to it."
+                    "when no program writes to it."
                 )
             buffer, start = buffer[count:], start + count
 
@@ -190,8 +191,8 @@ class SafetensorsFile(AbstractContextManager[Any]):
                 pass
         except safetensors.SafetensorError as error:
             raise ValueError(
-                f"{self.path}: the safetensors library refuses it: {error}. Download the file "
-                "again, or save it again."
+                f"{self.path}: the safetensors library refuses it: {quoted(error)}. Download "
+                "the file again, or save it again."
             ) from None
         except MemoryError:
             # It maps the whole file, which a limit on address space forbids; then it has no answer.

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
+from .errors import counted
 from .foreign import components_in, is_index, other_weights, weights_in
 from .safetensors import MAX_HEADER, SafetensorsFile
 from .strict_json import DAMAGED, json_object, listing, show
@@ -145,8 +146,8 @@ def _parse_index(path: Path) -> ShardIndex:
     missing = [name for name, shard in shards.items() if not os.path.lexists(shard)]
     if missing:
         raise ValueError(
-            f"expected {len(shards)} shards beside the index, got {len(shards) - len(missing)}; "
-            f"missing: {listing(missing)}. Download them first."
+            f"expected {counted(len(shards), 'shard')} beside the index, got "
+            f"{len(shards) - len(missing)}; missing: {listing(missing)}. Download them first."
         )
     others = [name for name, shard in shards.items() if not shard.is_file()]
     if others:

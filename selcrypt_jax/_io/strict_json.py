@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from .errors import quoted
+
 DAMAGED = "It was damaged or altered: download it again."
 """The remedy for JSON that no program of ours wrote."""
 
@@ -42,7 +44,7 @@ def json_object(raw: bytes | bytearray, what: str, remedy: str = DAMAGED) -> dic
         raise ValueError(f"{what}: expected Unicode, got a lone surrogate. {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{what}: expected UTF-8 JSON, each key once, got: {error}. {remedy}"
+            f"{what}: expected UTF-8 JSON, each key once, got: {quoted(error)}. {remedy}"
         ) from None
     if not isinstance(value, dict):
         raise ValueError(f"{what}: expected a JSON object, got {show(value)}. {remedy}")
@@ -59,7 +61,7 @@ def check_json(raw: bytes | bytearray, what: str) -> None:
     try:
         json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what}: expected JSON, got: {error}. {DAMAGED}") from None
+        raise ValueError(f"{what}: expected JSON, got: {quoted(error)}. {DAMAGED}") from None
 
 
 def show(value: object) -> str:
@@ -98,7 +100,7 @@ def _many_brackets(raw: bytes | bytearray, most: int) -> bool:
 
 
 def _brackets_outside_strings(raw: bytes | bytearray) -> int:
-    """The count is right up to the first byte that no JSON has there, where the parser stops."""
+    """The count is exact up to the first byte that JSON cannot have there, where a parser stops."""
     raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     return len(b"".join(raw.translate(None, _NO_BRACKETS).split(b'"')[::2]))
 

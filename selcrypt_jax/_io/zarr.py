@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .errors import quoted
 from .folders import read_regular
 from .ocdbt import MANIFEST, check_ocdbt
 from .strict_json import DAMAGED, json_object, show
@@ -43,8 +44,8 @@ def stored_shapes(folder: Path, files: Mapping[str, int]) -> dict[str, tuple[int
             shape = (_zarr3 if name.endswith(_ZARR3) else _zarr2)(fields)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{what}: expected the metadata of an array as Orbax writes it, got: {error}. "
-                f"{_REMEDY}"
+                f"{what}: expected the metadata of an array as Orbax writes it, got: "
+                f"{quoted(error)}. {_REMEDY}"
             ) from None
         array = name.rpartition("/")[0]
         if found.setdefault(array, shape) != shape:
@@ -81,7 +82,7 @@ def _described(folder: Path, files: Mapping[str, int]) -> Iterator[tuple[str, by
                 yield name, raw
     except ValueError as error:
         raise ValueError(
-            f"{folder / MANIFEST}: expected a database of arrays, got: {error}. {_REMEDY}"
+            f"{folder / MANIFEST}: expected a database of arrays, got: {quoted(error)}. {_REMEDY}"
         ) from None
 
 
@@ -111,7 +112,7 @@ def _check_codecs(codecs: list[Any]) -> None:
 
 def _shape(shape: Any, chunks: Any, dtype: Any) -> tuple[int, ...]:
     if not isinstance(dtype, str) or _SIZED.match(dtype):
-        raise ValueError(f"dtype: expected that of a number, got {show(dtype)}")
+        raise ValueError(f"dtype: expected a numeric dtype, got {show(dtype)}")
     for lengths in (shape, chunks):
         if not isinstance(lengths, list) or any(type(n) is not int or n < 0 for n in lengths):
             raise ValueError(f"shape: expected non-negative integers, got {show(lengths)}")

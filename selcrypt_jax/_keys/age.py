@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .._io.errors import GrantError
+from .._io.errors import GrantError, extra
 from .files import MAX_BYTES, check_path, text_lines
 
 _STARTS = (b"-----BEGIN AGE ENCRYPTED FILE-----", b"age-encryption.org/")
@@ -50,7 +50,7 @@ def unsealed(data: bytes, what: str, identities: Sequence[str | os.PathLike[str]
             reason="recipient",
         )
     for path in identities:
-        check_path(path)
+        check_path(path, "identity")
     pyrage = _pyrage()
     keys = [key for path in identities for key in _identities(pyrage, Path(path))]
     try:
@@ -88,8 +88,7 @@ def _pyrage() -> Any:
         import pyrage
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "grants that are sealed with age need pyrage, which is not installed. Install the "
-            "extra: pip install 'selcrypt-jax[age]'",
+            f"grants that are sealed with age need pyrage, which is not installed. {extra('age')}.",
             name=error.name,
         ) from error
     return pyrage

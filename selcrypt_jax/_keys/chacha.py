@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 
+from .._io.errors import counted
 from .material import forgetting
 
 _SIGMA = np.frombuffer(b"expand 32-byte k", "<u4").astype(np.uint32)  # RFC 8439, section 2.3
@@ -268,7 +269,7 @@ def chacha20_key(secret: bytes) -> Array:
     if not isinstance(secret, bytes):
         raise TypeError(f"secret has type {type(secret).__name__} but expected bytes")
     if len(secret) != 4 * _KEY_WORDS:
-        raise ValueError(f"secret has {len(secret)} bytes but expected {4 * _KEY_WORDS}")
+        raise ValueError(f"secret has {counted(len(secret), 'byte')} but expected {4 * _KEY_WORDS}")
     words = jax.device_put(np.frombuffer(secret, "<u4").astype(np.uint32))
     if isinstance(words, Tracer):
         raise TypeError(

@@ -13,7 +13,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from .._io.atomic import new_file
-from .._io.errors import GrantError
+from .._io.errors import GrantError, counted
 from .material import KEY_BYTES, SALT_BYTES, KeyMaterial, forgetting, hkdf, stretched
 
 AnyPath = str | os.PathLike[str]
@@ -27,10 +27,9 @@ _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
 _MOST_WORK = 1 << 21  # KiB times iterations: about three seconds
 _SPACES = " \t\r"
-# 32 bytes as base64, also URL-safe, or in hex; or the whole text of a key file.
+# 32 bytes as base64, also URL-safe, or in hex; or the text of a key file, however damaged.
 _KEY_ITSELF = re.compile(
-    r"([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|age-secret-key-|-----begin|selcrypt-[a-z-]+-v\d+[\r\n]",
-    re.IGNORECASE,
+    r"[\r\n]|(^|\s)([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|^age-secret-key-|^-----begin", re.IGNORECASE
 )
 
 
@@ -222,7 +221,7 @@ def read_key_file(
         GrantError: see `StoredKey.read`.
         OSError: the file cannot be read.
     """
-    check_path(path)
+    check_path(path, kind.name.removeprefix("selcrypt-").replace("-", " "), private=kind.private)
     with open(path, "rb") as file:  # once, since it may be a pipe
         mode = os.fstat(file.fileno()).st_mode
         data = file.read(MAX_BYTES + 1)
@@ -241,13 +240,14 @@ def read_key_file(
     return fields, value
 
 
-def check_path(path: AnyPath) -> None:
-    """Refuses a key that was passed instead of its file, before a message shows it."""
+def check_path(path: AnyPath, what: str, *, private: bool = True) -> None:
+    """Refuses a key or grant that was passed instead of its file, before a message shows it."""
     text = os.fspath(path)
-    if isinstance(text, str) and _KEY_ITSELF.match(text.strip()):
+    if isinstance(text, str) and _KEY_ITSELF.search(text.strip()):
+        remedy = "Save it in a file that only you can read, and name that file."
         raise ValueError(
-            "key: expected the path of a file, got a key itself. Save the key in a file that only "
-            "you can read, and name that file."
+            f"{what}: expected the path of a file, got its text or a key. "
+            + (remedy if private else "Name the file, such as the owner's signing.pub.")
         )
 
 
@@ -262,7 +262,7 @@ def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError:
-            actual = f"{len(data)} bytes of something else"
+            actual = f"{counted(len(data), 'byte')} of something else"
     if actual:
         message = f"{what}: expected UTF-8 text, {expected}, got {actual}. {remedy}"
         raise GrantError(message, reason="kind")

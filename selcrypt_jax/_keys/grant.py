@@ -24,7 +24,9 @@ class Grant:
         TypeError: the key or the signer has another type.
 
     Examples:
-        >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
+        >>> grant = issue_grant(
+        ...     "model.safetensors", level=1, secret=secret, signer="keys/signing.pub"
+        ... )
         >>> grant.write("bob.grant", passphrase="correct horse battery staple")
         >>> assert Grant.read("bob.grant", passphrase="correct horse battery staple") == grant
     """

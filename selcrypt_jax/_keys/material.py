@@ -143,7 +143,7 @@ def passphrase_bytes(passphrase: str) -> bytes:
     if not text.strip():
         actual = "an empty one"
     elif _UNTYPED & {unicodedata.category(character) for character in text}:
-        actual = "a control character, a line end, or a code point that is no character"
+        actual = "a control character, a line end, or a code point that is not a character"
     elif (size := len(text.encode())) > MAX_PASSPHRASE:
         actual = f"{size} bytes"
     if actual:  # the message shows none of its characters

@@ -4,6 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .._io.atomic import new_files
+from .._io.places import check_folder_name
 from .files import SECRET, SIGNING, VERIFY, Passphrase, key_text
 from .keys import Secret
 from .material import forgetting
@@ -17,7 +18,7 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
     """Makes a secret and a signing pair, and writes all three files or none.
 
     Args:
-        folder: the folder for the files; made if it does not exist.
+        folder: the folder for the files; created if it does not exist.
         passphrase: locks the private files; or a function that returns it.
         force: replace existing files.
 
@@ -26,7 +27,7 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
 
     Raises:
         FileExistsError: one of the files exists, and `force` is not set.
-        OSError: the files cannot be written.
+        OSError: the files cannot be written; or the folder has the name of a file.
     """
     for name in (SECRET_FILE, SIGNING_FILE, PUBLIC_FILE):
         if not force and (folder / name).exists():
@@ -34,6 +35,7 @@ def write_owner_keys(folder: Path, *, passphrase: Passphrase, force: bool) -> Ve
                 f"{folder / name}: already exists. Name another folder; --force would replace it, "
                 "and models protected with it could never be opened again."
             )
+    check_folder_name(folder)
     there = folder.exists()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     signing = SigningKey.generate()

@@ -5,10 +5,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
+
+from .._tree.shares import check_share, exact
 
 
 @runtime_checkable
@@ -71,40 +73,6 @@ class _Shares:
         return tuple(math.floor(share * groups) for share in self.shares)
 
 
-def exact(fraction: float) -> Fraction:
-    """The number as it was written in decimal."""
-    # So that 0.29 of 100 groups is 29 and not floor(28.999999999999996).
-    # str() of a NumPy or JAX scalar is in its own precision, so np.float32(0.29) is 0.29 too.
-    return Fraction(str(fraction))
-
-
-def check_share(what: str, share: Any, *, of: str = "the groups", or_none: bool = False) -> None:
-    """Refuses a number that is not a share, such as 8 for 8 %.
-
-    Args:
-        what: the argument's name, for messages.
-        share: in (0, 1].
-        of: the whole, for messages.
-        or_none: allow 0 too.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is out of range.
-    """
-    if share is None or isinstance(share, str | bool) or np.ndim(share):
-        raise TypeError(
-            f"{what}: expected a number in (0, 1], got {type(share).__name__}. Pass a share of "
-            f"{of}, such as 0.08; or a list with one per level, such as [0.02, 0.08], for levels."
-        )
-    if not 0 <= share <= 1 or (share == 0 and not or_none):  # also catches NaN
-        number = float(share)
-        remedy = f"For {number:g} % pass {number / 100:g}." if 1 < number <= 100 else "0.08 is 8 %."
-        raise ValueError(
-            f"{what}: expected a share of {of} in {'[' if or_none else '('}0, 1], got {share!r}. "
-            + remedy
-        )
-
-
 LevelsLike = int | Sequence[float] | Levels
 """A number of levels; or the share of the groups that each level opens; or `Levels`."""
 
@@ -130,7 +98,7 @@ def as_levels(levels: LevelsLike, budget: float | None = None) -> Levels:
         return _Shares(tuple(map(exact, shares)))
     if budget is not None:
         raise ValueError(
-            "budget: expected a number of levels with it, got levels that already decide the "
+            "budget: expected only with a number of levels, got levels that already determine the "
             "share that is encrypted. Omit the budget."
         )
     if isinstance(levels, Sequence | np.ndarray | jax.Array) and not isinstance(levels, str):

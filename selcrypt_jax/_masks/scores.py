@@ -72,8 +72,8 @@ def scores_for(
         for name in ("granularity", "layout"):
             if getattr(selection, name) is not None:
                 raise ValueError(
-                    f"importance: expected scores alone, got {name} too, which the scores decide. "
-                    "Omit it."
+                    f"importance: expected scores alone, got {name} too, which the scores "
+                    "determine. Omit it."
                 )
         return _checked(_given(source, selection, stack)), None
     granularity = selection.granularity or "kernel"

@@ -10,11 +10,13 @@ from jaxtyping import PyTree
 
 from .._ciphers.blocks import order_bits
 from .._ciphers.lossless import MINIMUM_HIDING, LosslessCipher
+from .._io.errors import counted
 from .._tree.ahead import ahead
 from .._tree.dtypes import SAFETENSORS, Dtype, known_dtype
 from .._tree.groups import Ring
 from .._tree.names import NamedLeaves, listed
-from .levels import Levels, check_share, exact
+from .._tree.shares import check_share, exact
+from .levels import Levels
 from .packed import code_tables
 from .ranks import Ranked, Scope, Scores, ranked
 
@@ -166,7 +168,7 @@ def _what_of(shape: Sequence[int], given: Mapping[int, int]) -> str:
     if not (groups := math.prod(shape)):
         return "no weights"
     since = f", from level {min(given)}" if given else ""
-    return f"{sum(given.values()) or 'none'} of {groups} groups{since}"
+    return f"{sum(given.values()) or 'none'} of {counted(groups, 'group')}{since}"
 
 
 def _left_out(leaves: Mapping[str, Leaf], shapes: Mapping[str, Any], whole: Collection[str]) -> str:

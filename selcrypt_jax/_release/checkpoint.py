@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one file, several with an index, or an Orbax folder; as inputs."""
+"""Checkpoints on disk, as inputs: one file, several with an index, or an Orbax folder."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -34,8 +34,8 @@ class Checkpoint:
         path: the file, the index, or the folder of an Orbax checkpoint.
         files: file name → file, in order.
         index: None for a checkpoint in one file.
-        folder: that holds nothing but this checkpoint, if that is what was named, or it has an
-            index; None for a file that was named by itself.
+        folder: the folder that the caller named or that holds the index, and nothing but this
+            checkpoint; None for a file that was named by itself.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Checkpoint:
 
     @property
     def in_orbax(self) -> bool:
-        """Whether it is an Orbax checkpoint, the one kind that is a folder and not files in one."""
+        """Whether it is an Orbax checkpoint, the one kind that is a folder rather than files."""
         return self.folder == self.path
 
     @property
@@ -54,11 +54,11 @@ class Checkpoint:
         return {name: info for file in self.files.values() for name, info in file.tensors.items()}
 
     def read(self, name: str) -> memoryview:
-        """The bytes of a tensor, wherever it is."""
+        """The bytes of a tensor, whichever file holds it."""
         return next(file for file in self.files.values() if name in file.tensors).read(name)
 
     def shard(self, name: str) -> tuple[int, int] | None:
-        """Number of a file and of all files."""
+        """The number of a file, from 1, and the number of files."""
         return None if self.index is None else (list(self.files).index(name) + 1, len(self.files))
 
     def envelopes(self, signer: VerifyKey | None = None) -> dict[str, Envelope]:
@@ -70,8 +70,8 @@ class Checkpoint:
         for file in self.files.values():
             if MANIFEST not in (file.metadata or {}) and (level := unlocked_level(file.metadata)):
                 raise ValueError(
-                    f"{file.path}: is not a protected file: it is {level}. Expected what selcrypt "
-                    "protect wrote: name that."
+                    f"{file.path}: is not a protected file: it is {level}. Expected a file written "
+                    "by selcrypt protect: name that one."
                 )
         result = {
             name: Envelope.from_metadata(file.metadata, str(file.path))
@@ -99,10 +99,10 @@ class Checkpoint:
         return result
 
     def check_no_others(self) -> None:
-        """Refuses weights beside the checkpoint's, which some loaders prefer.
+        """Refuses other weights in the checkpoint's folder, which some loaders prefer.
 
         Raises:
-            IntegrityError: of some.
+            IntegrityError: there are some.
         """
         if self.folder is None:
             return
@@ -113,10 +113,10 @@ class Checkpoint:
             raise IntegrityError(str(error), reason="shard") from None
 
     def companions(self) -> Companions:
-        """What lies beside its weights, for a copy of the folder.
+        """The other files of the checkpoint's folder.
 
         Raises:
-            ValueError: it is no folder of safetensors files.
+            ValueError: it is not a folder of safetensors files.
         """
         if self.folder is None or self.in_orbax:
             got = "an Orbax checkpoint" if self.in_orbax else "a file by itself"
@@ -128,10 +128,10 @@ class Checkpoint:
         return companions(self.folder, self.files.keys() | index)
 
     def check_whole(self, manifest: Manifest) -> None:
-        """Refuses one file of several.
+        """Refuses a single file of a checkpoint in several files.
 
         Raises:
-            ValueError: of them.
+            ValueError: it is one.
         """
         if manifest.shard is not None and self.index is None:
             raise ValueError(
@@ -142,7 +142,7 @@ class Checkpoint:
     def unlocked(
         self, envelopes: Mapping[str, Envelope], key: LevelKey | None, *, owner: bool = False
     ) -> dict[str, Unlocked]:
-        """All files as a level sees them, by name, their boxes opened; see `Unlocked`."""
+        """All files by name, with their boxes opened, as a level sees them; see `Unlocked`."""
         return {
             name: Unlocked(file, envelopes[name], key, owner=owner)
             for name, file in self.files.items()
@@ -160,7 +160,8 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
     """Opens a safetensors file, an index file, or a folder with one of the two.
 
     Raises:
-        ValueError, OSError: it is none, or damaged; see `SafetensorsFile` and `find_shards`.
+        ValueError, OSError: it is not a checkpoint, or damaged; see `SafetensorsFile` and
+            `find_shards`.
     """
     if Path(path).is_dir():
         from .._io.orbax import OrbaxCheckpoint, is_orbax
@@ -183,7 +184,7 @@ def open_checkpoint(path: AnyPath) -> Iterator[Checkpoint]:
 
 @contextmanager
 def open_original(path: AnyPath) -> Iterator[Checkpoint]:
-    """Opens what a release is made from: also an ONNX model, or a msgpack file of Flax.
+    """Opens a checkpoint to protect, which may also be an ONNX model or a Flax msgpack file.
 
     Raises:
         ValueError, OSError, ModuleNotFoundError: see `open_checkpoint` and `ConvertedFile`.
@@ -197,7 +198,7 @@ def open_original(path: AnyPath) -> Iterator[Checkpoint]:
             if error.kind not in CONVERTED or error.path != Path(path):  # one of several files
                 raise
             opened = error.kind
-        if isinstance(opened, Kind):  # no longer in the handler, to which errors would be chained
+        if isinstance(opened, Kind):  # outside the handler, so that errors are not chained
             from .._io.converted import ConvertedFile
 
             opened = of_one_file(ConvertedFile(path, opened))

@@ -1,4 +1,4 @@
-"""What a release encrypts: from options to sealed rings, the same way for files and trees."""
+"""Decides what a release encrypts: from options to sealed rings, alike for files and trees."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -33,17 +33,17 @@ from .twins import Scattered, Similar, twins_of, with_twins
 
 
 class Chosen(NamedTuple):
-    """What is encrypted.
+    """What to encrypt.
 
     Attributes:
         rings: tensor → its sealed rings.
-        levels: M.
-        layout: of the kernels; None where it was not needed.
-        calibration: what the levels give, if they were searched for.
-        model_id: under which they were searched for. It must not be used for anything else, so
-            callers of the package never see it before the release is made.
-        unknown: tensors that an earlier release did not have: it says nothing of them.
-        similar: tensors that are much like others, and encrypt less.
+        levels: M, the number of levels.
+        layout: the layout of the kernels; None where it was not needed.
+        calibration: the quality of the levels, if they were searched for.
+        model_id: the model id of the search, if there was one. It must not be used for anything
+            else, so callers of the package never see it before the release is made.
+        unknown: tensors that the earlier release did not have, and so says nothing about.
+        similar: tensors that resemble others, but in which less is encrypted.
     """
 
     rings: Rings
@@ -56,16 +56,16 @@ class Chosen(NamedTuple):
 
 
 class Plan:
-    """What is asked for; options are checked here, before any work.
+    """A request to encrypt something; its options are checked here, before any work.
 
     Args:
         source: the tensors.
         levels: see `protect_file`.
-        selection: see there.
-        cipher: see there.
-        rest: see there.
+        selection: see `protect_file`.
+        cipher: see `protect_file`.
+        rest: see `protect_file`.
         stack: closes the file of the scores.
-        metadata: of the checkpoint; may tell the layout.
+        metadata: the checkpoint's metadata; may imply the layout.
         what: the checkpoint or tree, for messages.
 
     Raises:
@@ -104,16 +104,16 @@ class Plan:
     def choose(
         self, params: Callable[[], PyTree], secret: Secret, files: Iterable[StoredTensors]
     ) -> Chosen:
-        """Selects, or searches for levels that meet their targets.
+        """Selects what to encrypt, or searches for levels that meet their targets.
 
         Args:
-            params: gives all tensors as a pytree, for the search.
-            secret: the owner's, for the search.
-            files: the sources of the tensors.
+            params: returns all tensors as a pytree, for the search.
+            secret: the owner's secret, for the search.
+            files: the files that hold the tensors.
 
         Raises:
-            ValueError: leaves that cannot be encrypted; levels that add nothing; targets that are
-                out of reach.
+            ValueError: leaves that cannot be encrypted; levels that add nothing; targets that
+                cannot be reached.
         """
         tensors, scope, files = self.source.tensors, self.selection.scope, list(files)
         if self.targets is not None:
@@ -155,21 +155,21 @@ def choose_like(
     """The selection of an earlier release.
 
     Args:
-        path: of the release; its tensors are not read.
-        source: the tensors that are to be protected.
-        files: that have them.
-        secret: the owner's, which protected the earlier release too.
-        signing: the owner's; the release must then be signed with it, since a
+        path: the earlier release's path; its tensors are not read.
+        source: the tensors to protect.
+        files: the files that hold them.
+        secret: the owner's secret, which must have protected the earlier release too.
+        signing: the owner's signing key. If given, it must have signed the earlier release, since a
             grant holder could have changed its positions.
         old_signer: see `protect_file`.
-        cipher: of the new release.
-        rest: of the new release.
+        cipher: the new release's cipher.
+        rest: the new release's rest.
         what: the checkpoint or tree, for messages.
 
     Raises:
-        ValueError: a release of another network, or one whose places are not enough.
-        GrantError: another secret.
-        IntegrityError: another signer, or it was altered.
+        ValueError: the release is of another network, or encrypts too few weights of a tensor.
+        GrantError: another secret protected it.
+        IntegrityError: it has another signer, or was altered.
         OSError: it cannot be read.
     """
     with open_checkpoint(path) as old:
@@ -208,10 +208,10 @@ def choose_like(
 def _check_old_signer(
     actual: VerifyKey | None, signing: SigningKey | None, given: AnySigner | None, path: str
 ) -> None:
-    """Refuses an earlier release of another signer.
+    """Checks who signed the earlier release.
 
     Raises:
-        IntegrityError: of one.
+        IntegrityError: another signer did.
     """
     if given == UNSIGNED:
         expected = None
@@ -221,7 +221,7 @@ def _check_old_signer(
         expected = verify_key(given) or (signing and signing.public)
     if actual != expected:
         wanted = "without a signature" if expected is None else f"signed by {expected.hex()}"
-        got = "none" if actual is None else f"that of {actual.hex()}"
+        got = "one without a signature" if actual is None else f"one signed by {actual.hex()}"
         raise IntegrityError(
             f"{path}: like: expected an earlier release {wanted}, got {got}: a grant holder "
             "can change what a file encrypts, unless you signed it. Name the key that signed it "
@@ -234,17 +234,17 @@ def _check_old_signer(
 def plain_change(
     source: NamedTensors, selection: Select, rings: Rings, rest: Rest, what: str
 ) -> tuple[float | None, tuple[str, ...]]:
-    """The share of what changed from `Select.base` that is plain, and what the base lacks.
+    """The share of the change from `Select.base` that is plain, and what the base lacks.
 
-    In squares within a tensor, since tensors have units of their own; of tensors the mean, by how
-    many weights they have. Those that did not change do not count.
+    The share is one of squared changes within a tensor, since each tensor has its own scale. It is
+    then averaged over the tensors that changed, weighted by their size.
 
     Args:
-        source: the tensors before they were encrypted.
-        selection: with the base, if there is one; None and nothing without.
+        source: the tensors before encryption.
+        selection: the options. Without a base, the result is None and no tensors.
         rings: what is encrypted.
-        rest: of the release; nothing of a sealed one is plain.
-        what: for messages.
+        rest: the release's rest; if sealed, nothing is plain.
+        what: the checkpoint or tree, for messages.
 
     Raises:
         ValueError: nothing has changed.
@@ -277,7 +277,7 @@ def plain_change(
 
 
 def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
-    """Rings with their masks packed, one after the other."""
+    """The rings, with their masks packed."""
     found: dict[str, list[tuple[int, SealedRing]]] = {}
 
     def seal(ring: Ring) -> tuple[int, SealedRing]:
@@ -290,11 +290,11 @@ def sealed(rings: Iterable[Ring]) -> dict[str, list[tuple[int, SealedRing]]]:
 
 # The last step of a name, such as dropout_rng, rng_key or seed0.
 _KEYS = re.compile(r"(^|[/._])(p?rng|key|seed|secret)s?(_[^/._]*|\d*)$", re.IGNORECASE)
-_WORDS = {"U32": (2, 4, 8), "U8": (16, 32)}  # that keys have
+_WORDS = {"U32": (2, 4, 8), "U8": (16, 32)}  # lengths of keys
 
 
 def random_keys(source: NamedTensors) -> tuple[str, ...]:
-    """Names of tensors that are random keys, or look like some, which a release gives away."""
+    """Names of tensors that are, or look like, random keys, which a release would give away."""
     known = getattr(source, "random_keys", {})
 
     def looks_like_some(name: str) -> bool:
@@ -306,11 +306,11 @@ def random_keys(source: NamedTensors) -> tuple[str, ...]:
 
 
 def check_alone(option: str, **others: object) -> None:
-    """Refuses options beside one that decides them.
+    """Refuses options that conflict with another one, which determines them.
 
     Args:
-        option: its name.
-        others: their values; None where they were not given.
+        option: the name of the option that determines them.
+        others: their values; None for those that were not given.
 
     Raises:
         ValueError: one of them was given.
@@ -324,10 +324,10 @@ def check_alone(option: str, **others: object) -> None:
 
 
 def check_like(like: AnyPath | None, old_signer: AnySigner | None, **others: object) -> None:
-    """Refuses what `like` decides beside it, and what is of use with it alone without it.
+    """Refuses options that conflict with `like`, and without `like` the one that needs it.
 
     Raises:
-        ValueError: of one.
+        ValueError: there is such an option.
     """
     if like is not None:
         check_alone("like", **others)
@@ -336,10 +336,10 @@ def check_like(like: AnyPath | None, old_signer: AnySigner | None, **others: obj
 
 
 def check_rest(rest: object) -> None:
-    """Refuses what is no `Rest`.
+    """Checks the value of the option `rest`.
 
     Raises:
-        ValueError: of one.
+        ValueError: it is not a `Rest`.
     """
     if rest not in get_args(Rest):
         raise ValueError(f"rest: expected 'sealed' or 'plain', got {rest!r}.")

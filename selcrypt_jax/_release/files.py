@@ -1,4 +1,4 @@
-"""Protecting checkpoints on disk, tensor by tensor."""
+"""Protects checkpoints on disk, tensor by tensor."""
 
 import math
 from collections import Counter
@@ -16,8 +16,8 @@ from .._format.envelope import check_unprotected
 from .._format.manifest import Rest
 from .._format.unlocked import warn_if_unlocked
 from .._io.arrays import as_array
-from .._io.atomic import check_output
 from .._io.companions import Companions
+from .._io.places import check_output
 from .._io.safetensors import SafetensorsFile
 from .._keys.keys import Secret
 from .._keys.signing import SigningKey
@@ -36,25 +36,26 @@ class Selected(NamedTuple):
     """What was selected in a protected checkpoint.
 
     Attributes:
-        model_id: 16 bytes that name the protection.
-        layout: of the kernels, given or told from their shapes; None for given scores.
-        groups: tensor → how many of its groups the levels grade.
-        untouched: dtype → how many weights lie in tensors of which nothing is encrypted; nothing
-            with a sealed rest.
-        calibration: what the levels of the file give, if `Targets` were asked for.
-        plain_change: share of what changed from `Select.base` that is plain in the file: in squares
-            within a tensor, averaged over the weights; None without a base.
-        new: tensors that the base does not have in their shape, so that all of them counts as
-            changed; or that the earlier release of `like` did not have, so that nothing of them is
+        model_id: 16 bytes that identify the protection.
+        layout: the layout of the kernels, given or inferred from their shapes; None for given
+            scores.
+        groups: tensor → how many of its groups are graded into levels.
+        untouched: dtype → how many weights are in tensors without any encrypted weight; empty with
+            a sealed rest.
+        calibration: the quality of the file's levels, if `Targets` were requested.
+        plain_change: share of the change from `Select.base` that is plain in the file: of squared
+            changes within a tensor, averaged over the weights; None without a base.
+        new: tensors that the base lacks in this shape, so that all of their weights count as
+            changed; or that the earlier release of `like` lacks, so that none of their weights is
             graded.
-        similar: tensors that are much like another one (a moving average, a copy in another dtype)
-            and in which less is encrypted: how much of what is encrypted there, in words; and those
-            that have much of another one in another order.
-        random_keys: tensors that hold random keys, or look like it: level 1 opens them.
-        whole: those of `groups` of which everything is encrypted and one level opens it, as of
-            small tensors.
-        beside: what was ``copied`` along with the weights, and what was ``left_out`` and why; None
-            unless `copy_config` was asked for.
+        similar: messages about tensors that are similar to another one (a moving average, a copy in
+            another dtype) but in which less is encrypted; and about those that hold much of another
+            one in another order.
+        random_keys: tensors that are, or look like, random keys: level 1 opens them.
+        whole: those of `groups` that are encrypted whole and opened by one level, such as small
+            tensors.
+        beside: the files ``copied`` along with the weights, and those ``left_out`` and why; None
+            without `copy_config`.
 
     Examples:
         >>> selected = protect_file("plain.safetensors", "public.safetensors", secret=secret)
@@ -93,51 +94,53 @@ def protect_file(
     """Protects a checkpoint for release, tensor by tensor.
 
     The output has the same names, dtypes and shapes, and loads in every program that reads
-    safetensors. Copies of a tensor, such as tied weights that were saved twice, have the same
-    weights encrypted, whether they take part or not: also where a copy is transposed or reshaped,
-    is a part of a larger tensor, or is a moving average of which a quarter or more has not moved.
-    `Selected.similar` says how much is left open in tensors that are only similar.
+    safetensors. In all copies of a tensor, such as tied weights that were saved twice, the same
+    weights are encrypted, whether the copies were selected or not. A copy may be transposed or
+    reshaped, be part of a larger tensor, or be a moving average in which at least a quarter of the
+    weights are unchanged. `Selected.similar` says how much stays open in tensors that are only
+    similar.
 
     Args:
-        path: a safetensors file; or the index, or the folder, of a checkpoint in several files; or
-            the folder of an Orbax checkpoint; or an ONNX model, or a msgpack file of Flax.
+        path: a safetensors file; or the index or the folder of a checkpoint in several files; or
+            the folder of an Orbax checkpoint; or an ONNX model or a Flax msgpack file.
         output: path of the new file, or of the new folder for a checkpoint in a folder.
-        secret: the owner's.
+        secret: the owner's secret.
         levels: a number of levels, 5 by default, each of which opens an equal part of
-            ``selection.budget``; or
-            the share of the groups that each level opens, ascending, the last one being what is
-            encrypted; or `Levels`, such as `PaperLevels`; or `Targets`, the quality of the levels.
-            Rings that are too small to hide in are merged upwards, leaf by leaf. With targets the
-            whole checkpoint is in memory, and else one tensor at a time.
+            ``selection.budget``; or the share of the groups that each level opens, ascending, the
+            last one being the share that is encrypted; or `Levels`, such as `PaperLevels`; or
+            `Targets`, the quality of the levels. Rings that are too small to hide in are merged
+            upwards, leaf by leaf. With targets the whole checkpoint is in memory, otherwise one
+            tensor at a time.
         selection: what is encrypted, see `Select`; ``Select()`` by default.
-        like: an earlier release of this network, in place of `levels` and `selection`: the same
-            weights are graded, and opened by the same levels. Weights change little from version to
-            version: what is encrypted in one and plain in the next is as good as plain. Tensors
-            that it did not have get the seal, or stay plain with a plain rest; see `Selected.new`.
-        old_signer: public key that the earlier release is signed with, or its file, if it is not
-            that of `signing`; ``"unsigned"`` if it never was signed, and this is your own copy.
-        signing: signs the file; its public half names the owner.
-        cipher: `LosslessCipher()` unless given.
+        like: an earlier release of this network, instead of `levels` and `selection`: the same
+            weights are graded, and opened by the same levels. Weights change little between
+            versions, so a weight that is encrypted in one and plain in the next is as good as
+            plain. Tensors that the earlier release lacks are sealed, or stay plain with a plain
+            rest; see `Selected.new`.
+        old_signer: the public key that the earlier release is signed with, or its file, if it is
+            not that of `signing`; ``"unsigned"`` if it was never signed and this is your own copy.
+        signing: the key that signs the file; its public half identifies the owner.
+        cipher: `LosslessCipher()` by default.
         rest: what happens to the weights that no level grades. ``"sealed"``: every tensor is
             masked as a whole under the key of level 1, so that the file is useless without a
             grant and reveals only names, shapes, dtypes and the range of exponents of each tensor.
             ``"plain"``: they stay as they are, and anyone can run level 0, as in the paper. Plain
             weights help an attacker: see docs/security.md.
-        copy_config: also copy what lies beside the weights in a folder: configuration, tokenizer
-            and all other files that cannot be weights, in subfolders too. Links that lead out of
-            the folder, hidden files and keys stay behind. Look at `Selected.beside` before you
-            publish it: what is copied is not encrypted.
+        copy_config: also copy the other files of a folder: configuration, tokenizer, and everything
+            else that cannot be weights, including subfolders. Links that lead out of the folder,
+            hidden files and keys are left out. Look at `Selected.beside` before you publish the
+            folder: these files are not encrypted.
         force: replace an existing file.
 
     Returns:
         What was selected.
 
     Raises:
-        ValueError: not a checkpoint, or one that is protected already; nothing to select; a leaf
-            that is too small to hide in; positions that need more space than a header has; targets
-            that no release was found for.
+        ValueError: not a checkpoint, or one that is already protected; nothing to select; a leaf
+            that is too small to hide in; positions that need more space than the header has;
+            targets for which no release was found.
         TypeError: an argument of another type; a metric that does not return a number.
-        OSError: files that cannot be read or written. There is no output then.
+        OSError: a file that cannot be read or written. Then there is no output.
 
     Examples:
         >>> protect_file("plain.safetensors", "public.safetensors", secret=secret).layout
@@ -173,7 +176,7 @@ def protect_file(
             shapes = counted.scores.shapes if counted else {}
             here = [shape for name, shape in shapes.items() if name in file.tensors]
             check_header(file.tensors, here, counted and counted.levels, str(file.path))
-        # Before the work of choosing, which is the most of it.
+        # Before the selection, which takes most of the time.
         with checkpoint_outputs(checkpoint, output, force=force, beside=beside) as create:
             try:
                 if plan is None:
@@ -252,9 +255,9 @@ def calibrate_file(
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that is protected already, or that the safetensors library refuses.
+    """Refuses a checkpoint that is already protected, or that the safetensors library refuses.
 
-    Warns of one that was unlocked below the top level.
+    Warns about one that was unlocked below the top level.
     """
     for file in checkpoint.files.values():
         check_unprotected(file.metadata, str(file.path))
@@ -264,7 +267,7 @@ def check_plain(checkpoint: Checkpoint) -> None:
 
 
 def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | None = None) -> None:
-    """Refuses a file of scores that is the output, or the checkpoint itself."""
+    """Refuses scores from the output, or from the checkpoint itself."""
     if (scores := selection.scores_file) is None:
         return
     if output is not None:
@@ -278,7 +281,7 @@ def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | No
 
 
 def read_params(source: NamedTensors) -> dict[str, Any]:
-    """All tensors; on the device at once, unless JAX has no such dtype."""
+    """All tensors; JAX arrays on the device if JAX has their dtype, otherwise NumPy arrays."""
     params: dict[str, Any] = {}
     for name, info in source.tensors.items():
         array = as_array(source.read(name), info.dtype, info.shape)

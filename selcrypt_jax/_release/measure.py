@@ -1,4 +1,4 @@
-"""What every level of a release gives."""
+"""Measures the quality of every level of a release."""
 
 import math
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from .use import inspection_of
 
 
 class MeasuredLevel(NamedTuple):
-    """What a level gives.
+    """The measured quality of a level.
 
     Attributes:
         level: 0 to M; level 0 is the file without a key, and level M the original.
-        share: of all weights of the file that are encrypted and that the level opens.
+        share: the encrypted weights that the level opens, as a share of all weights in the file.
         value: the metric. For level 0 of a sealed file it is meaningless, and may be NaN or
             infinite.
         worthless: whether the value is no better than the reference; None without one.
@@ -45,18 +45,18 @@ def measure_levels(
     lower_is_better: bool = False,
     progress: Callable[[MeasuredLevel], None] | None = None,
 ) -> tuple[MeasuredLevel, ...]:
-    """The quality of every level of a protected file, as its customers get it.
+    """Measures every level of a protected file: the quality that each customer gets.
 
-    Every level is decrypted under the keys of the release, as `unlock_file` does it, and checked on
-    the way: signature, digests, decrypted weights. Levels are measured from the top down, one after
-    the other, and each of them has to fit into memory.
+    Every level is decrypted under the keys of the release, with the checks of `unlock_file`:
+    signature, digests, decrypted weights. Levels are measured from the top down, one after the
+    other, and each of them has to fit into memory.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint.
         evaluate: ``params -> number``: the metric, as in `Targets`. The params are a dict from the
-            names of all tensors to arrays: JAX arrays, or NumPy arrays of dtypes that JAX does not
-            have. Let it measure on data that the network was not trained on.
-        secret: the owner's.
+            names of all tensors to arrays: JAX arrays, or NumPy arrays for dtypes that JAX lacks.
+            Use data that the network was not trained on.
+        secret: the owner's secret.
         reference: the metric that someone reaches without the file, from the architecture or a
             public base, with data of their own; see the audit's report. A level that is no better
             is worth nothing to them.
@@ -64,7 +64,7 @@ def measure_levels(
         progress: called after each level.
 
     Returns:
-        Levels 0 to M, in this order.
+        Levels 0 to M, in ascending order.
 
     Raises:
         ValueError: not a protected file; a metric or a reference that is not finite.

@@ -1,4 +1,4 @@
-"""The way into a protected file, as arrays. JAX is not needed, unless for a tree of its arrays."""
+"""Opens a protected file as arrays. Needs JAX only to return a tree of JAX arrays."""
 
 import operator
 from collections.abc import Collection, Iterator, Mapping
@@ -24,28 +24,30 @@ def open_model(
     names: Collection[str] | None = None,
     like: Any = None,
 ) -> Any:
-    """The parameters of a protected file, as a grant opens them.
+    """The parameters of a protected file, as far as a grant opens them.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file; None for level 0.
-        level: a lower level than that of the grant.
-        signer: public key of the owner, or its file: refuse a file that is unsigned or signed by
+        level: a level lower than the grant's.
+        signer: the owner's public key, or its file: refuse a file that is unsigned or signed by
             anyone else. A grant of a signed file enforces this by itself; a level key and level 0
             do not.
-        names: of the tensors that are wanted; the others are not read. All by default.
+        names: names of the tensors to read; all by default. Not with `like`.
         like: a pytree with the same names, shapes and dtypes, of arrays or
             ``jax.ShapeDtypeStruct``; see Returns. Not with `names`.
 
     Returns:
-        name → NumPy array; or, with `like`, a tree of that structure, with NumPy arrays where it
-        has some, and else JAX arrays, placed as those of `like`. Its leaves that are no arrays
-        stay, as do random keys (of a model with dropout) that the file does not have.
+        name → NumPy array; or, with `like`, a tree of its structure, with NumPy arrays where `like`
+        has some, and otherwise JAX arrays with the sharding of those in `like`. Leaves of `like`
+        that are not arrays are kept, as are random keys (in a model with dropout) that the file
+        lacks.
 
     Raises:
-        ValueError: no protected file, names that it does not have, or a `like` that does not fit.
-        GrantError: a grant that does not open the file, or that asks for another signer.
-        IntegrityError: the file was altered, or is another's.
+        ValueError: not a protected file, names that it does not have, or a `like` that does not
+            fit.
+        GrantError: the grant does not open the file, or requires another signer.
+        IntegrityError: the file was altered, or has another signer.
         OSError: a file that cannot be read.
 
     Examples:
@@ -63,12 +65,12 @@ def open_model(
 
 
 class LazyModel(Mapping[str, "np.ndarray"]):
-    """A protected file of which tensors, or rows of them, are read when they are asked for.
+    """A protected file whose tensors, or rows of them, are read on demand.
 
     A mapping from names to arrays, and a context manager. Signature, manifest and boxes are checked
-    when it is opened; of a tensor, the digests of what is read, each time before it is given out.
-    So one host of several reads its own part of a large checkpoint. For an unknown
-    name, ``[]`` raises KeyError, as for any mapping.
+    when the file is opened; the digests of a tensor each time that a part of it is read, before the
+    data are returned. So each of several hosts can read its own part of a large checkpoint. For an
+    unknown name, ``[]`` raises KeyError, as in any mapping.
 
     Args: see `open_model`.
 
@@ -112,7 +114,7 @@ class LazyModel(Mapping[str, "np.ndarray"]):
         self.close()
 
     def close(self) -> None:
-        """Closes the file; arrays that were read stay."""
+        """Closes the file; arrays that have been read stay valid."""
         stack, self._stack = self._stack, None
         if stack is not None:
             stack.close()
@@ -132,11 +134,11 @@ class LazyModel(Mapping[str, "np.ndarray"]):
         return self.load([name])[name]
 
     def load(self, names: Collection[str]) -> "dict[str, np.ndarray]":
-        """Several tensors together, which takes less time than one after the other.
+        """Reads several tensors together, which is faster than one after the other.
 
         Raises:
-            ValueError: a name that there is not; and as `open_model`.
-            TypeError: one name in place of several.
+            ValueError: a name that the file does not have; and as in `open_model`.
+            TypeError: a single name instead of several.
         """
         if isinstance(names, str):
             raise TypeError(
@@ -155,17 +157,17 @@ class LazyModel(Mapping[str, "np.ndarray"]):
     def rows(self, name: str, start: int, stop: int) -> "np.ndarray":
         """Rows ``start`` to ``stop`` of the first axis of a tensor.
 
-        Only what they lie in is read, unless the grant opens rings in the tensor: their weights
-        are permuted over the whole of it.
+        Reads only the chunks that hold them, unless the grant opens rings in the tensor: their
+        weights are permuted across all of it.
 
         Raises:
-            ValueError: rows that the tensor does not have; and as `open_model`.
+            ValueError: rows that the tensor does not have; and as in `open_model`.
         """
         file, info = self._file(name), self.tensors[name]
         start, stop = operator.index(start), operator.index(stop)
         if not info.shape or not 0 <= start <= stop <= info.shape[0]:
             raise ValueError(
-                f"{self._path}: tensor {name!r}: expected rows of a tensor of shape "
+                f"{self._path}: tensor {name!r}: expected rows within shape "
                 f"{list(info.shape)}, got {start} to {stop}."
             )
         shape = (stop - start, *info.shape[1:])
@@ -200,7 +202,7 @@ def _check_like(like: Any, tensors: Any, path: str) -> None:
     from .._tree.names import is_random_key, listed, named_leaves
 
     tree = named_leaves(like, "like")
-    # Random keys stay as they are, unless the file has them, as one made from an Orbax folder does.
+    # Random keys are kept, unless the file has them, as one made from an Orbax folder does.
     leaves = {n: leaf for n, leaf in tree.arrays.items() if n in tensors or n in tree.stored}
     leaves = {n: _key_data(leaf) if is_random_key(leaf) else leaf for n, leaf in leaves.items()}
     extra = [name for name in tensors if name not in leaves]
@@ -220,7 +222,7 @@ def _check_like(like: Any, tensors: Any, path: str) -> None:
 
 
 def _key_data(key: Any) -> Any:
-    """What the numbers of random keys look like in a file."""
+    """Shape and dtype of the numbers that a file stores for random keys."""
     import jax
 
     return jax.eval_shape(jax.random.key_data, key)

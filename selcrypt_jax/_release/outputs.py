@@ -1,4 +1,4 @@
-"""Checkpoints as outputs: files of one protection, or opened ones, which appear together."""
+"""Checkpoints as outputs, protected or unlocked: all their files appear together."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -20,8 +20,9 @@ from .._format.manifest import (
     metadata_digest,
 )
 from .._format.tensors import TensorSource, Unlocked, Write, encrypt_tensors
-from .._io.atomic import check_output, new_file, new_files, new_folder
+from .._io.atomic import new_file, new_files, new_folder
 from .._io.companions import Companions
+from .._io.places import check_folder_name, check_output
 from .._io.safetensors import header
 from .._keys.files import AnyPath
 from .._keys.keys import LevelKey, Secret, level_key, new_model_id
@@ -32,13 +33,13 @@ from .size import header_length
 
 @dataclass(frozen=True)
 class Protection:
-    """What all files of one protection share.
+    """The part that all files of one protection share.
 
     Attributes:
-        key: of the top level; it names the model.
+        key: the top level's key; it names the model.
         cipher: see `LosslessCipher`.
-        rest: what becomes of weights that are in no ring.
-        signing: of the owner, or None.
+        rest: what happens to weights that are in no ring.
+        signing: the owner's signing key, or None.
     """
 
     key: LevelKey
@@ -56,34 +57,34 @@ class Protection:
         signing: SigningKey | None,
         model_id: bytes | None = None,
     ) -> "Protection":
-        """A protection with a model id of its own, so that no keystream is used twice.
+        """A protection with its own model id, so that no keystream is used twice.
 
-        Where several processes protect together, they have agreed on a new one.
+        If several processes protect together, they have agreed on a new id.
         """
         check_signing(signing)
         key = level_key(secret, model_id or new_model_id(), level=levels, levels=levels)
         return cls(key, cipher, rest, signing)
 
     def encrypt(self, job: "Job", write: Write) -> Envelope:
-        """Encrypts the tensors of one file, in order; the envelope that has to go with them."""
+        """Encrypts the tensors of one file, in order; returns the file's envelope."""
         rings = self._separate(job.rings)
         found = encrypt_tensors(job.source, rings, self.key, self.cipher, self.rest, write)
         manifest, levels = self._manifest(job, *found)
         return Envelope.seal(manifest, job.metadata, levels, self.key, self.signing, job.what)
 
     def blank(self, job: "Job") -> Envelope:
-        """As long as what `encrypt` returns can be, before digests and windows are known."""
+        """An envelope of the largest possible size, before digests and windows are known."""
         tensors = {}
         for name, dtype, shape in layout(job.source):
             digests = (NO_DIGEST,) * chunk_count(dtype, shape)
-            # As long as any can be; most are shorter.
+            # The longest possible; most are shorter.
             window = Window(2**11, 11, True) if self.rest == "sealed" else None
             tensors[name] = Tensor(dtype, shape, digests, window)
         manifest, levels = self._manifest(job, tensors, self._separate(job.rings))
         return Envelope.blank(manifest, job.metadata, levels, job.what)
 
     def _separate(self, rings: Rings) -> Rings:
-        """The rings that are encrypted by themselves: level 1 opens its own with the seal."""
+        """The rings with their own encryption: the seal encrypts those of level 1."""
         if self.rest == "plain":
             return rings
         above = {n: [(m, ring) for m, ring in found if m > 1] for n, found in rings.items()}
@@ -116,13 +117,13 @@ class Protection:
 
 
 class Job(NamedTuple):
-    """One file of a checkpoint that is to be protected.
+    """One file of a checkpoint to protect.
 
     Attributes:
-        source: its tensors in the clear.
-        metadata: the caller's own, or None if the file has none at all.
-        rings: what is encrypted in them.
-        shard: number of the file and of all files, or None.
+        source: its tensors, not encrypted.
+        metadata: the caller's own entries, or None if the file has no metadata at all.
+        rings: the rings to encrypt in them.
+        shard: the number of this file, from 1, and the number of files; or None.
         what: the file, for messages.
     """
 
@@ -150,14 +151,14 @@ class _SafetensorsOutput(NamedTuple):
         self.file.write(head)
 
     def plain(self, source: Unlocked, metadata: Own) -> None:
-        """Writes the tensors as a level sees them, and entries of the metadata."""
+        """Writes the tensors as a level sees them, with these metadata."""
         self.file.write(header(layout(source), metadata))
         for _, piece in source.pieces():
             self.file.write(piece)
 
 
 class _OrbaxOutput(NamedTuple):
-    """The same, to be written by Orbax."""
+    """One new checkpoint, for Orbax to write."""
 
     data: dict[str, memoryview]
     metadata: dict[str, str]
@@ -190,13 +191,13 @@ def checkpoint_outputs(
     """Opens outputs by file name; all of them appear together, or none.
 
     Args:
-        checkpoint: the input; the outputs are of its kind (safetensors in place of a format that is
-            converted), with its file names.
-        output: path of the file, or of the folder for a checkpoint in a folder; None to take the
-            place of the input, a file.
+        checkpoint: the input. The outputs have its file names and its kind (but a converted format
+            becomes safetensors).
+        output: path of the file, or of the folder for a checkpoint in a folder; None to replace the
+            input, if that is a file.
         force: replace an existing file.
         private: only its owner may read a new output.
-        beside: what else of a folder is copied.
+        beside: the other files of the folder to copy.
 
     Raises:
         ValueError, OSError: the output is an input, exists, or cannot be written.
@@ -208,6 +209,10 @@ def checkpoint_outputs(
         output, force = checkpoint.path, True
     else:
         check_output(output, *inputs, *([checkpoint.folder] if checkpoint.folder else []))
+    if not as_file:
+        alone = checkpoint.index is None and not checkpoint.in_orbax
+        remedy = "The input is a folder, so the output is one: name a folder"
+        check_folder_name(output, f"{remedy}, or {first.path} as the input" if alone else remedy)
     if checkpoint.in_orbax:
         from .._io.orbax import OrbaxCheckpoint, orbax_output
 
@@ -215,13 +220,13 @@ def checkpoint_outputs(
         with orbax_output(output, first, private=private) as new:
             yield lambda _: _OrbaxOutput(*new)
     elif as_file:
-        # Opened now, so that what is wrong with it is told before the work.
+        # Opened now, to report problems before the work.
         with new_file(output, force=force, private=private) as file:
             yield lambda _: _SafetensorsOutput(file)
     else:
         with new_folder(output, private=private) as folder:
-            # All files get their names together, when the last one is written: until then a
-            # process that is killed leaves nothing of them behind.
+            # All files get their names together, when the last one is written: until then, a killed
+            # process leaves nothing behind.
             with new_files() as new_one:
                 yield lambda name: _SafetensorsOutput(new_one(folder / name, private=private))
             if checkpoint.index is not None:

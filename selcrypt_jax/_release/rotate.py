@@ -11,12 +11,12 @@ from .signers import AnySigner, verify_key
 
 
 class Rotated(NamedTuple):
-    """A file under new keys.
+    """The result of a rotation.
 
     Attributes:
-        model_id: 16 bytes that name the new protection.
-        beside: what was ``copied`` along with the weights, and what was ``left_out`` and why; None
-            unless `copy_config` was asked for.
+        model_id: 16 bytes that identify the new protection.
+        beside: the files ``copied`` along with the weights, and those ``left_out`` and why; None
+            without `copy_config`.
 
     Examples:
         >>> secret, signing = Secret.read("keys/secret.key"), SigningKey.read("keys/signing.key")
@@ -40,42 +40,44 @@ def rotate_file(
     copy_config: bool = False,
     force: bool = False,
 ) -> Rotated:
-    """Gives a protected file a new model id, new keys and new ciphertext; old grants end with it.
+    """Re-encrypts a protected file under a new model id and new keys; old grants do not open it.
 
     New keys change the quality of the levels below the top: measure them again (`measure_levels`).
 
-    The old file can still be opened by anyone who kept it and has a grant. Anyone who can
-    see the weights that are not graded (everyone if the rest is plain, holders of level 1 if it is
-    sealed) can compare the two files: they show where the graded weights are, and many such files
-    also show which level opens which weights.
+    An old grant still opens old copies of the file. Anyone who can see the weights that are not
+    graded (everyone if the rest is plain, holders of level 1 if it is sealed) can compare the two
+    files, which reveals the positions of the graded weights. Many such files also reveal which
+    level opens which weights.
 
     Args:
-        path: protected file, or checkpoint in several files.
-        output: where to write it; by default it replaces the old file. A checkpoint in
-            several files needs one.
-        secret: the owner's.
-        signing: signs the new file. Needed if the old one is signed; refused if it is not, since
-            nothing shows then that the file is the owner's.
-        old_signer: public key that the old file is signed with, or its file, if it is not that of
-            ``signing``.
-        copy_config: also copy what lies beside the weights in a folder, as `unlock_file` does.
+        path: protected file, or the index or folder of a protected checkpoint in several files.
+        output: path of the new file; by default it replaces the old one. Required for a checkpoint
+            in several files.
+        secret: the owner's secret.
+        signing: the key that signs the new file. Needed if the old file is signed; refused if it is
+            not, since nothing then shows that the file is the owner's.
+        old_signer: the public key that the old file is signed with, or its file, if it is not that
+            of ``signing``.
+        copy_config: also copy the other files of a folder, as in `unlock_file`.
         force: replace an existing file at ``output``.
 
     Returns:
-        The new model id, and what was copied.
+        The new model id, and the files that were copied.
 
     Raises:
-        ValueError: a signed file and no signing key, or the other way round; or `copy_config` of a
+        ValueError: a signed file and no signing key, or the other way round; or `copy_config` for a
             file by itself.
         GrantError: the secret did not protect this file.
         IntegrityError: another signer, or the file was altered.
-        OSError: a file that cannot be read or written. The old file is unchanged then.
+        OSError: a file that cannot be read or written. Then the old file is unchanged.
 
     Examples:
         >>> secret, signing = Secret.read("keys/secret.key"), SigningKey.read("keys/signing.key")
         >>> done = rotate_file("model.safetensors", "new.safetensors", secret=secret,
         ...                    signing=signing)
-        >>> issue_grant("new.safetensors", level=2, secret=secret).write("new.grant")
+        >>> grant = issue_grant(
+        ...     "new.safetensors", level=2, secret=secret, signer=signing.public
+        ... )
     """
     check_signing(signing)
     with open_checkpoint(path) as checkpoint:
@@ -92,7 +94,7 @@ def rotate_file(
                 "again."
             )
         if signing is not None:
-            # Signing what somebody else signed would make their changes ours.
+            # Signing what somebody else signed would vouch for their changes.
             expected = verify_key(old_signer) or signing.public
             for envelope in envelopes.values():
                 envelope.check_signature(expected)

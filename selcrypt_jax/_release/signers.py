@@ -46,20 +46,32 @@ def expected_signer(signer: AnySigner | None, of_grant: VerifyKey | None) -> Ver
     return public or of_grant
 
 
-def check_owner(envelopes: Iterable[Envelope], signer: AnySigner | None, path: object) -> None:
+def owner_key(signer: AnySigner) -> VerifyKey | None:
+    """The owner's public key; None for `UNSIGNED`, which has to be said.
+
+    Raises:
+        TypeError, OSError: see `verify_key`; or None.
+    """
+    if signer is None:
+        raise TypeError(
+            "signer: expected the owner's public key, the path of its file, or 'unsigned', got "
+            "None. Name your signing.pub; 'unsigned' only for your own copy of a file that you "
+            "never signed."
+        )
+    return None if signer == UNSIGNED else verify_key(signer)
+
+
+def check_owner(envelopes: Iterable[Envelope], expected: VerifyKey | None, path: object) -> None:
     """Refuses a file that the owner did not sign, before they vouch for it.
 
     Args:
         envelopes: envelopes of the file or files, with signatures already checked.
-        signer: the owner's public key; `UNSIGNED`; or None to trust the file.
+        expected: the owner's public key; None if they never signed it.
         path: the file, for messages.
 
     Raises:
         IntegrityError: the file has another signer, or none.
     """
-    if signer is None:
-        return
-    expected = None if signer == UNSIGNED else verify_key(signer)
     for envelope in envelopes:
         if (actual := envelope.manifest.signer) != expected:
             wanted, got = (

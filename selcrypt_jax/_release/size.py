@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from .._format.envelope import Envelope
 from .._format.manifest import chunk_count
+from .._io.errors import counted
 from .._io.safetensors import MAX_HEADER, header
 
 if TYPE_CHECKING:
@@ -92,6 +93,6 @@ def _too_much(parts: Mapping[str, int], count: int, what: str) -> str:
     largest = max(parts, key=lambda part: parts[part])
     return (
         f"{what}: header: expected at most {MAX_HEADER / 1e6:,.3g} MB, got at least "
-        f"{sum(parts.values()) / 1e6:,.1f} MB for its {count} tensors: {shown}. "
+        f"{sum(parts.values()) / 1e6:,.1f} MB for its {counted(count, 'tensor')}: {shown}. "
         f"{_REMEDIES[largest]}"
     )

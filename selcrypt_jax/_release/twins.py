@@ -76,7 +76,7 @@ def with_twins(
 ) -> Spread:
     """Extends rings to every copy of the weights that they encrypt, see `Copy`.
 
-    A weight that has two levels in two copies gets the lower one, which opens it anyway.
+    A weight whose copies have different levels gets the lowest one, which opens it anyway.
 
     Args:
         rings: the rings as selected.

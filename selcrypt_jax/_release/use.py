@@ -1,7 +1,7 @@
-"""What is done with protected files: unlock, inspect, verify.
+"""Uses protected files: issue grants, unlock, inspect, verify.
 
-What is read is checked in this order: signature, boxes, and then for every tensor digest,
-decryption, plaintext digest; the output appears under its name when all of it has passed.
+Files are checked in this order: signature, boxes, and then for every tensor digest, decryption,
+plaintext digest. The output appears under its name only after all checks.
 """
 
 import math
@@ -24,22 +24,22 @@ from .._keys.keys import MODEL_ID_BYTES, LevelKey, Secret, level_key
 from .._keys.signing import VerifyKey
 from .checkpoint import AnyPath, Checkpoint, open_checkpoint
 from .outputs import checkpoint_outputs
-from .signers import AnySigner, check_owner, expected_signer
+from .signers import AnySigner, check_owner, expected_signer, owner_key
 
 AnyGrant = Grant | LevelKey | AnyPath
 """A grant, a level key, or the path of a grant file."""
 
 
 def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, VerifyKey | None]:
-    """The level key, and the signer that the grant insists on.
+    """The level key, and the signer that the grant requires.
 
     Args:
         grant: see `AnyGrant`.
-        level: a lower level than that of the grant.
+        level: a level lower than the grant's.
 
     Raises:
-        TypeError: something else.
-        GrantError, OSError: a file that holds no grant, or a level above the grant's.
+        TypeError: the grant has another type.
+        GrantError, OSError: the file does not hold a grant, or the level is above the grant's.
     """
     if isinstance(grant, str | os.PathLike):
         grant = Grant.read(grant)
@@ -50,33 +50,37 @@ def grant_key(grant: AnyGrant, level: int | None = None) -> tuple[LevelKey, Veri
     return (grant.key if level is None else grant.key.lower(level)), grant.signer
 
 
-def issue_grant(
-    path: AnyPath, *, level: int, secret: Secret, signer: AnySigner | None = None
-) -> Grant:
-    """What a customer is given to open a level of a protected file.
+def issue_grant(path: AnyPath, *, level: int, secret: Secret, signer: AnySigner) -> Grant:
+    """Issues a grant: a key that opens the levels of a protected file up to a given one.
 
     Args:
-        path: protected file, or checkpoint in several files.
+        path: protected file, or the index or folder of a protected checkpoint in several files.
         level: the highest level that the grant opens.
-        secret: the owner's.
-        signer: the owner's public key, or its file; ``"unsigned"`` if the file never was signed,
-            and this is your own copy. Without it, a customer of the top level could have sealed and
-            signed an altered file; those of lower levels cannot, since all boxes are opened here.
+        secret: the owner's secret.
+        signer: the owner's public key, or its file; ``"unsigned"`` if the file was never signed and
+            this is your own copy. A customer of the top level can seal an altered file, and sign it
+            or not: the grant would vouch for it. (Customers of lower levels cannot, since all boxes
+            are opened here.)
 
     Returns:
-        A grant for this file, and for files of its signer only, if it has one. See `Grant.write`.
+        A grant for this file only; if the file is signed, its signer must have signed whatever the
+        grant opens. See `Grant.write`.
 
     Raises:
-        ValueError: no protected file, or a level that it does not have.
+        ValueError: not a protected file, or a level that it does not have.
+        TypeError: no signer.
         GrantError: the secret did not protect this file.
         IntegrityError: another owner's file, or one that was altered.
         OSError: a file that cannot be read.
 
     Examples:
         >>> secret = Secret.read("keys/secret.key")
-        >>> grant = issue_grant("model.safetensors", level=1, secret=secret)
+        >>> grant = issue_grant(
+        ...     "model.safetensors", level=1, secret=secret, signer="keys/signing.pub"
+        ... )
         >>> grant.write("bob.grant")
     """
+    owner = owner_key(signer)
     with open_checkpoint(path) as checkpoint:
         envelopes = checkpoint.envelopes()
         manifest = next(iter(envelopes.values())).manifest
@@ -87,10 +91,10 @@ def issue_grant(
                 "one of these; level 0, the file as it is, needs no key."
             )
         key = level_key(secret, manifest.model_id, levels=levels)
-        # Another secret's would open nothing. And a customer who altered the manifest, to which all
-        # boxes are bound, can seal only the boxes of their own levels again.
+        # Another secret would open nothing. And a customer who altered the manifest, which all
+        # boxes are bound to, can only seal the boxes of their own levels again.
         checkpoint.unlocked(envelopes, key, owner=True)
-        check_owner(envelopes.values(), signer, checkpoint.path)
+        check_owner(envelopes.values(), owner, checkpoint.path)
     return Grant(key.lower(level), manifest.signer)
 
 
@@ -107,32 +111,32 @@ def unlock_file(
 ) -> Companions | None:
     """Writes the checkpoint that a grant opens; at the top level it is the original.
 
-    Only its owner may read a new file or folder, as a grant: it is worth what the grant is. A file
-    that is replaced keeps its permissions.
+    Only its owner may read a new file or folder: it is worth as much as the grant. A file that is
+    replaced keeps its permissions.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint in several files.
         output: path of the new file, or of the new folder for a checkpoint in several files.
         grant: a grant, a level key, or the path of a grant file.
-        level: a lower level than that of the grant.
-        signer: public key of the owner, or its file: refuse a file that is unsigned or signed by
+        level: a level lower than the grant's.
+        signer: the owner's public key, or its file: refuse a file that is unsigned or signed by
             anyone else. A grant of a signed file enforces this by itself; a level key does not.
-        exact_bytes: leave out the entry ``selcrypt-unlocked`` of the metadata, by which a file
-            below the top level says which level of which model it is.
-        copy_config: also copy what lies beside the weights in a folder: configuration, tokenizer
-            and all other files that cannot be weights, in subfolders too. Links that lead out of
-            the folder, hidden files and keys stay behind. Only the weights are signed and checked,
-            not these files.
+        exact_bytes: leave out the metadata entry ``selcrypt-unlocked``, which names the level and
+            the model of a file below the top level.
+        copy_config: also copy the other files of a folder: configuration, tokenizer, and everything
+            else that cannot be weights, including subfolders. Links that lead out of the folder,
+            hidden files and keys are left out. Only the weights are signed and checked, not these
+            files.
         force: replace an existing file.
 
     Returns:
-        With `copy_config`, what was ``copied``, and what was ``left_out`` and why; else None.
+        With `copy_config`, the files ``copied``, and those ``left_out`` and why; otherwise None.
 
     Raises:
-        ValueError: no protected file; or `copy_config` of a file by itself.
-        GrantError: a grant that does not open it, or that asks for another signer.
+        ValueError: not a protected file; or `copy_config` for a file by itself.
+        GrantError: the grant does not open it, or requires another signer.
         IntegrityError: the file was altered.
-        OSError: a file that cannot be read or written. There is no output then.
+        OSError: a file that cannot be read or written. Then there is no output.
 
     Examples:
         >>> unlock_file("model.safetensors", "unlocked.safetensors", "alice.grant", level=1)
@@ -156,15 +160,15 @@ def unlock_file(
 
 
 class LevelReport(NamedTuple):
-    """What one level adds to the one below.
+    """The weights that one level adds to the level below.
 
     Attributes:
         level: 1..M.
         groups: number of groups in the ring.
         weights: number of weights in them.
-        share: of all weights of the file that are encrypted and that this level opens; in a sealed
-            file level 1 opens all but the rings above it.
-        opens: whether the grant opens it; None without one.
+        share: the encrypted weights that the key of this level opens, as a share of all weights in
+            the file. In a sealed file level 1 opens all weights but the rings above it.
+        opens: whether the grant opens it; None without a grant.
     """
 
     level: int
@@ -175,22 +179,22 @@ class LevelReport(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """What a protected file says of itself.
+    """A protected file's description of itself.
 
     Attributes:
-        path: of the file.
-        model_id: in hex.
-        signer: public key in hex, or None. The signature over the manifest has been checked;
-            whether the tensors are those of the manifest, `verify_file` finds out.
-        cipher: of the rings, its parameters.
-        rest: ``"sealed"``: nothing can be used without a grant; ``"plain"``: anyone can run
-            level 0, in which the rings alone are encrypted.
-        levels: one report a level.
-        tensors: how many there are.
-        weights: how many numbers they hold.
-        file_bytes: size of all files together.
+        path: the file's path.
+        model_id: 32 hex digits.
+        signer: the public key in hex, or None. The signature over the manifest has been checked;
+            whether the tensors match the manifest, only `verify_file` checks.
+        cipher: the parameters of the rings' cipher.
+        rest: ``"sealed"``: the file cannot be used without a grant; ``"plain"``: anyone can run
+            level 0, in which only the rings are encrypted.
+        levels: one report per level.
+        tensors: the number of tensors.
+        weights: the number of weights in them.
+        file_bytes: the total size of all files.
         manifest_bytes: how much of it is manifest, boxes and signature.
-        files: how many.
+        files: the number of files.
 
     Examples:
         >>> found = inspect_file("model.safetensors")
@@ -213,7 +217,7 @@ class Inspection(NamedTuple):
 def inspection_of(
     checkpoint: Checkpoint, envelopes: Mapping[str, Envelope], key: LevelKey | None = None
 ) -> Inspection:
-    """What open files say of themselves; their envelopes have been checked."""
+    """The description of open files, whose envelopes have been checked."""
     manifests = [envelope.manifest for envelope in envelopes.values()]
     first = manifests[0]
     weights = sum(math.prod(t.shape) for m in manifests for t in m.tensors.values())
@@ -248,15 +252,15 @@ def inspection_of(
 
 
 def inspect_file(path: AnyPath, grant: AnyGrant | None = None) -> Inspection:
-    """What a protected file says of itself; its tensors are not read.
+    """A protected file's description of itself; does not read its tensors.
 
     Args:
-        path: protected file, or checkpoint in several files.
-        grant: also tells what this one opens; its boxes are opened to be sure.
+        path: protected file, or the index or folder of a protected checkpoint in several files.
+        grant: also report what this grant opens; its boxes are opened to check that it does.
 
     Raises:
-        ValueError: no protected file.
-        GrantError: a grant that does not open it.
+        ValueError: not a protected file.
+        GrantError: the grant does not open it.
         IntegrityError: an altered manifest, signature or box.
 
     Examples:
@@ -277,23 +281,23 @@ def verify_file(
     model_id: bytes | str | None = None,
     grant: AnyGrant | None = None,
 ) -> Inspection:
-    """Checks the signature and every digest; with a grant, also all that it opens.
+    """Checks the signature and every digest; with a grant, also everything that it opens.
 
-    In the folder of a checkpoint, weights that are none of its files' are refused too, since some
+    In the folder of a checkpoint, weights that do not belong to it are refused too, since some
     programs load a stray ``model.safetensors`` in place of what its index names.
 
     Args:
         path: protected file, or the index or folder of a protected checkpoint.
-        signer: public key of the owner, or its file. Without it, the signer that the
-            file itself names is accepted.
-        model_id: of the release that is expected, 16 bytes or their hex. Without it, an earlier
-            release by the same owner passes too: its signature is valid.
+        signer: the owner's public key, or its file. Without it, the signer named in the file is
+            accepted.
+        model_id: the model id of the expected release, 16 bytes or their hex. Without it, an
+            earlier release by the same owner passes too: its signature is valid.
         grant: a grant, a level key, or the path of a grant file.
 
     Raises:
-        ValueError: no protected file; or one without a signature, which shows nothing without a
-            grant; or a model id that is none.
-        GrantError: a grant that does not open it, or that asks for another signer.
+        ValueError: not a protected file; or an unsigned one without a grant, which proves nothing;
+            or a malformed model id.
+        GrantError: the grant does not open it, or requires another signer.
         IntegrityError: the file was altered, or is another release.
 
     Examples:

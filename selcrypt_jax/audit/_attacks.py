@@ -31,7 +31,7 @@ class Loot(NamedTuple):
         params: the protected file's parameters.
         mask: which weights are encrypted. The attacker is assumed to know, because that can often
             be guessed.
-        key: for random draws.
+        key: key of the random draws.
         cipher: the cipher that the file names; `LosslessCipher()` by default.
 
     Examples:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .. import __version__
-from .._io.atomic import writable_folder
+from .._io.places import writable_folder
 from .._io.progress import bars
 from ._cells import Cells
 from ._cipher import check_cipher

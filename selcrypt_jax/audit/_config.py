@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._io.errors import quoted
 from .._io.imported import blamed, imported
 from ._builtin import BUILT_IN
 from ._grid import Grid
@@ -70,18 +71,22 @@ def read_config(config: str) -> AuditConfig:
     path = Path(config)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{config}: expected demo, {', '.join(_DEMO)} or a TOML file, got no such file."
+            f"{config}: expected demo, {', '.join(_DEMO)} or a TOML file, got no such file. Write "
+            "one as in docs/audit.md, or try selcrypt audit demo --quick."
         )
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: expected TOML as in docs/audit.md, got: {error}") from None
+        raise ValueError(
+            f"{path}: expected TOML as in docs/audit.md, got: {quoted(error)}. Correct it. "
+            "(A checkpoint is not passed itself: the TOML file names it.)"
+        ) from None
     _only_keys(str(path), content, ("subjects", "grid"))
     tables = content.get("subjects")
     if not isinstance(tables, dict) or not tables:
         raise ValueError(
             f"{path}: expected a table [subjects.NAME] for each network, got "
-            f"{'none' if not tables else type(tables).__name__}."
+            f"{'none' if not tables else type(tables).__name__}. Add one, as in docs/audit.md."
         )
     subjects = []
     for name, table in tables.items():
@@ -89,7 +94,7 @@ def read_config(config: str) -> AuditConfig:
         if not isinstance(make, str):
             raise ValueError(
                 f'{path}: [subjects.{name}]: expected make = "module:function" or one of '
-                f"{', '.join(BUILT_IN)}, got {make!r}."
+                f"{', '.join(BUILT_IN)}, got {make!r}. Name a function that returns a Subject."
             )
         arguments = {key: value for key, value in table.items() if key != "make"}
         subjects.append(SubjectConfig(name, make, arguments))
@@ -102,12 +107,16 @@ _RENAMED = {"strategies": "importance", "shares": "budget"}
 def _only_keys(what: str, table: Mapping[str, Any], known: Any) -> None:
     unknown = sorted(set(table) - set(known))
     if unknown:
-        raise ValueError(f"{what}: expected only {', '.join(known)}, got {unknown[0]!r}.")
+        raise ValueError(
+            f"{what}: expected only {', '.join(known)}, got {unknown[0]!r}. Rename or remove it."
+        )
 
 
 def _grid(what: str, table: Any) -> Grid:
     if not isinstance(table, dict):
-        raise ValueError(f"{what}: expected a table, got {table!r}.")
+        raise ValueError(
+            f"{what}: expected a table, got {table!r}. Write its entries below a line [grid]."
+        )
     defaults = dataclasses.asdict(Grid())
     for old, new in _RENAMED.items():
         if old in table:
@@ -123,7 +132,7 @@ def _grid(what: str, table: Any) -> Grid:
         if many != isinstance(value, list) or not all(type(part) in kinds for part in parts):
             raise ValueError(
                 f"{what}: {name}: expected {'a list of ' if many else ''}{kind.__name__}, such as "
-                f"{default!r}, got {value!r}."
+                f"{default!r}, got {value!r}. Change it, or leave it out for the default."
             )
         values[name] = tuple(value) if many else value
     try:
@@ -145,11 +154,15 @@ def make_subject(config: SubjectConfig) -> Subject:
         with contextlib.suppress(ValueError):  # some built-in functions have no signature
             inspect.signature(function).bind(**config.arguments)
     except TypeError as error:
-        raise ValueError(f"{where}: {config.make}: {error}.") from None
+        raise ValueError(
+            f"{where}: {config.make}: expected its arguments as entries, got: {quoted(error)}. "
+            f"Add, rename or remove entries of {where}."
+        ) from None
     subject = function(**config.arguments)
     if not isinstance(subject, Subject):
         raise ValueError(
-            f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}."
+            f"{where}: expected {config.make} to return a Subject, got {type(subject).__name__}. "
+            "End the function with return Subject(...), see docs/audit.md."
         )
     if config.make in BUILT_IN:
         return subject

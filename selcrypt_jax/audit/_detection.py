@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Float, PyTree
 
+from .._io.errors import extra
 from .._tree.names import is_array, named_leaves
 from .._tree.rings import checked_mask
 
@@ -104,7 +105,7 @@ def detect(
         from sklearn.metrics import roc_auc_score
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "detection needs scikit-learn. Install the extra: pip install 'selcrypt-jax[audit]'"
+            f"detection needs scikit-learn, which is not installed. {extra('audit')}."
         ) from error
 
     if not own:

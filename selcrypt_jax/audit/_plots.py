@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from .._io.errors import counted
 from ._records import Best, SubjectReport
 from ._words import data_name
 
@@ -91,7 +92,7 @@ def draw_advantage(report: SubjectReport) -> Figure:
             handles.append(_intervals(axis, found, _style(index, index // len(_COLOURS))))
         handles.append(axis.axhline(0, color="black", linewidth=1, zorder=1))
         handles.append(axis.axhline(0.1, color=_GREY, linestyle="--", linewidth=1, zorder=1))
-        axis.set(title=f"{data_name(data)}, {steps:,} steps", ylabel="advantage")
+        axis.set(title=f"{data_name(data)}, {counted(steps, 'step')}", ylabel="advantage")
         axis.set_xlabel("encrypted share of all weights, %")
         _log_ticks(axis, place, lambda share: f"{100 * share:.2g}" if share < 1 else "100")
         _legend(figure, handles, names)

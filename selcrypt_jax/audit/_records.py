@@ -104,7 +104,7 @@ class Protection:
     """One way to protect the network, and the attacks on it.
 
     Attributes:
-        name: for tables, such as ``"pss 8 %"``.
+        name: name in tables, such as ``"pss 8 %"``.
         strategy: the strategy that selected the weights.
         share: share of all weights that are encrypted.
         shipped: metric without a key, one value per key.
@@ -225,7 +225,7 @@ class AuditReport:
     """The content of ``audit.json``.
 
     Attributes:
-        version: of the library.
+        version: version of the library.
         settings: the configuration.
         subjects: the networks.
         cipher: checks of the cipher.

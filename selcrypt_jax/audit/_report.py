@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup
 
 from .._io.atomic import new_file
+from .._io.errors import counted
 from . import _words as words
 from ._plots import draw_advantage, draw_curves, draw_levels, inline_svg
 from ._records import Advantage, AuditReport, SubjectReport
@@ -139,4 +140,5 @@ def _template() -> jinja2.Template:
         "share", "time",
     ):  # fmt: skip
         environment.filters[name] = getattr(words, name)
+    environment.filters["counted"] = counted
     return environment.from_string(page.read_text("utf-8"))

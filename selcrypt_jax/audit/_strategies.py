@@ -13,6 +13,7 @@ from .. import importance
 from .._ciphers.lossless import LosslessCipher
 from .._importance.config import PSSConfig
 from .._importance.pss import pss
+from .._io.errors import quoted
 from .._masks.masks import nested_masks, with_small_leaves, with_whole_leaves
 from .._masks.ranks import Scope
 from .._masks.selection import leaves_of_tree
@@ -134,7 +135,10 @@ def _scores_of_file(subject: Subject, path: str) -> PyTree:
     try:
         found = safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path}: expected scores in a .safetensors file: {error}") from None
+        raise ValueError(
+            f"{path}: expected scores in a .safetensors file, got: {quoted(error)}. Save them with "
+            "safetensors.numpy.save_file."
+        ) from None
     unknown = sorted(set(found) - set(tree.leaves))
     if unknown:
         raise ValueError(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .._importance.closed import LossFn, batch_count
+from .._importance.closed import LossFn, batch_count, loss_of
 from .._tree.groups import group_positions
 from .._tree.names import is_array, listed, named_leaves
 from .._tree.rings import split_rings
@@ -78,8 +78,8 @@ def unshuffle(
     count = batch_count(batches)
     if trials < 2 * count + 1:
         raise ValueError(
-            f"trials: expected at least {2 * count + 1} (one step, and {count} batches before and "
-            f"after it), got {trials}."
+            f"trials: expected at least {2 * count + 1} (one step, and {count} "
+            f"batch{'es' * (count != 1)} before and after it), got {trials}."
         )
     tree = named_leaves(params)
     arrays = {n: jnp.asarray(leaf) for n, leaf in tree.leaves.items() if is_array(leaf)}
@@ -148,7 +148,7 @@ def _loss(
     loss_fn: LossFn,
     structure: Structure,
 ) -> Array:
-    return loss_fn(structure.rebuild(_assembled(values, positions, arrays)), batch)
+    return loss_of(loss_fn, structure.rebuild(_assembled(values, positions, arrays)), batch)
 
 
 @partial(jax.jit, static_argnames=("loss_fn", "structure"))

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup
 
+from .._io.errors import counted
 from ._records import NARROW, Advantage, Best, Holder, KeySearch, Protection, SubjectReport
 
 TARGET = 0.1
@@ -66,7 +67,7 @@ def _same(rows: Iterable[Best], attacker: Best) -> Best | None:
 
 
 def _named(attacker: Best) -> str:
-    return f"{data_name(attacker.data)}, {attacker.steps:,} steps"
+    return f"{data_name(attacker.data)}, {counted(attacker.steps, 'step')}"
 
 
 def by_advantage(subject: SubjectReport) -> list[Rated]:

@@ -58,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs ``selcrypt``.
 
     Args:
-        args: command line; that of the process by default.
+        args: the command line; by default that of the process.
 
     Returns:
         Exit status: 0, or 1 with the reason on standard error.

@@ -121,5 +121,8 @@ def verify(
     else:
         text += " Not signed; the grant vouches for it."
     if opened is not None:
-        text += f" Levels 1 to {opened.key.level} decrypt to the original weights."
+        top = opened.key.level
+        text += (
+            f" Level{'s 1 to' * (top > 1)} {top} decrypt{'s' * (top == 1)} to the original weights."
+        )
     Writing(as_json=printing.as_json).say(inspection_as_dict(found) | {"signer_known": known}, text)

@@ -10,8 +10,8 @@ from typing import Annotated, Any, TypeVar
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction, arg
 
-from .._io.atomic import check_output
 from .._io.companions import Companions
+from .._io.places import check_output
 from .._keys.grant import Grant
 from .._keys.keys import Secret
 from .._keys.material import MAX_PASSPHRASE, forgetting, passphrase_bytes
@@ -60,7 +60,7 @@ def beside_as_dict(beside: Companions | None) -> dict[str, Any]:
 
 
 def beside_as_text(beside: Companions | None) -> list[str]:
-    """The same as lines of text."""
+    """The files copied along with the weights, as lines of text."""
     if beside is None:
         return []
     lines = [f"Also copied: {', '.join(beside.copied) or 'nothing'}."]

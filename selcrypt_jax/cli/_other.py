@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from .. import __version__
+from .._io.errors import extra
 from ..demo import DemoConfig
 from ..demo import run as run_demo
 from ._options import Flat, Maybe, Switch
@@ -61,7 +62,7 @@ def audit(
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             f"the audit needs {error.name or error}, which is not installed. "
-            "Install the extra: pip install 'selcrypt-jax[audit,demo]'",
+            f"{extra('audit,demo')}.",
             name=error.name,
         ) from error
     print(printable(f"Wrote {out / 'report.html'} and {out / 'audit.json'}."))

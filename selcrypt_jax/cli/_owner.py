@@ -96,7 +96,7 @@ def grant(
             "signer": signer_hex,
             "recipients": len(to),
         },
-        f"Wrote {out}: opens levels 1 to {level} of model {model}, {whose}. "
+        f"Wrote {out}: opens level{'s 1 to' * (level > 1)} {level} of model {model}, {whose}. "
         + ("It is locked with a passphrase." if words and not to else secrecy),
     )
 

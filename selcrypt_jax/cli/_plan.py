@@ -9,6 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from .._ciphers.lossless import LosslessCipher
+from .._io.errors import counted
 from .._io.imported import imported
 from ._options import Flat, Maybe, OwnerSecret, Printing, Switch
 from ._selection import Goal, Selection, Unit, naming, said
@@ -69,7 +70,8 @@ def calibrate(
     print_levels(result)
     command = f"selcrypt protect {shlex.quote(str(file))} -o public.safetensors "
     command += f"--secret keys/secret.key {shlex.join(flags)}"
-    print(f"\n{found.evaluations} evaluations, {found.calls} calls. To protect it so:\n")
+    print(f"\n{counted(found.evaluations, 'evaluation')}, {counted(found.calls, 'call')}.")
+    print("To protect it this way:\n")
     print(f"  {printable(command)}")
 
 

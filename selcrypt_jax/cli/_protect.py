@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from .._ciphers.lossless import LosslessCipher
 from .._format.manifest import Rest
+from .._io.errors import counted
 from .._release.use import inspect_file
 from ._options import (
     Flat,
@@ -55,9 +56,9 @@ def protect(
     two forms, plain or with another selection: comparing them reveals what is encrypted.
 
     Args:
-        file: A .safetensors file; or the index, or the folder, of one in several files; or the
-            folder of an Orbax checkpoint. Only the weights of a folder are read and written. Or an
-            ONNX model, or a msgpack file of Flax; the output is a .safetensors file.
+        file: A .safetensors file; the index or folder of a checkpoint in several files; the folder
+            of an Orbax checkpoint; an ONNX model; or a Flax msgpack file. From a folder, only the
+            weights are read and written. For ONNX and Flax, the output is a .safetensors file.
         out: The protected file; a new folder for a checkpoint in a folder.
         keys: Your keys.
         selection: What is encrypted.
@@ -156,7 +157,7 @@ def protect(
     for text in selected.similar[:_SHOWN]:
         note(text)
     if (more := len(selected.similar) - _SHOWN) > 0:
-        note(f"The same holds for {more} more tensors: --json lists them.")
+        note(f"The same holds for {counted(more, 'more tensor')}: --json lists all.")
     integers = {t: n for t, n in selected.untouched.items() if t.startswith(("I", "U"))}
     # A quantised checkpoint: only its scales take part by themselves.
     given = selection.select is not None or selection.scores_file is not None
@@ -167,7 +168,7 @@ def protect(
         )
     if (change := selected.plain_change) is not None and change > 0.05:
         note(
-            f"{change:.0%} of what changed from the base stays plain. An attacker "
+            f"{change:.0%} of the change from the base stays plain. An attacker "
             "with the base recovers nearly all of your network from this file: use --rest sealed."
         )
     if keys.signing is None:

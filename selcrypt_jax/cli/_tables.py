@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._io.errors import counted
 from ._text import columns
 
 if TYPE_CHECKING:
@@ -47,18 +48,22 @@ def print_inspection(
         "rest": "sealed: nothing can be used without a grant"
         if found.rest == "sealed"
         else "plain: anyone can run level 0",
-        "tensors": f"{found.tensors}, {found.weights:,} weights",
+        "tensors": f"{found.tensors}, {counted(found.weights, 'weight')}",
         "size": f"{found.file_bytes:,} bytes, {found.manifest_bytes:,} of them manifest",
     }
     blocks = []
     if chosen is not None:
         groups, whole = chosen["selected"], len(chosen["whole"])
-        text = f"{sum(groups.values()):,} groups in {_tensors(len(groups))}"
+        text = f"{counted(sum(groups.values()), 'group')} in {counted(len(groups), 'tensor')}"
         text += f", {whole} of them whole" if whole else ""
-        lines["selected"] = text + (f", layout {chosen['layout']}" if chosen["layout"] else "")
-        blocks = [columns(selected_rows(groups, chosen["whole"], verbose), numbers={1, 2})]
+        text += f", layout {chosen['layout']}" if chosen["layout"] else ""
+        # Level 1 of a sealed file has no rings of its own: it opens its groups with the seal.
+        first = sum(groups.values()) - sum(level.groups for level in found.levels)
+        text += f"; level 1 opens {first:,} of the groups with the rest" if first else ""
+        lines["selected"] = text
+        blocks = [columns(selected_rows(groups, chosen["whole"], verbose), numbers={1, 2, 4})]
         if (change := chosen.get("plain_change")) is not None:
-            lines["change"] = f"{change:.2%} of what changed from the base stays plain"
+            lines["change"] = f"{change:.2%} of the change from the base stays plain"
         if chosen["untouched"]:
             rest = ", ".join(f"{n:,} {dtype}" for dtype, n in chosen["untouched"].items())
             lines["untouched"] = f"in the other tensors: {rest}"
@@ -66,7 +71,8 @@ def print_inspection(
     titles = ["level", "groups", "weights", "of all weights"]
     rows = [[*titles, *(["with this grant"] if grant else [])]]
     for level in found.levels:
-        row = [str(level.level), f"{level.groups:,}", f"{level.weights:,}", f"{level.share:.3%}"]
+        of = "the rest" if found.rest == "sealed" and level.level == 1 else f"{level.groups:,}"
+        row = [str(level.level), of, f"{level.weights:,}", f"{level.share:.3%}"]
         rows.append([*row, *(["opens" if level.opens else "stays closed"] if grant else [])])
     blocks = [columns(list(lines.items())), *blocks, columns(rows, numbers=True)]
     print(*blocks, sep="\n\n")
@@ -80,23 +86,22 @@ def selected_rows(
 ) -> list[tuple[str, ...]]:
     """The selection as a table: every tensor if there are few, otherwise kinds of tensors.
 
-    A kind is all tensors whose names differ only in numbers, such as the layers of a stack.
+    A kind is all tensors whose names differ only in numbers, such as the layers of a stack; its
+    last column counts the tensors that were selected whole.
 
     Args:
         groups: tensor → number of selected groups.
         whole: names of tensors that were selected whole.
         verbose: list every tensor, however many there are.
     """
-    titles = ("tensor", "groups", "")
     if verbose or len(groups) <= _SHOWN:
-        return [titles] + [
-            (name, f"{n:,}", "whole" if name in whole else "") for name, n in groups.items()
-        ]
+        rows = [(name, f"{n:,}", "yes" if name in whole else "") for name, n in groups.items()]
+        return [("tensor", "groups", "whole"), *rows]
     kinds: dict[str, list[str]] = {}
     for name in groups:
         kinds.setdefault(_NUMBER.sub("*", name), []).append(name)
     ranked = sorted(kinds.values(), key=lambda names: -sum(map(groups.__getitem__, names)))
-    rows = [("tensors", "", "groups", "largest", "")]
+    rows = [("name", "tensors", "groups", "largest", "whole")]
     for names in ranked[:_SHOWN]:
         largest, entire = max(names, key=groups.__getitem__), sum(name in whole for name in names)
         rows.append(
@@ -105,19 +110,15 @@ def selected_rows(
                 str(len(names)),
                 f"{sum(map(groups.__getitem__, names)):,}",
                 "" if len(names) == 1 else f"{largest} ({groups[largest]:,})",
-                "whole" if entire == len(names) else f"{entire} whole" if entire else "",
+                str(entire or ""),
             )
         )
     if rest := [name for names in ranked[_SHOWN:] for name in names]:
         entire = sum(name in whole for name in rest)
-        text = f"{len(ranked) - _SHOWN} more kinds, --verbose lists them"
+        text = f"{counted(len(ranked) - _SHOWN, 'more kind')}, --verbose lists all"
         total = f"{sum(map(groups.__getitem__, rest)):,}"
-        rows.append((text, str(len(rest)), total, "", f"{entire} whole" if entire else ""))
+        rows.append((text, str(len(rest)), total, "", str(entire or "")))
     return rows
-
-
-def _tensors(count: int) -> str:
-    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def calibration_as_dict(

@@ -1,4 +1,4 @@
-"""Data that is installed with the packages: digits of scikit-learn, photographs of scikit-image."""
+"""Data installed with the packages: scikit-learn's digits, scikit-image's photographs."""
 
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ TRAIN_PHOTOGRAPHS = (
     "rocket",
     "stereo_motorcycle",
 )
-# Never trained on; with the row and column of a face, about which they are cropped.
+# Never used for training; with the row and column of a face, around which they are cropped.
 TEST_PHOTOGRAPHS = {"camera": (160, 256), "chelsea": (130, 235)}
 
 
@@ -36,14 +36,14 @@ class Digits(NamedTuple):
 
 
 def digits(seed: int, trained_on: float = 0.8) -> tuple[Digits, Digits]:
-    """The 1,797 handwritten digits of scikit-learn, scaled from 8×8 to 32×32.
+    """scikit-learn's 1,797 handwritten digits, scaled from 8×8 to 32×32.
 
     Args:
-        seed: of the split.
-        trained_on: share to train on.
+        seed: seed of the split.
+        trained_on: the share to train on.
 
     Returns:
-        Digits to train on, and all others.
+        The digits to train on, and the others.
     """
     data: Any = sklearn.datasets.load_digits()
     order = np.random.default_rng(seed).permutation(len(data.images))
@@ -66,15 +66,15 @@ def _smaller(image: np.ndarray) -> Float[np.ndarray, "h w"]:
 
 
 def training_patches(count: int, size: int, seed: int) -> Float[np.ndarray, "n s s 1"]:
-    """Random grey patches of the training photographs, flipped and turned at random.
+    """Random grey patches of the training photographs, randomly flipped and rotated.
 
-    Photographs much larger than 512 pixels are halved, so that a patch shows about as much of
-    the scene everywhere.
+    Photographs much larger than 512 pixels are halved, so that a patch shows about as much of the
+    scene everywhere.
 
     Args:
         count: number of patches.
-        size: their side in pixels.
-        seed: of the draw.
+        size: their side length, in pixels.
+        seed: seed of the draw.
 
     Returns:
         Patches in [0, 1].
@@ -102,13 +102,13 @@ def test_photographs(size: int) -> Float[np.ndarray, "n s s 1"]:
 
 
 def chessboard(size: int = 64) -> tuple[Float[np.ndarray, "n s s 1"], Float[np.ndarray, "m s s 1"]]:
-    """Squares of photographs that are never trained on, in [0, 1]: one half and the other.
+    """Squares of photographs never used for training, in [0, 1], in two halves.
 
-    The halves alternate like the squares of a chessboard, in ``camera`` and ``chelsea`` and in the
-    two photographs of scikit-learn.
+    The halves alternate like the squares of a chessboard, in ``camera``, ``chelsea`` and
+    scikit-learn's two photographs.
 
     Args:
-        size: side of a square, in pixels.
+        size: side length of a square, in pixels.
     """
     photographs = [_photograph(name) for name in TEST_PHOTOGRAPHS]
     samples: Any = sklearn.datasets.load_sample_images()

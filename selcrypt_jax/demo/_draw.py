@@ -1,4 +1,4 @@
-"""The pictures of the demo."""
+"""The demo's pictures."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ._report import METRIC, WORTHLESS, Result
 from ._tiers import NAMES, Tiers
 from ._train import Pictures
 
-# Wong's palette, which colour-blind readers can tell apart, and markers for prints in grey.
+# Wong's palette, which colour-blind readers can tell apart, with markers for greyscale prints.
 _LOOKS = {
     "pss": ("#D55E00", "o-"),
     "random": ("#999999", "s--"),
@@ -25,7 +25,7 @@ _TIER = "#0072B2"
 
 
 def draw_tiers(path: Path, results: dict[str, Result]) -> None:
-    """``tiers.png``: what each tier gives on held-out data, its target, and the sealed file."""
+    """``tiers.png``: quality on held-out data and target of each tier, and the sealed file."""
     size = (6.2 * len(results), 5.1)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=130)
     for axis, result in zip(
@@ -89,7 +89,7 @@ def _draw_tiers(axis: Axes, tiers: Tiers) -> None:
 
 
 def draw_paper(path: Path, results: dict[str, Result]) -> None:
-    """``paper.png``: above, the paper's levels; below, strategies against the share."""
+    """``paper.png``: above, the paper's levels; below, strategies against the encrypted share."""
     size = (5.6 * len(results), 8)
     figure = matplotlib.figure.Figure(figsize=size, layout="constrained", dpi=130)
     axes = figure.subplots(2, len(results), squeeze=False)
@@ -143,12 +143,12 @@ def draw_paper(path: Path, results: dict[str, Result]) -> None:
 
 
 def draw_photographs(path: Path, pictures: Pictures, opened: list[PyTree]) -> None:
-    """``denoised.png``: one photograph, noisy, and as each tier denoises it, with its PSNR.
+    """``denoised.png``: one photograph, noisy, and as denoised at each tier, with its PSNR.
 
     Args:
-        path: of the file.
-        pictures: the test photographs, and how parameters denoise them.
-        opened: parameters of the sealed file without a key, and of each tier.
+        path: the path of the picture.
+        pictures: the test photographs, and a function that denoises them.
+        opened: the parameters of the sealed file without a key, and those of each tier.
     """
     names = ["sealed, no key", f"{NAMES[0]}, no key", *NAMES[1:]]
     shown = [("original", pictures.clean), ("noisy input", pictures.noisy)]

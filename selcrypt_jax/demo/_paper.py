@@ -1,4 +1,4 @@
-"""The paper's levels, by shares of what is encrypted, and its strategies of selection."""
+"""The paper's levels, as shares of the encrypted kernels, and its selection strategies."""
 
 import re
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from ._train import Subject
 
 SELECT = r"^convs/.*kernel$"
 STRATEGIES = ("pss", "random", "descend", "ascend", "mean")
-# What level m of 5 may decrypt, as a share of what is encrypted; the paper's 0.6 + 0.4·m/M.
+# The share of the encrypted kernels that level m of 5 may decrypt; the paper's 0.6 + 0.4·m/M.
 STEPS = (0.68, 0.76, 0.84, 0.92, 1.0)
 
 
@@ -46,15 +46,15 @@ class Level(NamedTuple):
 
 
 class Paper(NamedTuple):
-    """What the paper's shares and strategies give for one network, on held-out data.
+    """Results of the paper's shares and strategies for one network, on held-out data.
 
     Attributes:
-        budget: share of the kernels that was asked for.
+        budget: the requested share of the kernels.
         fraction: share of the convolution weights that is encrypted.
         levels: levels 0..5.
-        top_bit_exact: whether the top level gives every bit of the original.
+        top_bit_exact: whether the top level restores every bit of the original.
         strategies: strategy → share of the convolution weights → mean metric without a key.
-        keys: number of keys that metrics are averaged over.
+        keys: the number of keys that metrics are averaged over.
     """
 
     budget: float
@@ -68,7 +68,7 @@ class Paper(NamedTuple):
 def learn(
     subject: Subject, config: PSSConfig, *, seed: int, advance: Callable[[int], None]
 ) -> PyTree:
-    """Importance of the kernels of the convolutions, learned."""
+    """Learned importance of the convolution kernels."""
     return pss(
         lambda params, batch: subject.loss(subject.network.model(params), batch),
         subject.params,
@@ -96,13 +96,13 @@ def protect_and_measure(
         subject: the trained network.
         scores: learned importance.
         budget: share of the kernels that is encrypted.
-        budgets: shares at which strategies are compared, `budget` among them.
-        keys: metrics are means over so many protections, each under keys of its own.
-        seed: of the strategy "random".
+        budgets: shares at which strategies are compared, including `budget`.
+        keys: how many protections to average a metric over, each under its own keys.
+        seed: seed of the strategy "random".
         advance: called after each measurement, `measurements` times.
 
     Returns:
-        What was measured.
+        The measurements.
     """
     masks = nested_masks(scores, [budget * step for step in STEPS], scope="model")
     metrics = np.zeros((keys, len(masks) + 1))
@@ -149,7 +149,7 @@ def protect_and_measure(
 
 
 def selected(params: PyTree, mask: Any) -> tuple[int, float]:
-    """How many kernels a mask selects, and which share of the weights of all convolutions."""
+    """The number of kernels that a mask selects, and their share of all convolution weights."""
     found = mask_counts(params, mask)
     counts = [count for name, count in found.items() if re.search(SELECT, name)]
     share = sum(c.weights for c in counts) / sum(c.total for c in counts)
@@ -162,7 +162,7 @@ def measurements(budgets: tuple[float, ...], keys: int) -> int:
 
 
 def _new_keys(levels: int) -> Any:
-    """What a vendor has: a new secret and model id, one key a ring."""
+    """A vendor's keys: from a new secret and model id, one key per ring."""
     return ring_keys(level_key(Secret.generate(), new_model_id(), levels=levels))
 
 

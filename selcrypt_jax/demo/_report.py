@@ -1,4 +1,4 @@
-"""The tables and the JSON file of the demo."""
+"""The demo's tables and JSON file."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from rich.table import Table
 
+from .._io.errors import counted
 from ._paper import Paper
 from ._tiers import DATA, Measured, Tiers
 
@@ -16,11 +17,11 @@ _TRAINED_ON = {"%": "digits", "dB": "patches"}
 
 
 class Result(NamedTuple):
-    """What was measured of one network, and how long it took.
+    """The measurements of one network, and how long they took.
 
     Attributes:
-        title: network, data.
-        tiers: by target.
+        title: the network and its data.
+        tiers: the tiers by target.
         paper: the paper's levels and strategies.
         seconds: from the start of training to the last measurement.
     """
@@ -45,7 +46,7 @@ def write_json(path: Path, results: dict[str, Result]) -> None:
 
 
 def _named(value: Any) -> Any:
-    """Named tuples as dicts, all the way down."""
+    """Named tuples as dicts, at every depth."""
     as_dict = getattr(value, "_asdict", None)
     if as_dict is not None:
         value = as_dict()
@@ -64,23 +65,22 @@ def tier_table(result: Result) -> Table:
         caption="± is one standard error over examples; that of the difference includes the "
         f"calibration data, on which the target was met. Calibrated on {tiers.calibrated_on} "
         f"{examples}, held out {tiers.held_out} others; "
-        f"{tiers.evaluations} evaluations. {tiers.fraction:.1%} of the convolution weights "
-        f"encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this network.",
+        f"{counted(tiers.evaluations, 'evaluation')}. {tiers.fraction:.1%} of the convolution "
+        f"weights encrypted. Top level bit-exact: {exact}. {result.seconds:.0f} s for this "
+        "network.",
     )
-    view.add_column("tier")
+    view.add_column("level")
     for heading in ("target", "calibration\ndata", "held-out\ndata", "difference\nfrom target"):
         view.add_column(heading, justify="right")
-    view.add_row("level 0: sealed, no key", "", "", _shown(tiers.sealed), "")
+    view.add_row("0: sealed, no key", "", "", _shown(tiers.sealed), "")
     for level, tier in enumerate(tiers.tiers):
-        name = f"level {level}: {tier.name}" + ("" if level else ", no key")
+        name = f"{level}: {tier.name}" + ("" if level else ", no key")
         target, difference = "exact", ""
         if tier.target is not None:
             off = tier.held_out.mean - tier.target
             target, difference = f"{tier.target:g}", f"{off:+.2f} ± {tier.difference_error:.2f}"
         seen = f"{tier.calibration.mean:.2f}"
         view.add_row(name, target, seen, _shown(tier.held_out), difference)
-    for column in view.columns:
-        column.no_wrap = True
     view.rows[-1].end_section = True
     view.add_row("without the file", "", "", _shown(tiers.without_file))
     view.add_row(WORTHLESS[tiers.unit], "", "", f"{tiers.worthless:.2f}")
@@ -92,12 +92,12 @@ def _shown(measured: Measured) -> str:
 
 
 def warning(result: Result) -> str:
-    """What the line of training without the file means for the tiers."""
+    """A message about what training without the file means for the tiers."""
     tiers = result.tiers
     said = (
-        f"{result.title}: {tiers.steps} training steps from fresh weights on {tiers.examples} "
-        f"{_TRAINED_ON[tiers.unit]} ({100 * DATA:g} % of the training data), without the file, "
-        f"reach {tiers.without_file.mean:.1f} {tiers.unit}. "
+        f"{result.title}: {counted(tiers.steps, 'training step')} from fresh weights on "
+        f"{tiers.examples} {_TRAINED_ON[tiers.unit]} ({100 * DATA:g} % of the training data), "
+        f"without the file, reach {tiers.without_file.mean:.1f} {tiers.unit}. "
     )
     below = ", ".join(tiers.pointless)
     if not below:
@@ -111,8 +111,8 @@ def paper_table(result: Result) -> Table:
     view = Table(
         title=f"{result.title}: the paper's levels, {paper.fraction:.3%} of the convolution "
         "weights encrypted",
-        caption=f"on held-out data, averaged over {paper.keys} keys; top level bit-exact: "
-        f"{'yes' if paper.top_bit_exact else 'NO'}",
+        caption=f"on held-out data, averaged over {counted(paper.keys, 'key')}; top level "
+        f"bit-exact: {'yes' if paper.top_bit_exact else 'NO'}",
     )
     view.add_column("level or strategy")
     for heading in ("kernels decrypted", "share of weights", f"metric, {tiers.unit}"):

@@ -1,4 +1,4 @@
-"""Runs the demo from the data to the pictures."""
+"""Runs the demo, from data to pictures."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -9,7 +9,8 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from .. import PSSConfig
-from .._io.atomic import writable_folder
+from .._io.errors import counted
+from .._io.places import writable_folder
 from .._io.progress import bars
 from . import DemoConfig
 from ._draw import draw_paper, draw_photographs, draw_tiers
@@ -20,7 +21,7 @@ from ._train import Pictures, Subject, train_dncnn, train_vgg19
 
 
 class _Plan(NamedTuple):
-    """How much is done for one network."""
+    """The amount of work for one network."""
 
     name: str
     title: str
@@ -51,7 +52,7 @@ _FULL = (
         train=train_dncnn,
         settings={"depth": 10, "width": 32, "steps": 400, "crop": 192, "rate": 1.2e-2},
         # All but the outer layers, which are small: a few of their weights change a lot at once.
-        # The tolerance is that of level 0, whose mean PSNR has a standard error of 0.02 dB.
+        # The tolerance suits level 0, whose mean PSNR has a standard error of 0.02 dB.
         goal=Goal((20.5, 22.8, 25, 27.5), tolerance=0.03, select="^convs/[1-8]/kernel$", steps=100),
         pss=PSSConfig(steps=150),
         budget=0.02,
@@ -83,7 +84,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     results: dict[str, Result] = {}
     photographs: tuple[Pictures, list[PyTree]] | None = None
     with bars(console) as progress:
-        # All of them from the start, so that one sees what is still to come.
+        # All bars are shown from the start, so that users see what is still to come.
         tasks = iter(
             [
                 progress.add_task(f"{plan.title}: {what}", total=total, start=False)
@@ -105,14 +106,14 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
 
         @contextmanager
         def evaluations(plan: _Plan) -> Iterator[Callable[[], None]]:
-            """Counts them: how many a search takes is not known in advance."""
+            """Counts evaluations: how many a search takes is not known in advance."""
             task, count = next(tasks), 0
             progress.start_task(task)
 
             def advance() -> None:
                 nonlocal count
                 count += 1
-                text = f"{plan.title}: search for the tiers, {count} evaluations"
+                text = f"{plan.title}: search for the tiers, {counted(count, 'evaluation')}"
                 progress.update(task, completed=count, description=text)
 
             yield advance
@@ -146,7 +147,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
     for result in results.values():
         console.print(tier_table(result))
         console.print(warning(result), markup=False)
-    console.print("\nThe paper's levels open 68, 76, 84, 92 and 100 % of what is encrypted:")
+    console.print("\nThe paper's levels open 68, 76, 84, 92 and 100 % of the encrypted kernels:")
     for result in results.values():
         console.print(paper_table(result))
     names = ("tiers.json", "tiers.png", "denoised.png", "paper.png")

@@ -13,17 +13,17 @@ from ._paper import same_bits, selected
 from ._train import Subject
 
 NAMES = ("public", "free", "basic", "pro", "full")  # of levels 0 to 4
-DATA = 0.05  # share of the training data that training without the file gets
+DATA = 0.05  # share of the training data used for training without the file
 
 
 class Goal(NamedTuple):
-    """What the levels of a release shall give.
+    """The targets of a release's levels.
 
     Attributes:
-        targets: of levels 0 to 3; level 4 gives the original.
+        targets: the quality of levels 0 to 3; level 4 gives the original.
         tolerance: how far a level may be from its target on the calibration data.
-        select: pattern of the names of the kernels of which some weights are encrypted.
-        steps: of training without the file.
+        select: pattern of the names of the kernels to encrypt weights in.
+        steps: the number of steps of training without the file.
     """
 
     targets: tuple[float, ...]
@@ -40,18 +40,18 @@ class Measured(NamedTuple):
 
     @classmethod
     def of(cls, scores: np.ndarray) -> "Measured":
-        """Of the scores of examples."""
+        """Computes both from the examples' scores."""
         return cls(float(scores.mean()), float(scores.std(ddof=1) / math.sqrt(len(scores))))
 
 
 class Tier(NamedTuple):
-    """What one level of the release gives.
+    """The measured quality of one level of the release.
 
     Attributes:
-        name: of `NAMES`.
-        target: that was asked for; None for the top level.
-        calibration: on the data that the search looked at.
-        held_out: on data that it did not.
+        name: one of `NAMES`.
+        target: its target; None for the top level.
+        calibration: its quality on the data used by the search.
+        held_out: its quality on data that the search did not see.
         difference_error: standard error of the difference between these two means. The target is
             met on one sample and judged on the other, so the spread over both counts.
     """
@@ -64,22 +64,22 @@ class Tier(NamedTuple):
 
 
 class Tiers(NamedTuple):
-    """A release and what its levels give.
+    """A release and the measured quality of its levels.
 
     Attributes:
-        unit: of the metrics.
-        worthless: metric of chance, or of the noisy image, on the held-out data.
+        unit: the unit of the metrics.
+        worthless: the metric of chance, or of the noisy image, on the held-out data.
         tiers: levels 0 to 4. Level 0 needs no key: the rest of the file is plain.
-        sealed: what level 0 gives on the held-out data if the rest of the file is sealed.
-        without_file: what training from fresh weights reaches there.
-        steps: of that training.
-        examples: it has.
-        calibrated_on: number of examples.
-        held_out: number of other examples.
-        tolerance: of the search.
-        evaluations: that the search took.
+        sealed: the quality of level 0 on the held-out data if the rest of the file is sealed.
+        without_file: the quality that training from fresh weights reaches there.
+        steps: the number of steps of that training.
+        examples: the number of its training examples.
+        calibrated_on: the number of examples in the calibration data.
+        held_out: the number of examples in the held-out data.
+        tolerance: the tolerance of the search.
+        evaluations: the number of evaluations that the search took.
         fraction: share of the convolution weights that is encrypted.
-        top_bit_exact: whether the top level gives every bit of the original.
+        top_bit_exact: whether the top level restores every bit of the original.
     """
 
     unit: str
@@ -98,12 +98,12 @@ class Tiers(NamedTuple):
 
     @property
     def pointless(self) -> list[str]:
-        """Tiers that give no more than training without the file."""
+        """Tiers that are no better than training without the file."""
         return [t.name for t in self.tiers if t.held_out.mean <= self.without_file.mean]
 
 
 def train_without_file(subject: Subject, goal: Goal, advance: Callable[[], None]) -> PyTree:
-    """What the network's own recipe reaches from fresh weights, in few steps with little data."""
+    """Parameters from the network's own recipe, from fresh weights, few steps and little data."""
     return subject.without_file(DATA, goal.steps, advance)
 
 
@@ -114,15 +114,15 @@ def tiers_by_target(
 
     Args:
         subject: the trained network.
-        goal: what its levels shall give.
-        without_file: parameters that `train_without_file` reached.
+        goal: the targets of its levels.
+        without_file: the parameters from `train_without_file`.
         advance: called after each evaluation of the search.
 
     Returns:
-        What was measured; and the parameters at level 0 with a sealed rest, and at levels 0 to 4.
+        The measurements; and the parameters at level 0 with a sealed rest, and at levels 0 to 4.
 
     Raises:
-        ValueError: no such release was found.
+        ValueError: no release met the targets.
     """
     secret = Secret.generate()
     released = protect(

@@ -1,4 +1,4 @@
-"""Trains the networks of the demo, two digit classifiers and a denoiser."""
+"""Trains the demo's networks: two digit classifiers and a denoiser."""
 
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +16,15 @@ from ..models._network import Network, accuracy, cross_entropy, psnr, squared_er
 from ._data import chessboard, digits, test_photographs, training_patches
 from ._transformer import VisionTransformer
 
-SIGMA = 25 / 255  # of the noise, for pixels in [0, 1]
+SIGMA = 25 / 255  # standard deviation of the noise, for pixels in [0, 1]
 SHIFTS = ((0, 0), (0, 2), (0, -2), (2, 0), (-2, 0))  # in pixels, as far as in training
 ModelLoss = Callable[[Any, Any], Float[Array, ""]]
 Scores = Callable[[PyTree], Float[np.ndarray, " n"]]
-"""``params ->`` how each example of a set fares, in the unit of the metric."""
+"""``params ->`` a score for each example of a set, in the metric's unit."""
 
 
 class Pictures(NamedTuple):
-    """Test photographs ``[n, h, w, 1]`` in [0, 1], and how parameters denoise them."""
+    """Test photographs ``[n, h, w, 1]`` in [0, 1], and a function that denoises them."""
 
     clean: Float[Array, "n h w 1"]
     noisy: Float[Array, "n h w 1"]
@@ -32,22 +32,22 @@ class Pictures(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A trained network, and how to judge it.
+    """A trained network, and the data and metrics to judge it.
 
     Attributes:
-        network: trained.
+        network: the trained network.
         loss: ``(model, batch) -> scalar``.
         fresh: builds the network as it is before training, from ``rngs``.
         batches: arrays ``[batches, ...]`` for `loss`, from the training data.
         examples: the training data, arrays ``[examples, ...]`` as in a batch.
         metric: ``params -> float`` on test data; higher is better.
-        unit: of the metric.
-        worthless: the metric of chance, or of the noisy image left as it is.
-        calibration: scores of test data that levels may be calibrated on.
-        held_out: scores of other test data, which share nothing with the former.
-        without_file: ``(share, steps, advance) -> params``: what the same training reaches from
-            fresh weights with so much of the training data.
-        pictures: of a denoiser; ``None`` for a classifier.
+        unit: the metric's unit.
+        worthless: the metric of chance, or of the unprocessed noisy image.
+        calibration: scores on test data that levels may be calibrated on.
+        held_out: scores on other test data, which have nothing in common with the former.
+        without_file: ``(share, steps, advance) -> params``: the result of the same training from
+            fresh weights, with that share of the training data.
+        pictures: a denoiser's test photographs; ``None`` for a classifier.
     """
 
     network: Network
@@ -117,12 +117,12 @@ def train_vgg19(
     trained_on: float = 0.8,
     advance: Callable[[], None] = lambda: None,
 ) -> Subject:
-    """VGG19 on the digits of scikit-learn, 32×32.
+    """VGG19 on scikit-learn's digits, 32×32.
 
     Args:
-        width: factor on the number of channels.
-        steps: of 32 images each.
-        seed: of everything.
+        width: multiplier for the number of channels.
+        steps: the number of steps, of 32 images each.
+        seed: seed for everything.
         trained_on: share of the digits to train on; the others are test data.
         advance: called after each step.
     """
@@ -154,7 +154,7 @@ def _on_digits(
     def sample(key: PRNGKeyArray, count: int = len(images)) -> tuple[Array, Array]:
         which, shift = jax.random.split(key)
         which = jax.random.randint(which, (batch_size,), 0, count)
-        # Moved by up to two pixels, which the digits' margin allows.
+        # Shifted by up to two pixels, which the digits' margin allows.
         down, right = jax.random.randint(shift, (2, batch_size), -2, 3)
         return jax.vmap(lambda image, y, x: jnp.roll(image, (y, x), (0, 1)))(
             images[which], down, right
@@ -169,7 +169,7 @@ def _on_digits(
 
     network = trained(start, sample, steps, advance)
     share = accuracy(network, test.images, test.labels)
-    # Every second digit of each class, so that neither half has more of a difficult one.
+    # Alternating within each class, so that neither half has more of a difficult digit.
     order = np.argsort(test.labels, kind="stable")
     halves = [(test.images[half], test.labels[half]) for half in (order[::2], order[1::2])]
     return Subject(
@@ -200,7 +200,7 @@ def _again(
 
 
 def _shifted(network: Network, images: np.ndarray, labels: np.ndarray) -> Scores:
-    """Percentage of `SHIFTS` of each digit that are recognised: finer steps than right or wrong."""
+    """Percentage of each digit's `SHIFTS` recognised: finer steps than right or wrong."""
     moved = [np.roll(images, shift, (1, 2)) for shift in SHIFTS]
 
     @jax.jit
@@ -220,15 +220,15 @@ def train_dncnn(
     rate: float = 2e-3,
     advance: Callable[[], None] = lambda: None,
 ) -> Subject:
-    """DnCNN on photographs of scikit-image, σ = 25.
+    """DnCNN on scikit-image's photographs, σ = 25.
 
     Args:
         depth: number of layers.
-        width: channels.
-        steps: of 16 patches of 40×40 pixels each.
-        crop: side of the test photographs, in pixels.
-        seed: of everything.
-        rate: of Adam, at its highest.
+        width: number of channels.
+        steps: the number of steps, of 16 patches of 40×40 pixels each.
+        crop: side length of the test photographs, in pixels.
+        seed: seed for everything.
+        rate: Adam's highest learning rate.
         advance: called after each step.
     """
     patches = jnp.asarray(training_patches(4096, 40, seed))

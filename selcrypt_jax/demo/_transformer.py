@@ -1,4 +1,4 @@
-"""A small vision transformer: what holds for convolutions need not hold for attention."""
+"""A small vision transformer, since results for convolutions need not hold for attention."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 class Block(nnx.Module):
-    """Attention and a layer of neurons, each behind its normalisation (Xiong et al. 2020)."""
+    """Attention and a two-layer perceptron, each after a normalisation (Xiong et al. 2020)."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
@@ -29,12 +29,12 @@ class VisionTransformer(nnx.Module):
     """Classifies images by patches of 8×8 pixels (Dosovitskiy et al., arXiv 2010.11929).
 
     Args:
-        size: side of an image, in pixels.
-        width: of the residual stream.
-        depth: blocks.
-        heads: of attention.
-        classes: of the head.
-        rngs: for ``params``.
+        size: side length of an image, in pixels.
+        width: width of the residual stream.
+        depth: number of blocks.
+        heads: number of attention heads.
+        classes: number of classes.
+        rngs: its ``params`` stream draws the weights.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Files to make the two networks from and to evaluate them on: checkpoints, CIFAR, images."""
+"""Reads files for the two networks: checkpoints, and CIFAR or images to evaluate them on."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _MEAN = np.array([0.485, 0.456, 0.406], np.float32).reshape(1, 1, 1, 3)
 _STD = np.array([0.229, 0.224, 0.225], np.float32).reshape(1, 1, 1, 3)
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 _HOW = (
-    'Prepare it on a machine with TensorFlow and the internet: tfds.builder("NAME", '
+    'Prepare it on a machine with TensorFlow and internet access: tfds.builder("NAME", '
     'file_format="array_record", data_dir="DATA").download_and_prepare().'
 )
 
@@ -128,7 +128,8 @@ def read_split(folder: Path, split: str) -> Any:
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"{found[-1]}: needs the extra `train`: pip install 'selcrypt-jax[train]'. ({error})",
+            f"{found[-1]}: needs tensorflow-datasets, which does not import ({error}). Install the "
+            "extra: pip install '.[train]' in your copy of the repository.",
             name="tensorflow_datasets",
         ) from None
     try:
@@ -141,7 +142,7 @@ def read_split(folder: Path, split: str) -> Any:
     except Exception as error:  # many kinds, depending on what is missing or half-written
         raise ValueError(
             f"{found[-1]}: expected {folder.name} in ArrayRecord files with a split {split!r}, got "
-            f"{type(error).__name__}: {str(error)[:200]}. {_HOW}"
+            f"{type(error).__name__}: {str(error)[:200].rstrip('.')}. {_HOW}"
         ) from error
 
 
@@ -242,7 +243,7 @@ def read_images(
                 image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(
-                f"{path}: expected an image, got {error}. Repair or remove it."
+                f"{path}: expected an image, got {str(error).rstrip('.')}. Repair or remove it."
             ) from error
         images.append(_pixels(image, str(path), channels, smallest))
     return images

@@ -36,8 +36,8 @@ def checked_images(
     if actual != channels:
         raise ValueError(
             f"{model}: expected images [N, H, W, {channels}] ({_kind(channels)}), got shape "
-            f"{images.shape}: {actual} channels ({_kind(actual)}). Convert the images "
-            f"(channels come last), or build {model} for {actual} channels."
+            f"{images.shape}: {actual} channel{'s' * (actual != 1)} ({_kind(actual)}). Convert the "
+            f"images (channels come last), or build {model} for that number of channels."
         )
     if images.dtype != dtype:
         raise TypeError(

@@ -248,7 +248,7 @@ def architecture_of(
 
 
 def _width(kernels: Mapping[str, tuple[int, ...]]) -> float:
-    """The factor on the numbers of channels that gives those of all convolutions of a VGG19."""
+    """The width multiplier that gives all convolutions of a VGG19 their number of channels."""
     found = [kernels[name][0] for name in sorted(kernels, key=lambda n: int(n.split(".")[1]))]
     pairs = list(zip(found, WIDTHS, strict=False))
     # Each was rounded to a whole number of channels, and is at least 1.

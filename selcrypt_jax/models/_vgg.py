@@ -34,7 +34,7 @@ class VGG19(nnx.Module):
     Args:
         classes: number of classes.
         in_channels: channels of the images.
-        width: factor on the number of channels of every hidden layer (rounded, at least 1).
+        width: multiplier for the number of channels of every hidden layer (rounded, at least 1).
         batch_norm: whether BatchNorm (ε = 1e-5) follows each convolution.
         dropout: probability that an input of the first or second dense layer is set to 0.
         rngs: streams ``params`` and, for dropout, ``dropout``.

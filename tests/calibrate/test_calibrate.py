@@ -1,4 +1,4 @@
-"""Levels that meet targets: the search on curves that are known, and the whole way on networks."""
+"""Levels that meet targets: the search on known curves, and the complete path on networks."""
 
 import dataclasses
 import itertools
@@ -44,13 +44,13 @@ FINE = importance.l2(PARAMS, granularity="weight")
 
 @pytest.fixture(autouse=True)
 def model_ids(monkeypatch):
-    """Model ids that are new, and the same in each run: so are the searches."""
+    """Fresh model ids that repeat in each run, so that the searches do too."""
     numbers = itertools.count()
     monkeypatch.setattr(_measured, "new_model_id", lambda: next(numbers).to_bytes(16, "little"))
 
 
 def intact(params):
-    """Percent of the kernels' weights that are as they were; a JAX scalar, as a metric may be."""
+    """Percentage of unchanged kernel weights; a JAX scalar, as a metric may be."""
     same = [
         np.mean(np.asarray(params[name]["kernel"]) == PARAMS[name]["kernel"])
         for name in ("conv", "head")
@@ -100,7 +100,7 @@ def test_a_count_has_a_share(groups, data):
 
 
 class KnownNetwork:
-    """What levels give is a formula, with noise."""
+    """The levels' quality is a formula, with noise."""
 
     sign, params = 1.0, None
     steady = False
@@ -189,7 +189,7 @@ def test_steps_that_are_too_large_are_told():
 
 
 class KnownRelease(KnownNetwork):
-    """The same under keys that stay: each ring in each leaf adds its own noise."""
+    """The same under fixed keys: each ring in each leaf adds its own noise."""
 
     steady = True
     leaves = (0.4, 0.3, 0.15, 0.1, 0.05)
@@ -246,7 +246,7 @@ def test_a_release_takes_few_evaluations():
 
 
 def test_a_level_may_open_less_than_a_third_of_the_budget():
-    """Where all is encrypted, and the most important groups alone give most of the quality."""
+    """Everything is encrypted, and the most important groups alone give most of the quality."""
     network = KnownRelease(half=50_000, power=1.2, opening=0.05, noise=1.0)
     search = search_of(network, [None, 65, 80])
     values, _ = search.run()
@@ -273,7 +273,7 @@ def test_a_release_goes_on_while_values_lie_on_both_sides():
 
 
 class Jump(KnownRelease):
-    """A level gives much or little, and nothing between."""
+    """A level gives much or little, and nothing in between."""
 
     def true(self, opened, count):
         return 99.0 if opened > count / 2 else 10.0
@@ -289,7 +289,7 @@ def test_a_jump_is_said_with_what_would_help():
 
 
 class Lucky(KnownRelease):
-    """Where all is encrypted, chance gives more than level 1."""
+    """Everything is encrypted, and chance is better than level 1."""
 
     def true(self, opened, count):
         return super().true(opened, count) if opened else 90.0
@@ -519,7 +519,7 @@ SECRET = sj.Secret(bytes(range(32)))
 
 
 def jumpy(params):
-    """A metric by which keys matter: of a sum that signs of moved weights decide."""
+    """A metric that depends on the keys: it sums changes of weights with their signs."""
     moved = [
         np.asarray(params[name]["kernel"], np.float64) - PARAMS[name]["kernel"]
         for name in ("conv", "head")
@@ -851,7 +851,7 @@ def test_protect_takes_shares_a_level(files):
     files(f"{line} -o p.safetensors --levels 0.2 0.5")
     levels = json.loads(files("inspect p.safetensors --json"))["levels"]
     assert [level["groups"] for level in levels] == [614, 922]
-    files(f"{line} -o x --levels 0.2 0.5 --budget 0.1", fails="budget: expected a number of levels")
+    files(f"{line} -o x --levels 0.2 0.5 --budget 0.1", fails="budget: expected only with a number")
     files(f"{line} -o x --levels 0.5 0.2", fails="expected ascending shares")
     files(
         "calibrate p.safetensors --evaluate calibrate_metric:intact --targets 1",

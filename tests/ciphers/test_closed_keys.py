@@ -1,4 +1,4 @@
-"""Keys that would be written into a compiled program, and with it to the disk, are refused."""
+"""Keys that would be written into a compiled program, and so to disk, are refused."""
 
 import hashlib
 import os
@@ -107,7 +107,7 @@ jax.vmap(lambda p, k: decrypt(p, masks, k))({"w": public["w"][None]}, key[None])
 
 
 def varint(number: int) -> bytes:
-    """As XLA writes the numbers of a constant."""
+    """The numbers of a constant, as XLA writes them."""
     high = b""
     while number > 127:
         high, number = high + bytes([number & 127 | 128]), number >> 7

@@ -34,12 +34,12 @@ class JaxDraws:
         return jax.random.fold_in(key, np.uint32(data))
 
     def numbers(self, key, block, dtype):
-        """4,096 of the random numbers of a key."""
+        """4,096 of a key's random numbers."""
         return np.asarray(jax.random.bits(self.fold_in(key, block), (4096,), dtype))
 
 
 class OpenSSLDraws:
-    """ChaCha20 keys as their 32 bytes; see the table in chacha.py."""
+    """The draws of ChaCha20 keys, given as 32 bytes; see the table in chacha.py."""
 
     def _stream(self, key, domain, counter, size):
         nonce = counter.to_bytes(4, "little") + domain.ljust(12, b"\0")

@@ -1,4 +1,4 @@
-"""What encrypted weights look like: the ones they were, in another order."""
+"""Encrypted weights look like the original ones in another order."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The paper's cipher: near in value, normal to look at, and not without its side data."""
+"""The paper's cipher: close in value, normally distributed, and useless without its side data."""
 
 import jax
 import jax.numpy as jnp

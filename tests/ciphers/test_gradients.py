@@ -1,4 +1,4 @@
-"""Derivatives through `encrypt`, `decrypt` and `unlocking`; `contract` has each cipher's."""
+"""Derivatives through `encrypt`, `decrypt` and `unlocking`; tests/contract has each cipher's."""
 
 from functools import partial
 from typing import Any
@@ -33,7 +33,7 @@ def loss(params: Any, x: Any) -> Any:
 
 
 def of_plain(gradient: Any, level: int = 2) -> Any:
-    """With zeros where weights are encrypted."""
+    """The tree with zeros in place of encrypted weights."""
     return jax.tree.map(lambda g, mask: jnp.where(mask, 0, g), gradient, MASKS[level - 1])
 
 
@@ -105,7 +105,7 @@ def test_a_gradient_for_each_example():
 
 @pytest.mark.parametrize("jit", [lambda function: function, jax.jit], ids=["eager", "jit"])
 def test_hessian_vector_products(jit):
-    """Of the plain weights, with those that are encrypted held still."""
+    """The gradient of the plain weights, with the encrypted ones held constant."""
     tangent = jax.tree.map(jnp.ones_like, PUBLIC)
 
     def product(gradient: Any, params: Any, tangent: Any) -> Any:
@@ -138,7 +138,7 @@ def test_integers_beside_floats():
 
 @pytest.mark.parametrize("transform", [jax.grad, lambda f: lambda p: jax.vjp(f, p)[1](1.0)[0]])
 def test_numpy_leaves_are_differentiated_too(transform):
-    """As `open_model` and safetensors give them."""
+    """NumPy arrays, as `open_model` and safetensors return them."""
     rng = np.random.default_rng(0)
     params = {n: rng.standard_normal((16, 32)).astype(np.float32) for n in ("a", "b")}
     masks = sj.nested_masks(sj.importance.l2(params), [0.2, 0.5])

@@ -1,4 +1,4 @@
-"""What is compiled, counted: speed is kept by counts, not by clocks."""
+"""Counts what is compiled: speed is tested by counts, not by clocks."""
 
 import logging
 import os
@@ -140,7 +140,7 @@ def ciphers(params, masks):
 
 @pytest.mark.parametrize("name", ["lossless", "group", "stream", "window", "gaussian"])
 def test_programs_are_lowered_for_every_platform(name):
-    """For accelerators that are not here, too: nothing in them calls back to this machine."""
+    """Also for accelerators that are not here: no program calls back to this machine."""
     params = tree(2)
     masks = nested_masks(importance.l2(params), [0.3])
     keys, cipher = make_keys(1), ciphers(params, masks)[name]

@@ -1,4 +1,4 @@
-"""Leaves on several devices: the bits of one device, and no device that holds a whole leaf."""
+"""Leaves on several devices: the same bits as on one, and no device holds a whole leaf."""
 
 import re
 
@@ -84,7 +84,7 @@ COLLECTIVE = re.compile(
 
 
 def sent(text):
-    """Elements of everything that devices send each other in a compiled program."""
+    """The number of elements that devices send each other in a compiled program."""
     sizes = []
     for shapes in COLLECTIVE.findall(text):
         for dims in re.findall(r"\[([\d,]*)\]", shapes):

@@ -113,7 +113,7 @@ def test_what_is_sealed_is_finite(dtype, scale):
 
 
 def test_two_networks_of_one_window_look_alike():
-    """Every masked bit is as often one as zero, whatever the weights are (chi-square, 29 bits)."""
+    """Every masked bit is one as often as zero, whatever the weights are (chi-square, 29 bits)."""
     rng = np.random.default_rng(0)
     one = (0.05 * rng.standard_normal(100_000)).astype(np.float32)
     sizes = np.abs(one)
@@ -168,7 +168,7 @@ def test_refusals():
 
 
 def test_equal_ciphers_are_one_key():
-    """So that a function can be jitted with a cipher as a static argument."""
+    """A cipher can be a static argument of a jitted function."""
     one, other = (WindowCipher.fit({"w": leaves("float16")}) for _ in range(2))
     assert len({one, other, WindowCipher()}) == 2
 

@@ -309,7 +309,7 @@ BAD = {
     "not protected": ("verify model.safetensors", "is not a protected file"),
     "protected already": (
         PROTECT.replace("model.safetensors", "public.safetensors").replace("-o public", "-o x"),
-        "is a protected file already",
+        "is already a protected file",
     ),
     "level that does not exist": (
         "grant public.safetensors --level 4 --secret keys/secret.key -o x", "expected 1..3, got 4"),
@@ -352,7 +352,7 @@ def test_bad_input_is_refused_and_nothing_is_lost(selcrypt, public):
 
 
 def test_secrets_are_never_shown(selcrypt, public, capsys, monkeypatch):
-    """Not by any command, nor in any error, nor in the file."""
+    """Not by any command, in any error, or in the file."""
     selcrypt(f"grant {public} --level 2 --secret keys/secret.key -o g")
     secrets = [bytes(Secret.read("keys/secret.key")), bytes(Grant.read("g").key)]
     secrets += [base64.b64decode(Path("keys/signing.key").read_text().split("key: ")[1].split()[0])]
@@ -424,7 +424,7 @@ def test_as_a_process(public):
 
 
 def test_help_is_for_the_command_line():
-    """What it says is true of the default, and it does not speak of Python."""
+    """The help is true of the defaults, and does not mention Python."""
     start = run("--help").stdout
     assert "sealed: without a key it is worthless" in " ".join(start.split())
     for command in COMMANDS:
@@ -444,7 +444,7 @@ def test_help_is_for_the_command_line():
 @pytest.mark.parametrize("columns", [80, 120])
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_fills_the_terminal(command, columns, capsys, monkeypatch):
-    """No line is too long, and none ends before the next word would have fitted."""
+    """No line is too long, or ends where the next word would have fitted."""
     monkeypatch.setenv("COLUMNS", str(columns))
     with pytest.raises(SystemExit):
         main([*([command] if command else []), "--help"])

@@ -1,4 +1,4 @@
-"""What `selcrypt levels` measures, what `protect` says of levels, and how it names tensors."""
+"""What `selcrypt levels` measures, and how `protect` reports levels and tensors."""
 
 import json
 import math
@@ -206,23 +206,39 @@ def test_many_tensors_are_shown_by_kind(capsys):
     protect()
     text = capsys.readouterr().out
     assert "\nselected  27,0" not in text
-    assert re.search(r"\nselected +[\d,]+ groups in 37 tensors, 18 of them whole", text)
+    counts = (
+        r"\nselected +([\d,]+) groups in 37 tensors, 18 of them whole, .*; level 1 opens ([\d,]+) "
+    )
+    found = re.search(counts, text)
+    assert found
+    selected, first = (int(count.replace(",", "")) for count in found.groups())
+    assert re.search(r"\nname +tensors +groups +largest +whole\n", text)
+    level_1, *rows = re.findall(r"\n +\d  +([\d,]+|the rest) ", text)
+    assert level_1 == "the rest"
+    assert sum(int(row.replace(",", "")) for row in rows) == selected - first > 0
     assert re.search(
         r"\nencoder.layer.\*.query.weight +6 +7,3\d\d +encoder.layer.\d.query.weight \(1,2", text
     )
-    assert re.search(r"\nencoder.layer.\*.key.bias +6 +384 .*\) +whole\n", text)
+    assert re.search(r"\nencoder.layer.\*.key.bias +6 +384 .*\) +6\n", text)
     assert re.search(r"\nhead.weight +1 +4,9\d\d\n", text)
     assert "encoder.layer.3.key.bias" not in text
     protect("--levels 3 --budget 0.3 --verbose", out="other.safetensors")
     text = capsys.readouterr().out
     assert all(f"\n{name} " in text for name in tensors)
-    assert re.search(r"\nencoder.layer.3.key.bias +64 +whole\n", text)
+    assert re.search(r"\ntensor +groups +whole\n", text)
+    assert re.search(r"\nencoder.layer.3.key.bias +64 +yes\n", text)
+    protect("--levels 3 --budget 0.3 --rest plain", out="plain.safetensors")
+    text = capsys.readouterr().out
+    found = re.search(r"\nselected +([\d,]+) groups in 37 tensors, 18 of them whole, layout", text)
+    rows = re.findall(r"\n +\d  +([\d,]+) ", text)
+    assert found
+    assert sum(int(row.replace(",", "")) for row in rows) == int(found[1].replace(",", ""))
 
 
 def test_kinds_beyond_the_largest_are_counted():
     groups = {f"{letter}.{n}": 10 + ord(letter) + n for letter in "abcdefghij" for n in range(2)}
     rows = selected_rows(groups, ["a.0", "b.0", "b.1", "j.0"], verbose=False)
-    assert rows[1] == ("j.*", "2", "233", "j.1 (117)", "1 whole")
-    assert rows[-1][:3] == ("2 more kinds, --verbose lists them", "4", "432")
-    assert rows[-1][4] == "3 whole"
+    assert rows[1] == ("j.*", "2", "233", "j.1 (117)", "1")
+    assert rows[-1][:3] == ("2 more kinds, --verbose lists all", "4", "432")
+    assert rows[-1][4] == "3"
     assert sum(int(row[1]) for row in rows[1:]) == 20

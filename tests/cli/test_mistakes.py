@@ -1,4 +1,4 @@
-"""The likeliest mistakes: each is answered by one line that says what is wrong, and what to do."""
+"""Likely mistakes: the answer to each is one line that says what is wrong and what to do."""
 
 import base64
 import json
@@ -36,7 +36,7 @@ COMMANDS = {
     # --- the wrong file
     "protect what is protected": (
         PROTECT.replace("model", "public"),
-        r"public.safetensors: is a protected file already, .* Unlock it at the top level first"),
+        r"public.safetensors: is already a protected file, .* Unlock it at the top level first"),
     "unlock what is not protected": (
         "unlock model.safetensors -o new -g alice.grant",
         r"model.safetensors: is not a protected file: .* Expected a file written by"),
@@ -65,7 +65,7 @@ COMMANDS = {
         r"lfs.safetensors: .* Git LFS pointer\. .* `git lfs pull`"),
     "key instead of the model": (
         PROTECT.replace("model.safetensors", "keys/secret.key"),
-        r"keys/secret.key: .* a key or grant of selcrypt's. Name the model's file"),
+        r"keys/secret.key: .* a selcrypt key or grant. Name the model's file"),
     "empty file": (
         PROTECT.replace("model.safetensors", "empty.safetensors"),
         r"empty.safetensors: expected at least 8 bytes, got 0. It is empty; download it again"),
@@ -199,6 +199,24 @@ COMMANDS = {
         r"keys/secret.key: expected a different file from the input, .* Name another output"),
     "output is a folder": (
         f"{UNLOCK} alice.grant --out folder", r"folder: expected a file .* Name a file in it"),
+    "protect a folder into a file": (
+        "protect single -o new.safetensors --secret keys/secret.key",
+        r"new.safetensors: expected a folder .* name a folder, or single/a.safetensors as the in"),
+    "unlock a folder into a file": (
+        "unlock opened -o new.safetensors -g opened.grant",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "rotate a folder into a file": (
+        "rotate opened -o new.safetensors --secret keys/secret.key --signing keys/signing.key",
+        r"new.safetensors: expected a folder .* name a folder, or opened/a.safetensors as the in"),
+    "unlock shards into a file": (
+        "unlock released -o new.safetensors -g released.grant",
+        r"new.safetensors: expected a folder .* The input is a folder, so .* name a folder$"),
+    "keys into one file": (
+        "keygen -o new.key", r"new.key: expected a folder as the output, .* Name a folder"),
+    "audit into a page": (
+        "audit demo -o new.html", r"new.html: expected a folder as the output, .* Name a folder"),
+    "demo into a picture": (
+        "demo -o new.png", r"new.png: expected a folder as the output, .* Name a folder"),
     "output folder missing": (
         f"{PROTECT} --out no/new", r"/no: no such folder for the output; create it first"),
     "output folder closed": (
@@ -228,7 +246,7 @@ COMMANDS = {
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
         f"{PROTECT} --levels 0.2 0.3 --budget 0.3",
-        r"budget: expected a number of levels .* Omit the budget"),
+        r"budget: expected only with a number of levels, .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
         r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
@@ -269,6 +287,12 @@ COMMANDS = {
     "metric that raises": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:raises",
         r"mistaken:raises raised KeyError in line \d+ of mistaken.py: 'conv'. Correct it there"),
+    "metric that raises a sentence": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:says",
+        r"mistaken:says raised ValueError in line \d+ of mistaken.py: Two lines\. And a stop\. C"),
+    "metric that raises nothing": (
+        f"{CALIBRATE} --targets 20 24 --evaluate mistaken:bare",
+        r"mistaken:bare raised AssertionError in line \d+ of mistaken.py\. Correct it there"),
     "metric that gives an array": (
         f"{CALIBRATE} --targets 20 24 --evaluate mistaken:array",
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
@@ -279,10 +303,11 @@ COMMANDS = {
         "audit demo -o report --target-advantage 0.2",
         "--target-advantage: expected only with --advise"),
     "no such audit": (
-        "audit nothing.toml -o report", r"nothing.toml: expected demo, .* or a TOML file, got no"),
+        "audit nothing.toml -o report",
+        r"nothing.toml: expected demo, .* or a TOML file, got no .* Write one .* or try .* demo"),
     "audit of a checkpoint": (
         "audit model.safetensors -o report",
-        r"model.safetensors: expected TOML as in docs/audit.md"),
+        r"model.safetensors: expected TOML as in docs/audit.md, .* the TOML file names it"),
 }  # fmt: skip
 
 METRICS = """
@@ -295,6 +320,12 @@ def array(tensors):
 
 def raises(tensors):
     return tensors["conv"]
+
+def says(tensors):
+    raise ValueError("Two lines.\\nAnd a stop.")
+
+def bare(tensors):
+    raise AssertionError
 """
 
 
@@ -304,9 +335,10 @@ def secret_forms(*secrets: bytes) -> list[str]:
 
 
 def assert_helpful(text: str, message: str, hidden: list[str]) -> None:
-    """One line of a few words, which says what was to be said, and no secret."""
+    """One short line with the expected words, and no secret."""
     assert re.search(message, text), text
     assert "\n" not in text
+    assert not re.search(r"(?<!\.)[.:] ?\.(?!\.)( |$)", text), text  # a stop after a stop
     assert "Traceback" not in text
     assert len(text) <= 320, len(text)
     assert not [form for form in hidden if form in text]
@@ -318,7 +350,7 @@ def run(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with what a vendor and a customer have, and what they may take for it."""
+    """A folder with the files of a vendor and a customer, and files mistaken for them."""
     folder = tmp_path_factory.mktemp("mistakes")
     before = Path.cwd()
     os.chdir(folder)
@@ -330,7 +362,7 @@ def workplace(tmp_path_factory):
 
 
 def fill() -> list[str]:
-    """Puts everything into the working folder; the secrets that no message may show."""
+    """Puts everything into the working folder; returns the secrets that no message may show."""
     rng = np.random.default_rng(0)
     save = safetensors.numpy.save_file
     kernel = rng.standard_normal((32, 16, 3, 3)).astype(np.float32)
@@ -388,6 +420,16 @@ def fill() -> list[str]:
     save({"a": kernel}, "sharded/1.safetensors")
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     Path("sharded/model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("single", "shards"):
+        Path(name).mkdir()
+    shutil.copy("model.safetensors", "single/a.safetensors")
+    save({"a": kernel}, "shards/1.safetensors")
+    save({"b": kernel + 1}, "shards/2.safetensors")
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    Path("shards/model.safetensors.index.json").write_text(json.dumps(index))
+    for source, output in (("single", "opened"), ("shards", "released")):
+        run(f"protect {source} -o {output} {secret} --signing keys/signing.key --budget 0.3")
+        run(f"grant {output} --level 2 {secret} -o {output}.grant")
     Path("circle").symlink_to("circle")
     Path("header.safetensors").write_bytes((7).to_bytes(8, "little") + b'{"\xff":1}')
     Path("nothing.safetensors.index.json").write_text('{"weight_map": {}}')
@@ -428,7 +470,7 @@ def fill() -> list[str]:
 
 @pytest.fixture
 def here(workplace, monkeypatch):
-    """The folder as the working one, where nothing may be written."""
+    """A working folder in which nothing can be written."""
     monkeypatch.chdir(workplace.folder)
     monkeypatch.setattr(sys, "path", [*sys.path])  # the working folder is added
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -478,7 +520,7 @@ USAGE = {
 
 @pytest.mark.parametrize(("line", "message"), USAGE.values(), ids=USAGE)
 def test_wrong_usage_names_the_option_and_what_there_is(here, capsys, line, message):
-    """In a box: these are the errors of the command line's parser."""
+    """In a box, since the command line's parser prints these errors."""
     with pytest.raises(SystemExit) as caught:
         main(line.split())
     assert caught.value.code == 2
@@ -492,23 +534,23 @@ def test_wrong_usage_names_the_option_and_what_there_is(here, capsys, line, mess
 EXTRAS = {
     "age, to seal": (
         "pyrage", f"{GRANT} keys/secret.key --to age1qqqq",
-        r"need pyrage, which is not installed. Install the extra: pip .*'selcrypt-jax\[age\]'"),
+        r"need pyrage, which is not installed. Install the extra: pip install '\.\[age\]' in"),
     "age, to open": (
         "pyrage", f"{UNLOCK} age.grant --identity id.txt",
-        r"need pyrage, which is not installed. Install the extra: pip .*'selcrypt-jax\[age\]'"),
+        r"need pyrage, which is not installed. Install the extra: pip install '\.\[age\]' in"),
     # These first: what has been imported would not be looked for again.
     "demo, matplotlib": (
         "matplotlib", "demo -o new",
-        r"the demo needs matplotlib, which is not installed. Install the extra: .*jax\[demo\]'"),
+        r"the demo needs matplotlib, which is not installed. Install the extra: .*'\.\[demo\]'"),
     "audit, matplotlib": (
         "matplotlib", "audit demo -o new",
-        r"the audit needs matplotlib, which is not installed. Install the .*\[audit,demo\]'"),
+        r"the audit needs matplotlib, which is not installed. Install the .*'\.\[audit,demo\]'"),
     "demo": (
         "skimage", "demo -o new",
-        r"the demo needs skimage, which is not installed. Install the extra: pip .*jax\[demo\]'"),
+        r"the demo needs skimage, which is not installed. Install the extra: pip .*'\.\[demo\]'"),
     "audit": (
         "jinja2", "audit demo -o new",
-        r"the audit needs jinja2, which is not installed. Install the extra: .*\[audit,demo\]'"),
+        r"the audit needs jinja2, which is not installed. Install the extra: .*'\.\[audit,demo\]'"),
 }  # fmt: skip
 
 WITHOUT = """
@@ -539,7 +581,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def without_extras(workplace):
-    """What each command says, in a process in which a package is not to be found."""
+    """What each command prints in a process that cannot find a package."""
     seal = "-----BEGIN AGE ENCRYPTED FILE-----\nYWdl\n-----END AGE ENCRYPTED FILE-----\n"
     (workplace.folder / "age.grant").write_text(seal)
     lines = json.dumps({name: (module, line) for name, (module, line, _) in EXTRAS.items()})
@@ -568,7 +610,7 @@ TREE = {"conv": {"kernel": jnp.ones((3, 3, 32, 64)), "bias": jnp.ones(64)}}
 
 @pytest.fixture(scope="module")
 def m(tmp_path_factory):
-    """Parameters, and what was made of them."""
+    """Parameters, and everything made from them."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, "f4")), TREE)
     scores = importance.l2(params)
@@ -598,7 +640,7 @@ CALLS = {
         TypeError, r"keys\[0\]: expected a typed key, got int. Derive keys with ring_keys"),
     "one key for three masks": (
         lambda m: sj.encrypt(m.params, m.masks, jax.random.key(0)),
-        ValueError, r"keys: expected 3, one for each of the 3 masks, got a single key. For level"),
+        ValueError, r"keys: expected 3, one for each mask, got a single key. For level"),
     "more masks than keys": (
         lambda m: sj.decrypt(m.params, m.masks, m.keys[:2]),
         ValueError, r"keys: expected 3, .* got 2. For level m pass masks\[:m\] and keys\[:m\]"),
@@ -633,6 +675,9 @@ CALLS = {
     "secret as grant": (
         lambda m: sj.open_model(m.path, SECRET),
         TypeError, r"grant: expected a Grant, .* got Secret. The owner makes one with issue_grant"),
+    "grant without the owner's key": (
+        lambda m: sj.issue_grant(m.path, level=1, secret=SECRET, signer=None),
+        TypeError, r"signer: expected the owner's public key, .* got None. Name your signing.pub;"),
     "level without a grant": (
         lambda m: sj.open_model(m.path, level=1),
         ValueError, r"level: expected none without a grant, got 1. Pass the grant"),
@@ -739,7 +784,10 @@ CALLS = {
         TypeError, r"loss_fn: expected a scalar array, got shape \(4,\). Return the loss alone"),
     "batches of different sizes": (
         lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [jnp.ones(3), jnp.ones(2)]),
-        ValueError, r"batches: expected arrays with the same first axis, .* Stack the batches"),
+        ValueError, r"batches: expected arrays with the same first axis, .* Stack batches of one"),
+    "a list of batches": (
+        lambda m: importance.fisher(lambda p, b: b.sum(), m.params, [(jnp.ones(3),)] * 2),
+        ValueError, r"batches: expected one pytree .* got a list of 2. Stack them, .*jax.tree.map"),
     "metric that gives an array": (
         lambda m: sj.calibrate_levels(
             m.params, sj.Targets([20, 24], lambda p: jnp.ones(3)), key=jax.random.key(0),

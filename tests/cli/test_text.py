@@ -1,4 +1,4 @@
-"""What commands print: whole whatever the terminal, and nothing that a terminal obeys."""
+"""Printed text is never truncated, and contains nothing that a terminal obeys."""
 
 import json
 import unicodedata

@@ -99,7 +99,7 @@ def key_of(path: Path, level: int, secret: Secret = SECRET) -> LevelKey:
 
 
 def differing(found: dict[str, Any]) -> dict[str, int]:
-    """Tensor → weights that are not the original's."""
+    """Tensor → its weights that differ from the original."""
     return {
         name: int((np.asarray(found[name]).view("u1") != np.asarray(leaf).view("u1")).sum())
         if np.ndim(leaf)
@@ -139,10 +139,13 @@ def test_the_same_weights_are_encrypted_in_memory_and_on_disk(public):
     for path, inner in (("conv", "kernel"), ("dense", "kernel")):
         name, plain = f"{path}/{inner}", np.asarray(nested()[path][inner])
         file, tree = np.asarray(shipped[name]), np.asarray(released.params[path][inner])
-        # Where a permutation leaves a weight in place its fine bits still change.
-        assert ((file != plain) == (tree != plain)).mean() > 0.99
+        # An encrypted weight stays as it is by chance if its 20 fine bits do, or 4 in bfloat16. Of
+        # the 2,560 there, 14.5 then differ between two files (the mean of 30 pairs; Poisson): more
+        # than 50 once in 1e12.
+        most = {"conv": 3, "dense": 50}[path]
+        assert ((file != plain) != (tree != plain)).sum() <= most
         left = np.asarray(theirs[name]) != plain, np.asarray(opened[path][inner]) != plain
-        assert (left[0] == left[1]).mean() > 0.99
+        assert (left[0] != left[1]).sum() <= most
 
 
 def test_a_rotated_checkpoint_opens_with_new_keys_only(public, tmp_path):
@@ -163,6 +166,6 @@ def test_verified_and_described(public):
 
 
 def test_protected_once(public, tmp_path):
-    with pytest.raises(ValueError, match="protected file already"):
+    with pytest.raises(ValueError, match="already a protected file"):
         protect_file(public, tmp_path / "twice", secret=SECRET)
     assert not (tmp_path / "twice").exists()

@@ -26,7 +26,7 @@ from selcrypt_jax import (
 
 
 class SignCipher:
-    """A user's own: it flips signs, and takes no notice of `donate`."""
+    """A user's own cipher: it flips signs, and ignores `donate`."""
 
     def check(self, ring, leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -45,8 +45,8 @@ class Member(NamedTuple):
     """A cipher in the contract.
 
     Attributes:
-        make: from parameters and masks.
-        error: by how much a weight may differ when it is back; 0 for bit for bit.
+        make: makes the cipher from parameters and masks.
+        error: how much a decrypted weight may differ; 0 for bit for bit.
         bad: a leaf that it refuses, and what its message says.
     """
 
@@ -78,7 +78,7 @@ every_member = pytest.mark.parametrize("name", MEMBERS)
 
 
 def compiled(*fast: str) -> Any:
-    """Every member; those that compile programs like another's, or large ones, are slow tests."""
+    """Every member; those whose programs are large, or like another's, are slow tests."""
     marks = {name: [] if name in fast else [pytest.mark.slow] for name in MEMBERS}
     return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
 
@@ -126,7 +126,7 @@ def there_and_back(name: str) -> Callable[[Any, Any], Any]:
 
 @cache
 def protected(name: str) -> dict[str, np.ndarray]:
-    """By the plainest way to run, which the others are compared with."""
+    """The reference result: the simplest way to run it, which the others are compared with."""
     return jax.tree.map(np.asarray, forth(name)(PARAMS, KEYS))
 
 
@@ -172,7 +172,7 @@ def floats_of(tree: Any) -> dict[str, Any]:
 
 
 def assert_gradient(gradient: Any, start: Any) -> None:
-    """Of `sines`: cos for plain weights, 0 for the others."""
+    """The gradient of `sines`: cos for plain weights, 0 for the others."""
     for leaf, found in gradient.items():
         expected = np.where(selected(leaf), 0, np.cos(start[leaf]))
         np.testing.assert_allclose(found, expected, rtol=1e-6)

@@ -72,9 +72,9 @@ class Member(NamedTuple):
 
     Attributes:
         scores: ``(params, loss, **options) -> scores``.
-        of_weights: the same of the groups of a leaf, in NumPy.
-        of_products: the same of weight times gradient, of one batch.
-        learns: whether it takes a loss, and so floats only.
+        of_weights: the scores from the groups of a leaf, in NumPy.
+        of_products: the scores from weight times gradient, for one batch.
+        learns: whether it takes a loss, and therefore only floats.
         jit: whether it runs under ``jit``.
         exact: whether scores follow from values alone, whatever the order of axes.
     """
@@ -104,6 +104,11 @@ def learned(objective: Any) -> Callable[..., Any]:
     )
 
 
+def at_budgets(params: Any, loss: Any, batches: Any = (X, Y), **more: Any) -> Any:
+    config = sj.PSSBudgets((0.5,), "model", steps=1)
+    return sj.pss(loss, params, batches, key=KEY, config=config, **more)
+
+
 MEMBERS = {
     "random": Member(closed("random", key=KEY), exact=False),
     "l2": Member(closed("l2"), lambda groups: np.sqrt((groups**2).sum(-1))),
@@ -117,6 +122,7 @@ MEMBERS = {
         by_gradient("fisher"), of_products=lambda groups: (groups**2).sum(-1), learns=True
     ),
     "pss keep": Member(learned("keep"), learns=True, jit=False),
+    "pss budgets": Member(at_budgets, learns=True, jit=False, exact=False),
     "pss break": Member(learned("break"), learns=True, jit=False, exact=False),
 }
 GRANULARITIES = ["kernel", "filter", "weight"]
@@ -177,7 +183,7 @@ def test_jit_gives_the_same(member):
 
 @jax.tree_util.register_pytree_with_keys_class
 class Container(dict):
-    """A container that nobody knows."""
+    """A container that no library knows."""
 
     def tree_flatten_with_keys(self):
         keys = [jax.tree_util.GetAttrKey(name) for name in self]
@@ -294,3 +300,7 @@ def test_bad_losses_and_batches_are_refused(member):
     for batches in ((), (X, Y[:2]), (X, np.float32(1))):
         with pytest.raises(ValueError, match="batches: expected arrays with the same first axis"):
             member.scores(params, loss, batches=batches)
+    for listed in ([(X[0], Y[0]), (X[1], Y[1])], ((X[0], Y[0]),), [(X[0], Y[0]), (X[1][:2], Y[1])]):
+        message = rf"got a {type(listed).__name__} of {len(listed)}. Stack them.*jax.tree.map"
+        with pytest.raises(ValueError, match=message):
+            member.scores(params, loss, batches=listed)

@@ -1,4 +1,4 @@
-"""What holds for every network that comes from PyTorch and goes back: a new one is a row."""
+"""One contract for every network converted from and to PyTorch: a new one is a row."""
 
 import functools
 import itertools
@@ -29,10 +29,10 @@ class Member:
     """A network under PyTorch's names.
 
     Attributes:
-        build: makes it, with other weights.
+        build: makes the network, with other weights.
         tensors: its checkpoint.
-        oracle: ``(tensors, images, channels first) -> output``, by NumPy.
-        size: of the images.
+        oracle: ``(tensors, images, channels first) -> output``, in NumPy.
+        size: height and width of the images.
         square: a tensor that fits when it is transposed.
     """
 

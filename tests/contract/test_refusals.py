@@ -1,7 +1,7 @@
 """One table of failures for every form of a checkpoint: the same reason, and nothing opened.
 
-What is done to a file byte by byte is in tests/format; the vectors in tests/vectors have the same
-reasons for other readers.
+tests/format alters files byte by byte; the vectors in tests/vectors give the same reasons to other
+readers.
 """
 
 import json
@@ -129,7 +129,7 @@ FORMS: dict[str, tuple[Callable[[Path], list[Parts]], Callable[..., Any]]] = {
 
 @dataclass
 class Case:
-    """What an attacker or a mistake may change: the files, and the grant."""
+    """Everything that an attacker or a mistake may change: the files, and the grant."""
 
     files: list[Parts]
     grant: Grant

@@ -1,4 +1,4 @@
-"""The run-book for accelerators, on what there is here."""
+"""The accelerator benchmark, on the devices of this machine."""
 
 import json
 import subprocess

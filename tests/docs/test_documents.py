@@ -1,4 +1,4 @@
-"""What the documents show runs: every block of README and docs, and examples."""
+"""The documents' code runs: every block in README and docs, and all examples."""
 
 import doctest
 import inspect
@@ -68,7 +68,7 @@ def run(code: str, folder: Path) -> str:
 
 
 def script_of(page: Path) -> str:
-    """One program of all that a page has its reader run, or an empty one."""
+    """All code that a page has its reader run, as one program; empty if there is none."""
     lines, found, marker = [START], False, None
     for piece in PIECE.finditer(page.read_text(encoding="utf-8")):
         if piece["setup"] is not None:
@@ -112,7 +112,7 @@ def test_every_fence_is_seen():
 
 
 def anchors(path: Path) -> set[str]:
-    """Of the headings, as GitHub makes them."""
+    """The anchors of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -155,7 +155,7 @@ def test_the_reference_has_every_command():
 
 
 def members(value: Any) -> dict[str, Any]:
-    """Public methods and properties that a class has of its own."""
+    """Public methods and properties that a class defines itself."""
     return {
         name: member
         for name, member in vars(value).items()
@@ -203,7 +203,7 @@ def small_model() -> models.DnCNN:
 
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory) -> Path:
-    """A protected file, the keys of its owner, and a grant of level 2 of 3."""
+    """A protected file, its owner's keys, and a grant for level 2 of 3."""
     folder = tmp_path_factory.mktemp("shipped")
     (folder / "keys").mkdir()
     secret, signing = sj.Secret.generate(), sj.SigningKey.generate()
@@ -214,13 +214,15 @@ def shipped(tmp_path_factory) -> Path:
     masks = sj.nested_masks(sj.importance.l2(state), [0.2, 0.3, 0.5])
     path = folder / "model.safetensors"
     sj.protect(state, masks, secret=secret, signing=signing).save(path)
-    sj.issue_grant(path, level=2, secret=secret).write(folder / "alice.grant")
+    sj.issue_grant(path, level=2, secret=secret, signer=signing.public).write(
+        folder / "alice.grant"
+    )
     return folder
 
 
 @pytest.fixture
 def scope(shipped, tmp_path, monkeypatch) -> dict[str, Any]:
-    """What the examples of docstrings take for granted."""
+    """The names that the docstrings' examples assume."""
     shutil.copytree(shipped, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     model = small_model()
@@ -298,3 +300,18 @@ def test_names_in_the_reference_exist():
     here = {*dir(sj), *dir(sj.importance), *dir(sj.LosslessCipher), *dir(audit)}
     parts = {"DnCNN", "models", "audit", "run", "read", "write", "reason"}  # of other objects
     assert named - parts - here == set()
+
+
+def test_attacks_have_the_names_of_the_audit():
+    """In italics on the page of figures, so that each can be repeated."""
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    _, _, figures = text.partition("## A stronger adversary")
+    italics = r"(?<!\*)\*([^*\n]+)\*(?!\*)"
+    named = set(re.findall(italics, figures))
+    words = {"Structure.", "Training.", "noise", "italics"}
+    assert named - words <= set(audit.ATTACKS)
+    assert len(named - words) > 12
+    # A name without its italics would not be checked.
+    longest = sorted(audit.ATTACKS, key=len, reverse=True)[:20]
+    plain = re.sub(italics, "", figures)
+    assert not [name for name in longest if name in plain]

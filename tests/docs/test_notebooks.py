@@ -1,4 +1,4 @@
-"""The notebooks in colab/: saved as they ran, run anew, and installed from wherever they lie."""
+"""The notebooks in colab/: saved as they ran, run again, and able to install the package."""
 
 import importlib.metadata
 import json
@@ -43,7 +43,7 @@ def test_all_notebooks_install_in_the_same_way():
 
 
 def what_it_installs(notebook, monkeypatch):
-    """Runs the install cell where nothing is installed; what it gives to pip."""
+    """Runs the install cell where nothing is installed; returns what it passes to pip."""
     commands = []
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))

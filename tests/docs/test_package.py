@@ -1,4 +1,4 @@
-"""What is given to others: the sdist, the wheel, and the program in an environment of its own."""
+"""What is distributed: the sdist, the wheel, and the program in its own environment."""
 
 import email
 import os
@@ -48,7 +48,7 @@ def members(wheel: Path) -> dict[str, bytes]:
 
 
 def files(folder: str) -> set[str]:
-    """Names of the repository's files, without what Python and the tests leave there."""
+    """Names of the repository's files, except those that Python and the tests leave behind."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / folder).rglob("*")
@@ -97,7 +97,7 @@ def test_what_a_registry_shows(built):
     assert isinstance(text, bytes)
     assert text.decode().strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
     assert {"Summary", "Keywords", "Classifier"} <= set(about)
-    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "test", "train"}
+    extras = {"age", "audit", "bench", "demo", "dev", "docs", "networks", "onnx", "test", "train"}
     assert set(about.get_all("Provides-Extra", [])) == extras
 
 
@@ -106,7 +106,7 @@ def test_what_a_registry_shows(built):
 
 @pytest.fixture(scope="module")
 def programs(built, tmp_path_factory) -> Path:
-    """The folder with `python` and `selcrypt` of a new environment."""
+    """A new environment's folder with `python` and `selcrypt`."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     # This environment's pip serves that one, and Python compiles what is imported only: twice as
     # fast as an environment with a pip of its own.
@@ -176,7 +176,7 @@ def message(function, *args, **options):
     except ModuleNotFoundError as error:
         return str(error)
 
-assert "selcrypt-jax[audit]" in message(audit.detect, params, mask, [], seed=0)
+assert "pip install '.[audit]'" in message(audit.detect, params, mask, [], seed=0)
 key = "age1ql3z7hjy54pw3hyww5ayyfg7zqgvc7w3j2elw8zmrj2kg5sfn9aqmcac8p"
 for extra, command in {
     "age": "grant p.safetensors --level 1 --secret keys/secret.key --signer unsigned -o a.grant "
@@ -186,7 +186,7 @@ for extra, command in {
 }.items():
     with contextlib.redirect_stderr(io.StringIO()) as text:
         assert cli.main(command.split()) == 1
-    assert f"pip install 'selcrypt-jax[{extra}]'" in text.getvalue(), text.getvalue()
+    assert f"pip install '.[{extra}]'" in text.getvalue(), text.getvalue()
 """
 
 

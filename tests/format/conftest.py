@@ -1,4 +1,4 @@
-"""Protected files of one owner, signed and not, for those who alter them."""
+"""One owner's protected files, signed and unsigned, for tests that alter them."""
 
 import os
 import random

@@ -29,7 +29,7 @@ def test_a_file_is_sealed_and_signed_and_read_once(tmp_path, monkeypatch):
         monkeypatch.setattr(holder, name, counted)
 
     path = protected(tmp_path, checkpoint(0), SIGNING)
-    grant = issue_grant(path, level=3, secret=SECRET)
+    grant = issue_grant(path, level=3, secret=SECRET, signer=SIGNING.public)
     names = {name for name, tensor in checkpoint(0).tensors.items() if tensor.data}
     count(_envelope, "seal_box", lambda key, *_: f"box {key.level}")
     count(SigningKey, "sign", lambda *_: "signature")

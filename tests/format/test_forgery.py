@@ -1,4 +1,4 @@
-"""Boxes forged by a customer, who has the keys of some levels: what is in them is checked too."""
+"""Boxes forged by a customer who has the keys of some levels: their contents are checked too."""
 
 import base64
 import math
@@ -37,7 +37,7 @@ def bitmap(mask: np.ndarray) -> bytes:
 
 
 def zeros(size: int) -> bytes:
-    """A zlib stream of that many zero bytes, without holding them."""
+    """A zlib stream of that many zero bytes, without holding them in memory."""
     packer = zlib.compressobj(9)
     chunks = [packer.compress(bytes(1 << 20)) for _ in range(size >> 20)]
     return b"".join([*chunks, packer.flush()])
@@ -58,7 +58,7 @@ ODD = {
     "many axes": ("F16", (1,) * 70 + SHAPE),
     "bytes": ("I8", (8, 16)),
 }
-"""Tensors of the forger's choice."""
+"""Tensors chosen by the forger."""
 
 
 def numbers(code: str, shape: tuple[int, ...]) -> Stored:
@@ -67,7 +67,7 @@ def numbers(code: str, shape: tuple[int, ...]) -> Stored:
 
 
 def ring(name: str = "w", mask: np.ndarray | None = None, **changed: Any) -> dict[str, Any]:
-    """An entry of a box's table, and under ``bitmap`` what follows."""
+    """An entry of a box's table, and under ``bitmap`` the data after it."""
     mask = np.arange(512).reshape(SHAPE) % 2 == 0 if mask is None else mask
     made = {
         "tensor": name,
@@ -94,14 +94,14 @@ def content(rings: list[dict[str, Any]], table: bytes | None = None) -> bytes:
 
 @dataclass(frozen=True)
 class Forgery:
-    """A file by someone who has the key of a level, for the others who have one.
+    """A file forged by someone who has a level's key, for other key holders.
 
     Attributes:
         boxes: the content of box 1, 2, …
         tensors: names in `ODD`.
-        levels: what the manifest says of the levels.
-        fine_bits: of the manifest's cipher.
-        given: the key, and who is to open it.
+        levels: what the manifest says about the levels.
+        fine_bits: the fine bits of the manifest's cipher.
+        given: the forger's key, and the files of the model.
     """
 
     boxes: list[bytes]
@@ -146,7 +146,7 @@ class Forgery:
 def forged(
     given: Released, rings: list[dict[str, Any]], plain: bytes | None = None, **options: Any
 ) -> Forgery:
-    """With one level, of which the manifest says what the table does, as far as it can be said."""
+    """A forgery with one level, whose manifest agrees with the table as far as it can."""
     groups = weights = 0
     for entry in rings:
         count, inside = entry["groups"], entry["mask_shape"]
@@ -251,7 +251,7 @@ TABLES: dict[str, bytes] = {
 }
 
 PLAINTEXT = ("digest of other weights", "one group of all")
-"""Those that are well-formed, and decrypt to anything."""
+"""Well-formed forgeries that decrypt to anything."""
 
 
 def assert_forgery_refused(forgery: Forgery, folder: Path, reason: str = "ring") -> None:
@@ -288,7 +288,7 @@ def test_more_fine_bits_than_there_are(files, tmp_path, bits):
 
 
 def forged_digests(given: Released, masks: list[np.ndarray]) -> Forgery:
-    """Rings whose digests fit whatever the boxes decrypt, as only who has the keys can make."""
+    """Rings whose digests match whatever they decrypt to; making them takes the keys."""
     stored = numbers(*ODD["w"])
     bits = np.frombuffer(bytearray(stored.data), "<u2")
     key, cipher = given.key.lower(len(masks)), LosslessCipher()
@@ -313,7 +313,7 @@ HALF = np.arange(512).reshape(SHAPE) < 256
 
 
 def test_forgeries_reach_the_end(files, tmp_path):
-    """As a control: without a fault a forged box opens, which FORMAT.md says."""
+    """A control: a forged box without a fault opens, as FORMAT.md says."""
     (tmp_path / "f").write_bytes(forged_digests(files["unsigned"].model, [HALF, ~HALF]).to_bytes())
     unlock_file(tmp_path / "f", tmp_path / "out", files["unsigned"].model.key.lower(2))
     assert Parts.of(tmp_path / "out").tensors["w"].data != numbers(*ODD["w"]).data
@@ -330,7 +330,7 @@ def test_rings_that_overlap(files, tmp_path, second):
 
 
 def test_forged_boxes_do_not_pass_for_a_signed_file(files, tmp_path):
-    """Box 1 by its customer, well-formed, in the place of the owner's."""
+    """A well-formed box 1 by its customer, in place of the owner's."""
     world: World = files["signed"]
     parts, key = world.parts(), world.model.key.lower(1)
     sealed = base64.b64decode(parts.entries["selcrypt.box.1"])

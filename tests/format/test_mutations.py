@@ -1,4 +1,4 @@
-"""Anything at all done to a protected file: it opens to the same tensors, or it is refused."""
+"""Whatever is done to a protected file: it opens to the same tensors, or is refused."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ Mutation = Callable[[random.Random, bytes], bytes]
 
 
 def place(rng: random.Random, data: bytes) -> int:
-    """As often in the header as in the data, which are longer."""
+    """Positions are as often in the header as in the data, which are longer."""
     end = min(8 + int.from_bytes(data[:8], "little"), len(data))
     return rng.randrange(end if rng.random() < 0.5 else len(data))
 
@@ -78,7 +78,7 @@ def truncate(rng: random.Random, data: bytes) -> bytes:
 
 
 def in_header(change: Callable[[random.Random, str], str]) -> Mutation:
-    """Changes the text of the header, and its length with it; nothing where there is none."""
+    """Changes the text of the header, and its length accordingly; nothing if there is none."""
 
     def mutate(rng: random.Random, data: bytes) -> bytes:
         end = 8 + int.from_bytes(data[:8], "little")
@@ -92,7 +92,7 @@ def in_header(change: Callable[[random.Random, str], str]) -> Mutation:
 
 
 def tokens(rng: random.Random, text: str) -> str:
-    """Puts one token in the place of another, or between others."""
+    """Replaces a token with another one, or inserts one."""
     found = re.findall(r"[\w./+=-]+|\W", text)
     at = rng.randrange(len(found))
     found[at : at + rng.randrange(2)] = [rng.choice(found)]
@@ -105,14 +105,14 @@ def space(rng: random.Random, text: str) -> str:
 
 
 def spots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Every place in a document: what holds it, and its key."""
+    """Every place in a document: its container, and its key."""
     for key in children(value):
         yield value, key
         yield from spots(value[key])
 
 
 def edit_json(rng: random.Random, value: dict[str, Any]) -> dict[str, Any]:
-    """Another order, or another value somewhere, mostly one from elsewhere in the document."""
+    """A document in another order, or with another value, mostly from elsewhere in the document."""
     found = list(spots(value))
     (one, a), (two, b) = rng.choice(found), rng.choice(found)
     match rng.randrange(5):
@@ -155,7 +155,7 @@ class Figures(NamedTuple):
 
 
 def fuzz(world: World, seeds: range, *, measure_every: int) -> Figures:
-    """Tries mutations on customers of the top level and of the lowest, in turn."""
+    """Tries mutations on customers of the top level and the lowest level in turn."""
     path, out = world.folder / "mutated.safetensors", world.folder / "out"
     original = world.model.parts.to_bytes()
     path.write_bytes(original)

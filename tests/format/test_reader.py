@@ -1,4 +1,4 @@
-"""docs/reader.mjs, which was written from FORMAT.md: it gives what ours gives, bit for bit."""
+"""docs/reader.mjs, written from FORMAT.md, gives the same tensors as ours, bit for bit."""
 
 import base64
 import hashlib
@@ -66,7 +66,7 @@ def node():
 
 @pytest.fixture
 def read(node, tmp_path):
-    """Runs the reader: the bytes that it wrote, or its complaint."""
+    """Runs the reader; returns the bytes that it wrote, or its error."""
 
     def run(path: Path, grant: Path, *options: Any) -> bytes | str:
         before = set(tmp_path.iterdir())
@@ -146,7 +146,7 @@ def test_bad_vectors_are_refused(read, tmp_path, name, reason):
 
 
 def checkpoint(folder: Path, metadata: dict[str, str] | None) -> tuple[Path, Path]:
-    """Any bit pattern of every dtype, groups of many shapes, and names that JavaScript mixes up."""
+    """Any bit pattern of every dtype, groups of many shapes, and names that confuse JavaScript."""
     rng = np.random.default_rng(0)
     shapes = {  # of the tensor, and of its scores
         "weights": ((60, 30), (60, 30)),
@@ -210,7 +210,8 @@ def test_equals_unlock_file_at_every_level(read, tmp_path, case):
     )
     SIGNING.public.write(tmp_path / "signer")
     for level in range(1, len(LEVELS) + 1):
-        grant = issue_grant(public, level=level, secret=SECRET)
+        owner = "unsigned" if signing is None else signing.public
+        grant = issue_grant(public, level=level, secret=SECRET, signer=owner)
         grant.write(tmp_path / f"grant{level}")
         unlock_file(public, tmp_path / f"expected{level}", grant)
         written = read(public, tmp_path / f"grant{level}")
@@ -255,7 +256,7 @@ def small(tmp_path):
         ),
         signing=SIGNING,
     )
-    issue_grant(public, level=2, secret=SECRET).write(tmp_path / "grant")
+    issue_grant(public, level=2, secret=SECRET, signer=SIGNING.public).write(tmp_path / "grant")
     return public, tmp_path / "grant"
 
 
@@ -357,7 +358,7 @@ def content_of(metadata: dict[str, str], level: int) -> tuple[list[dict], list[b
 
 
 def forged(folder: Path, change: Any, like: int = 1) -> Path:
-    """An unsigned vector whose box of level 1 has another table or other bitmaps."""
+    """An unsigned vector with another table or other bitmaps in its box of level 1."""
     head, data = split((FOLDER / VECTOR["file"]).read_bytes())
     metadata = head["__metadata__"]
     rings, bitmaps = content_of(metadata, like)
@@ -467,7 +468,7 @@ def test_grants(read, tmp_path, small):
         with pytest.raises(GrantError) as caught:
             Grant.read(other)
         assert caught.value.reason == reason
-    key = issue_grant(public, level=2, secret=SECRET).key
+    key = issue_grant(public, level=2, secret=SECRET, signer=SIGNING.public).key
     Grant(key).write(other, passphrase="secret", force=True)
     assert read(public, other).startswith("passphrase: ")
     stranger = SigningKey(bytes(32)).public

@@ -1,7 +1,7 @@
-"""Whatever is done to a protected file is harmless or refused with a reason: nothing in between.
+"""Whatever is done to a protected file is harmless, or refused with a reason.
 
-Every case is tried on a signed file, where the signature notices, and on one without a signature,
-where the seals of the boxes have to: their associated data cover the manifest.
+Every case is tried on a signed file, where the signature detects it, and on an unsigned one, where
+the seals of the boxes have to: their associated data cover the manifest.
 """
 
 import base64
@@ -178,7 +178,7 @@ def without_ours(_: World, parts: Parts) -> Parts:
 
 
 def from_file(which: str, pattern: str) -> Tampering:
-    """Splices in entries of another file of the same owner."""
+    """Splices in entries from another file of the same owner."""
 
     def tamper(world: World, parts: Parts) -> None:
         theirs = getattr(world, which).parts.entries
@@ -251,7 +251,7 @@ def test_entries(world, tamper, expected):
 
 @pytest.mark.parametrize("which", ["other", "again"])
 def test_spliced_for_the_customer_of_the_other_file(world, which):
-    """Who has a grant of the model that the metadata are from."""
+    """Customers who have a grant for the model that the metadata are from."""
     parts = world.parts()
     from_file(which, "selcrypt.*")(world, parts)
     assert_refused(world, parts.to_bytes(), DIGEST, given=getattr(world, which))
@@ -284,13 +284,13 @@ def test_entries_added_where_there_were_none(world, without):
 
 
 def other_character(text: str, index: int) -> str:
-    """Another one of the base64 alphabet at this place."""
+    """Another base64 character in this place."""
     index %= len(text)
     return text[:index] + ("B" if text[index] == "A" else "A") + text[index + 1 :]
 
 
 def not_canonical(text: str) -> str:
-    """The same bytes for a decoder that does not look at the bits behind the last byte."""
+    """The same bytes to a decoder that ignores the bits after the last byte."""
     body = text.rstrip("=")
     if len(body) == len(text):
         return text + "="
@@ -378,7 +378,7 @@ def test_the_signature_removed_and_the_signer_too(signed):
 
 
 def test_signed_by_another(world):
-    """Nothing else is changed: an attacker claims the model."""
+    """Nothing else is changed: an attacker claims the model as theirs."""
     parts = world.parts()
     manifest = json.loads(parts.entries["selcrypt"])
     parts.entries["selcrypt"] = to_json({**manifest, "signer": ATTACKER.public.hex()})
@@ -390,7 +390,7 @@ TWICE = "\0twice"
 
 
 def variants(value: Any) -> Iterator[Any]:
-    """Other values in the place of one in a JSON document; `TWICE` is a key to be renamed."""
+    """Other values for one in a JSON document; `TWICE` is a key to be renamed."""
     if isinstance(value, bool):
         yield from (not value, int(value), None)
     elif isinstance(value, int):
@@ -417,7 +417,7 @@ def variants(value: Any) -> Iterator[Any]:
 
 
 def edits(value: Any) -> Iterator[Any]:
-    """The document with one place of it changed, for every place and variant."""
+    """The document with one value changed, for every place and variant."""
     yield from variants(value)
     for key in children(value):
         for changed in edits(value[key]):
@@ -433,7 +433,7 @@ FORMED = {
     "format": ("version",), "metadata": (ENTRIES,), "signer": ("signer", ENTRIES),
     "levels": (ENTRIES,),
 }  # fmt: skip
-"""What is noticed before the signature is checked, beside what is malformed."""
+"""What is detected before the signature is checked, apart from malformed values."""
 
 
 @pytest.mark.parametrize("resigned", [False, True], ids=["", "signed by an attacker"])
@@ -500,7 +500,7 @@ REWRITTEN: dict[str, Callable[[dict[str, Any]], str]] = {
     "in another order": lambda fields: to_json(dict(reversed(fields.items()))),
     "an escape": lambda fields: to_json(fields).replace("lossless", "lossles\\u0073"),
 }
-"""The meaning stays, but signature and seals are over the text."""
+"""The meaning is the same, but signature and seals cover the text."""
 TEXT: dict[str, tuple[Callable[[dict[str, Any]], str], Expected]] = {
     **{name: (change, "manifest") for name, change in MALFORMED.items()},
     **{name: (change, BY_KIND) for name, change in REWRITTEN.items()},

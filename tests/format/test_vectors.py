@@ -1,4 +1,4 @@
-"""The files under vectors/protected: read by us, and by a reader written from FORMAT.md alone."""
+"""The files in vectors/protected, read by us and by a reader written from FORMAT.md alone."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Arrays that come in: of either byte order, of other libraries, of dtypes that no file has."""
+"""Input arrays: in either byte order, from other libraries, of dtypes that no file has."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_encrypt_refuses_them_with_the_remedy():
 
 
 class Tensor:
-    """As PyTorch's, which need not be installed."""
+    """An array like PyTorch's, which need not be installed."""
 
     shape, ndim, dtype = (3, 3), 2, "torch.float32"
 

@@ -1,4 +1,4 @@
-"""Outputs that are whole or absent: errors, kills, full disks, links, pipes, permissions."""
+"""Outputs are complete or absent: errors, kills, full disks, links, pipes, permissions."""
 
 import contextlib
 import errno
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from selcrypt_jax._io import atomic as _atomic
-from selcrypt_jax._io.atomic import check_output, new_file, new_files, new_folder
+from selcrypt_jax._io.atomic import new_file, new_files, new_folder
+from selcrypt_jax._io.places import check_output, writable_folder
 
 REAL_OPEN = os.open
 
@@ -23,7 +24,7 @@ def names(folder):
 
 @pytest.fixture(params=["unnamed", "no O_TMPFILE", "refused"])
 def way(request, monkeypatch):
-    """All ways to a file that has no name yet."""
+    """All ways to make a file that has no name yet."""
     if request.param == "no O_TMPFILE":
         monkeypatch.delattr(os, "O_TMPFILE")
     if request.param == "refused":
@@ -210,7 +211,7 @@ UNKNOWN = [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS]
 
 
 def failing(monkeypatch, name, number, only=lambda _: True):
-    """A call of the system that fails on some files."""
+    """A system call that fails on some files."""
     real = getattr(os, name)
 
     def call(file, *args, **kwargs):
@@ -482,6 +483,21 @@ def test_folders_are_never_merged(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"), new_folder(path / "a" / "b"):
         pytest.fail("no work before the check")
     assert names(tmp_path) == ["empty", "file", "link", "out"]
+
+
+def test_a_folder_is_not_called_like_a_file(tmp_path):
+    for name in ("out.safetensors", "OUT.JSON", "out.key/"):
+        with pytest.raises(NotADirectoryError, match="got the name of a"):  # noqa: SIM117
+            with new_folder(tmp_path / name):
+                pytest.fail("no work before the check")
+        with pytest.raises(NotADirectoryError, match="got the name of a"):
+            writable_folder(tmp_path / name)
+    assert not names(tmp_path)
+    for name in ("v1.0", "model.ckpt", "plain"):
+        with new_folder(tmp_path / name):
+            pass
+    (tmp_path / "old.json").mkdir()
+    writable_folder(tmp_path / "old.json")  # made by somebody else, or before
 
 
 def test_an_output_is_no_input(tmp_path):

@@ -1,4 +1,4 @@
-"""ONNX initialisers and msgpack files of Flax: every array is read bit for bit, or refused."""
+"""ONNX initialisers and Flax msgpack files: every array is read bit for bit, or refused."""
 
 import os
 import sys
@@ -30,7 +30,7 @@ PROPERTY = settings(max_examples=40, suppress_health_check=[HealthCheck.function
 
 
 def random(seed: int, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Any bit patterns; of booleans, those that there are."""
+    """Any bit patterns; for booleans, only valid ones."""
     if dtype == "bool":
         return np.random.default_rng(seed).integers(0, 2, shape).astype(bool)
     return payload(seed, shape, dtype)
@@ -169,7 +169,7 @@ def onnx() -> Any:
 
 
 def typed(onnx: Any, name: str, array: np.ndarray) -> Any:
-    """A tensor whose numbers are in the field of their type."""
+    """A tensor whose numbers are in the field for their type."""
     code = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
     tensor = onnx.TensorProto(name=name, data_type=code, dims=array.shape)
     if array.dtype.name in ("float16", "bfloat16"):
@@ -278,9 +278,8 @@ def test_external_data_stays_in_the_folder_of_the_model(case, onnx, tmp_path):
     (tmp_path / "outside").write_bytes(bytes(16))
     tensor = external(onnx, "w", np.zeros(4, np.float32), escapes(folder)[case]())
     path = write(folder / "m.onnx", model_of(onnx, [tensor]))
-    words = (
-        rf"^{path}: initialiser 'w': expected what onnx can read, got: .*plain files in the folder"
-    )
+    said = "expected data that onnx can read, got: .*plain files in the folder"
+    words = rf"^{path}: initialiser 'w': {said}"
     with pytest.raises(ValueError, match=words):
         protect_file(path, tmp_path / "out", secret=SECRET)
     assert not (tmp_path / "out").exists()
@@ -290,7 +289,7 @@ def test_external_data_stays_in_the_folder_of_the_model(case, onnx, tmp_path):
 def test_external_data_that_would_make_it_wait(onnx, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     tensor = external(onnx, "w", np.zeros(4, np.float32), "pipe")
-    with pytest.raises(ValueError, match=r"expected what onnx can read, got: .*regular file"):
+    with pytest.raises(ValueError, match=r"expected data that onnx can read, got: .*regular file"):
         ConvertedFile(write(tmp_path / "m.onnx", model_of(onnx, [tensor])), ONNX)
 
 
@@ -316,15 +315,15 @@ def bad_onnx(onnx: Any) -> dict[str, tuple[Any, str]]:
         "int4": (model_of(onnx, [make("w", t.INT4, [2], [1, 2])]), "'w':.*8 bits or .* got INT4"),
         "complex": (model_of(onnx, [make("w", t.COMPLEX128, [1], [1j])]), "got COMPLEX128"),
         "no type": (model_of(onnx, [none]), "got UNDEFINED"),
-        "unknown type": (model_of(onnx, [odd]), "'w': expected what onnx can read, got: .*99"),
+        "unknown type": (model_of(onnx, [odd]), "'w': expected data that onnx can read, got: .*99"),
         "too short": (
             model_of(onnx, [short]),
-            "'w': expected what onnx can read, got: cannot reshape",
+            "'w': expected data that onnx can read, got: cannot reshape",
         ),
-        "huge": (model_of(onnx, [many]), "'w': expected what onnx can read, got: "),
+        "huge": (model_of(onnx, [many]), "'w': expected data that onnx can read, got: "),
         "negative": (
             model_of(onnx, [negative]),
-            r"'w': .*expected lengths from 0, got shape \[-1, 2",
+            r"'w': .*expected non-negative lengths, got shape \[-1, 2",
         ),
         "twice": (model_of(onnx, [good, good]), "'w': .*expected each name once, got it twice"),
         "none": (model_of(onnx, []), "expected initialisers, got none. Export"),
@@ -402,7 +401,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("m.onnx").write_bytes(b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x10")
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModuleNotFoundError, match=r"^m.onnx: .*pip install 'selcrypt-jax\[onnx\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"^m.onnx: .*pip install '\.\[onnx\]'"):
         protect_file("m.onnx", "out", secret=SECRET)
     main(["keygen", "-o", "k"])
     assert main(["protect", "m.onnx", "-o", "out", "--secret", "k/secret.key"]) == 1
@@ -424,7 +423,7 @@ WEIGHTS = {"conv.w": normal(0, 16, 3, 3, 3), "conv.b": normal(1, 16), "axes": np
 
 @pytest.fixture(params=["onnx", "msgpack", "checkpoint_100"])
 def source(request, tmp_path, monkeypatch) -> tuple[str, dict[str, np.ndarray]]:
-    """A file in the working folder, by a name that tells its format or not; what it holds."""
+    """A file in the working folder, whose name may or may not show its format; and its arrays."""
     monkeypatch.chdir(tmp_path)
     if request.param == "onnx":
         onnx = pytest.importorskip("onnx")

@@ -1,4 +1,4 @@
-"""Files of other formats are named, with the way to convert them."""
+"""Errors name the format of other files, and how to convert them."""
 
 import pickle
 import re
@@ -18,7 +18,8 @@ ONNX = b"\x08\x08\x12\x07pytorch\x1a\x052.1.0:\x10\x0a\x0e\x0a\x01x\x12\x01y"
 BARE_ONNX = b"\x08\x0a:\x10\x0a\x0e\x0a\x01x\x12\x01y\x22\x04Relu"
 # As of 16 keys and more: a map of 32-bit length, with a long key.
 LARGE_MSGPACK = b"\xdf\0\0\0\x11\xd9\x28" + b"transformer" * 4
-FLAX, NUMPY = r"Flax. Only selcrypt protect .*msgpack_restore.*save_file", "safetensors.numpy"
+FLAX = r"a Flax msgpack file. Only selcrypt protect .*msgpack_restore.*save_file"
+NUMPY = "safetensors.numpy"
 
 FILES = {
     "Flax": ("flax_model.msgpack", MSGPACK, FLAX),
@@ -46,7 +47,7 @@ def test_a_format_is_named_with_the_way_to_convert_it(case, tmp_path):
     with pytest.raises(ValueError, match=rf"got what looks like .*{words}.*\.$") as caught:
         SafetensorsFile(tmp_path / name)
     assert str(caught.value).startswith(f"{tmp_path / name}: ")
-    assert "cut off" not in str(caught.value)
+    assert "truncated" not in str(caught.value)
 
 
 def test_the_way_for_flax_works(tmp_path):

@@ -1,6 +1,6 @@
-"""Orbax folders that were made to fill the memory, to hang, or to read something else.
+"""Orbax folders crafted to exhaust memory, to hang, or to read other files.
 
-All of them are opened in one process of its own, which is ended if it hangs, and says how much
+All of them are opened in a separate process, which is ended if it hangs, and reports how much
 memory each took. Run as a program, this file is that process.
 """
 
@@ -111,7 +111,7 @@ def store(folder: Path) -> ts.KvStore:
 
 
 def zarr(key: str = "a", chunk: bytes | None = None, **fields: Any) -> Callable[[Path], None]:
-    """Changes what is said of an array, and its only chunk."""
+    """Changes an array's metadata, and its only chunk."""
 
     def tamper(folder: Path) -> None:
         found = store(folder)
@@ -142,7 +142,7 @@ def pipe(name: str) -> Callable[[Path], None]:
 
 
 def link(name: str, to: str | None = None) -> Callable[[Path], None]:
-    """To another place, or to the same content."""
+    """A link to another place, or to the same content."""
 
     def tamper(folder: Path) -> None:
         if to is None:
@@ -154,7 +154,7 @@ def link(name: str, to: str | None = None) -> Callable[[Path], None]:
 
 
 def chunks(change: Callable[[str], Callable[[Path], None]]) -> Callable[[Path], None]:
-    """Something done to a file that holds arrays."""
+    """Alters a file that holds arrays."""
 
     def tamper(folder: Path) -> None:
         found = sorted(folder.glob("d/*"))[0]
@@ -164,7 +164,7 @@ def chunks(change: Callable[[str], Callable[[Path], None]]) -> Callable[[Path], 
 
 
 def array_file(change: Callable[[Path], object]) -> Callable[[Path], None]:
-    """Something done to the file with the numbers, which is the largest."""
+    """Alters the file with the numbers, which is the largest."""
 
     def tamper(folder: Path) -> None:
         files = [f for f in folder.glob("*/d/*") if f.is_file()]
@@ -203,8 +203,9 @@ ANY: dict[str, tuple[Callable[[Path], None], str]] = {
     "long chunk": (zarr(shape=[40, 50], chunks=[40, 50], chunk=zeros(GIGABYTE)), "Orbax cannot"),
     "blosc": (zarr(compressor={"id": "blosc", "cname": "lz4", "clevel": 1, "shuffle": 0}),
               "got 'blosc'"),
-    "dtype of a size": (zarr("steps", dtype="|V1000000000"), "dtype: expected that of a number"),
-    "dtype of arrays": (zarr("steps", dtype=[["x", "<f4", [1 << 28]]]), "dtype: expected that of"),
+    "dtype of a size": (zarr("steps", dtype="|V1000000000"), "dtype: expected a numeric dtype"),
+    "dtype of arrays": (zarr("steps", dtype=[["x", "<f4", [1 << 28]]]),
+                        "dtype: expected a numeric dtype"),
     "nested .zarray": (zarray_text(b"[" * 1_000_000 + b"]" * 1_000_000), "at most 10000 bytes"),
     "nested small .zarray": (zarray_text(b"[" * 4_000 + b"]" * 4_000), "maximum recursion depth"),
     ".zarray of a number": (zarray_text(b"7"), "expected a JSON object, got 7"),
@@ -246,7 +247,7 @@ NOT_READING = {"inspect", "grant"}  # the arrays
 def entry_points(
     path: Path, out: Path, like: Any, *, model_id: bytes
 ) -> dict[str, Callable[[], Any]]:
-    """All that reads a protected folder."""
+    """Every function that reads a protected folder."""
     key = level_key(SECRET, model_id, levels=2)
     return {
         "inspect": lambda: inspect_file(path),

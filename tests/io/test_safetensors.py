@@ -24,7 +24,7 @@ from selcrypt_jax._tree.dtypes import SAFETENSORS
 
 
 def build(head, data=b"", length=None):
-    """A file of any header, whatever it is worth."""
+    """A file with any header, valid or not."""
     if not isinstance(head, bytes):
         head = json.dumps(head).encode()
     length = len(head) if length is None else length
@@ -258,7 +258,7 @@ VALID = [
 
 @st.composite
 def mutated(draw):
-    """A valid file after some changes: of any bytes, or of words of its header."""
+    """A valid file after some changes to its bytes, or to words of its header."""
     content = draw(st.sampled_from(VALID))
     start = 8 + int.from_bytes(content[:8], "little")
     by_word = draw(st.booleans())

@@ -57,7 +57,7 @@ def test_text_may_hold_as_many_as_it_likes():
 
 @pytest.mark.slow
 def test_the_densest_headers_are_read(tmp_path):
-    """Of the shortest names, scalars and empty tensors."""
+    """A header with the shortest names, scalars and empty tensors."""
     for shape in ((), (0,)):
         names = (f"{number:x}" for number in range(150_000))
         tensors = [(name, "U8", shape) for name in names]

@@ -1,4 +1,4 @@
-"""Keys and grants as text files: what is read, what is refused, and that no secret is shown."""
+"""Key files and grants: what is read, what is refused, and that no secret is shown."""
 
 import base64
 import os
@@ -13,8 +13,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from selcrypt_jax import Grant, GrantError, LevelKey, Secret, SigningKey
+from selcrypt_jax import (
+    Grant,
+    GrantError,
+    LevelKey,
+    Secret,
+    SigningKey,
+    VerifyKey,
+    open_model,
+    verify_file,
+)
 from selcrypt_jax._keys.files import checksum
+from selcrypt_jax.cli import main
 
 SECRET = Secret(bytes(range(32)))
 SIGNING = SigningKey(bytes(range(32, 64)))
@@ -167,13 +177,38 @@ KEY = bytes(range(224, 256))
         KEY.hex(),
         KEY.hex().upper() + "\n",
         f"selcrypt-secret-v1\n# kept\nkey: {base64.b64encode(KEY).decode()}\n",
+        f"# without its first line\nkey: {base64.b64encode(KEY).decode()}\n",
+        f"key: {base64.b64encode(KEY).decode()}",
         "-----BEGIN OPENSSH PRIVATE KEY-----\nAAAA\n",
     ],
 )
 def test_a_key_in_the_place_of_its_file_is_not_shown(key):
-    with pytest.raises(ValueError, match="expected the path of a file, got a key itself") as caught:
-        Secret.read(key)
-    assert key not in str(caught.value)
+    for what, read in (
+        ("secret", Secret.read),
+        ("signing key", SigningKey.read),
+        ("verify key", VerifyKey.read),
+        ("grant", Grant.read),
+        ("grant", lambda text: open_model("public.safetensors", text)),
+        ("grant", lambda text: verify_file("public.safetensors", grant=text)),
+        ("verify key", lambda text: verify_file("public.safetensors", signer=text)),
+    ):
+        with pytest.raises(ValueError, match=f"^{what}: expected the path of a file, ") as caught:
+            read(key)
+        assert key not in str(caught.value)
+        assert_hidden(str(caught.value))
+
+
+def test_a_grant_in_the_place_of_its_file_is_not_shown_by_a_command(tmp_path, capsys):
+    text, out = text_of(tmp_path / "g"), put(tmp_path / "out", "old")
+    for words in (
+        ["unlock", "public.safetensors", "-g", text, "-o", str(out), "--force"],
+        ["inspect", "public.safetensors", "-g", text.partition("\n")[2]],
+    ):
+        assert main(words) == 1
+        error = capsys.readouterr().err
+        assert "grant: expected the path of a file" in error
+        assert_hidden(error)
+    assert out.read_text() == "old"
 
 
 ALPHABET = "AZaz09+/=: \n#-é"
@@ -211,7 +246,7 @@ def test_missing_and_unreadable_paths(tmp_path, value):
 
 
 def with_field(path: Path, text: str, field: str, value: str) -> Path:
-    """A key file with another text in a field, and the checksum that this makes."""
+    """A key file with another text in a field, and the matching checksum."""
     lines = [ln for ln in text.split("\n") if ln and not ln.startswith(("#", "checksum"))]
     lines = [f"{field}: {value}" if ln.startswith(f"{field}:") else ln for ln in lines]
     return put(path, "\n".join([*lines, f"checksum: {checksum(lines)}"]))
@@ -404,6 +439,6 @@ def test_grants_sealed_to_an_ssh_key(tmp_path, pyrage):
 
 def test_age_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrage", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'selcrypt-jax\[age\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install '\.\[age\]'"):
         GRANT.write(tmp_path / "g", recipients=["age1xyz"])
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Crash reporters print local variables: no error has a key or a passphrase in its frames."""
+"""Crash reporters print local variables: no error's frames hold a key or passphrase."""
 
 import base64
 import errno
@@ -26,7 +26,7 @@ MODEL = bytes(16)
 
 
 def forms(value: bytes) -> list[bytes]:
-    """How 16 of the bytes of a key look, wherever they begin."""
+    """Printed forms of any 16 consecutive bytes of a key."""
     words = np.frombuffer(value[:16], "<u4")
     shown = [value[:16], value[:16].hex().encode(), base64.b64encode(value)[:20], repr(value)[2:18]]
     shown += [", ".join(map(str, value[:6])), ", ".join(map(str, words[:2])), repr(words)[7:30]]
@@ -34,7 +34,7 @@ def forms(value: bytes) -> list[bytes]:
 
 
 def frames(error: BaseException | None, seen: set[int]) -> Iterator[dict[str, Any]]:
-    """Local variables of all frames but those of tests, of an error and what led to it."""
+    """Local variables in the frames of an error and its causes, except those of tests."""
     if error is None or id(error) in seen:
         return
     seen.add(id(error))
@@ -49,7 +49,7 @@ def frames(error: BaseException | None, seen: set[int]) -> Iterator[dict[str, An
 
 
 def shown(value: Any, depth: int = 4) -> Iterator[bytes]:
-    """What may be printed of a value: its repr, and that of what is in it."""
+    """What may be printed of a value: its repr, and that of its contents."""
     yield repr(value).encode(errors="backslashreplace")
     if isinstance(value, bytes | bytearray | memoryview | np.ndarray):
         yield bytes(memoryview(np.ascontiguousarray(value)).cast("B")) if len(value) else b""
@@ -204,7 +204,7 @@ def metric_fails(_: Any) -> float:
 
 
 def wrong_digests(path: Path) -> object:
-    """What a customer sees whose file was forged up to the digests of the plaintext."""
+    """The errors of a file that was forged up to the digests of the plaintext."""
     from selcrypt_jax._format import rings
 
     real = rings.hashlib.sha256
@@ -224,8 +224,10 @@ FILES: dict[str, Callable[[Path], object]] = {
     "digest of a file": lambda w: sj.unlock_file(w / "altered", w / "o", grant_of(w / "public")),
     "plaintext": lambda w: wrong_digests(w / "public"),
     "model": lambda w: sj.open_model(w / "other", grant_of(w / "public")),
-    "secret": lambda w: sj.issue_grant(w / "public", level=1, secret=Secret(VALUE[::-1])),
-    "level": lambda w: sj.issue_grant(w / "public", level=9, secret=SECRET),
+    "secret": lambda w: sj.issue_grant(
+        w / "public", level=1, secret=Secret(VALUE[::-1]), signer="unsigned"
+    ),
+    "level": lambda w: sj.issue_grant(w / "public", level=9, secret=SECRET, signer="unsigned"),
     "signer": lambda w: sj.verify_file(w / "public", signer=SigningKey(VALUE).public),
     "full disk, unlock": lambda w: on_a_full_disk(
         lambda: sj.unlock_file(w / "public", w / "o", grant_of(w / "public"))
@@ -257,7 +259,7 @@ def test_files(world, call):
 
 
 def test_a_metric_that_fails_late(world):
-    """Once keys were drawn, under which it measures."""
+    """The metric fails after keys have been drawn."""
     drawn: list[bytes] = []
     real = sj.chacha20_key
 

@@ -45,7 +45,7 @@ def rngs():
 
 # From tensors, whose numbers need not be compiled.
 def small_vgg(*, batch_norm=True):
-    """Of 2, 4, 8 and 16 channels."""
+    """A network with 2, 4, 8 and 16 channels."""
     return model_of(torch_checkpoint(vgg_layers((2, 4, 8, 16), 16, batch_norm)))
 
 
@@ -121,7 +121,7 @@ def test_layer_starts_with_he_variance():
 
 
 def abstract(build):
-    """Shapes of a network without its memory."""
+    """A network's shapes, without allocating it."""
     return shapes(nnx.eval_shape(build))
 
 
@@ -226,7 +226,7 @@ def test_dncnn_subtracts_the_noise():
             (1, 8, 8, 3),
             r"\[N, H, W, 1\] \(grey\), got shape \(1, 8, 8, 3\): 3 channels \(colour",
         ),
-        (3, (1, 8, 8, 1), r"\(colour\), got shape .*: 1 channels \(grey\)"),
+        (3, (1, 8, 8, 1), r"\(colour\), got shape .*: 1 channel \(grey\)"),
         (3, (1, 8, 8, 4), r"4 channels \(colour with alpha\)"),
         (3, (1, 3, 8, 8), r"8 channels .*channels come last"),
         (1, (8, 8), r"a batch of images \[N, H, W, 1\], got shape \(8, 8\)"),
@@ -249,7 +249,7 @@ def test_vgg19_needs_32_by_32(size):
     message = rf"32×32 pixels, \[N, 32, 32, 3\], got shape \(2, {size[0]}, {size[1]}, 3\)"
     with pytest.raises(ValueError, match=message):
         small_vgg()(jnp.zeros((2, *size, 3)))
-    with pytest.raises(ValueError, match="1 channels"):
+    with pytest.raises(ValueError, match="1 channel"):
         small_vgg()(jnp.zeros((2, 32, 32, 1)))
 
 
@@ -314,7 +314,7 @@ def test_batch_over_eight_devices(axis_type, build, shape):
 @pytest.mark.parametrize("name", [pytest.param("vgg", marks=pytest.mark.slow), "dncnn"])
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_loss_of_params_in_jit(name, batch_norm):
-    """The way of the training scripts: split, merge within a jitted loss, statistics out."""
+    """As in the training scripts: split, merge within a jitted loss, return the statistics."""
     chex.clear_trace_counter()
     model = (small_vgg if name == "vgg" else small_dncnn)(batch_norm=batch_norm)
     images = jnp.asarray(normal(0, (2, 32, 32, 3 if name == "vgg" else 1)))

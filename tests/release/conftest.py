@@ -1,4 +1,4 @@
-"""The server that runs commands to be killed, and the checkpoints that they run on."""
+"""The server that runs commands to be killed, and the checkpoints they run on."""
 
 import subprocess
 import sys
@@ -29,7 +29,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
-    """20 MB, which take a while to write."""
+    """20 MB, which take some time to write."""
     return checkpoint(tmp_path_factory.mktemp("large"), outputs=512)
 
 
@@ -46,7 +46,7 @@ def unnamed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reading as much as a tensor is work."""
+    """Fails a test that reads a tensor."""
     real = SafetensorsFile.read
 
     def read(self: SafetensorsFile, name: str) -> bytearray:

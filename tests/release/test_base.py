@@ -1,4 +1,4 @@
-"""Networks that were fine-tuned from a public one: what changed is what is selected."""
+"""Networks fine-tuned from a public one: the selection follows the change."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def left(shipped: Path, base) -> float:
-    """The share of the squares of what changed that can be seen, averaged over weights."""
+    """The share of squared change that is plain, averaged over weights."""
     file, size, plain = open_model(shipped), 0, 0.0
     for name, leaf in TUNED.items():
         known = base.get(name, np.zeros(()))
@@ -181,7 +181,7 @@ def test_on_the_command_line(files, tmp_path, capsys):
     words += ["--secret", str(tmp_path / "secret.key"), "--small", "0"]
     assert main([*words, "--rest", "plain"]) == 0
     said = capsys.readouterr()
-    assert "of what changed from the base stays plain" in said.out
+    assert "of the change from the base stays plain" in said.out
     assert "use --rest sealed" in said.err
     assert main([*words, "--json"]) == 0
     said = capsys.readouterr()

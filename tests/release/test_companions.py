@@ -1,4 +1,4 @@
-"""Configuration and tokenizer come along with the weights of a folder, and nothing else does."""
+"""Configuration and tokenizer are copied with a folder's weights, and nothing else is."""
 
 import json
 import os
@@ -44,7 +44,7 @@ LEFT_OUT = {
     "renamed.dat": (b"\x10" + bytes(7) + b'{"__metadata__":', "weights"),
     "data": (b"\x80\x04\x95abc", "a pickle, which may hold weights"),
     "backup": (b"PK\x03\x04abc", "an archive, which may hold weights"),
-    "keys/secret.key": (b"selcrypt-secret-v1", "a key or grant of selcrypt's"),
+    "keys/secret.key": (b"selcrypt-secret-v1", "a selcrypt key or grant"),
     "id_ed25519": (b"-----BEGIN OPENSSH PRIVATE KEY-----", "a key"),
     "lfs.json": (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer"),
 }
@@ -226,7 +226,7 @@ def test_commands_say_what_they_copied(model, capsys):
         "\nAlso copied: 1_Pooling/config.json, LICENSE, README.md, a/__init__.py, a/b/c.yaml, "
         in out
     )
-    assert "\nLeft out: keys/secret.key (a key or grant of selcrypt's).\n" in out
+    assert "\nLeft out: keys/secret.key (a selcrypt key or grant).\n" in out
     assert main(["grant", "public", "--level", "1", "--secret", "k/secret.key", "-o", "g"]) == 0
     capsys.readouterr()
     assert main(["unlock", "public", "-g", "g", "-o", "opened", "--copy-config"]) == 0

@@ -1,7 +1,7 @@
 """Kills, interrupts, full disks: what protect, unlock and rotate leave behind.
 
-The output is whole or absent, the input as it was, and no plaintext lies in a file that nobody
-asked for.
+The output is complete or absent, the input is unchanged, and no plaintext is left in an unrequested
+file.
 """
 
 import random
@@ -21,7 +21,7 @@ from selcrypt_jax._io.safetensors import SafetensorsFile
 
 
 def run_to_the_end(scene: Scene, server: Server, **options: Any) -> float:
-    """A run that nothing disturbs, and that leaves nothing but its output; in seconds."""
+    """The seconds of an undisturbed run, which leaves nothing but its output."""
     status, seconds = server.timed(*scene.args, **scene.options, **options)
     assert status == 0, server.errors
     scene.check(ended=True)
@@ -32,7 +32,7 @@ def run_to_the_end(scene: Scene, server: Server, **options: Any) -> float:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_few_kills(command, server, large, unnamed, tmp_path):
-    """Before a read, a write or a change of a name, and so at the same places on any machine."""
+    """Kills before a read, a write or a name change: at the same places on any machine."""
     scene = Scene(large, command, tmp_path)
     run_to_the_end(scene, server, step=None)
     steps = int(server.errors)

@@ -1,4 +1,4 @@
-"""Folders as model hubs have them: variants, one file, components, and files beside the index."""
+"""Folders as on model hubs: variants, one file, components, and files beside the index."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_indexes_and_shards_of_variants(names, index, by, tmp_path):
     protected(tmp_path / "in" if by == "folder" else tmp_path / "in" / index, public)
     assert set(contents(public)) == {*names, index}
     verify_file(public, signer=SIGNING.public)
-    grant = issue_grant(public / index, level=2, secret=SECRET)
+    grant = issue_grant(public / index, level=2, secret=SECRET, signer=SIGNING.public)
     unlock_file(public, tmp_path / "back", grant)
     assert contents(tmp_path / "back") == contents(tmp_path / "in")
 
@@ -162,7 +162,7 @@ def test_a_folder_with_one_file(name, tmp_path):
     public = protected(folder, tmp_path / "public")
     assert set(contents(public)) == {name}
     verify_file(public, signer=SIGNING.public)
-    grant = issue_grant(public, level=2, secret=SECRET)
+    grant = issue_grant(public, level=2, secret=SECRET, signer=SIGNING.public)
     key, original = "layer0.weight", weights(0)["layer0.weight"]
     np.testing.assert_array_equal(open_model(public, grant)[key], original)
     unlock_file(public, tmp_path / "back", grant)
@@ -171,7 +171,7 @@ def test_a_folder_with_one_file(name, tmp_path):
     rotate_file(public, tmp_path / "rotated", secret=SECRET, signing=SIGNING)
     rotate_file(public, secret=SECRET, signing=SIGNING)  # in its place
     for path in (public, tmp_path / "rotated"):
-        grant = issue_grant(path, level=2, secret=SECRET)
+        grant = issue_grant(path, level=2, secret=SECRET, signer=SIGNING.public)
         np.testing.assert_array_equal(open_model(path, grant)[key], original)
     # The next version, fine-tuned from a base that is a folder too.
     base = Select(layout="OIHW", budget=0.5, base=folder)

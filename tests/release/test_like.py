@@ -1,4 +1,4 @@
-"""New versions: what an earlier release encrypts, the next one encrypts too."""
+"""New versions: what an earlier release encrypts, the next one encrypts as well."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def save(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def encrypted(path: Path, plain: dict[str, np.ndarray]) -> np.ndarray:
-    """Which weights of the convolution and the dense layer are not as they were."""
+    """The weights of the convolution and the dense layer that have changed."""
     shipped = open_model(path)
     return np.concatenate([(shipped[n] != plain[n]).ravel() for n in FIRST if "norm" not in n])
 
@@ -101,7 +101,7 @@ def test_levels_open_the_same_weights(first, tmp_path, rest):
 
 
 def test_versions_go_on_from_each_other(first, tmp_path):
-    """Sealed from the second on, whose level 1 has no ring of its own; another cipher and dtype."""
+    """Sealed from the second version on, whose level 1 has no ring; another cipher and dtype."""
     halves = {name: leaf.astype(np.float16) for name, leaf in changed(0.01).items()}
     third = {name: leaf.astype(np.float32) for name, leaf in halves.items()}
     options = {"secret": SECRET, "signing": SIGNING}
@@ -175,7 +175,7 @@ def test_what_the_earlier_release_did_not_have_is_named(first, tmp_path, capsys)
 
 
 def test_equal_tensors_stay_equal(first, tmp_path):
-    """A tensor that the earlier release did not have, with the weights of one that it had."""
+    """A tensor that the earlier release lacks, with the weights of one that it has."""
     second = changed(0.01)
     second["tied.weight"] = second["out.weight"]
     plain = save(tmp_path / "second", second)

@@ -1,4 +1,4 @@
-"""Odd outputs: the input itself, links, folders, pipes, names, and what is there already."""
+"""Unusual outputs: the input itself, links, folders, pipes, names, and existing files."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Random state beside parameters: keys keep their type, and none is given away in silence."""
+"""Random state beside parameters: keys keep their type, and none is silently published."""
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def test_a_checkpoint_of_orbax_keeps_the_type_of_keys(impl, shape, rest, tmp_pat
         checkpointer.save(tmp_path / "in", params)
     done = protect_file(tmp_path / "in", tmp_path / "public", secret=SECRET, levels=1, rest=rest)
     assert done.random_keys == ("rng",)
-    grant = issue_grant(tmp_path / "public", level=1, secret=SECRET)
+    grant = issue_grant(tmp_path / "public", level=1, secret=SECRET, signer="unsigned")
     unlock_file(tmp_path / "public", tmp_path / "out", grant)
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(tmp_path / "out", jax.tree.map(jnp.zeros_like, params))
@@ -92,7 +92,7 @@ def test_a_state_saved_by_orbax(tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "in", state())
     protect_file(tmp_path / "in", tmp_path / "public", secret=SECRET, levels=2)
-    grant = issue_grant(tmp_path / "public", level=2, secret=SECRET)
+    grant = issue_grant(tmp_path / "public", level=2, secret=SECRET, signer="unsigned")
     unlock_file(tmp_path / "public", tmp_path / "out", grant)
     with ocp.StandardCheckpointer() as checkpointer:
         assert_same(checkpointer.restore(tmp_path / "out", state(1)), state())

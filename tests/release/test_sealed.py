@@ -1,4 +1,4 @@
-"""Files of which nothing is plain: level 1 takes the seal off, and the levels go on from there."""
+"""Sealed files: level 1 removes the seal, and the other levels build on it."""
 
 import os
 from pathlib import Path
@@ -98,7 +98,7 @@ TRAINED = ("vgg19_cifar10", "dncnn_color_paper/dncnn_color_sigma50", "dncnn_gray
     [*NETWORKS, *(pytest.param(name, marks=[needs_data, pytest.mark.slow]) for name in TRAINED)],
 )
 def test_a_sealed_network_runs_without_a_key(tmp_path, network):
-    """To no use, but to finite numbers: a program that expects some does not stop."""
+    """Useless, but finite: a program that expects finite numbers does not stop."""
     if network in NETWORKS:
         plain, size = tmp_path / "plain", 32 if "VGG" in network else 40
         safetensors.numpy.save_file(NETWORKS[network](), plain)
@@ -145,7 +145,7 @@ def test_one_level_is_the_seal_alone(plain, tmp_path):
 @pytest.mark.parametrize("cut", [(0, 1200), (0, 0), (3, 5), (1040, 1060), (1199, 1200)])
 @pytest.mark.parametrize("select", ["weight|large", "weight"], ids=["graded", "sealed"])
 def test_rows_and_tensors_alone(plain, tmp_path, cut, select):
-    """Rows over a border of two digests too; with rings in the tensor, and without."""
+    """Rows, even across two digests; with and without rings in the tensor."""
     selection = Select(select=select, layout="OIHW")
     protect_file(plain, tmp_path / "p", secret=SECRET, levels=LEVELS, selection=selection)
     for key in (None, *keys(tmp_path / "p")):
@@ -175,7 +175,7 @@ def test_only_what_is_asked_for_is_checked_and_all_of_it(plain, tmp_path):
             with pytest.raises(IntegrityError, match="tensor 'large': expected SHA-256") as caught:
                 bad()
             assert caught.value.reason == "digest"
-    with pytest.raises(ValueError, match="expected rows of a tensor of shape"):
+    with pytest.raises(ValueError, match="expected rows within shape"):
         LazyModel(tmp_path / "p", key).rows("large", 0, 1201)
     with pytest.raises(ValueError, match=r"has no tensor 'none'\. There are: .*'conv\.weight'"):
         open_model(tmp_path / "p", key, names=["none"])
@@ -222,7 +222,7 @@ def test_rotation_keeps_the_seal(plain, tmp_path):
 
 
 def test_in_memory_and_by_the_public_functions():
-    """The seal is `WindowCipher`, over what `encrypt` gives for the rings above level 1."""
+    """The seal is `WindowCipher` on top of the result of `encrypt` for rings above level 1."""
     params = {name: leaf for name, leaf in TENSORS.items() if name in ("conv.weight", "half")}
     released = protect(params, secret=SECRET, levels=LEVELS, selection=SELECT)
     top = level_key(SECRET, released.model_id, levels=3)

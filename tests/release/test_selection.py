@@ -1,4 +1,4 @@
-"""The same options select the same weights, whichever function is asked."""
+"""The same options select the same weights in every function."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Who vouches for whom: files that customers sealed again, and earlier releases."""
+"""Signers: files that customers sealed again, and earlier releases."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def key_of(path: Path, level: int) -> LevelKey:
 
 
 def sealed_again(path: Path, key: LevelKey, signing: SigningKey | None) -> Path:
-    """What a customer makes of a file: another manifest, and the boxes that they can open."""
+    """A customer's forgery of a file: another manifest, and the boxes that they can open."""
     parts = Parts.of(path)
     old = Envelope.from_metadata(parts.metadata, "file")
     text = replace(old.manifest, signer=signing and signing.public).to_text()
@@ -60,12 +60,13 @@ def public(tmp_path) -> Path:
 @pytest.mark.parametrize("signing", [ATTACKER, None], ids=["signed by them", "unsigned"])
 @pytest.mark.parametrize("level", [1, 2])
 def test_the_owner_opens_boxes_that_a_customer_cannot_seal(public, level, signing):
-    """Nobody has to name the signer for that."""
+    """Even if the owner names the wrong signer."""
     forged = sealed_again(public, key_of(public, level), signing)
     sj.open_model(forged, key_of(public, level))  # to the customer it opens
+    wrong = "unsigned" if signing is None else signing.public
     for granted in range(1, LEVELS + 1):
         with pytest.raises(GrantError, match="the manifest or the box was altered") as caught:
-            sj.issue_grant(forged, level=granted, secret=SECRET)
+            sj.issue_grant(forged, level=granted, secret=SECRET, signer=wrong)
         assert caught.value.reason == "secret"
 
 
@@ -81,8 +82,22 @@ def test_against_a_customer_of_the_top_level_the_owner_names_the_signer(public, 
         sj.issue_grant(public, level=1, secret=SECRET, signer="unsigned")
 
 
+def test_the_owner_has_to_name_the_signer(tmp_path, public):
+    """In Python as on the command line, for a signed file and for one that never was."""
+    issue: Any = sj.issue_grant
+    never = protected(tmp_path, "never", None)
+    for path in (public, never):
+        with pytest.raises(TypeError, match="'signer'"):
+            issue(path, level=1, secret=SECRET)
+        with pytest.raises(TypeError, match=r"got None\. Name your signing.pub; "):
+            issue(path, level=1, secret=SECRET, signer=None)
+    assert sj.issue_grant(never, level=1, secret=SECRET, signer="unsigned").signer is None
+    with pytest.raises(IntegrityError, match="expected a file signed by"):
+        sj.issue_grant(never, level=1, secret=SECRET, signer=PUBLIC)
+
+
 def grants(line: str, capsys: pytest.CaptureFixture[str]) -> str:
-    """What a grant that was refused says; nothing of one that was written."""
+    """The error of a refused grant; nothing if it was written."""
     status = main(f"grant {line} --level 1 -o new.grant --force".split())
     error = capsys.readouterr().err
     assert status == bool(error), error
@@ -170,7 +185,7 @@ def test_the_command_insists_too(tmp_path, monkeypatch, capsys):
 
 
 def test_an_earlier_release_is_not_the_current_one(tmp_path, monkeypatch, capsys):
-    """Its signature is as good: only the model id tells."""
+    """Its signature is just as valid: only the model id differs."""
     monkeypatch.chdir(tmp_path)
     old, new = (protected(tmp_path, name) for name in ("old", "new"))
     PUBLIC.write("signing.pub")

@@ -1,4 +1,4 @@
-"""A header that would grow too large: what fills it is said, and what to do about that."""
+"""A header that would be too large: the error says what fills it, and what to do."""
 
 import re
 

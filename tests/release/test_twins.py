@@ -1,4 +1,4 @@
-"""Weights that are there more than once: what one place encrypts, no other place leaves open."""
+"""Weights that occur more than once: what is encrypted in one copy is plain in none."""
 
 import tracemalloc
 
@@ -272,7 +272,7 @@ def test_many_tensors_of_one_shape_are_compared_in_parts(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "f8"])
 def test_numbers_out_of_range_are_compared_without_a_warning(dtype):
-    """Of random bytes some are NaN, with and without a signal, and some infinite."""
+    """Random bytes include NaN, signalling or quiet, and infinity."""
     tensors = {name: np.frombuffer(RNG.bytes(8192), dtype).reshape(16, -1) for name in "ab"}
     tensors["c"] = np.full_like(tensors["a"], np.finfo(dtype).max)
     contents = Contents(dict.fromkeys(tensors, source_of_tree(named_leaves(tensors))), set(tensors))

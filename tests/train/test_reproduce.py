@@ -69,6 +69,7 @@ def test_strategies_of_dncnn_are_near_those_of_the_release(script, tmp_path, mon
     monkeypatch.setattr(strategies, "KERNELS_IN_ALL", (246,))
     monkeypatch.setattr(strategies, "CLOSED_FORM", ("descend", "l2"))
     monkeypatch.setattr(strategies, "OBJECTIVES", {"break": PSSConfig("break", steps=10)})
+    monkeypatch.setattr(strategies, "STEPS", 10)
     monkeypatch.setattr(strategies, "BATCHES", 2)
     strategies.main(strategies.Config(DATA, tmp_path, keys=2, other_keys=2, seeds=1))
     report = json.loads((tmp_path / "dncnn_strategies_colour.json").read_text())
@@ -78,9 +79,10 @@ def test_strategies_of_dncnn_are_near_those_of_the_release(script, tmp_path, mon
     assert three["PSS, published"]["82"]["mean"] == pytest.approx(13.77, abs=1)
     assert three["descend"]["82"]["mean"] == pytest.approx(16.81, abs=4)
     everywhere = report["db_without_a_key"]["all layers"]
-    assert list(everywhere) == ["PSS, break", "descend", "l2"]
+    assert list(everywhere) == ["PSS, budgets", "PSS, break", "descend", "l2"]
     # Ten steps find already what hurts more than weights by size.
-    assert everywhere["PSS, break"]["246"]["mean"] < everywhere["descend"]["246"]["mean"]
+    for learned in ("PSS, budgets", "PSS, break"):
+        assert everywhere[learned]["246"]["mean"] < everywhere["descend"]["246"]["mean"]
     assert (tmp_path / "dncnn_strategies_colour.png").stat().st_size > 10_000
     assert not (tmp_path / ".dncnn_strategies_colour.jsonl").exists()
 
@@ -90,8 +92,11 @@ def test_strategies_of_dncnn_are_near_those_of_the_release(script, tmp_path, mon
 @needs_data
 def test_strategies_of_vgg19_are_near_the_measured_ones(script, tmp_path, monkeypatch):
     strategies = script("vgg19_strategies")
-    panel = strategies.Selection(strategies.FOUR_LAYERS, "leaf", (0.08,), ("random", "l2"))
+    panel = strategies.Selection(
+        strategies.FOUR_LAYERS, "leaf", (0.08,), ("PSS, budgets", "random", "l2")
+    )
     monkeypatch.setattr(strategies, "SELECTIONS", {"of each of four layers": panel})
+    monkeypatch.setattr(strategies, "STEPS", 4)
     monkeypatch.setattr(strategies, "BATCHES", 2)
     strategies.main(strategies.Config(DATA, tmp_path, panels=("four",), keys=1, tests=500))
     report = json.loads((tmp_path / "vgg19_strategies.json").read_text())
@@ -100,6 +105,7 @@ def test_strategies_of_vgg19_are_near_the_measured_ones(script, tmp_path, monkey
     assert found["l2"][0]["share_of_conv_weights"] == pytest.approx(0.00605, abs=1e-5)
     assert found["l2"][0]["accuracy"] == pytest.approx(0.374, abs=0.1)
     assert found["random"][0]["accuracy"] == pytest.approx(0.778, abs=0.06)
+    assert found["PSS, budgets"][0]["accuracy"] < found["l2"][0]["accuracy"]
     assert (tmp_path / "vgg19_strategies.png").stat().st_size > 10_000
 
 

@@ -1,5 +1,4 @@
-"""What a trained network's importance is, and what its levels give: the scripts, run as a user
-runs them, on tiny data."""
+"""The scripts for importance and the quality of levels, run as a user runs them, on tiny data."""
 
 import importlib
 import json
@@ -51,7 +50,7 @@ def run(script: str, *args, fails: str | None = None) -> list[dict]:
 
 @pytest.fixture
 def module(monkeypatch):
-    """Imports a module of the scripts, to call what a start of its own would take long to reach."""
+    """Imports a module of the scripts, to call functions that a script reaches slowly."""
     monkeypatch.syspath_prepend(ROOT / "train")
     # The scripts run with JAX's defaults, not with the tests' strict ones.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -132,7 +131,8 @@ def test_scores_say_what_is_encrypted(capsys):
             np.testing.assert_array_equal(opened[name], tensors[name])
     # The first level gives back the most important ones.
     first = sj.open_model(
-        "public.safetensors", sj.issue_grant("public.safetensors", level=1, secret=secret)
+        "public.safetensors",
+        sj.issue_grant("public.safetensors", level=1, secret=secret, signer="unsigned"),
     )
     closed = (first["dncnn.2.weight"] != tensors["dncnn.2.weight"]).any((2, 3), keepdims=True)
     assert closed.sum() == 64
@@ -141,8 +141,23 @@ def test_scores_say_what_is_encrypted(capsys):
 
 
 @pytest.mark.slow
+def test_importance_at_shares():
+    options = ("--shares", 0.01, 0.1, "--steps", 8, "--every", 4, "--out", "scores.safetensors")
+    rows = run("importance.py", *LEARN, *options)
+    groups = 16 + 16 * 16 + 16
+    assert [row["included"] for row in rows] == [groups // 100, groups // 10]
+    scores = np.concatenate([s.ravel() for s in load_file("scores.safetensors").values()])
+    assert (scores > 1.5).sum() == groups // 100
+    assert (scores > 0.5).sum() == groups // 10
+    with safe_open("scores.safetensors", framework="np") as file:
+        assert file.metadata() == {
+            "importance": "PSS, 0.01, 0.1, kernel", "steps": "8", "scope": "model", "seed": "0",
+        }  # fmt: skip
+
+
+@pytest.mark.slow
 def test_importance_killed_at_random_ends_as_an_unbroken_run():
-    """At any point of a step, or of a checkpoint, with checkpoints now here and now there."""
+    """Killed at any point of a step or checkpoint, with checkpoints at varying intervals."""
 
     def command(name: str, every: int) -> list[str]:
         out = ("--out", f"{name}.safetensors", "--checkpoints", f"{name}.kept")
@@ -312,7 +327,7 @@ CUSTOM = ("custom", "--weights", "mine.safetensors", "--loss", "my_losses:loss_f
 
 
 def learned_directly(mine, **options):
-    """By the library, without the script."""
+    """Computed by the library, without the script."""
     params, names = mine
     penalty = options.pop("penalty", 1e-3)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -354,7 +369,7 @@ def test_scores_of_a_network_of_ones_own_are_those_of_the_library(mine, batches)
 
 @pytest.mark.slow
 def test_options_for_a_network_of_ones_own(mine):
-    """In the layout of JAX a row is an input: a filter is a column."""
+    """In JAX's layout a row is an input, and a filter is a column."""
     options = ("--select", "^hidden$", "--granularity", "filter", "--layout", "HWIO")
     out = ("--out", "s.safetensors", "--steps", 10, "--rate", 0.05, "--objective", "keep")
     run("importance.py", *CUSTOM, "--batches", "batches.npz", *out, *options)
@@ -461,7 +476,7 @@ def released(tmp_path_factory):
     for name, shares in (("public", [0.2, 0.5]), ("other", [0.5])):
         path = folder / f"{name}.safetensors"
         sj.protect_file(folder / "plain", path, secret=SECRET, levels=shares)
-        grant = sj.issue_grant(path, level=1, secret=SECRET)
+        grant = sj.issue_grant(path, level=1, secret=SECRET, signer="unsigned")
         grant.write(folder / ("1.grant" if name == "public" else "other.grant"))
     SECRET.write(folder / "secret.key")
     sj.Secret.generate().write(folder / "other.key")
@@ -485,7 +500,7 @@ EVALUATE = ("evaluate.py", "dncnn", "--images", "images", "--sigma", 20, "--seed
 
 
 def by_hand(path: str, *, grant: str | None = None) -> dict[str, float]:
-    """PSNR by NumPy and SSIM by scikit-image, of the same noise."""
+    """PSNR by NumPy and SSIM by scikit-image, with the same noise."""
     tensors = load_file(path) if grant is None else sj.open_model(path, grant)
     model = model_of(tensors)
     model.eval()

@@ -36,7 +36,7 @@ def run(*args, script: str = "dncnn.py") -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def module(monkeypatch):
-    """Imports a module of the scripts, to call what a start of its own would take long to reach."""
+    """Imports a module of the scripts, to call functions that a script reaches slowly."""
     monkeypatch.syspath_prepend(ROOT / "train")
     # The scripts run with JAX's defaults, not with the tests' strict ones.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -167,7 +167,7 @@ def test_each_patch_has_a_deviation_of_its_own(module, sigma):
 
 @dataclass(frozen=True)
 class Numbers:
-    """Those of a script's command line."""
+    """The options of a script's command line."""
 
     steps: int = 1
     every: int = 1
@@ -202,7 +202,7 @@ def test_numbers_that_no_step_can_be_made_with(module, name, value):
 
 @dataclass(frozen=True)
 class Settings:
-    """As a script's command line."""
+    """A script's command line."""
 
     weight_decay: float
     out: Path

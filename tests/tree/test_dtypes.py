@@ -1,4 +1,4 @@
-"""What the package knows of dtypes is what their libraries say."""
+"""The package's table of dtypes agrees with their libraries."""
 
 import jax
 import jax.numpy as jnp

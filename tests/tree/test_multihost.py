@@ -1,4 +1,4 @@
-"""Several processes, each with devices of its own, as on several hosts."""
+"""Several processes, each with its own devices, as on several hosts."""
 
 import filecmp
 import json
@@ -132,7 +132,7 @@ def test_orbax_folders_of_one_process(tmp_path):
 
 
 def test_parts_of_a_spread_array_are_read_from_all_of_it(monkeypatch):
-    """As a search for equal tensors reads them; gathered once while it is held."""
+    """Reads as in the search for equal tensors; an array is gathered once while it is held."""
 
     class Spread:
         is_fully_addressable = False

@@ -57,7 +57,7 @@ class Struct:
 
 
 def filled(shapes: Any) -> Any:
-    """Arrays in place of their shapes: to run an initialiser takes a second to compile."""
+    """Arrays in place of shapes: compiling an initialiser takes a second."""
     rng = np.random.default_rng(0)
 
     def fill(leaf: Any) -> Any:
@@ -161,7 +161,7 @@ def test_the_whole_way(kind):
 
 
 def plain(tree: Any) -> Any:
-    """The same paths in dicts."""
+    """The same paths, in dicts."""
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else unfreeze(tree)
 
 

@@ -1,4 +1,4 @@
-"""Names, selectors, groups: what everything else stands on."""
+"""Names, selectors, groups: the basis of everything else."""
 
 import math
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Makes the vectors of the protected file: ``python tests/vectors/make_protected.py``.
 
-Files of version 1 stay as they are for ever, so this is run again for another version only. (Model
-ids and nonces are random: a second run gives other files.)
+Files of version 1 never change, so this is run again only for another version. (Model ids and
+nonces are random: a second run gives other files.)
 """
 
 import base64
@@ -53,7 +53,7 @@ def digests(path: Path) -> dict[str, str]:
 
 
 def flip(text: str, position: int) -> str:
-    """Another digit, or letter, in its place."""
+    """Replaces a digit or letter with another one."""
     return text[:position] + ("0" if text[position] != "0" else "1") + text[position + 1 :]
 
 
@@ -117,7 +117,7 @@ def make() -> None:
 
 
 def make_bad(path: Path):
-    """What has to be refused with the key of the top level, and why."""
+    """Files to refuse with the top level's key, and why."""
     head, data = take_apart(path)
     metadata = head["__metadata__"]
 

@@ -37,7 +37,8 @@ CONVOLUTIONS = r"^convs/\d+/kernel$"
 # Wong's palette, which colour-blind readers can tell apart.
 COLOURS = {
     "PSS, published": "#000000",
-    "PSS, break": "#D55E00",
+    "PSS, budgets": "#D55E00",
+    "PSS, break": "#F0A07A",
     "PSS, keep": "#E69F00",
     "random": "#999999",
     "descend": "#0072B2",
@@ -57,14 +58,14 @@ class Experiment:
     """Folder of the reference data."""
 
     out: Path = Path("docs/results")
-    """Folder for the results; made if it does not exist."""
+    """Folder for the results; created if it does not exist."""
 
 
 class Denoiser(NamedTuple):
     """A trained DnCNN and its test images.
 
     Attributes:
-        graph: of the network, in evaluation mode.
+        graph: the network's graph, in evaluation mode.
         state: its weights and running statistics.
         clean: images ``[n, H, W, C]`` in [0, 1].
         noisy: the same images with noise, not clipped.

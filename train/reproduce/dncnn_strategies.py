@@ -8,14 +8,16 @@ Encrypts the kernels that a strategy selects, with the Gaussian cipher, wrapped 
 PSNR without a key: with equal numbers of kernels in each of the paper's three layers, as in the
 release; and with the same numbers from all convolutions together, wherever each strategy ranks them
 highest. PSS is learned from photographs of scikit-image (colour) or from ``train400`` (grey), never
-from test images, for each of the two selections and both objectives. Writes
-``dncnn_strategies_NETWORK.json`` and ``.png``; a run that was killed resumes.
+from test images, for each of the two selections: at its numbers of kernels, and without a budget
+for both objectives. Writes ``dncnn_strategies_NETWORK.json`` and ``.png``; a run that was killed
+resumes.
 
 References:
     Tian, Zhou, Duan, CVPR 2021, section 4.2 and figure 4; and its published release.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,7 +46,9 @@ from _paper import (
 from _tasks import denoising_loss, patch_batches
 from rich.progress import Progress
 
-from selcrypt_jax import LosslessCipher, PSSConfig, nested_masks, pss
+from selcrypt_jax import LosslessCipher, PSSBudgets, PSSConfig, nested_masks, pss
+from selcrypt_jax._masks.ranks import Scope
+from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
 from selcrypt_jax.models._files import read_images, read_model
@@ -59,6 +63,7 @@ OBJECTIVES = {
     "break": PSSConfig("break", steps=100, penalty=2e-3, optimizer=optax.adam(0.1, eps=2e-3)),
     "keep": PSSConfig("keep", steps=100, penalty=1e-5, optimizer=optax.adam(0.1, eps=1e-5)),
 }
+STEPS = 200  # for all numbers of kernels together
 CLOSED_FORM = ("random", "descend", "ascend", "mean", "l2", "taylor", "fisher")
 BATCHES = 40
 
@@ -74,7 +79,7 @@ class Config(Experiment):
     """Number of protections under different keys, for PSS."""
 
     other_keys: int = 3
-    """The same for other strategies, and with the lossless cipher."""
+    """Number of protections for other strategies, and with the lossless cipher."""
 
     seeds: int = 3
     """Runs of PSS, and draws of "random"."""
@@ -127,7 +132,10 @@ def main(config: Config) -> None:
     name = f"dncnn_strategies_{config.network}"
     settings = {
         "keys": [config.keys, config.other_keys],
-        "pss": {k: described(v) for k, v in OBJECTIVES.items()},
+        "pss": {
+            "budgets": f"{STEPS} steps for all numbers of kernels",
+            **{k: described(v) for k, v in OBJECTIVES.items()},
+        },
     }
     cells = Cells(config.out / f".{name}.jsonl", settings)
     selections: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -135,23 +143,37 @@ def main(config: Config) -> None:
         "all layers": (CONVOLUTIONS, KERNELS_IN_ALL),
     }
 
-    def scores_of(strategy: str, select: str, seed: int) -> Any:
+    def groups_of(selection: str) -> tuple[Scope, int]:
+        """The scope of the counts, and how many kernels they are out of."""
+        groups = [
+            leaf.shape[-2] * leaf.shape[-1]
+            for name, leaf in named_leaves(state).leaves.items()
+            if re.search(selections[selection][0], name)
+        ]
+        return ("model", sum(groups)) if selection == "all layers" else ("leaf", groups[0])
+
+    def scores_of(strategy: str, selection: str, seed: int) -> Any:
+        select, counts = selections[selection]
         if strategy == "PSS, published":
             return published_scores(config.data, state)
         batches = batches_of(seed)
         if not strategy.startswith("PSS, "):
             return closed_form(strategy, state, select, loss_fn=loss_fn, batches=batches, seed=seed)
-        objective = OBJECTIVES[strategy.removeprefix("PSS, ")]
+        how: PSSConfig | PSSBudgets
+        if strategy == "PSS, budgets":
+            scope, total = groups_of(selection)
+            shares = [(count + 0.5) / total for count in counts]
+            how = PSSBudgets(shares, scope, steps=STEPS)
+        else:
+            how = OBJECTIVES[strategy.removeprefix("PSS, ")]
         key = jax.random.key(seed)
-        return pss(loss_fn, state, batches, key=key, config=objective, select=select)
+        return pss(loss_fn, state, batches, key=key, config=how, select=select)
 
     def quality(strategy: str, selection: str, seed: int) -> dict[str, Any]:
         """Number of kernels → dB by key; for PSS over all layers also with the lossless cipher."""
-        select, counts = selections[selection]
-        scores = scores_of(strategy, select, seed)
-        scope = "leaf" if selection == "each of three layers" else "model"
-        leaves = [np.size(leaf) for leaf in jax.tree.leaves(scores) if not isinstance(leaf, bool)]
-        total = leaves[0] if scope == "leaf" else sum(leaves)
+        counts = selections[selection][1]
+        scores = scores_of(strategy, selection, seed)
+        scope, total = groups_of(selection)
         found: dict[str, Any] = {}
         for count in counts:
             masks = nested_masks(scores, [(count + 0.5) / total], scope=scope)
@@ -171,7 +193,8 @@ def main(config: Config) -> None:
 
     work = []
     for selection in selections:
-        for strategy in ("PSS, published", *(f"PSS, {o}" for o in OBJECTIVES), *CLOSED_FORM):
+        learned = ("PSS, published", "PSS, budgets", *(f"PSS, {o}" for o in OBJECTIVES))
+        for strategy in (*learned, *CLOSED_FORM):
             published = strategy == "PSS, published"
             if published and (selection == "all layers" or config.network != "colour"):
                 continue
