@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from .. import (
-    PSSConfig,
+    PSSBudgets,
     Secret,
     decrypt,
     encrypt,
@@ -66,7 +66,7 @@ class Paper(NamedTuple):
 
 
 def learn(
-    subject: Subject, config: PSSConfig, *, seed: int, advance: Callable[[int], None]
+    subject: Subject, config: PSSBudgets, *, seed: int, advance: Callable[[int], None]
 ) -> PyTree:
     """Learned importance of the convolution kernels."""
     return pss(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from jaxtyping import PyTree
 from rich.console import Console
 
-from .. import PSSConfig
+from .. import PSSBudgets
 from .._io.errors import counted
 from .._io.places import writable_folder
 from .._io.progress import bars
@@ -28,7 +28,7 @@ class _Plan(NamedTuple):
     train: Callable[..., Subject]
     settings: dict[str, Any]
     goal: Goal
-    pss: PSSConfig
+    learning: int  # steps, for all budgets together
     budget: float
     budgets: tuple[float, ...]
     keys: int
@@ -41,7 +41,7 @@ _FULL = (
         train=train_vgg19,
         settings={"width": 0.25, "steps": 250, "trained_on": 0.5},
         goal=Goal((10, 40, 60, 80), tolerance=1, select=SELECT, steps=100),
-        pss=PSSConfig(steps=150, penalty=3e-2),
+        learning=90,
         budget=0.00025,
         budgets=(0.0001, 0.00025, 0.001, 0.005, 0.02, 0.08),
         keys=3,
@@ -54,13 +54,13 @@ _FULL = (
         # All but the outer layers, which are small: a few of their weights change a lot at once.
         # The tolerance suits level 0, whose mean PSNR has a standard error of 0.02 dB.
         goal=Goal((20.5, 22.8, 25, 27.5), tolerance=0.03, select="^convs/[1-8]/kernel$", steps=100),
-        pss=PSSConfig(steps=150),
+        learning=90,
         budget=0.02,
         budgets=(0.001, 0.0025, 0.005, 0.01, 0.02, 0.08),
         keys=3,
     ),
 )
-_HASTY = {"pss": PSSConfig(steps=10), "budget": 0.05, "budgets": (0.02, 0.05), "keys": 1}
+_HASTY = {"learning": 10, "budget": 0.05, "budgets": (0.02, 0.05), "keys": 1}
 _QUICK = (
     _FULL[0]._replace(
         settings={"width": 0.125, "steps": 200, "trained_on": 0.5},
@@ -93,7 +93,7 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
                     ("train", plan.settings["steps"]),
                     ("train without the file", plan.goal.steps),
                     ("search for the tiers", None),
-                    ("learn importance", plan.pss.steps),
+                    ("learn importance", plan.learning),
                     ("the paper's levels", measurements(plan.budgets, plan.keys)),
                 )
             ]
@@ -125,7 +125,8 @@ def run(config: DemoConfig, console: Console | None) -> dict[str, Result]:
             without_file = train_without_file(subject, plan.goal, advance=advance())
             with evaluations(plan) as evaluated:
                 tiers, opened = tiers_by_target(subject, plan.goal, without_file, advance=evaluated)
-            scores = learn(subject, plan.pss, seed=config.seed, advance=advance())
+            budgets = PSSBudgets(plan.budgets, "model", steps=plan.learning)
+            scores = learn(subject, budgets, seed=config.seed, advance=advance())
             paper = protect_and_measure(
                 subject,
                 scores,

@@ -142,3 +142,23 @@ def test_vgg19_has_the_accuracy_that_its_file_says(script):
     with safetensors.safe_open(path, framework="np") as file:
         expected = float(file.metadata()["test_accuracy_percent_float32"])
     assert 100 * found["accuracy"] == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@needs_data
+def test_order_of_pss(script, tmp_path, monkeypatch):
+    order = script("pss_order")
+    monkeypatch.setattr(order, "STEPS", 12)
+    monkeypatch.setattr(order, "KERNELS_IN_ALL", (10, 62))
+    order.main(order.OrderConfig(DATA, tmp_path))
+    report = json.loads((tmp_path / "pss_order.json").read_text())
+    assert [row["step"] for row in report["settled"]] == [4, 8, 12]
+    assert all(0 <= share <= 1 for row in report["settled"] for share in row["share"])
+    assert report["settled"][-1]["share"] == [1, 1]
+    # A budget keeps what it has once it is finished.
+    assert report["settled"][1]["share"][0] == 1
+    counts = np.array(list(report["selected"].values()))
+    assert counts.sum(0)[:2].tolist() == [10, 62]
+    assert (counts[:, 0] <= counts[:, 1]).all()
+    assert (tmp_path / "pss_order.png").stat().st_size > 10_000
