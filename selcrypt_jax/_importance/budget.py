@@ -104,6 +104,7 @@ class AtBudgets:
         damage = self._expected(self._sizes(self.frozen.arrays(params)), zeros, moments)
         return PSSBudgetState(damage, zeros, zeros, included, moments, jnp.int32(0), key)
 
+    @constants_move()
     def scores(self, state: PSSBudgetState) -> PyTree:
         """The groups of the smallest budget first; among equals, by estimated damage."""
         total = sum(jnp.abs(leaf).sum() for leaf in state.damage.values())
@@ -264,7 +265,9 @@ def _least(leaves: list[Array], count: Array) -> Array:
 
     def with_bit(index: Array, least: Array) -> Array:
         higher = least | (jnp.uint32(1 << 31) >> jnp.asarray(index, jnp.uint32))
-        above = jnp.stack([(leaf >= higher).sum(dtype=jnp.int32) for leaf in leaves]).sum()
+        above = jnp.stack([(leaf >= higher).sum(dtype=jnp.int32) for leaf in leaves]).sum(
+            dtype=jnp.int32
+        )
         return jnp.where(above >= count, higher, least)
 
     return jnp.where(count > 0, lax.fori_loop(0, 32, with_bit, jnp.uint32(0)), _MOST)
