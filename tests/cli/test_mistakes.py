@@ -117,6 +117,12 @@ COMMANDS = {
     "files in the wrong order": (
         "unlock alice.grant -o new -g public.safetensors",
         r"public.safetensors: expected UTF-8 text, a grant, got .* Name the file that selcrypt"),
+    "grant pasted on one line": (
+        f"{UNLOCK} pasted.grant", r"pasted.grant: .* a grant whose line breaks were lost. Copy it"),
+    "grant folded by a mail program": (
+        f"{UNLOCK} folded.grant", r"folded.grant: .* broken lines: .*, signer, key. Join each"),
+    "grant quoted in a mail": (
+        f"{UNLOCK} quoted.grant", r'quoted.grant: .* Keep only its own lines, without "> " and'),
     # --- the wrong key
     "grant as secret": (
         f"{GRANT} alice.grant", r"alice.grant: expected a secret, .* got a grant. Name the secret"),
@@ -391,6 +397,12 @@ def fill() -> list[str]:
     run(f"grant public.safetensors --level 2 {secret} -o alice.grant")
     run(f"grant public2.safetensors --level 2 {secret} -o bob.grant")
     run(f"rotate public.safetensors {secret} --signing keys/signing.key -o rotated.safetensors")
+    grant = Path("alice.grant").read_text()
+    Path("pasted.grant").write_text(grant.replace("\n", " "))
+    Path("folded.grant").write_text(re.sub("(.{40})", r"\1\n", grant))
+    Path("quoted.grant").write_text(re.sub("^", "> ", grant, flags=re.MULTILINE))
+    for name in ("pasted", "folded", "quoted"):
+        Path(f"{name}.grant").chmod(0o600)
     Path("words").write_text("correct horse\n")
     Path("bad_words").write_text("battery staple\n")
     Path("two_lines").write_text("correct\nhorse\n")
