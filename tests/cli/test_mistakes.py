@@ -117,6 +117,9 @@ COMMANDS = {
     "files in the wrong order": (
         "unlock alice.grant -o new -g public.safetensors",
         r"public.safetensors: expected UTF-8 text, a grant, got .* Name the file that selcrypt"),
+    "grant of another owner": (
+        f"{UNLOCK} other.grant",
+        r"public.safetensors: expected a file signed by .* or the grant .* another owner's: get"),
     "grant pasted on one line": (
         f"{UNLOCK} pasted.grant", r"pasted.grant: .* a grant whose line breaks were lost. Copy it"),
     "grant folded by a mail program": (
@@ -397,6 +400,11 @@ def fill() -> list[str]:
     run(f"grant public.safetensors --level 2 {secret} -o alice.grant")
     run(f"grant public2.safetensors --level 2 {secret} -o bob.grant")
     run(f"rotate public.safetensors {secret} --signing keys/signing.key -o rotated.safetensors")
+    run(
+        "protect model.safetensors -o theirs --secret other/secret.key "
+        "--signing other/signing.key --budget 0.3 --levels 3"
+    )
+    run("grant theirs --level 2 --secret other/secret.key -o other.grant")
     grant = Path("alice.grant").read_text()
     Path("pasted.grant").write_text(grant.replace("\n", " "))
     Path("folded.grant").write_text(re.sub("(.{40})", r"\1\n", grant))
