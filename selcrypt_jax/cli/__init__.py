@@ -70,8 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, _end)
     with warnings.catch_warnings():
-        for words in ("others may read this", "unlocked, not the original"):
-            warnings.filterwarnings("always", message=f"(?s).*{words}")
+        warnings.filterwarnings("always", message="(?s).*others may read this")
         warnings.showwarning = _show_warning
         return _run(sys.argv[1:] if args is None else list(args))
 
