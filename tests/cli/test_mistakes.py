@@ -109,7 +109,7 @@ COMMANDS = {
         f"{UNLOCK} alice.grant --level 0", r"level: expected 1..2, got 0. Level 0 needs no key"),
     "grant a level that is not there": (
         f"{GRANT} keys/secret.key --level 4",
-        r"public.safetensors: level: expected 1..3, got 4. Name one of these"),
+        r"public.safetensors: --level: expected 1..3, got 4. Name one of these"),
     "grant level 0": (
         f"{GRANT} keys/secret.key --level 0", r"level: expected 1..3, got 0. .* needs no key"),
     "grant a negative level": (
@@ -176,7 +176,8 @@ COMMANDS = {
     "age identity as secret": (
         f"{GRANT} id.txt", r"id.txt: expected a secret, .* got an age identity .* Name the secret"),
     "sealed grant without the identity": (
-        f"{UNLOCK} sealed.grant", r"sealed.grant: is sealed .* got none. Pass it: --identity FILE"),
+        f"{UNLOCK} sealed.grant",
+        r"sealed.grant: is sealed .* got none. Pass it: --identity FILE\.$"),
     "sealed grant, another identity": (
         f"{UNLOCK} sealed.grant --identity wrong.txt",
         r"sealed.grant: is not sealed to .* wrong.txt, .* Name another identity, or send"),
@@ -197,7 +198,7 @@ COMMANDS = {
         r"model.safetensors: the output already exists. Name another file, or .*--force"),
     "grant exists": (
         f"{GRANT} keys/secret.key --out alice.grant",
-        r"alice.grant: already exists, .* Name another file; .*--force"),
+        r"alice.grant: already exists, .* Name another file; with --force it is replaced"),
     "keys exist": (
         "keygen -o keys", r"keys/secret.key: already exists. Name another folder; --force would"),
     "output onto the input": (
@@ -234,11 +235,14 @@ COMMANDS = {
         "keygen -o model.safetensors",
         r"model.safetensors: expected a folder, got a file. Name another one"),
     # --- the wrong choice
+    "no tensors": (
+        PROTECT.replace("model.safetensors", "none.safetensors"),
+        r"none.safetensors: has no tensors, expected some to encrypt. Check that"),
     "select matches nothing": (
         f"{PROTECT} --select conv",
-        r"select: the regular expression 'conv' matches no leaf. There are: .* change `select`"),
+        r"--select: the regular expression 'conv' matches no leaf. .* change --select\.$"),
     "select is a shell pattern": (
-        f"{PROTECT} --select *.weight", r"select='\*.weight' is not a regular .* Write '\.\*' for"),
+        f"{PROTECT} --select *.weight", r"--select '\*.weight' is not a regular .* Write '\.\*'"),
     "budget in percent": (
         f"{PROTECT} --budget 8", r"budget: expected a share .* got 8.0. For 8 % pass 0.08"),
     "budget of nothing": (
@@ -250,7 +254,7 @@ COMMANDS = {
     "more levels than groups": (
         f"{PROTECT} --levels 5000", r"level 1 adds no groups.* Encrypt a larger share, use fewer"),
     "shares in percent": (
-        f"{PROTECT} --levels 2 5 8", r"levels\[0\]: .* got 2.0. For 2 % pass 0.02"),
+        f"{PROTECT} --levels 2 5 8", r"--levels, value 1: .* got 2.0. For 2 % pass 0.02"),
     "shares that descend": (
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
@@ -258,10 +262,10 @@ COMMANDS = {
         r"budget: expected only with a number of levels, .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
-        r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
+        r"dense.safetensors: --layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
     "nothing but integers": (
         "protect integers.safetensors -o new --secret keys/secret.key",
-        r"integers.safetensors: select: expected floats .* 'ids \(int64.* with `select`"),
+        r"integers.safetensors: --select: expected floats .* 'ids \(int64.* with --select"),
     "weights that are NaN": (
         "protect nan.safetensors -o new --secret keys/secret.key",
         r"nan.safetensors: .*'features.0.weight': expected numbers, got NaN .* repair them"),
@@ -307,10 +311,19 @@ COMMANDS = {
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
     "targets that descend": (
         f"{CALIBRATE} --targets 24 20 --evaluate mistaken:array",
-        r"targets\[1\]: expected ascending .* Sort"),
+        r"--targets, value 2: expected ascending .* Sort"),
     "a target without advice": (
         "audit demo -o report --target-advantage 0.2",
         "--target-advantage: expected only with --advise"),
+    "a first target that no encryption meets": (
+        f"{CALIBRATE} --targets 0.5 0.9 --evaluate mistaken:steps",
+        r"--targets, value 1: .* \(--small 0\), make the first target any, use smaller groups"),
+    "a target that is no number": (
+        f"{CALIBRATE} --targets 1 nan --evaluate mistaken:steps",
+        "--targets, value 2: expected a finite number, got nan. Only the first may be any, as bad"),
+    "a tolerance without targets": (
+        f"{PROTECT} --tolerance 1 --lower-is-better",
+        "^selcrypt: --tolerance, --lower-is-better: expected targets too, got none"),
     "no such audit": (
         "audit nothing.toml -o report",
         r"nothing.toml: expected demo, .* or a TOML file, got no .* Write one .* or try .* demo"),
@@ -332,6 +345,11 @@ def raises(tensors):
 
 def says(tensors):
     raise ValueError("Two lines.\\nAnd a stop.")
+
+def steps(tensors):
+    original = np.load("kernel.npy")
+    same = np.array_equal(tensors["features.0.weight"], original)
+    return 1.0 if same else 0.0
 
 def bare(tensors):
     raise AssertionError
@@ -380,6 +398,7 @@ def fill() -> list[str]:
     tensors = {"features.0.weight": kernel, "features.0.bias": bias, "classifier.weight": dense}
     save(tensors, "model.safetensors")
     save(tensors | {"features.0.weight": kernel + 1}, "second.safetensors")
+    save({}, "none.safetensors")
     save({"fc.weight": dense}, "dense.safetensors")
     save({"ids": np.arange(1000).reshape(10, 100)}, "integers.safetensors")
     broken = kernel.copy()
@@ -528,7 +547,13 @@ def test_a_wrong_command_is_answered_by_one_line(here, capsys, line, message):
 
 USAGE = {
     "layout that does not exist": (f"{PROTECT} --layout NHWC", "(?=.*'NHWC')(?=.*--layout).*HWIO"),
-    "budget with a sign": (f"{PROTECT} --budget 8%", "--budget.* '8%'"),
+    "budget with a sign": (f"{PROTECT} --budget 8%", "--budget: expected a number, got '8%'"),
+    "levels in words": (f"{PROTECT} --levels 0.1 two", "--levels: expected a number, got 'two'"),
+    "level in words": (f"{GRANT} keys/secret.key --level two", "--level: expected a whole .*'two'"),
+    "number of keys that is none": (
+        f"{CALIBRATE} --targets 1 2 --keys 1.5",
+        "--keys: expected a whole number, got '1.5'",
+    ),
     "option with a typing error": (f"{PROTECT} --levls 3", "--levls.* --levels"),
     "no secret": ("protect model.safetensors -o new", "--secret"),
     "no such command": (
