@@ -118,6 +118,19 @@ def test_the_commands_name_it(tmp_path, monkeypatch, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_the_help_says_which_files_say_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Grant(protected(plain(tmp_path / "plain", None), tmp_path / "public")).write("g")
+    line = ["unlock", "public", "-g", "g", "--level", "1", "-o"]
+    assert main([*line, "one"]) == main([*line, "exact", "--exact-bytes"]) == 0
+    assert Path("one").read_bytes() == Path("exact").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["unlock", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "A file whose original had no metadata never gets it" in words
+
+
 def test_folders_say_it_too(tmp_path):
     ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.PyTreeCheckpointer() as checkpointer:
