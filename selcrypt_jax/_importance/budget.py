@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray, PyTree
 
+from .._tree.names import constants_move
 from .._tree.shares import exact
 from .closed import batch_count
 from .config import PSSBudgets
@@ -93,12 +94,13 @@ class AtBudgets:
         self.counts = budget_counts(frozen, config)
         self.steps = config.steps
 
+    @constants_move()
     def init(self, params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSBudgetState:
         """The state before the first step; groups are believed to matter by their size."""
         self.frozen.check(params, batches, key, positive=True)
-        zeros = {n: jnp.zeros(shape) for n, shape in self.frozen.shapes.items()}
+        zeros = {n: jnp.zeros(shape, jnp.float32) for n, shape in self.frozen.shapes.items()}
         included = {name: leaf.astype(jnp.int8) for name, leaf in zeros.items()}
-        moments = jnp.zeros((2, 2)), jnp.zeros(2)
+        moments = jnp.zeros((2, 2), jnp.float32), jnp.zeros(2, jnp.float32)
         damage = self._expected(self._sizes(self.frozen.arrays(params)), zeros, moments)
         return PSSBudgetState(damage, zeros, zeros, included, moments, jnp.int32(0), key)
 
@@ -177,8 +179,11 @@ class AtBudgets:
     def _schedule(self, step: Array) -> tuple[Array, Array, Array]:
         """The budget of a step, the doubt left in it, and whether it is the last one for it."""
         budgets, steps = len(self.counts), self.config.steps
-        starts = jnp.asarray([steps * number // budgets for number in range(budgets + 1)])
-        stage = jnp.clip(jnp.searchsorted(starts, step, side="right") - 1, 0, budgets - 1)
+        ends = [steps * number // budgets for number in range(budgets + 1)]
+        starts = jnp.asarray(ends, jnp.int32)
+        stage = jnp.clip(
+            jnp.searchsorted(starts, step, side="right").astype(jnp.int32) - 1, 0, budgets - 1
+        )
         start, end = starts[stage], starts[stage + 1]
         left = (end - step).astype(jnp.float32) / (end - start).astype(jnp.float32)
         return stage, left, step + 1 == end
@@ -237,7 +242,7 @@ class AtBudgets:
         """The most important groups of a budget, with those that are kept."""
         names = self.frozen.names
         bits = {name: jnp.where(kept[name], _MOST, _ordered(values[name])) for name in names}
-        counts = jnp.asarray(self.counts)[stage]
+        counts = jnp.asarray(self.counts, jnp.int32)[stage]
         if self.config.scope == "model":
             least = _least(list(bits.values()), counts[0])
             return {name: leaf >= least for name, leaf in bits.items()}
@@ -258,8 +263,8 @@ def _least(leaves: list[Array], count: Array) -> Array:
     """The ``count``-th largest of all numbers, bit by bit: no sort, and no copy of the leaves."""
 
     def with_bit(index: Array, least: Array) -> Array:
-        higher = least | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        above = jnp.stack([(leaf >= higher).sum() for leaf in leaves]).sum()
+        higher = least | (jnp.uint32(1 << 31) >> jnp.asarray(index, jnp.uint32))
+        above = jnp.stack([(leaf >= higher).sum(dtype=jnp.int32) for leaf in leaves]).sum()
         return jnp.where(above >= count, higher, least)
 
     return jnp.where(count > 0, lax.fori_loop(0, 32, with_bit, jnp.uint32(0)), _MOST)

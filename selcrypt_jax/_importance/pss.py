@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._tree.groups import Granularity, Layout
 from .._tree.names import Selector, constants_move, listed
-from .budget import AtBudgets
+from .budget import AtBudgets, PSSBudgetState
 from .closed import LossFn, batch_count
 from .config import PSSBudgets, PSSConfig
 from .frozen import Frozen, Leaves, PSSMetrics
@@ -237,14 +237,24 @@ def _check_losses(loss: np.ndarray, config: PSSConfig | PSSBudgets, step: int) -
         )
 
 
-def _warn_of_ignored(same: dict[str, Array]) -> None:
+@constants_move()
+def _warn_of_ignored(state: PSSState | PSSBudgetState) -> None:
     """Warns of leaves that the loss does not depend on: all of their groups learned the same."""
-    ignored = [name for name, alike in same.items() if alike]
+    if isinstance(state, PSSBudgetState):
+        # A group that is not encrypted has a slope, unless the loss ignores it.
+        tried = state.tried
+        alike = {
+            name: (slope == 0).all() & (tried[name] > 0).any() & (tried[name] == 0).any()
+            for name, slope in state.slope.items()
+        }
+    else:
+        alike = {name: jnp.ptp(leaf) == 0 for name, leaf in state.log_alpha.items()}
+    ignored = [name for name, same in alike.items() if same]
     if ignored:
         warnings.warn(
             f"loss_fn: the loss does not depend on {listed(ignored)}, so nothing is learned of "
             "their importance. Exclude them with `select`, or use a loss that needs them.",
-            stacklevel=3,
+            stacklevel=4,  # past `constants_move`
         )
 
 
@@ -304,7 +314,7 @@ def pss(
         finite |= bool(np.isfinite(loss).any())
         # After one or two steps, Adam may have moved all gates alike.
         if done == 0 and chunk > 2 and isinstance(config, PSSConfig) and not config.layerwise:
-            _warn_of_ignored({n: jnp.ptp(leaf) == 0 for n, leaf in state.log_alpha.items()})
+            _warn_of_ignored(state)
         if progress is not None:
             progress(state, metrics)
     if not finite:
@@ -313,13 +323,5 @@ def pss(
             "overflows whatever is encrypted. Take smaller shares, or a wider dtype."
         )
     if isinstance(config, PSSBudgets):
-        # A group that is not encrypted has a slope, unless the loss ignores it.
-        _warn_of_ignored(
-            {
-                name: (slope == 0).all()
-                & (state.tried[name] > 0).any()
-                & (state.tried[name] == 0).any()
-                for name, slope in state.slope.items()
-            }
-        )
+        _warn_of_ignored(state)
     return learner.scores(state)

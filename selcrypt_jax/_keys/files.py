@@ -28,9 +28,12 @@ _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
 _MOST_WORK = 1 << 21  # KiB times iterations: about three seconds
 _SPACES = " \t\r"
 _SEALED = "-----BEGIN AGE ENCRYPTED FILE-----"
-# 32 bytes as base64, also URL-safe, or in hex; or the text of a key file, however damaged.
+# A line that is 32 bytes as base64, also URL-safe, or in hex; or a line of a key file, however
+# damaged. Not any line break: the names of files may have one.
 _KEY_ITSELF = re.compile(
-    r"[\r\n]|(^|\s)([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|^age-secret-key-|^-----begin", re.IGNORECASE
+    r"(^|\s)([a-z0-9+/_-]{43}=|[0-9a-f]{64})$|^(age-secret-key-|-----begin)"
+    r"|^(selcrypt-[a-z-]+-v\d+|key: \S+|sealed: \S+)\s",
+    re.IGNORECASE | re.MULTILINE,
 )
 
 

@@ -460,7 +460,7 @@ BAD = {
     "budget of nothing": (
         [60],
         {"budget": 1e-6},
-        r"budget: expected at least 1 groups, one per",
+        r"budget: expected at least 1 group, one per",
     ),
     "tolerance": ([60], {"tolerance": 0.0}, r"tolerance: expected a number above 0"),
     "keys": ([60], {"keys": 0}, r"keys: expected at least 1"),

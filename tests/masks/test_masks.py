@@ -296,7 +296,7 @@ def test_a_bad_share_of_small_leaves(share):
         (
             {"big": (64, 64), "s": (8,)},
             {"levels": 200, "selection": Select(small=0.02)},
-            r"\d+ of 4096 groups, from level \d+\). Encrypt",
+            r"\d+ of 4,096 groups, from level \d+\). Encrypt",
         ),
     ],
 )

@@ -151,7 +151,7 @@ def test_order_of_pss(script, tmp_path, monkeypatch):
     order = script("pss_order")
     monkeypatch.setattr(order, "STEPS", 12)
     monkeypatch.setattr(order, "KERNELS_IN_ALL", (10, 62))
-    order.main(order.OrderConfig(DATA, tmp_path))
+    order.main(order.Config(DATA, tmp_path))
     report = json.loads((tmp_path / "pss_order.json").read_text())
     assert [row["step"] for row in report["settled"]] == [4, 8, 12]
     assert all(0 <= share <= 1 for row in report["settled"] for share in row["share"])

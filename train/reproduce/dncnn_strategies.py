@@ -102,14 +102,14 @@ def photographs() -> list[np.ndarray]:
     return images
 
 
-def read(config: Config) -> tuple[Denoiser, Any]:
+def read(data: Path, network: str) -> tuple[Denoiser, Any]:
     """The network, and ``seed -> batches`` to learn from."""
-    if config.network == "colour":
-        subject, images, sigma, patch = colour_denoiser(config.data), photographs(), 50, 48
+    if network == "colour":
+        subject, images, sigma, patch = colour_denoiser(data), photographs(), 50, 48
     else:
-        sigma, patch = int(config.network[1:]), 40
-        folder = config.data / "dncnn_gray"
-        model = read_model(folder / f"dncnn_{config.network}.safetensors", DnCNN)
+        sigma, patch = int(network[1:]), 40
+        folder = data / "dncnn_gray"
+        model = read_model(folder / f"dncnn_{network}.safetensors", DnCNN)
         images = read_images(folder / "train400", split="train", channels=1)
         tests = read_images(folder / "set12", split="test", channels=1)
         clean = np.stack([centre(image, 128) for image in tests]).astype(np.float32) / 255
@@ -126,7 +126,7 @@ def read(config: Config) -> tuple[Denoiser, Any]:
 
 def main(config: Config) -> None:
     """Runs the experiment; see `Config`."""
-    subject, batches_of = read(config)
+    subject, batches_of = read(config.data, config.network)
     state = subject.state
     loss_fn = denoising_loss(subject.graph)
     name = f"dncnn_strategies_{config.network}"

@@ -20,9 +20,9 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 import tyro
-from _paper import CONVOLUTIONS, provenance, write_report
+from _paper import CONVOLUTIONS, Experiment, provenance, write_report
 from _tasks import denoising_loss
-from dncnn_strategies import KERNELS_IN_ALL, STEPS, Config, read
+from dncnn_strategies import KERNELS_IN_ALL, STEPS, read
 
 from selcrypt_jax import PSSBudgets, nested_masks, pss_learner
 from selcrypt_jax._tree.names import named_leaves
@@ -32,7 +32,7 @@ MAPS = 3
 
 
 @dataclass(frozen=True)
-class OrderConfig(Config):
+class Config(Experiment):
     """The network, and the location of the data."""
 
     network: Literal["colour", "s15", "s25", "s50"] = "s25"
@@ -42,9 +42,9 @@ class OrderConfig(Config):
     """Seed of the gates, the noise and the batches."""
 
 
-def main(config: OrderConfig) -> None:
-    """Learns, and draws; see `OrderConfig`."""
-    subject, batches_of = read(config)
+def main(config: Config) -> None:
+    """Learns, and draws; see `Config`."""
+    subject, batches_of = read(config.data, config.network)
     state = subject.state
     groups = sum(
         leaf.shape[-2] * leaf.shape[-1]
@@ -142,4 +142,4 @@ def plot(report: dict[str, Any], last: list[dict[str, np.ndarray]], path: Path) 
 
 
 if __name__ == "__main__":
-    main(tyro.cli(OrderConfig, description=__doc__))
+    main(tyro.cli(Config, description=__doc__))
