@@ -174,7 +174,8 @@ class Envelope:
             raise IntegrityError(
                 f"{self.what}: expected a file signed by {signer.hex()}, got one "
                 + (f"signed by {actual.hex()}" if actual else "without a signature")
-                + ". It is someone else's, or was altered: download it from its owner.",
+                + ". It is altered or not theirs: download it from its owner; or the grant or key "
+                "is another owner's: get this file's.",
                 reason="signer",
             )
         message = signed_message(self.text, self.boxes)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 
 from .._io.strict_json import json_object
 from .._keys.keys import MODEL_ID_BYTES
@@ -41,11 +40,15 @@ def unlocked_level(metadata: Own) -> str | None:
     return f"level {level} of {levels} of model {model_id}, unlocked"
 
 
-def warn_if_unlocked(metadata: Own, what: str) -> None:
-    """Warns before a level is protected instead of the original."""
+def check_original(metadata: Own, what: str) -> None:
+    """Refuses to protect a level instead of the original: its top level would be the damaged one.
+
+    Raises:
+        ValueError: the file says that it was unlocked below the top level.
+    """
     if (found := unlocked_level(metadata)) is not None:
-        warnings.warn(
-            f"{what}: is {found}, not the original: the weights of higher levels are still "
-            "encrypted in it. Protect the original.",
-            stacklevel=3,
+        raise ValueError(
+            f"{what}: expected the original, got {found}: the weights of higher levels are still "
+            "encrypted in it. Protect the original, or unlock the top level. If you do want to "
+            "protect this level, unlock it with exact_bytes=True."
         )

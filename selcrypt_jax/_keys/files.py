@@ -27,6 +27,7 @@ _KDF = "argon2id iterations={iterations} lanes={lanes} memory-kib={memory_kib}"
 _LIMITS = {"iterations": 16, "lanes": 16, "memory_kib": 1 << 20}
 _MOST_WORK = 1 << 21  # KiB times iterations: about three seconds
 _SPACES = " \t\r"
+_SEALED = "-----BEGIN AGE ENCRYPTED FILE-----"
 # A line that is 32 bytes as base64, also URL-safe, or in hex; or a line of a key file, however
 # damaged. Not any line break: the names of files may have one.
 _KEY_ITSELF = re.compile(
@@ -277,7 +278,7 @@ def text_lines(data: bytes, what: str, expected: str, remedy: str) -> list[str]:
 def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str]]:
     """The fields, and the lines that the checksum covers. No message shows a line of the file."""
     lines = text_lines(data, what, kind.called, f"Name {kind.made}.")
-    _check_kind(lines[0] if lines else "", what, kind)
+    _check_kind(lines, what, kind)
     if any(line.startswith("selcrypt-") for line in lines[1:]):
         message = f"{what}: expected one key per file, got more than one. Split the file."
         raise GrantError(message, reason="kind")
@@ -289,6 +290,8 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     missing = [name for name in needed if name not in fields]
     if missing or not fields.keys() <= {*known} or len(fields) < len(pairs):
         got = f"no {', '.join(missing)}" if missing else "unknown or repeated ones too"
+        if not missing:
+            _check_lines([name for name, _ in pairs], what, kind)
         raise damaged(what, f"expected the fields {', '.join(needed)}, got {got}")
     order = [name for name in known if name in fields and name != "checksum"]
     canonical = [f"{kind.name}-v1", *(f"{name}: {fields[name]}" for name in order)]
@@ -297,20 +300,62 @@ def _parse(data: bytes, what: str, kind: Kind) -> tuple[dict[str, str], list[str
     return fields, canonical
 
 
-def _check_kind(first: str, what: str, kind: Kind) -> None:
+def _check_kind(lines: Sequence[str], what: str, kind: Kind) -> None:
+    first = lines[0] if lines else ""
     name, _, version = first.rpartition("-v")
-    if (name, version) == (kind.name, "1"):
+    start = f"{kind.name}-v1"
+    if first == start:
         return
     if name == kind.name and version.isdecimal():
         problem = f"expected version 1, got version {version[:9]}. Update selcrypt-jax."
+    elif first.startswith(start):
+        problem = (
+            f"expected one field per line, got {kind.called} whose line breaks were lost. Copy it "
+            "again with its line breaks, or ask for the file itself instead of its text."
+        )
     else:
         actual = "a file that is not selcrypt's" if first else "an empty file"
-        for start, text in _OTHERS.items():
-            if first.startswith(start):
+        for begin, text in _OTHERS.items():
+            if first.startswith(begin):
                 actual = text
-        problem = f"expected {kind.called}, which begins with {kind.name}-v1, got {actual}. Name "
-        problem += f"{kind.made}."
+        remedy = f"Name {kind.made}."
+        marks = (start, _SEALED) if kind is GRANT else (start,)
+        if any(mark in line for mark in marks for line in lines):
+            actual = "other text or a > before it"
+            remedy = 'Keep only its own lines, without "> " and without the text around them.'
+        problem = f"expected {kind.called}, which begins with {start}, got {actual}. {remedy}"
     raise GrantError(f"{what}: {problem}", reason="kind")
+
+
+def _check_lines(names: Sequence[str], what: str, kind: Kind) -> None:
+    """Names the lines that a mail program folded, or that are not the file's.
+
+    Args:
+        names: the names of the fields, in order; of other lines, any text, which may be secret.
+        what: the file, for messages.
+        kind: the expected kind.
+    """
+    known = {*kind.fields, "kdf", "salt", "sealed", "key", "checksum"}
+    folded: list[str] = []
+    last = "comment"  # directly below the first line
+    for name in names:
+        if name in known:
+            last = name
+        elif last not in folded:
+            folded.append(last)
+    if folded == ["checksum"]:  # too short to be folded
+        raise GrantError(
+            f"{what}: expected nothing below the checksum, got other text. Keep only the lines "
+            f"from {kind.name}-v1 to the checksum.",
+            reason="damaged",
+        )
+    if folded:
+        raise GrantError(
+            f"{what}: expected one field per line, got broken lines: {', '.join(folded)}. Join "
+            "each with the lines below it that have no name, or ask for the file itself instead of "
+            "its text.",
+            reason="damaged",
+        )
 
 
 def _unlocked(

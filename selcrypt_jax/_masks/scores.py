@@ -64,9 +64,15 @@ def scores_for(
         The scores, and the layout of the kernels; None for given scores, whose shapes decide.
 
     Raises:
-        ValueError: nothing is selected, scores that do not fit, options that exclude each other.
+        ValueError: no tensors, nothing selected, scores that do not fit, options that exclude each
+            other.
         OSError: a file of scores that cannot be read.
     """
+    if not source.tensors:
+        raise ValueError(
+            f"{what}: has no tensors, expected some to encrypt. Check that it is the right "
+            "checkpoint, and save it again if its weights were lost."
+        )
     importance = selection.importance
     if not (isinstance(importance, str) and importance in STRATEGIES):
         for name in ("granularity", "layout"):

@@ -14,7 +14,7 @@ from .._calibrate.targets import Targets
 from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import check_unprotected
 from .._format.manifest import Rest
-from .._format.unlocked import warn_if_unlocked
+from .._format.unlocked import check_original
 from .._io.arrays import as_array
 from .._io.companions import Companions
 from .._io.places import check_output
@@ -236,9 +236,9 @@ def calibrate_file(
     with open_original(path) as checkpoint, ExitStack() as stack:
         for file in checkpoint.files.values():
             check_unprotected(file.metadata, str(file.path))
+            check_original(file.metadata, str(file.path))
         check_scores(selection, checkpoint)
         metadata = next(iter(checkpoint.files.values())).metadata or {}
-        warn_if_unlocked(metadata, str(checkpoint.path))
         scores, _ = scores_for(
             checkpoint, selection, stack, metadata=metadata, what=str(checkpoint.path)
         )
@@ -255,15 +255,15 @@ def calibrate_file(
 
 
 def check_plain(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint that is already protected, or that the safetensors library refuses.
+    """Refuses a checkpoint that is protected, unlocked below the top level, or malformed.
 
-    Warns about one that was unlocked below the top level.
+    Malformed is what the safetensors library refuses.
     """
     for file in checkpoint.files.values():
         check_unprotected(file.metadata, str(file.path))
+        check_original(file.metadata, str(file.path))
         if isinstance(file, SafetensorsFile):
             file.ask_stock_reader()
-    warn_if_unlocked(next(iter(checkpoint.files.values())).metadata, str(checkpoint.path))
 
 
 def check_scores(selection: Select, checkpoint: Checkpoint, output: AnyPath | None = None) -> None:

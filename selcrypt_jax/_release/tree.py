@@ -17,7 +17,7 @@ from .._ciphers.lossless import LosslessCipher
 from .._format.envelope import Envelope, check_unprotected
 from .._format.manifest import Rest
 from .._format.tensors import Unlocked, check_table
-from .._format.unlocked import warn_if_unlocked
+from .._format.unlocked import check_original
 from .._io.arrays import ArraySource, as_array
 from .._io.atomic import new_file
 from .._io.safetensors import header
@@ -259,7 +259,7 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
     """Refuses parameters and metadata that cannot be released.
 
     Raises:
-        ValueError: metadata uses a reserved name.
+        ValueError: metadata uses a reserved name, or is that of a level.
         TypeError: parameters are traced, or metadata is not text.
     """
     metadata_ok = metadata is None or isinstance(metadata, Mapping)
@@ -269,7 +269,7 @@ def _check_release(params: PyTree, metadata: Mapping[str, str] | None) -> None:
             "str or json.dumps."
         )
     check_unprotected(metadata, "metadata")
-    warn_if_unlocked(metadata, "params")
+    check_original(metadata, "params")
     leaves = named_leaves(params).leaves
     for text in (*leaves, *(metadata or {}), *(metadata or {}).values()):
         if text.encode(errors="replace").decode() != text:

@@ -122,7 +122,8 @@ def unlock_file(
         signer: the owner's public key, or its file: refuse a file that is unsigned or signed by
             anyone else. A grant of a signed file enforces this by itself; a level key does not.
         exact_bytes: leave out the metadata entry ``selcrypt-unlocked``, which names the level and
-            the model of a file below the top level.
+            the model of a file below the top level. A file without metadata never gets it: some
+            loaders refuse metadata that names no framework.
         copy_config: also copy the other files of a folder: configuration, tokenizer, and everything
             else that cannot be weights, including subfolders. Links that lead out of the folder,
             hidden files and keys are left out. Only the weights are signed and checked, not these

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from ._help import Filled, one_line_each, summary_of
+from ._help import Filled, as_typed, one_line_each, options_of, summary_of
 from ._memory import check_memory
 from ._text import note
 
@@ -70,8 +70,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             signal.signal(number, _end)
     with warnings.catch_warnings():
-        for words in ("others may read this", "unlocked, not the original"):
-            warnings.filterwarnings("always", message=f"(?s).*{words}")
+        warnings.filterwarnings("always", message="(?s).*others may read this")
         warnings.showwarning = _show_warning
         return _run(sys.argv[1:] if args is None else list(args))
 
@@ -85,6 +84,7 @@ def _run(args: list[str]) -> int:
         args = ["version"]
     # Build only the parser that is needed.
     names = args[:1] if args and args[0] in COMMANDS else COMMANDS
+    options: set[str] = set()
     try:
         check_memory(args[0] if args else "")
         import tyro  # here, so that a failed import is reported too
@@ -93,6 +93,8 @@ def _run(args: list[str]) -> int:
 
         stdout: Any = sys.stdout
         functions = {name: command(name) for name in names}
+        if names is not COMMANDS:
+            options = options_of(functions[args[0]])
         if stdout is not None and {"-h", "--help"}.intersection(args):
             stdout = Filled(stdout)
             if names is COMMANDS:
@@ -114,10 +116,11 @@ def _run(args: list[str]) -> int:
     except OSError as error:
         # str(error) begins with a number and ends with the path.
         known = error.strerror is not None and error.filename is not None
-        _complain(f"{error.filename}: {_reason(error)}" if known else str(error))
+        text = f"{error.filename}: {_reason(error)}" if known else as_typed(str(error), options)
+        _complain(text)
         return 1
     except ValueError as error:
-        _complain(str(error))
+        _complain(as_typed(str(error), options))
         return 1
     except ImportError as error:
         _complain(_missing(error))

@@ -45,7 +45,8 @@ def unlock(
         signer: The owner's signing.pub: refuse a file that is unsigned or signed by anyone else.
             Grants of signed files enforce this by themselves.
         exact_bytes: Leave out the metadata entry selcrypt-unlocked, which names the level and the
-            model of a file below the top level.
+            model of a file below the top level. A file whose original had no metadata never gets
+            it, since some loaders refuse metadata that names no framework.
         copy_config: Also copy the other files of a folder: configuration, tokenizer, and
             everything else that cannot be weights. Only the weights are checked.
         opening: How the grant is opened.

@@ -1,9 +1,11 @@
-"""The help of the commands: paragraphs that fill the width of the terminal."""
+"""The help of the commands, filled to the terminal's width; options as typed, in messages."""
 
 import inspect
 import re
 import shutil
 import textwrap
+from collections.abc import Collection
+from dataclasses import fields, is_dataclass
 from typing import Any, TextIO
 
 
@@ -26,6 +28,54 @@ def summary_of(command: Any) -> Any:
 
     listed.__doc__ = command.__doc__.partition("\n")[0]
     return listed
+
+
+def options_of(command: Any) -> set[str]:
+    """The options of a command, by their names in Python."""
+    from tyro.conf import Positional  # here, so that a failed import is reported
+
+    found = set()
+    for name, kind in command.__annotations__.items():
+        kind, marks = getattr(kind, "__origin__", kind), getattr(kind, "__metadata__", ())
+        if is_dataclass(kind):
+            found |= {option.name for option in fields(kind)}
+        elif Positional not in marks:
+            found.add(name)
+    # Messages say this of the words themselves, not of the option that asks for them.
+    return found - {"passphrase", "return"}
+
+
+def as_typed(text: str, options: Collection[str]) -> str:
+    """A message for Python, with options as they are typed on the command line.
+
+    Args:
+        text: the message: it names an option with a colon after it, at its start or after another
+            colon; in backquotes; or as an argument, such as ``small=0`` or ``force=True``.
+        options: the names in Python of the options that there are.
+    """
+    if not options:
+        return text
+
+    def typed(name: str) -> str:
+        return "--" + name.replace("_", "-")
+
+    def argument(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        value = value[1:-1] if value[1:-1].isalnum() and value[0] == "'" else value
+        return typed(name) if value == "True" else f"{typed(name)} {value}"
+
+    def subject(found: re.Match[str]) -> str:
+        start, name, index = found.groups()
+        return f"{start}{typed(name)}{f', value {int(index) + 1}' if index else ''}:"
+
+    name = f"({'|'.join(sorted(options))})"
+    value = r"(True|\d[\d.]*\d|\d|'[^']*')"
+    both = r"(?: \(--[a-z-]+\)|, --[a-z-]+)?"  # where a message has the option beside it
+    text = re.sub(rf"(?<![\w.]){name}={value}{both}", argument, text)
+    text = re.sub(rf"(^|: ){name}(?:\[(\d+)\])?:", subject, text)
+    text = re.sub(f"`{name}`", lambda found: typed(found[1]), text)
+    text = re.sub(r'(?<=first target )None\b|None \("any"\)', "any", text)
+    return re.sub(r", or (Grant\.)?read\([^)]*\)", "", text)  # next to the option
 
 
 class Filled:

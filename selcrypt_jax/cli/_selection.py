@@ -154,7 +154,7 @@ def levels_of(levels: Levels, goal: Goal) -> Any:
         return goal.read()
     alone = [o.name for o in fields(Goal) if getattr(goal, o.name) != o.default]
     if alone:
-        names = ", ".join(name.replace("_", "-") for name in alone)
+        names = ", ".join("--" + name.replace("_", "-") for name in alone)
         raise ValueError(f"{names}: expected targets too, got none. Add --targets.")
     return 5 if levels is None else levels
 

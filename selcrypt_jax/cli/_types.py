@@ -1,4 +1,4 @@
-"""How the command line shows optional values: without Python's None and ()."""
+"""How the command line reads and shows values: without Python's None, () and int()."""
 
 import dataclasses
 from types import NoneType, UnionType
@@ -14,6 +14,18 @@ def plain_types() -> ConstructorRegistry:
     () is shown as nothing.
     """
     registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def number(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type not in _NUMBERS:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar=info.type.__name__.upper(),
+            instance_from_str=lambda words: _number(info.type, words[0]),
+            is_instance=lambda value: isinstance(value, (int, info.type)),
+            str_from_instance=lambda value: [str(value)],
+        )
 
     @registry.primitive_rule
     def optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
@@ -37,6 +49,18 @@ def plain_types() -> ConstructorRegistry:
         )
 
     @registry.primitive_rule
+    def number_or_shares(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
+        if info.type != int | tuple[float, ...] | None:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs="*",
+            metavar="INT|SHARE [SHARE ...]",
+            instance_from_str=_number_or_shares,
+            is_instance=lambda value: value is None or isinstance(value, int | tuple),
+            str_from_instance=lambda value: [] if value is None else [str(value)],
+        )
+
+    @registry.primitive_rule
     def several(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
         if info.type != tuple[str, ...] or info.markers:
             return None
@@ -49,3 +73,19 @@ def plain_types() -> ConstructorRegistry:
         )
 
     return registry
+
+
+_NUMBERS = {int: "a whole number", float: "a number"}
+
+
+def _number(kind: Any, word: str) -> Any:
+    try:
+        return kind(word)
+    except ValueError:
+        raise ValueError(f"expected {_NUMBERS[kind]}, got {word!r}") from None
+
+
+def _number_or_shares(words: list[str]) -> int | tuple[float, ...]:
+    if len(words) == 1 and words[0].lstrip("+-").isdecimal():
+        return int(words[0])
+    return tuple(_number(float, word) for word in words)

@@ -106,7 +106,7 @@ def test_levels_below_what_is_reached_without_the_file_are_marked(capsys):
     assert main(f"{line}psnr --reference nan".split()) == 1
     said = capsys.readouterr().err
     assert said.startswith(
-        "selcrypt: reference: expected a finite number, got nan. Give the metric"
+        "selcrypt: --reference: expected a finite number, got nan. Give the metric"
     )
 
 
@@ -135,11 +135,11 @@ def test_protect_says_that_nothing_was_measured_and_what_does_it(capsys):
 
 
 MISTAKES = {
-    "metrics_of_levels": "evaluate: expected an import path module:function, got",
-    "metrics_of_levels:no": "evaluate: expected 'metrics_of_levels:no' to import, got Attrib",
-    "metrics_of_levels:text": "metrics_of_levels:text: evaluate: expected a number, got str",
-    "metrics_of_levels:fails": "evaluate: metrics_of_levels:fails raised KeyError in line ",
-    "metrics_of_levels:nothing": "evaluate: expected a finite number, got nan, at level 3. ",
+    "metrics_of_levels": "--evaluate: expected an import path module:function, got",
+    "metrics_of_levels:no": "--evaluate: expected 'metrics_of_levels:no' to import, got Attrib",
+    "metrics_of_levels:text": "metrics_of_levels:text: --evaluate: expected a number, got str",
+    "metrics_of_levels:fails": "--evaluate: metrics_of_levels:fails raised KeyError in line ",
+    "metrics_of_levels:nothing": "--evaluate: expected a finite number, got nan, at level 3. ",
 }
 
 

@@ -109,7 +109,7 @@ COMMANDS = {
         f"{UNLOCK} alice.grant --level 0", r"level: expected 1..2, got 0. Level 0 needs no key"),
     "grant a level that is not there": (
         f"{GRANT} keys/secret.key --level 4",
-        r"public.safetensors: level: expected 1..3, got 4. Name one of these"),
+        r"public.safetensors: --level: expected 1..3, got 4. Name one of these"),
     "grant level 0": (
         f"{GRANT} keys/secret.key --level 0", r"level: expected 1..3, got 0. .* needs no key"),
     "grant a negative level": (
@@ -117,6 +117,15 @@ COMMANDS = {
     "files in the wrong order": (
         "unlock alice.grant -o new -g public.safetensors",
         r"public.safetensors: expected UTF-8 text, a grant, got .* Name the file that selcrypt"),
+    "grant of another owner": (
+        f"{UNLOCK} other.grant",
+        r"public.safetensors: expected a file signed by .* or the grant .* another owner's: get"),
+    "grant pasted on one line": (
+        f"{UNLOCK} pasted.grant", r"pasted.grant: .* a grant whose line breaks were lost. Copy it"),
+    "grant folded by a mail program": (
+        f"{UNLOCK} folded.grant", r"folded.grant: .* broken lines: .*, signer, key. Join each"),
+    "grant quoted in a mail": (
+        f"{UNLOCK} quoted.grant", r'quoted.grant: .* Keep only its own lines, without "> " and'),
     # --- the wrong key
     "grant as secret": (
         f"{GRANT} alice.grant", r"alice.grant: expected a secret, .* got a grant. Name the secret"),
@@ -167,7 +176,8 @@ COMMANDS = {
     "age identity as secret": (
         f"{GRANT} id.txt", r"id.txt: expected a secret, .* got an age identity .* Name the secret"),
     "sealed grant without the identity": (
-        f"{UNLOCK} sealed.grant", r"sealed.grant: is sealed .* got none. Pass it: --identity FILE"),
+        f"{UNLOCK} sealed.grant",
+        r"sealed.grant: is sealed .* got none. Pass it: --identity FILE\.$"),
     "sealed grant, another identity": (
         f"{UNLOCK} sealed.grant --identity wrong.txt",
         r"sealed.grant: is not sealed to .* wrong.txt, .* Name another identity, or send"),
@@ -188,7 +198,7 @@ COMMANDS = {
         r"model.safetensors: the output already exists. Name another file, or .*--force"),
     "grant exists": (
         f"{GRANT} keys/secret.key --out alice.grant",
-        r"alice.grant: already exists, .* Name another file; .*--force"),
+        r"alice.grant: already exists, .* Name another file; with --force it is replaced"),
     "keys exist": (
         "keygen -o keys", r"keys/secret.key: already exists. Name another folder; --force would"),
     "output onto the input": (
@@ -225,11 +235,14 @@ COMMANDS = {
         "keygen -o model.safetensors",
         r"model.safetensors: expected a folder, got a file. Name another one"),
     # --- the wrong choice
+    "no tensors": (
+        PROTECT.replace("model.safetensors", "none.safetensors"),
+        r"none.safetensors: has no tensors, expected some to encrypt. Check that"),
     "select matches nothing": (
         f"{PROTECT} --select conv",
-        r"select: the regular expression 'conv' matches no leaf. There are: .* change `select`"),
+        r"--select: the regular expression 'conv' matches no leaf. .* change --select\.$"),
     "select is a shell pattern": (
-        f"{PROTECT} --select *.weight", r"select='\*.weight' is not a regular .* Write '\.\*' for"),
+        f"{PROTECT} --select *.weight", r"--select '\*.weight' is not a regular .* Write '\.\*'"),
     "budget in percent": (
         f"{PROTECT} --budget 8", r"budget: expected a share .* got 8.0. For 8 % pass 0.08"),
     "budget of nothing": (
@@ -241,7 +254,7 @@ COMMANDS = {
     "more levels than groups": (
         f"{PROTECT} --levels 5000", r"level 1 adds no groups.* Encrypt a larger share, use fewer"),
     "shares in percent": (
-        f"{PROTECT} --levels 2 5 8", r"levels\[0\]: .* got 2.0. For 2 % pass 0.02"),
+        f"{PROTECT} --levels 2 5 8", r"--levels, value 1: .* got 2.0. For 2 % pass 0.02"),
     "shares that descend": (
         f"{PROTECT} --levels 0.3 0.2", r"levels: expected ascending .* 0.2 after 0.3. Sort"),
     "shares and a budget": (
@@ -249,10 +262,10 @@ COMMANDS = {
         r"budget: expected only with a number of levels, .* Omit the budget"),
     "filters of what layout": (
         "protect dense.safetensors -o new --secret keys/secret.key --granularity filter",
-        r"dense.safetensors: layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
+        r"dense.safetensors: --layout: cannot tell .* Name it \(--layout\): OIHW .* or HWIO"),
     "nothing but integers": (
         "protect integers.safetensors -o new --secret keys/secret.key",
-        r"integers.safetensors: select: expected floats .* 'ids \(int64.* with `select`"),
+        r"integers.safetensors: --select: expected floats .* 'ids \(int64.* with --select"),
     "weights that are NaN": (
         "protect nan.safetensors -o new --secret keys/secret.key",
         r"nan.safetensors: .*'features.0.weight': expected numbers, got NaN .* repair them"),
@@ -298,10 +311,19 @@ COMMANDS = {
         r"mistaken:array: .* expected a number, got ndarray. Return the metric alone"),
     "targets that descend": (
         f"{CALIBRATE} --targets 24 20 --evaluate mistaken:array",
-        r"targets\[1\]: expected ascending .* Sort"),
+        r"--targets, value 2: expected ascending .* Sort"),
     "a target without advice": (
         "audit demo -o report --target-advantage 0.2",
         "--target-advantage: expected only with --advise"),
+    "a first target that no encryption meets": (
+        f"{CALIBRATE} --targets 0.5 0.9 --evaluate mistaken:steps",
+        r"--targets, value 1: .* \(--small 0\), make the first target any, use smaller groups"),
+    "a target that is no number": (
+        f"{CALIBRATE} --targets 1 nan --evaluate mistaken:steps",
+        "--targets, value 2: expected a finite number, got nan. Only the first may be any, as bad"),
+    "a tolerance without targets": (
+        f"{PROTECT} --tolerance 1 --lower-is-better",
+        "^selcrypt: --tolerance, --lower-is-better: expected targets too, got none"),
     "no such audit": (
         "audit nothing.toml -o report",
         r"nothing.toml: expected demo, .* or a TOML file, got no .* Write one .* or try .* demo"),
@@ -323,6 +345,11 @@ def raises(tensors):
 
 def says(tensors):
     raise ValueError("Two lines.\\nAnd a stop.")
+
+def steps(tensors):
+    original = np.load("kernel.npy")
+    same = np.array_equal(tensors["features.0.weight"], original)
+    return 1.0 if same else 0.0
 
 def bare(tensors):
     raise AssertionError
@@ -371,6 +398,7 @@ def fill() -> list[str]:
     tensors = {"features.0.weight": kernel, "features.0.bias": bias, "classifier.weight": dense}
     save(tensors, "model.safetensors")
     save(tensors | {"features.0.weight": kernel + 1}, "second.safetensors")
+    save({}, "none.safetensors")
     save({"fc.weight": dense}, "dense.safetensors")
     save({"ids": np.arange(1000).reshape(10, 100)}, "integers.safetensors")
     broken = kernel.copy()
@@ -391,6 +419,17 @@ def fill() -> list[str]:
     run(f"grant public.safetensors --level 2 {secret} -o alice.grant")
     run(f"grant public2.safetensors --level 2 {secret} -o bob.grant")
     run(f"rotate public.safetensors {secret} --signing keys/signing.key -o rotated.safetensors")
+    run(
+        "protect model.safetensors -o theirs --secret other/secret.key "
+        "--signing other/signing.key --budget 0.3 --levels 3"
+    )
+    run("grant theirs --level 2 --secret other/secret.key -o other.grant")
+    grant = Path("alice.grant").read_text()
+    Path("pasted.grant").write_text(grant.replace("\n", " "))
+    Path("folded.grant").write_text(re.sub("(.{40})", r"\1\n", grant))
+    Path("quoted.grant").write_text(re.sub("^", "> ", grant, flags=re.MULTILINE))
+    for name in ("pasted", "folded", "quoted"):
+        Path(f"{name}.grant").chmod(0o600)
     Path("words").write_text("correct horse\n")
     Path("bad_words").write_text("battery staple\n")
     Path("two_lines").write_text("correct\nhorse\n")
@@ -508,7 +547,13 @@ def test_a_wrong_command_is_answered_by_one_line(here, capsys, line, message):
 
 USAGE = {
     "layout that does not exist": (f"{PROTECT} --layout NHWC", "(?=.*'NHWC')(?=.*--layout).*HWIO"),
-    "budget with a sign": (f"{PROTECT} --budget 8%", "--budget.* '8%'"),
+    "budget with a sign": (f"{PROTECT} --budget 8%", "--budget: expected a number, got '8%'"),
+    "levels in words": (f"{PROTECT} --levels 0.1 two", "--levels: expected a number, got 'two'"),
+    "level in words": (f"{GRANT} keys/secret.key --level two", "--level: expected a whole .*'two'"),
+    "number of keys that is none": (
+        f"{CALIBRATE} --targets 1 2 --keys 1.5",
+        "--keys: expected a whole number, got '1.5'",
+    ),
     "option with a typing error": (f"{PROTECT} --levls 3", "--levls.* --levels"),
     "no secret": ("protect model.safetensors -o new", "--secret"),
     "no such command": (

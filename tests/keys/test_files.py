@@ -118,13 +118,39 @@ def test_a_pipe_is_read_once(tmp_path):
 
 # --- refused ------------------------------------------------------------------------------------
 
+SEALED = "-----BEGIN AGE ENCRYPTED FILE-----\nYWdl\n-----END AGE ENCRYPTED FILE-----\n"
+
+
+def quoted(text: str) -> str:
+    return "".join(f"> {line}\n" for line in text.splitlines())
+
+
+def folded(text: str, width: int) -> bytes:
+    lines = [
+        line[at : at + width] for line in text.split("\n") for at in range(0, len(line), width)
+    ]
+    return "\n".join(lines).encode()
+
+
 BAD: dict[str, tuple[Callable[[str], bytes], str, str]] = {
     "UTF-16": (lambda t: t.encode("utf-16"), "kind", "UTF-16"),
     "UTF-16 without a mark": (lambda t: t.encode("utf-16-le"), "kind", "file that is not selc"),
     "Latin-1": (lambda t: t.encode() + b"# \xe9\n", "kind", "expected UTF-8 text"),
     "empty": (lambda t: b"", "kind", "got an empty file"),
     "too long": (lambda t: t.encode() + b"#" * 70_000, "kind", "more than 65536 bytes"),
-    "another program's": (lambda t: b"hello\n" + t.encode(), "kind", "a file that is not selcrypt"),
+    "another program's": (lambda t: b"hello\n", "kind", "a file that is not selcrypt"),
+    "in a mail": (lambda t: b"Hello,\n\n" + t.encode(), "kind", "other text .* only its own lines"),
+    "quoted": (lambda t: quoted(t).encode(), "kind", 'got other text or a > .* without "> "'),
+    "quoted, sealed": (lambda t: quoted(SEALED).encode(), "kind", "got other text or a > before"),
+    "a mail's end": (lambda t: t.encode() + b"-- \nBob\n", "damaged", "nothing below the checksum"),
+    "on one line": (
+        lambda t: t.replace("\n", " ").encode(), "kind", "line breaks were lost. Copy it again"),
+    "in one piece": (lambda t: t.replace("\n", "").encode(), "kind", "line breaks were lost"),
+    "folded": (lambda t: folded(t, 40), "damaged",
+               "broken lines: comment, model-id, signer, key. Join each with the lines below"),
+    "folded once": (lambda t: folded(t, 70), "damaged", "broken lines: signer. Join"),
+    "folded at words": (lambda t: t.replace(": ", ":\n").encode(), "damaged",
+                        "broken lines: comment, model-id, level, signer, key, checksum. Join"),
     "a later version": (lambda t: t.replace("-v1", "-v2").encode(), "kind", "version 2. Update"),
     "two in one": (lambda t: (t + t).encode(), "kind", "got more than one. Split the file"),
     "age identity": (lambda t: b"AGE-SECRET-KEY-1QQQ", "kind", "got an age identity"),

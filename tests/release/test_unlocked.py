@@ -59,22 +59,25 @@ def test_what_each_level_says(tmp_path, own):
     assert (tmp_path / "3").read_bytes() == source.read_bytes()
 
 
-def test_protected_again_it_comes_back_as_it_was(tmp_path):
+def test_a_level_is_not_protected_instead_of_the_original(tmp_path):
     source = plain(tmp_path / "plain", {"format": "pt"})
     first = protected(source, tmp_path / "public")
-    level1 = tmp_path / "level1"
+    level1, exact = tmp_path / "level1", tmp_path / "exact"
     sj.unlock_file(tmp_path / "public", level1, first, level=1)
-    with pytest.warns(
-        UserWarning, match=rf"level1: is level 1 of 3 of model {first.model_id.hex()}"
-    ):
-        again = protected(level1, tmp_path / "again", levels=2)
+    words = rf"expected the original, got level 1 of 3 of model {first.model_id.hex()}, unlocked"
+    with pytest.raises(ValueError, match=f"level1: {words}.* with exact_bytes=True"):
+        protected(level1, tmp_path / "again", levels=2)
+    with pytest.raises(ValueError, match=f"params: {words}"):
+        sj.protect(TENSORS, secret=SECRET, levels=2, metadata=metadata_of(level1))
+    assert not (tmp_path / "again").exists()
+    # The remedy: without the entry it comes back as it was.
+    sj.unlock_file(tmp_path / "public", exact, first, level=1, exact_bytes=True)
+    again = protected(exact, tmp_path / "again", levels=2)
     sj.unlock_file(tmp_path / "again", tmp_path / "top", again)
-    assert (tmp_path / "top").read_bytes() == level1.read_bytes()
+    assert (tmp_path / "top").read_bytes() == exact.read_bytes()
     sj.unlock_file(tmp_path / "again", tmp_path / "low", again, level=1)
     said = json.loads((metadata_of(tmp_path / "low") or {})[ENTRY])
-    assert said == {"model_id": again.model_id.hex(), "level": 1, "levels": 2}  # the later one
-    with pytest.warns(UserWarning, match="params: is level 1 of 3"):
-        sj.protect(TENSORS, secret=SECRET, levels=2, metadata=metadata_of(level1))
+    assert said == {"model_id": again.model_id.hex(), "level": 1, "levels": 2}
 
 
 @pytest.mark.parametrize(
@@ -108,10 +111,24 @@ def test_the_commands_name_it(tmp_path, monkeypatch, capsys):
         assert named in capsys.readouterr().err
     assert main(["inspect", "bare"]) == 1
     assert named not in capsys.readouterr().err
-    assert main(["protect", "two", "--secret", "s", "-o", "again"]) == 0
-    assert "warning: two: is level 2 of 3" in capsys.readouterr().err
+    assert main(["protect", "two", "--secret", "s", "-o", "again"]) == 1
+    assert "two: expected the original, got level 2 of 3" in capsys.readouterr().err
+    assert not Path("again").exists()
     assert main(["protect", "bare", "--secret", "s", "-o", "other"]) == 0
     assert "warning" not in capsys.readouterr().err
+
+
+def test_the_help_says_which_files_say_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Grant(protected(plain(tmp_path / "plain", None), tmp_path / "public")).write("g")
+    line = ["unlock", "public", "-g", "g", "--level", "1", "-o"]
+    assert main([*line, "one"]) == main([*line, "exact", "--exact-bytes"]) == 0
+    assert Path("one").read_bytes() == Path("exact").read_bytes()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["unlock", "--help"])
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "A file whose original had no metadata never gets it" in words
 
 
 def test_folders_say_it_too(tmp_path):
@@ -134,5 +151,5 @@ def test_folders_say_it_too(tmp_path):
     assert ENTRY in (metadata_of(tmp_path / "two" / "1.safetensors") or {})
     assert (tmp_path / "two").stat().st_mode & 0o077 == 0
     assert (tmp_path / "two" / "1.safetensors").stat().st_mode & 0o077 == 0
-    with pytest.warns(UserWarning, match="is level 2 of 3"):
+    with pytest.raises(ValueError, match=r"1\.safetensors: expected the original, got level 2"):
         protected(tmp_path / "two", tmp_path / "public3")
