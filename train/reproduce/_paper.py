@@ -174,6 +174,16 @@ def draw(
     axes.grid(alpha=0.25)
 
 
+def legend(figure: Any) -> None:
+    """One legend for all panels, with PSS first."""
+    labels: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            labels.setdefault(label, handle)
+    labels = dict(sorted(labels.items(), key=lambda item: not item[0].startswith("PSS")))
+    figure.legend(labels.values(), labels.keys(), loc="outside right center", frameon=False)
+
+
 def provenance(script: str, config: Any) -> dict[str, Any]:
     """The command that reproduces a result, and the versions used."""
     options = [

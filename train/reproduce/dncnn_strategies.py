@@ -37,6 +37,7 @@ from _paper import (
     convolution_weights,
     denoiser,
     draw,
+    legend,
     provenance,
     published_scores,
     stacked,
@@ -257,8 +258,7 @@ def plot(report: dict[str, Any], config: Config, path: Path) -> None:
         axes.axhline(report["untouched"], color="grey", lw=0.8, label="untouched")
         axes.set(title=f"kernels encrypted in {selection}", xlabel="kernels")
     figure.axes[0].set_ylabel("PSNR without a key / dB (5 or less shown as 5)")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    legend(figure)
     figure.savefig(path, dpi=150)
 
 

@@ -29,6 +29,7 @@ from _paper import (
     closed_form,
     convolution_weights,
     draw,
+    legend,
     provenance,
     stacked,
     without_a_key,
@@ -189,8 +190,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.axhline(10, color="grey", lw=0.8, ls="--")
         axes.set(xlabel=f"% of the kernels {selection}", ylim=(0, 90))
     figure.axes[0].set_ylabel("accuracy without a key / %")
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    legend(figure)
     figure.savefig(path, dpi=150)
 
 
