@@ -814,12 +814,12 @@ def test_bad_targets_are_refused(files):
         (f"{goal} --levels 0.1", "expected no levels"),
         ("--targets 60", "Add --evaluate"),
         ("--evaluate calibrate_metric:intact", "evaluate: expected targets too"),
-        ("--tolerance 1 --lower-is-better", "tolerance, lower-is-better: expected targets too"),
+        ("--tolerance 1 --lower-is-better", "--tolerance, --lower-is-better: expected targets"),
         ("--targets 60 good --evaluate calibrate_metric:intact", "may be \"any\", got 'good'"),
         ("--targets 60 --evaluate nowhere", "expected an import path"),
         ("--targets 60 --evaluate calibrate_metric:wrong", "expected a number"),
         (f"{goal} --tolerance 1e-9 --evaluations 9", "cannot reach"),
-        (f"{goal} --budget 0.1", "targets[0]: cannot reach 60"),
+        (f"{goal} --budget 0.1", "--targets, value 1: cannot reach 60"),
     ):
         files(f"{base} {line}", fails=message)
         assert not Path("p.safetensors").exists()
@@ -829,10 +829,7 @@ def test_bad_commands_are_refused(files):
     base = "calibrate model.safetensors --evaluate calibrate_metric:intact --targets"
     for line, message in (
         (f"{base} 60 good", 'targets: expected numbers, of which the first may be "any"'),
-        (
-            f"{base} any",
-            'Only the first may be None ("any"), as bad as it gets, and only if',
-        ),
+        (f"{base} any", "Only the first may be any, as bad as it gets, and only if"),
         (f"{base} 60 --importance scores.safetensors --layout OIHW", "got layout too"),
         (f"{base} 60 101 --tolerance 0.1", "untouched network gives 100"),
         ("calibrate model.safetensors --evaluate nowhere --targets 1", "expected an import path"),

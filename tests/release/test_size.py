@@ -25,7 +25,9 @@ def infos(count: int, shape: tuple[int, ...]) -> dict[str, ArrayInfo]:
 def test_many_tensors_are_not_blamed_on_positions():
     tensors = infos(520_000, (16, 16))
     shapes = [(16, 16)] * len(tensors)
-    expected = r"model: header: .*520,000 tensors: .* MB names, .* digests, .* MB pos.*several files"
+    expected = (
+        r"model: header: .*520,000 tensors: .* MB names, .* digests, .* MB pos.*several files"
+    )
     for levels in (as_levels(2, 0.02), None):
         with pytest.raises(ValueError, match=expected if levels else "[0-9] MB names, .* several"):
             size.check_header(tensors, shapes, levels, "model")
