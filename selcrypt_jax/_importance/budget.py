@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Int8, PRNGKeyArray, PyTree
 
 from .._tree.names import constants_move
 from .._tree.shares import exact
-from .closed import batch_count
+from .closed import batch_at
 from .config import PSSBudgets
 from .frozen import Frozen, Leaves, PSSMetrics
 
@@ -92,7 +92,6 @@ class AtBudgets:
     def __init__(self, frozen: Frozen, config: PSSBudgets) -> None:
         self.frozen, self.config = frozen, config
         self.counts = budget_counts(frozen, config)
-        self.steps = config.steps
 
     @constants_move()
     def init(self, params: PyTree, batches: PyTree, *, key: PRNGKeyArray) -> PSSBudgetState:
@@ -122,7 +121,7 @@ class AtBudgets:
     ) -> tuple[PSSBudgetState, PSSMetrics]:
         """A gradient step."""
         frozen, names = self.frozen, self.frozen.names
-        batch = jax.tree.map(lambda leaf: leaf[state.step % batch_count(batches)], batches)
+        batch = batch_at(batches, state.step)
         stage, heat, last = self._schedule(state.step)
         keys = jax.random.split(jax.random.fold_in(state.key, state.step), 3)
         doubt = frozen.draw(jax.random.normal, keys[0], frozen.shapes)
@@ -167,15 +166,15 @@ class AtBudgets:
             tried[name] = state.tried[name] + open_[name].astype(jnp.float32)
         moments = self._moments(state, sizes, damage, open_)
         news = self._expected(sizes, slope, moments)
-        # The sum of a group's damages is what its estimate holds beyond the expectation.
         for name in names:
-            total = state.damage[name] * (PRIOR + state.tried[name]) - PRIOR * expected[name]
+            total = _total(state.damage[name], state.tried[name], expected[name])
             damage[name] = (PRIOR * news[name] + total + damage[name]) / (PRIOR + tried[name])
         state = PSSBudgetState(
             damage, slope, tried, state.included, moments, state.step + 1, state.key
         )
         state = lax.cond(last, lambda s: self._finish(s, news, stage), lambda s: s, state)
-        return state, PSSMetrics(loss, self._total(chosen))
+        encrypted = jnp.stack([leaf.sum() for leaf in chosen.values()]).sum()
+        return state, PSSMetrics(loss, encrypted.astype(jnp.float32))
 
     def _schedule(self, step: Array) -> tuple[Array, Array, Array]:
         """The budget of a step, the doubt left in it, and whether it is the last one for it."""
@@ -201,7 +200,7 @@ class AtBudgets:
         tried = {name: FORGET * leaf for name, leaf in state.tried.items()}
         damage = {}
         for name, leaf in state.damage.items():
-            total = leaf * (PRIOR + state.tried[name]) - PRIOR * expected[name]
+            total = _total(leaf, state.tried[name], expected[name])
             damage[name] = (PRIOR * expected[name] + FORGET * total) / (PRIOR + tried[name])
         moments = (FORGET * state.moments[0], FORGET * state.moments[1])
         return state._replace(damage=damage, tried=tried, included=included, moments=moments)
@@ -249,9 +248,10 @@ class AtBudgets:
             return {name: leaf >= least for name, leaf in bits.items()}
         return {name: bits[name] >= _least([bits[name]], counts[i]) for i, name in enumerate(names)}
 
-    @staticmethod
-    def _total(chosen: dict[str, Array]) -> Array:
-        return jnp.stack([leaf.sum() for leaf in chosen.values()]).sum().astype(jnp.float32)
+
+def _total(damage: Array, tried: Array, expected: Array) -> Array:
+    """The sum of a group's damages: what its estimate holds beyond the expectation."""
+    return damage * (PRIOR + tried) - PRIOR * expected
 
 
 def _ordered(values: Float[Array, "..."]) -> Array:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from .._io.errors import described
 from .._tree.groups import Granularity, Layout, group_shape, inner_axes
@@ -63,10 +63,10 @@ def _check_numbers(name: str, leaf: AnyArray) -> None:
 def _numbers(name: str, leaf: AnyArray) -> Array:
     """The leaf as floats, after checking that it holds numbers."""
     _check_numbers(name, leaf)
-    return _wide(leaf)
+    return wide(leaf)
 
 
-def _wide(leaf: AnyArray) -> Array:
+def wide(leaf: AnyArray) -> Array:
     """The leaf as floats, wide enough for sums."""
     narrow = leaf.dtype.itemsize < 4 or jnp.issubdtype(leaf.dtype, jnp.integer)
     array = jnp.asarray(leaf)  # JAX may truncate float64 to 32 bits, which is enough for scores
@@ -81,7 +81,7 @@ def _size(name: str, leaf: AnyArray, axes: Axes) -> Array:
 # Compiled, since otherwise every step would make an array as large as the leaf.
 @partial(jax.jit, static_argnums=1)
 def _norm(leaf: AnyArray, axes: Axes) -> Array:
-    return jnp.sqrt(jnp.square(_wide(leaf)).sum(axes, keepdims=True))
+    return jnp.sqrt(jnp.square(wide(leaf)).sum(axes, keepdims=True))
 
 
 def random(
@@ -311,9 +311,9 @@ def _by_gradient(
 
     count = batch_count(batches)
     with constants_move():
-        total = products(arrays, jax.tree.map(operator.itemgetter(0), batches))
+        total = products(arrays, batch_at(batches, 0))
         for index in range(1, count):
-            more = products(arrays, jax.tree.map(operator.itemgetter(index), batches))
+            more = products(arrays, batch_at(batches, index))
             total = jax.tree.map(operator.add, total, more)
     return _by_leaf(lambda name, *_: total[name] / count, params, select, granularity, layout)
 
@@ -380,3 +380,9 @@ def batch_count(batches: PyTree) -> int:
             f"{shown}{more}. Stack batches of one size: {_STACK}."
         )
     return count
+
+
+def batch_at(batches: PyTree, step: Int[Array, ""] | int) -> Any:
+    """The batch of a step, counted from 0; after the last one the first comes again."""
+    count = batch_count(batches)
+    return jax.tree.map(lambda leaf: leaf[step % count], batches)

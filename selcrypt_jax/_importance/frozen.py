@@ -18,7 +18,7 @@ from .._tree.names import (
     named_leaves,
     select_differentiable,
 )
-from .closed import LossFn, batch_count, loss_of
+from .closed import LossFn, batch_at, loss_of
 
 Leaves = dict[str, AnyArray]
 
@@ -60,6 +60,14 @@ class Frozen:
         self.shapes = {n: group_shape(a.shape, granularity, layout) for n, a in chosen.items()}
         self.axes = {n: inner_axes(a.shape, granularity, layout) for n, a in chosen.items()}
         self.rebuild_only = self._tree.rebuild_only
+
+        @jax.jit  # once, and not for each state that is started
+        def rest_and_broken(leaves: Leaves, batch: Any, key: PRNGKeyArray) -> Array:
+            noise = self.noise(leaves, key)
+            everything = {n: leaf.astype(leaves[n].dtype) for n, leaf in noise.items()}
+            return jnp.stack([self.loss(leaves, {}, batch), self.loss(leaves, everything, batch)])
+
+        self._rest_and_broken = rest_and_broken
 
     def arrays(self, params: PyTree) -> Leaves:
         """The arrays of these parameters, by name."""
@@ -115,16 +123,8 @@ class Frozen:
                     f"params {name!r}: expected finite weights, got NaN or Inf. Nothing can be "
                     "learned from such a network: go back to its last good checkpoint."
                 )
-        batch_count(batches)
-        first = jax.tree.map(lambda leaf: leaf[0], batches)
-
-        @jax.jit
-        def rest_and_broken(leaves: Leaves, batch: Any, key: PRNGKeyArray) -> Array:
-            noise = self.noise(leaves, key)
-            everything = {n: leaf.astype(leaves[n].dtype) for n, leaf in noise.items()}
-            return jnp.stack([self.loss(leaves, {}, batch), self.loss(leaves, everything, batch)])
-
-        rest, broken = rest_and_broken(leaves, first, jax.random.fold_in(key, 2**32 - 1))
+        first = batch_at(batches, 0)
+        rest, broken = self._rest_and_broken(leaves, first, jax.random.fold_in(key, 2**32 - 1))
         if not bool(jnp.isfinite(rest)) or (positive and not rest > 0):
             raise ValueError(
                 f"loss_fn: expected a finite, positive loss of the untouched network, got "

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from .._tree.groups import Granularity, Layout
 from .._tree.names import Selector, constants_move, listed
 from .budget import AtBudgets, PSSBudgetState
-from .closed import LossFn, batch_count
+from .closed import LossFn, batch_at
 from .config import PSSBudgets, PSSConfig
 from .frozen import Frozen, Leaves, PSSMetrics
 from .gates import hard_concrete, probability_open
@@ -142,8 +142,7 @@ def pss_learner(
         )
 
     def step(leaves: Leaves, batches: PyTree, state: PSSState) -> tuple[PSSState, PSSMetrics]:
-        count = batch_count(batches)
-        batch = jax.tree.map(lambda leaf: leaf[state.step % count], batches)
+        batch = batch_at(batches, state.step)
         opt_state = state.opt_state
         active = {name: jnp.bool_(True) for name in names}
         if config.layerwise:

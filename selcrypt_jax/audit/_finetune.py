@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from .._importance.closed import LossFn
+from .._importance.closed import LossFn, wide
 from .._tree.names import NamedLeaves, is_array, named_leaves
 from .._tree.rings import checked_mask
 
@@ -102,7 +102,7 @@ def fine_tune(
     chosen = {name: arrays.pop(name) for name in masks}
     factors = {name: np.float32((rate_factors or {}).get(name, 1.0)) for name in chosen}
     static = (loss_fn, optimizer, statistics, Structure.of(tree))
-    average = jax.tree.map(_wide, chosen)
+    average = jax.tree.map(wide, chosen)
     carry = jax.tree.map(jnp.copy, (chosen, arrays, optimizer.init(chosen), average))
     number = 0
     for stop in steps:
@@ -166,11 +166,6 @@ class Structure:
         )
 
 
-def _wide(array: Array) -> Array:
-    """In float32 at least, for sums that a narrow float would round away."""
-    return array.astype(jnp.float32) if array.dtype.itemsize < 4 else array
-
-
 @partial(jax.jit, donate_argnums=0, static_argnums=(5, 6, 7, 8))
 def _step(
     carry: Any,
@@ -198,14 +193,13 @@ def _step(
     # Mask the updates too: weight decay and momentum must not move frozen weights.
     moved = {}
     for n, leaf in leaves.items():
-        update = _wide(jnp.where(masks[n], updates[n], 0))
+        update = wide(jnp.where(masks[n], updates[n], 0))
         moved[n] = leaf + ((rate * factors[n]).astype(update.dtype) * update).astype(leaf.dtype)
     if after is not None:
         new = named_leaves(after).leaves
         moved = {n: jnp.where(new[n] != leaves[n], new[n], leaf) for n, leaf in moved.items()}
         rest = {n: new[n] for n in rest}
     average = {
-        n: mean + newest.astype(mean.dtype) * (_wide(moved[n]) - mean)
-        for n, mean in average.items()
+        n: mean + newest.astype(mean.dtype) * (wide(moved[n]) - mean) for n, mean in average.items()
     }
     return (moved, rest, state, average), loss

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from .._importance.closed import LossFn, batch_count, loss_of
+from .._importance.closed import LossFn, batch_at, batch_count, loss_of
 from .._tree.groups import group_positions
 from .._tree.names import is_array, listed, named_leaves
 from .._tree.rings import split_rings
@@ -102,11 +102,10 @@ def unshuffle(
     known = {n: arrays[n].reshape(-1)[where] for n, where in positions.items()}
     fixed = {"loss_fn": loss_fn, "structure": Structure.of(tree)}
 
-    def batch(number: int) -> Any:
-        return jax.tree.map(lambda leaf: leaf[number % count], batches)
-
     def mean_loss(values: _ByLeaf) -> float:
-        losses = [_loss(values, positions, arrays, batch(i), **fixed) for i in range(count)]
+        losses = [
+            _loss(values, positions, arrays, batch_at(batches, i), **fixed) for i in range(count)
+        ]
         return float(np.nan_to_num(np.mean(losses), nan=np.inf))
 
     mean = {n: values.astype(jnp.float32).mean() for n, values in known.items()}
@@ -116,7 +115,9 @@ def unshuffle(
     while used + count < trials:
         carry = point, _ADAM.init(point)
         for number in range(used, min(used + _STEPS, trials - count)):
-            carry = _gradient_step(carry, mean, std, positions, arrays, batch(number), **fixed)
+            carry = _gradient_step(
+                carry, mean, std, positions, arrays, batch_at(batches, number), **fixed
+            )
             used += 1
         wanted = jax.device_get(carry[0])
         values = {n: v[_nearest(wanted[n], np.asarray(v, np.float32))] for n, v in known.items()}

@@ -25,6 +25,7 @@ from selcrypt_jax import (
     mask_counts,
     ring_keys,
 )
+from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.models import DnCNN
 from selcrypt_jax.models._files import read_model
 from selcrypt_jax.models._network import psnr
@@ -157,6 +158,13 @@ def convolution_weights(state: Any) -> int:
     """The number of weights in the kernels of all convolutions."""
     leaves = mask_counts(state, jax.tree.map(lambda _: False, state))
     return sum(count.total for name, count in leaves.items() if re.search(CONVOLUTIONS, name))
+
+
+def kernels_of(state: Any, select: str) -> list[int]:
+    """The number of kernels in each selected leaf."""
+    leaves = named_leaves(state).leaves
+    shapes = [leaf.shape for name, leaf in leaves.items() if re.search(select, name)]
+    return [inputs * outputs for *_, inputs, outputs in shapes]
 
 
 def draw(

@@ -17,7 +17,6 @@ References:
 """
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +36,7 @@ from _paper import (
     convolution_weights,
     denoiser,
     draw,
+    kernels_of,
     legend,
     provenance,
     published_scores,
@@ -49,7 +49,6 @@ from rich.progress import Progress
 
 from selcrypt_jax import LosslessCipher, PSSBudgets, PSSConfig, nested_masks, pss
 from selcrypt_jax._masks.ranks import Scope
-from selcrypt_jax._tree.names import named_leaves
 from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
 from selcrypt_jax.models._files import read_images, read_model
@@ -146,11 +145,7 @@ def main(config: Config) -> None:
 
     def groups_of(selection: str) -> tuple[Scope, int]:
         """The scope of the counts, and how many kernels they are out of."""
-        groups = [
-            leaf.shape[-2] * leaf.shape[-1]
-            for name, leaf in named_leaves(state).leaves.items()
-            if re.search(selections[selection][0], name)
-        ]
+        groups = kernels_of(state, selections[selection][0])
         return ("model", sum(groups)) if selection == "all layers" else ("leaf", groups[0])
 
     def scores_of(strategy: str, selection: str, seed: int) -> Any:

@@ -20,7 +20,7 @@ import matplotlib.colors
 import matplotlib.figure
 import numpy as np
 import tyro
-from _paper import CONVOLUTIONS, Experiment, provenance, write_report
+from _paper import CONVOLUTIONS, Experiment, kernels_of, provenance, write_report
 from _tasks import denoising_loss
 from dncnn_strategies import KERNELS_IN_ALL, STEPS, read
 
@@ -46,11 +46,7 @@ def main(config: Config) -> None:
     """Learns, and draws; see `Config`."""
     subject, batches_of = read(config.data, config.network)
     state = subject.state
-    groups = sum(
-        leaf.shape[-2] * leaf.shape[-1]
-        for name, leaf in named_leaves(state).leaves.items()
-        if "kernel" in name
-    )
+    groups = sum(kernels_of(state, CONVOLUTIONS))
     shares = tuple((count + 0.5) / groups for count in KERNELS_IN_ALL)
     learner = pss_learner(
         denoising_loss(subject.graph),
