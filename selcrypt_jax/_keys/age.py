@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .._io.errors import GrantError, extra
-from .files import MAX_BYTES, check_path, text_lines
+from .files import check_path
+from .text import MAX_BYTES, text_lines
 
 _STARTS = (b"-----BEGIN AGE ENCRYPTED FILE-----", b"age-encryption.org/")
 

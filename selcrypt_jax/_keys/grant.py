@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from .._io.errors import check_type
 from .age import sealed, unsealed
-from .files import GRANT, AnyPath, Passphrase, damaged, read_key_file, write_key_file
+from .files import AnyPath, Passphrase, read_key_file, write_key_file
 from .keys import MAX_LEVELS, MODEL_ID_BYTES, LevelKey
 from .material import KEY_BYTES, forgetting
 from .signing import VerifyKey
+from .text import GRANT, damaged
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import os
 from typing import TYPE_CHECKING
 
 from .._io.errors import GrantError, check_type
-from .files import SECRET, StoredKey
+from .files import StoredKey
 from .material import KEY_BYTES, KeyMaterial, checked_bytes, forgetting, hkdf, stretched
+from .text import SECRET
 
 if TYPE_CHECKING:  # using keys alone must not import JAX
     from jaxtyping import PRNGKeyArray

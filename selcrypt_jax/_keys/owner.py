@@ -5,10 +5,11 @@ from pathlib import Path
 
 from .._io.atomic import new_files
 from .._io.places import check_folder_name
-from .files import SECRET, SIGNING, VERIFY, Passphrase, key_text
+from .files import Passphrase, key_text
 from .keys import Secret
 from .material import forgetting
 from .signing import SigningKey, VerifyKey
+from .text import SECRET, SIGNING, VERIFY
 
 SECRET_FILE, SIGNING_FILE, PUBLIC_FILE = "secret.key", "signing.key", "signing.pub"
 

@@ -7,8 +7,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from .._io.errors import check_type
-from .files import SIGNING, VERIFY, AnyPath, StoredKey, read_key_file, write_key_file
+from .files import AnyPath, StoredKey, read_key_file, write_key_file
 from .material import KEY_BYTES, checked_bytes
+from .text import SIGNING, VERIFY
 
 
 @dataclass(frozen=True, repr=False)

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from .._keys.files import MAX_BYTES
 from .._keys.owner import PUBLIC_FILE, SECRET_FILE, SIGNING_FILE, write_owner_keys
+from .._keys.text import MAX_BYTES
 from .._release.rotate import rotate_file
 from .._release.use import issue_grant
 from ._options import (

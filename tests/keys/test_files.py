@@ -23,7 +23,7 @@ from selcrypt_jax import (
     open_model,
     verify_file,
 )
-from selcrypt_jax._keys.files import checksum
+from selcrypt_jax._keys.text import checksum
 from selcrypt_jax.cli import main
 
 SECRET = Secret(bytes(range(32)))
