@@ -90,7 +90,12 @@ class Curve:
         if first is None or last is None:
             return low if first is None else high
         recent = self._ends[-3:]
-        stuck = len(recent) == 3 and any(len(set(side)) == 1 for side in zip(*recent, strict=True))
+        sides = zip(*recent, strict=True) if len(recent) == 3 else ()
+        stuck = [side[0] for side in sides if len(set(side)) == 1]
+        for end in stuck:
+            # An end that was only expected would be approached for ever if it is wrong.
+            if end not in self.measured and low <= end <= high:
+                return end
         below, above = fitted[behind - 1], fitted[behind]
         share = 0.5 if stuck or below == above else (target - below) / (above - below)
         share = min(max(share, 0.05), 0.95)

@@ -91,6 +91,18 @@ def test_a_curve_goes_through_what_was_measured():
     assert curve.measured == {10}
 
 
+def test_an_expectation_that_is_wrong_is_measured():
+    curve = Curve(rising=True, power=1)
+    curve.expect(100, 50.0, 0.1)  # in truth it is 80, as everywhere near it
+    curve.add(1000, 90.0, 1)
+    tried = []
+    while 100 not in tried and len(tried) < 5:
+        tried.append(curve.crossing(70, 0, 1000))
+        curve.add(tried[-1], 80.0, 1)
+    assert tried[-1] == 100
+    assert curve.crossing(70, 0, 1000) == 0  # now it looks further
+
+
 @given(st.integers(1, 10**7), st.data())
 def test_a_count_has_a_share(groups, data):
     count = data.draw(st.integers(1, groups))
