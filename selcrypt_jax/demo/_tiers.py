@@ -133,7 +133,7 @@ def tiers_by_target(
             goal.targets,
             lambda params: subject.calibration(params).mean(),
             tolerance=goal.tolerance,
-            evaluations=400,  # it takes 20 to 140; the next network may take more
+            evaluations=400,  # it took 20 to 85; the next network may take more
             progress=lambda _: advance(),
         ),
         # Single weights: with kernels, keys differ by many times this tolerance.
