@@ -6,7 +6,7 @@ from typing import Any
 
 from _measure import Contender, measure
 from _rows import Options, Row
-from _steps import Task, classification, denoising, pss_step, training_step
+from _steps import BUDGETS, Task, classification, denoising, pss_step, training_step
 
 NOTES = {
     "pss": (
@@ -41,6 +41,7 @@ def contenders(name: str) -> list[Contender]:
         step_of(training_step, BASELINE),
         step_of(pss_step, "PSS, kernels"),
         step_of(partial(pss_step, granularity="weight"), "PSS, weights"),
+        step_of(partial(pss_step, config=BUDGETS), "PSS, kernels, at budgets"),
     ]
 
 

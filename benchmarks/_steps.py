@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from selcrypt_jax import PSSConfig, pss_learner
+from selcrypt_jax import PSSBudgets, PSSConfig, pss_learner
 from selcrypt_jax.models import VGG19, DnCNN
 
 CONVOLUTIONS = r"^convs/\d+/kernel$"
@@ -56,12 +56,18 @@ def denoising(shape: tuple[int, ...]) -> Task:
     return Task(loss_fn, params, noisy_images(shape))
 
 
-def pss_step(task: Task, granularity: Any = "kernel") -> Callable[[], Any]:
-    """A function whose calls are PSS steps with the objective "break"."""
+PRICE = PSSConfig(steps=1)
+BUDGETS = PSSBudgets([0.001, 0.01, 0.1], "model", steps=3)
+
+
+def pss_step(
+    task: Task, granularity: Any = "kernel", config: PSSConfig | PSSBudgets = PRICE
+) -> Callable[[], Any]:
+    """A function whose calls are PSS steps."""
     learner = pss_learner(
         task.loss_fn,
         task.params,
-        config=PSSConfig(steps=1),
+        config=config,
         select=CONVOLUTIONS,
         granularity=granularity,
     )

@@ -3,7 +3,8 @@
 Run: ``python benchmarks/bench_training.py [repeats]``. Our steps and PyTorch's run in turns, so
 other load affects both. Prints medians.
 
-- PSS of VGG19, full width, batch 64, 32×32: all convolutions have gates ("break", sampled).
+- PSS and training (Adam, evaluation mode) of VGG19, full width, batch 64, 32×32: all convolutions
+  have gates. PSS once with a price ("break", sampled), once at three budgets.
 - PSS and training (Adam) of DnCNN, 17×64, 16 grey patches of 40×40.
 """
 
@@ -19,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from _steps import classification, denoising, noisy_images, pss_step
+from _steps import BUDGETS, classification, denoising, noisy_images, pss_step, training_step
 from flax import nnx
 
 from selcrypt_jax.models import DnCNN
@@ -124,8 +125,11 @@ def main(repeats: int = 10) -> None:
     """Measures everything."""
     steps = {
         "DnCNN, PSS": pss_step(denoising(PATCHES)),
+        "DnCNN, PSS, budgets": pss_step(denoising(PATCHES), config=BUDGETS),
         "DnCNN, training": dncnn_training(),
         "VGG19, PSS": pss_step(classification(64)),
+        "VGG19, PSS, budgets": pss_step(classification(64), config=BUDGETS),
+        "VGG19, training": training_step(classification(64)),
     }
     try:
         torch = importlib.import_module("torch")

@@ -42,6 +42,52 @@ def test_the_audits_picture_is_drawn_from_its_figures(script, tmp_path):
     assert (tmp_path / "audit.png").stat().st_size > 10_000
 
 
+def test_a_sentence_encoder_whose_heads_are_rows_is_the_same_encoder(script):
+    minilm = script("minilm_strategies")
+    rng, width = np.random.default_rng(0), minilm.WIDTH
+    params = {}
+
+    def add(name, *shape):
+        params[f"{name}.weight"] = rng.normal(0, 0.1, shape).astype(np.float32)
+        params[f"{name}.bias"] = rng.normal(0, 0.1, shape[:1]).astype(np.float32)
+
+    for name, rows in (("word", 50), ("position", minilm.LENGTH), ("token_type", 2)):
+        add(f"embeddings.{name}_embeddings", rows, width)
+    add("embeddings.LayerNorm", width)
+    for number in range(minilm.LAYERS):
+        layer = f"encoder.layer.{number}"
+        for part in minilm.ATTENTION:
+            add(f"{layer}.attention.self.{part}", width, width)
+        for part, rows, columns in (
+            ("attention.output.dense", width, width),
+            ("intermediate.dense", 8, width),
+            ("output.dense", width, 8),
+        ):
+            add(f"{layer}.{part}", rows, columns)
+        for part in ("attention.output", "output"):
+            add(f"{layer}.{part}.LayerNorm", width)
+    params = jax.tree.map(jax.numpy.asarray, params)
+    rows = minilm.by_head(params)
+    jax.tree.map(np.testing.assert_array_equal, minilm.flat(rows), params)
+
+    texts = rng.integers(50, size=(4, minilm.LENGTH)), np.ones((4, minilm.LENGTH), bool)
+    found = minilm.embed(params, *map(jax.numpy.asarray, texts))
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, rtol=1e-5)
+    # A head's rows are those whose change the head alone sees: its values, and what it puts out.
+    layer = "encoder.layer.0.attention"
+    head = 3
+    without_values = dict(rows)
+    for part in ("value.weight", "value.bias"):
+        name = f"{layer}.self.{part}"
+        split = rows[name].reshape(minilm.HEADS, -1)
+        without_values[name] = split.at[head].set(0).reshape(rows[name].shape)
+    name = f"{layer}.output.dense.weight"
+    without_output = {**rows, name: rows[name].at[head].set(0)}
+    np.testing.assert_allclose(
+        minilm.embed(without_values, *texts), minilm.embed(without_output, *texts), atol=1e-5
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.data
 @needs_data
