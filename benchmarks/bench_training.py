@@ -123,13 +123,14 @@ def torch_pss(torch: Any) -> Callable[[], Any]:
 
 def main(repeats: int = 10) -> None:
     """Measures everything."""
+    denoiser, classifier = denoising(PATCHES), classification(64)
     steps = {
-        "DnCNN, PSS": pss_step(denoising(PATCHES)),
-        "DnCNN, PSS, budgets": pss_step(denoising(PATCHES), config=BUDGETS),
+        "DnCNN, PSS": pss_step(denoiser),
+        "DnCNN, PSS, budgets": pss_step(denoiser, config=BUDGETS),
         "DnCNN, training": dncnn_training(),
-        "VGG19, PSS": pss_step(classification(64)),
-        "VGG19, PSS, budgets": pss_step(classification(64), config=BUDGETS),
-        "VGG19, training": training_step(classification(64)),
+        "VGG19, PSS": pss_step(classifier),
+        "VGG19, PSS, budgets": pss_step(classifier, config=BUDGETS),
+        "VGG19, training": training_step(classifier),
     }
     try:
         torch = importlib.import_module("torch")

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.figure
 import numpy as np
 from flax import nnx
+from rich.progress import Progress
 from safetensors.numpy import load_file
 
 import selcrypt_jax
@@ -26,6 +28,7 @@ from selcrypt_jax import (
     ring_keys,
 )
 from selcrypt_jax._tree.names import named_leaves
+from selcrypt_jax.audit._cells import Cells
 from selcrypt_jax.models import DnCNN
 from selcrypt_jax.models._files import read_model
 from selcrypt_jax.models._network import psnr
@@ -119,14 +122,24 @@ def published_scores(data: Path, state: Any) -> Any:
 
 
 def closed_form(
-    name: str, state: Any, select: str, *, loss_fn: Any, batches: Any, seed: int
+    name: str, state: Any, select: str, *, loss_fn: Any, batches: Any, seed: int, **groups: Any
 ) -> Any:
-    """Scores from a strategy of `selcrypt_jax.importance`; gradient strategies use the batches."""
+    """Scores from a strategy of `selcrypt_jax.importance`; gradient strategies use the batches.
+
+    Args:
+        name: the strategy.
+        state: the network's parameters.
+        select: which leaves take part.
+        loss_fn: the loss, for gradient strategies.
+        batches: the data, for gradient strategies.
+        seed: for "random".
+        groups: granularity and layout, if not the defaults.
+    """
     function = getattr(importance, name)
     if name in ("taylor", "fisher"):
-        return function(loss_fn, state, batches, select=select)
+        return function(loss_fn, state, batches, select=select, **groups)
     extra = {"key": jax.random.key(seed)} if name == "random" else {}
-    return function(state, select=select, **extra)
+    return function(state, select=select, **extra, **groups)
 
 
 def experiment_keys(seed: int, number: int, levels: int) -> Any:
@@ -192,6 +205,61 @@ def legend(figure: Any) -> None:
     figure.legend(labels.values(), labels.keys(), loc="outside right center", frameon=False)
 
 
+def sweep(
+    cells: Cells,
+    work: Sequence[tuple[str, str, float]],
+    measure: Callable[[str, str, float], dict[str, Any]],
+) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Measures each (panel, strategy, share), unless its cell is known: panel → strategy → rows."""
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    with Progress() as progress:
+        for panel, strategy, share in progress.track(work):
+            cell = cells.get(
+                f"{panel}/{strategy}/{share:g}",
+                lambda each=(panel, strategy, share): measure(*each),
+            )
+            rows = results.setdefault(panel, {}).setdefault(strategy, [])
+            rows.append({"share": share, **cell})
+    return results
+
+
+def draw_panels(
+    results: Any,
+    path: Path,
+    *,
+    metric: str,
+    share_of: str,
+    untouched: float,
+    chance: float,
+    ylim: tuple[float, float],
+) -> None:
+    """Draws what `sweep` measured: a metric against the share, one panel for each of the results.
+
+    Args:
+        results: panel → strategy → rows with ``share``, the metric and ``std``, as fractions.
+        path: the picture.
+        metric: the rows' entry to plot.
+        share_of: begins the name of a panel's shares.
+        untouched: the metric of the original.
+        chance: the metric of guessing.
+        ylim: both ends of the scale, in percent.
+    """
+    figure = matplotlib.figure.Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
+    grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for axes, panel in zip(grid, results, strict=True):
+        for strategy, rows in results[panel].items():
+            shares, quality, error = (
+                [100 * row[name] for row in rows] for name in ("share", metric, "std")
+            )
+            draw(axes, strategy, shares, quality, error)
+        axes.axhline(100 * untouched, color="grey", lw=0.8)
+        axes.axhline(100 * chance, color="grey", lw=0.8, ls="--")
+        axes.set(xlabel=f"% of {share_of} {panel}", ylim=ylim)
+    figure.axes[0].set_ylabel(f"{metric} without a key / %")
+    legend(figure)
+    figure.savefig(path, dpi=150)
+
+
 def provenance(script: str, config: Any) -> dict[str, Any]:
     """The command that reproduces a result, and the versions used."""
     options = [
@@ -199,8 +267,10 @@ def provenance(script: str, config: Any) -> dict[str, Any]:
         for name, value in asdict(config).items()
         if name not in ("data", "out")
     ]
+    if hasattr(config, "data"):
+        options.insert(0, "--data DATA")
     return {
-        "command": f"python train/reproduce/{Path(script).name} --data DATA {' '.join(options)}",
+        "command": f"python train/reproduce/{Path(script).name} {' '.join(options)}",
         "versions": {
             "python": platform.python_version(),
             "jax": jax.__version__,

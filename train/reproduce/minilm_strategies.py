@@ -24,18 +24,16 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.figure
 import numpy as np
 import safetensors.numpy
 import tyro
-from _paper import draw, legend, provenance, without_a_key, write_report
+from _paper import closed_form, draw_panels, provenance, sweep, without_a_key, write_report
 
 # isort: split
 from _networks import docstrings, packaged
 from jaxtyping import Array, Bool, Float, Int
-from rich.progress import Progress
 
-from selcrypt_jax import PSSBudgets, importance, mask_counts, nested_masks, pss
+from selcrypt_jax import PSSBudgets, mask_counts, nested_masks, pss
 from selcrypt_jax.audit._cells import Cells
 
 LAYERS, HEADS, WIDTH = 6, 12, 384
@@ -112,10 +110,8 @@ def flat(params: Params) -> Params:
 
     def leaf(name: str, array: Array) -> Array:
         if name.endswith(".weight") and array.ndim == 3:
-            if "output" in name:
-                array = array.transpose(2, 0, 1)
-                return array.reshape(WIDTH, WIDTH)
-            return array.reshape(WIDTH, WIDTH)
+            order = (2, 0, 1) if "output" in name else (0, 1, 2)
+            return array.transpose(order).reshape(WIDTH, WIDTH)
         return array
 
     return {name: leaf(name, array) for name, array in params.items()}
@@ -203,20 +199,24 @@ def main(config: Config) -> None:
             how: dict[str, Any] = {
                 "select": panel.select, "granularity": panel.granularity, "layout": "OIHW"
             }  # fmt: skip
-            key = jax.random.key(config.seed)
             if strategy.startswith("PSS"):
                 budgets = PSSBudgets(panel.shares, "model", steps=config.steps)
                 start = time.perf_counter()
                 scores[name, strategy] = jax.block_until_ready(
-                    pss(loss_fn, tree, batches, key=key, config=budgets, **how)
+                    pss(
+                        loss_fn,
+                        tree,
+                        batches,
+                        key=jax.random.key(config.seed),
+                        config=budgets,
+                        **how,
+                    )
                 )
                 seconds[name] = time.perf_counter() - start
-            elif strategy in ("taylor", "fisher"):
-                function = getattr(importance, strategy)
-                scores[name, strategy] = function(loss_fn, tree, batches, **how)
             else:
-                extra = {"key": key} if strategy == "random" else {}
-                scores[name, strategy] = getattr(importance, strategy)(tree, **extra, **how)
+                scores[name, strategy] = closed_form(
+                    strategy, tree, loss_fn=loss_fn, batches=batches, seed=config.seed, **how
+                )
         return scores[name, strategy]
 
     def without(name: str, strategy: str, share: float) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def main(config: Config) -> None:
             "weights": sum(count.weights for count in counts),
             "retrieval": float(np.mean(values)),
             "std": float(np.std(values)),
-            "seconds_of_pss": round(seconds.get(name, 0)) if strategy.startswith("PSS") else None,
+            "seconds_of_pss": round(seconds[name]) if strategy.startswith("PSS") else None,
         }
 
     work = [
@@ -239,21 +239,12 @@ def main(config: Config) -> None:
         for strategy in STRATEGIES
         for share in PANELS[name].shares
     ]
-    results: dict[str, Any] = {name: {} for name in config.panels}
-    with Progress() as progress:
-        for name, strategy, share in progress.track(work):
-            cell = cells.get(
-                f"{name}/{strategy}/{share:g}",
-                lambda n=name, t=strategy, f=share: without(n, t, f),
-            )
-            results[name].setdefault(strategy, []).append({"share": share, **cell})
-    known = provenance(__file__, config)
     report = {
-        **known,
-        "command": known["command"].replace(" --data DATA", ""),
+        **provenance(__file__, config),
+        "tests": config.tests,
         "batches": len(jax.tree.leaves(batches)[0]),
         "untouched": cells.get("untouched", lambda: float(found(params))),
-        "retrieval_without_a_key": results,
+        "retrieval_without_a_key": sweep(cells, work, without),
     }
     write_report(report, config.out / "minilm_strategies.json")
     plot(report, config.out / "minilm_strategies.png")
@@ -262,20 +253,10 @@ def main(config: Config) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Retrieval against share, one panel per kind of group."""
-    results = report["retrieval_without_a_key"]
-    figure = matplotlib.figure.Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
-    grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axes, name in zip(grid, results, strict=True):
-        for strategy, rows in results[name].items():
-            shares, quality, error = (
-                [100 * row[part] for row in rows] for part in ("share", "retrieval", "std")
-            )
-            draw(axes, strategy, shares, quality, error)
-        axes.axhline(100 * report["untouched"], color="grey", lw=0.8)
-        axes.set(xlabel=f"% of all {name}", ylim=(-2, 80))
-    figure.axes[0].set_ylabel("retrieval without a key / %")
-    legend(figure)
-    figure.savefig(path, dpi=150)
+    draw_panels(
+        report["retrieval_without_a_key"], path, metric="retrieval", share_of="all",
+        untouched=report["untouched"], chance=1 / report["tests"], ylim=(-2, 80),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import matplotlib.figure
 import numpy as np
 import tyro
 from _paper import (
@@ -28,16 +27,15 @@ from _paper import (
     Experiment,
     closed_form,
     convolution_weights,
-    draw,
-    legend,
+    draw_panels,
     provenance,
     stacked,
+    sweep,
     without_a_key,
     write_report,
 )
 from _tasks import Vgg19Task, accuracy_of
 from flax import nnx
-from rich.progress import Progress
 
 from selcrypt_jax import PSSBudgets, PSSConfig, mask_counts, nested_masks, pss
 from selcrypt_jax.audit._cells import Cells
@@ -133,7 +131,7 @@ def main(config: Config) -> None:
                 )  # fmt: skip
         return scores[known]
 
-    def without(strategy: str, selection: str, share: float) -> dict[str, Any]:
+    def without(selection: str, strategy: str, share: float) -> dict[str, Any]:
         panel = SELECTIONS[selection]
         masks = nested_masks(scores_of(strategy, panel), [share], scope=panel.scope)
         counts = mask_counts(state, masks[0])
@@ -155,20 +153,12 @@ def main(config: Config) -> None:
         for strategy in panel.strategies
         for share in panel.shares
     ]
-    results: dict[str, Any] = {selection: {} for selection in selections}
-    with Progress() as progress:
-        for selection, strategy, share in progress.track(work):
-            cell = cells.get(
-                f"{selection}/{strategy}/{share:g}",
-                lambda s=selection, t=strategy, f=share: without(t, s, f),
-            )
-            results[selection].setdefault(strategy, []).append({"share": share, **cell})
     report = {
         **provenance(__file__, config),
         "pss": DESCRIBED,
         "conv_weights": conv_weights,
         "untouched": cells.get("untouched", lambda: accuracy(state)["accuracy"]),
-        "accuracy_without_a_key": results,
+        "accuracy_without_a_key": sweep(cells, work, without),
     }
     write_report(report, config.out / "vgg19_strategies.json")
     plot(report, config.out / "vgg19_strategies.png")
@@ -177,21 +167,10 @@ def main(config: Config) -> None:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Accuracy against share, one panel per selection."""
-    results = report["accuracy_without_a_key"]
-    figure = matplotlib.figure.Figure(figsize=(2 + 4 * len(results), 4), layout="constrained")
-    grid = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axes, selection in zip(grid, results, strict=True):
-        for strategy, rows in results[selection].items():
-            shares, quality, error = (
-                [100 * row[name] for row in rows] for name in ("share", "accuracy", "std")
-            )
-            draw(axes, strategy, shares, quality, error)
-        axes.axhline(100 * report["untouched"], color="grey", lw=0.8)
-        axes.axhline(10, color="grey", lw=0.8, ls="--")
-        axes.set(xlabel=f"% of the kernels {selection}", ylim=(0, 90))
-    figure.axes[0].set_ylabel("accuracy without a key / %")
-    legend(figure)
-    figure.savefig(path, dpi=150)
+    draw_panels(
+        report["accuracy_without_a_key"], path, metric="accuracy", share_of="the kernels",
+        untouched=report["untouched"], chance=0.1, ylim=(0, 90),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
